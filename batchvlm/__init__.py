@@ -1,0 +1,3 @@
+"""Run a vision-language model over a whole dataset."""
+
+__version__ = "0.1.0"

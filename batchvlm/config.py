@@ -1,0 +1,260 @@
+"""Every setting, its type, its default and what it means.
+
+Hydra composes `conf/` over these classes, so a mistyped key or a wrong type is refused before
+anything is loaded. What a type cannot say (ranges, combinations) is checked in `settings.py`.
+A setting is documented once: in the docstring under its field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class SourceKind(StrEnum):
+    """Where records come from."""
+
+    parquet = "parquet"
+    hf = "hf"
+    folder = "folder"
+    jsonl = "jsonl"
+
+
+class TaskName(StrEnum):
+    """What is made of an answer."""
+
+    caption = "caption"
+    vqa = "vqa"
+    extract = "extract"
+
+
+class EngineName(StrEnum):
+    """What turns batches into completions."""
+
+    auto = "auto"
+    generate = "generate"
+
+
+class ImageBackend(StrEnum):
+    """Which library resizes and normalises images in the model's processor."""
+
+    auto = "auto"
+    pil = "pil"
+    torchvision = "torchvision"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnsConfig:
+    """Which columns of the input hold what."""
+
+    id: str | None = None
+    """Column with the row's own key; null: `source_file:row`."""
+    image: Any = None
+    """Column with the image or a list of images, or a list of such columns; null: text only."""
+    messages: str | None = None
+    """Column with chat messages; replaces `task.prompt`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the rows come from (`data=parquet|hf|folder|jsonl|demo`)."""
+
+    name: str = "data"
+    """Word for this input in the default output folder."""
+    source: SourceKind = MISSING
+    path: str = MISSING
+    """Parquet and jsonl: a file, folder, glob or fsspec URL. hf: a hub name, a folder of data
+    files or a `save_to_disk` folder. folder: a folder of images."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    subset: str | None = None
+    """hf: the dataset's configuration name."""
+    split: str = "train"
+    """hf: the split."""
+    revision: str | None = None
+    """hf: commit, tag or branch of the dataset repository."""
+    streaming: bool = False
+    """hf: read without downloading the whole dataset first."""
+    image_root: str | None = None
+    """The only folder that image paths in rows may point into; null: the input's own folder."""
+    max_rows: int | None = None
+    """Take only the first rows of the input; null: all."""
+    max_source_pixels: int = 178_956_970
+    """An image whose header claims more pixels is refused undecoded (Pillow's own limit)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOutputConfig:
+    """The form an extract task's answer must have."""
+
+    json_schema: Any = None
+    """A JSON schema: path of a file, or the schema itself."""
+    json_schema_column: str | None = None
+    """Column with each row's own JSON schema; a null there falls back to `json_schema`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is asked and what is made of the answer (`task=caption|vqa|extract`)."""
+
+    name: TaskName = MISSING
+    prompt: str = MISSING
+    """Jinja2 template over the row's columns; an unknown name is refused, a null is a row error."""
+    system: str | None = None
+    """System prompt, a template like `prompt`."""
+    output: TaskOutputConfig = field(default_factory=TaskOutputConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model answers (`model=demo|hub`)."""
+
+    path: str = MISSING
+    """Hub name or local folder."""
+    name: str | None = None
+    """The model's name in the output; null: `path`, or the last part of a folder's."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    dtype: str = "auto"
+    """`auto` (as saved), `float32`, `bfloat16` or `float16`."""
+    attn_implementation: str | None = None
+    """`sdpa`, `eager`, `flash_attention_2`, ...; null: transformers' choice."""
+    image_backend: ImageBackend = ImageBackend.auto
+    """`auto`: torchvision where it works, else pil. Answers can depend on it."""
+    max_image_pixels: int = 2_408_448
+    """A larger image is shrunk to this many pixels before the processor sees it (1568 x 1536)."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt, image tokens included; null: what the model's positions leave."""
+    processor_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the processor when it is loaded, such as `min_pixels`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model's repository, with all your rights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What runs the model (`engine=auto|generate`)."""
+
+    name: EngineName = EngineName.auto
+    device: str = "auto"
+    """`auto` (this rank's GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationColumnsConfig:
+    """Columns that override a generation setting row by row; a null keeps the run's setting."""
+
+    max_new_tokens: str | None = None
+    min_new_tokens: str | None = None
+    temperature: str | None = None
+    top_k: str | None = None
+    top_p: str | None = None
+    min_p: str | None = None
+    repetition_penalty: str | None = None
+    seed: str | None = None
+    stop: str | None = None
+    ignore_eos: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How an answer is decoded."""
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    """No end of sequence before this many tokens."""
+    temperature: float = 0.0
+    """0 is greedy; above, tokens are drawn."""
+    top_k: int = 0
+    """Draw among the k likeliest; 0: all."""
+    top_p: float = 1.0
+    """Draw among the likeliest that together reach this probability."""
+    min_p: float = 0.0
+    """Draw among those at least this fraction as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens already in the prompt or answer become less likely."""
+    seed: int = 0
+    """Each row draws from a generator of its own, seeded by this and the row's position."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end an answer; they are cut off it."""
+    ignore_eos: bool = False
+    """Go on to `max_new_tokens` whatever the model says; for benchmarks."""
+    columns: GenerationColumnsConfig = field(default_factory=GenerationColumnsConfig)
+
+
+GENERATION_LIMITS: Mapping[str, tuple[float, float]] = {
+    "max_new_tokens": (1, 1 << 20),
+    "min_new_tokens": (0, 1 << 20),
+    "temperature": (0, 100),
+    "top_k": (0, 1 << 31),
+    "top_p": (1e-6, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (1e-3, 1e3),
+    "seed": (0, (1 << 63) - 1),
+}
+"""Lowest and highest value of each number above, for the run and for a row's own column alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchingConfig:
+    """How samples become batches. Changes speed and memory, never an answer's meaning."""
+
+    max_batch_tokens: int = 16_384
+    """Rows times (longest prompt + longest possible answer); a longer row goes alone."""
+    max_batch_size: int = 64
+    """Rows in a batch at most."""
+    sort_window: int = 512
+    """Samples gathered and sorted by length before they are cut into batches."""
+    max_window_bytes: int = 1 << 30
+    """A window also ends when its samples hold this many bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Where and how results are written."""
+
+    dir: str = "outputs/${data.name}-${task.name}"
+    """Folder of the output; run the same command again to finish an interrupted job."""
+    rows_per_shard: int = 4096
+    """Most rows of one part; fixed once an output folder exists."""
+    flush_every_s: float = 30.0
+    """Finished rows of an unfinished shard reach the disk at least this often, in seconds."""
+    keep_columns: list[str] = field(default_factory=list)
+    """Input columns copied to the output unchanged."""
+    token_ids: bool = False
+    """Add the column `token_ids` with each answer's token ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How the work is spread. Changes speed, never an answer."""
+
+    num_tasks: int = 1
+    """Slices of the whole job, such as SLURM array elements."""
+    task_id: int = 0
+    """Which slice this process computes: shards with `index % num_tasks == task_id`."""
+    num_workers: int | None = None
+    """Processes that prepare samples; 0: in this process; null: by the number of cores."""
+    num_threads: int | None = None
+    """Compute threads of the engine on a CPU; null: torch's choice."""
+    sample_timeout_s: float = 60.0
+    """Preparing one row may take this long, in seconds; needs `num_workers` above 0."""
+    log_every_s: float = 10.0
+    """Seconds between progress lines where stderr is no terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """A whole job."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    batching: BatchingConfig = field(default_factory=BatchingConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

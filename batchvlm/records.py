@@ -1,0 +1,211 @@
+"""What flows from stage to stage, in the order in which it is made.
+
+    Shard -> Record -> Prompt -> Sample -> Batch -> Completion -> Result
+
+A row is known by its position in the whole input (`row_index`) everywhere, never by its place in a
+list. A row that fails carries a `Failure` from the stage where it failed straight to the writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+import numpy.typing as npt
+
+from batchvlm.errors import ErrorType
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputFile:
+    """One file of the input, as its metadata tells it."""
+
+    name: str
+    """Path relative to the input's root; becomes the column `source_file`."""
+    num_rows: int
+    row_groups: tuple[int, ...]
+    """Rows of each piece that reads as a whole (Parquet row groups); sums to `num_rows`."""
+    identity: str
+    """Changes when the content does: a digest of the metadata, never of a modification time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A contiguous range of rows of one input file: the unit of work and of output."""
+
+    index: int
+    """Place in the plan; names the part."""
+    source_file: str
+    first_row: int
+    """First row within `source_file`."""
+    num_rows: int
+    first_row_index: int
+    """Position of the first row in the whole input."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a row has no answer."""
+
+    error_type: ErrorType
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One input row: the columns that the job needs, images still undecoded."""
+
+    row: int
+    """Offset in the shard."""
+    row_index: int
+    """Position in the whole input."""
+    source_file: str
+    id: str
+    values: Mapping[str, Any]
+    """Column name to Python value."""
+    failure: Failure | None = None
+    """Set where the row itself could not be read; `values` is then empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """How one row is decoded: the run's settings with the row's own columns over them."""
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRef:
+    """Where an image is: bytes at hand, or a path below the allowed root."""
+
+    data: bytes | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Chat messages with image slots, and the images that fill them, in order."""
+
+    row_index: int
+    messages: Sequence[Mapping[str, Any]]
+    """`[{"role": ..., "content": [{"type": "text", "text": ...} | {"type": "image"}]}]`."""
+    images: tuple[ImageRef, ...]
+    generation: Generation
+    json_schema: str | None = None
+    """The row's own JSON schema, where the rows bring one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A prompt as the model takes it, not yet padded."""
+
+    row_index: int
+    features: Mapping[str, Array]
+    """What the processor returned for this row alone: `input_ids` [1, T], `pixel_values`, ..."""
+    image_tokens: int
+    image_sizes: tuple[tuple[int, int], ...]
+    """(width, height) in pixels of each image as the model sees it."""
+    generation: Generation
+    json_schema: str | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt, image tokens included."""
+        return int(self.features["input_ids"].shape[-1])
+
+    @property
+    def num_tokens(self) -> int:
+        """What the row occupies at most: its prompt and every token it may yet generate."""
+        return self.prompt_tokens + self.generation.max_new_tokens
+
+    @cached_property
+    def size_bytes(self) -> int:
+        return sum(array.nbytes for array in self.features.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Samples that go through the model together."""
+
+    samples: tuple[Sample, ...]
+
+    @property
+    def padded_tokens(self) -> int:
+        """Cells of the padded prompt rectangle."""
+        return len(self.samples) * max(s.prompt_tokens for s in self.samples)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Cells of that rectangle that are no padding."""
+        return sum(s.prompt_tokens for s in self.samples)
+
+
+class FinishReason(StrEnum):
+    """Why decoding ended: the values of the output column `finish_reason`."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What the model answered to one sample."""
+
+    row_index: int
+    token_ids: tuple[int, ...]
+    """Generated ids, with the end-of-sequence token where one was generated."""
+    text: str
+    finish_reason: FinishReason
+    latency_s: float
+    """Seconds from the start of the row's batch until its answer was complete."""
+
+
+class Status(StrEnum):
+    """The values of the output column `status`."""
+
+    SUCCESS = "success"
+    ERROR = "error"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One output row, less what is the same for the whole run."""
+
+    row: int
+    row_index: int
+    source_file: str
+    id: str
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    """Values of `output.keep_columns`."""
+    status: Status
+    failure: Failure | None = None
+    attempts: int = 1
+    generated_text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    parsed: str | None = None
+    """The typed value of an extract task, as canonical JSON text."""
+    json_valid: bool | None = None
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int | None = None
+    image_tokens: int | None = None
+    completion_tokens: int | None = None
+    num_images: int | None = None
+    image_sizes: tuple[tuple[int, int], ...] | None = None
+    latency_s: float | None = None

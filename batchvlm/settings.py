@@ -1,0 +1,269 @@
+"""From the command line to a checked `JobConfig`: what types cannot say is said here.
+
+Nothing here loads a model, reads a row, or imports torch: a mistake costs a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+
+from batchvlm import demo
+from batchvlm.config import GENERATION_LIMITS, JobConfig, SourceKind, TaskName
+from batchvlm.errors import ConfigError
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_ROOTS = tuple(f.name for f in fields(JobConfig))
+
+
+def conf_dir() -> Path:
+    """The folder with the config groups: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def register_schema() -> None:
+    """Make `JobConfig` known to Hydra as `job_schema`, and the demo's files as resolvers."""
+    schema = OmegaConf.structured(JobConfig)
+    _unlock(schema)
+    ConfigStore.instance().store(name="job_schema", node=schema)
+    paths = {"model": demo.MODEL_DIR, "samples": demo.SAMPLES_PATH, "schema": demo.SCHEMA_PATH}
+    OmegaConf.register_new_resolver(
+        "batchvlm.demo", lambda what: str(paths[what]), replace=True, use_cache=False
+    )
+
+
+def _unlock(node: DictConfig) -> None:
+    # OmegaConf marks nodes made from frozen dataclasses read-only; Hydra has yet to merge into
+    # them. `read_config` gives back frozen objects.
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        if not OmegaConf.is_missing(node, key) and isinstance(
+            child := node._get_node(key), DictConfig
+        ):
+            _unlock(child)
+
+
+def compose(config_name: str = "run", overrides: Sequence[str] = ()) -> JobConfig:
+    """Compose and check a job as the command line does.
+
+    Args:
+        config_name: a primary config in `conf/`: run, caption, vqa or extract.
+        overrides: Hydra overrides, such as `["data=parquet", "data.path=in.parquet"]`.
+
+    Raises:
+        ConfigError: a setting is unknown, missing, of the wrong type, out of range or impossible.
+    """
+    register_schema()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            node = hydra_compose(config_name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+    return read_config(node)
+
+
+def read_config(node: DictConfig) -> JobConfig:
+    """Turn a composed node into the checked, frozen `JobConfig`."""
+    with flag_override(node, "struct", False):
+        node.pop("hydra", None)
+    _refuse_unknown(node, JobConfig)
+    missing = sorted(OmegaConf.missing_keys(node))
+    if missing:
+        raise ConfigError(
+            f"{missing[0]} is required and not set", hint=f"add {missing[0]}=... to the command"
+        )
+    try:
+        cfg = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    assert isinstance(cfg, JobConfig)
+    check_config(cfg)
+    return cfg
+
+
+def _refuse_unknown(node: DictConfig, cls: type, prefix: str = "") -> None:
+    # Hydra's `+key=value` adds keys that no class knows.
+    known = {f.name: f for f in fields(cls)}
+    for key in node:
+        if key not in known:
+            raise _unknown_key(f"{prefix}{key!s}")
+        factory = known[str(key)].default_factory
+        if isinstance(factory, type) and is_dataclass(factory):
+            _refuse_unknown(node[key], factory, f"{prefix}{key!s}.")
+
+
+def explain(error: Exception) -> ConfigError:
+    """Say in one line what Hydra or OmegaConf found wrong."""
+    if isinstance(error, OverrideParseException):
+        return ConfigError(
+            f"cannot read the override {error.override}",
+            hint="quote a value with spaces, braces or commas twice: 'task.prompt=\"Is it red?\"'",
+        )
+    chain = list(_causes(error))
+    override = re.search(r"Could not override '([^']+)'", " ".join(map(str, chain)))
+    cause = next((e for e in chain if isinstance(e, OmegaConfBaseException)), None)
+    if cause is not None:
+        key = override.group(1) if override else str(cause.full_key or "")
+        reason = str(cause.msg or cause).splitlines()[0]
+        if key and "not in" in reason:
+            return _unknown_key(key)
+        return ConfigError(f"{key}: {reason}" if key else reason)
+    if override:
+        return _unknown_key(override.group(1))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("See https://")]
+    if len(lines) > 1 and lines[1].startswith("Available options"):
+        options = itertools.takewhile(lambda line: not line.startswith("Config search"), lines[2:])
+        return ConfigError(lines[0], hint=f"there are {', '.join(options)}")
+    return ConfigError(lines[0] if lines else type(error).__name__, hint="; ".join(lines[1:3]))
+
+
+def _causes(error: BaseException | None) -> Iterable[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _unknown_key(key: str) -> ConfigError:
+    known = list(_dotted(JobConfig))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    leaf = key.rsplit(".", 1)[-1]
+    near = near or [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
+    hint = f"did you mean {near[0]}?" if near else "batchvlm run --cfg job lists every setting"
+    return ConfigError(f"{key} is no setting", hint=hint)
+
+
+def _dotted(cls: type, prefix: str = "") -> Iterable[str]:
+    for f in fields(cls):
+        name = f"{prefix}{f.name}"
+        if isinstance(f.default_factory, type) and is_dataclass(f.default_factory):
+            yield from _dotted(f.default_factory, f"{name}.")
+        else:
+            yield name
+
+
+def image_columns(cfg: JobConfig) -> tuple[str, ...]:
+    """The image columns in slot order, whichever way they were written."""
+    image = cfg.data.columns.image
+    if image is None:
+        return ()
+    return (image,) if isinstance(image, str) else tuple(image)
+
+
+def check_config(cfg: JobConfig) -> None:
+    """Refuse values out of range and settings that cannot go together.
+
+    Raises:
+        ConfigError: names the setting, its value, the limit and what to do.
+    """
+    _check_ranges(cfg)
+    _check_choices(cfg)
+    _check_combinations(cfg)
+
+
+def _at_least(setting: str, value: float | None, low: float) -> None:
+    if value is not None and not value >= low:
+        raise ConfigError(f"{setting}={value} must be at least {low:g}")
+
+
+def _between(setting: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{setting}={value} must lie between {low} and {high}")
+
+
+def _check_ranges(cfg: JobConfig) -> None:
+    gen, batching, runtime = cfg.generation, cfg.batching, cfg.runtime
+    for key, (low, high) in GENERATION_LIMITS.items():
+        _between(f"generation.{key}", getattr(gen, key), low, high)
+    _between("generation.min_new_tokens", gen.min_new_tokens, 0, gen.max_new_tokens)
+    _at_least("batching.max_batch_tokens", batching.max_batch_tokens, 1)
+    _at_least("batching.max_batch_size", batching.max_batch_size, 1)
+    _at_least("batching.sort_window", batching.sort_window, 1)
+    _at_least("batching.max_window_bytes", batching.max_window_bytes, 1)
+    _at_least("output.rows_per_shard", cfg.output.rows_per_shard, 1)
+    _at_least("output.flush_every_s", cfg.output.flush_every_s, 0)
+    _at_least("data.max_rows", cfg.data.max_rows, 1)
+    _at_least("data.max_source_pixels", cfg.data.max_source_pixels, 1)
+    _at_least("model.max_image_pixels", cfg.model.max_image_pixels, 1)
+    _at_least("model.max_prompt_tokens", cfg.model.max_prompt_tokens, 1)
+    _at_least("runtime.num_tasks", runtime.num_tasks, 1)
+    _at_least("runtime.num_workers", runtime.num_workers, 0)
+    _at_least("runtime.num_threads", runtime.num_threads, 1)
+    _at_least("runtime.sample_timeout_s", runtime.sample_timeout_s, 0.1)
+    _at_least("runtime.log_every_s", runtime.log_every_s, 0.1)
+    if not 0 <= runtime.task_id < runtime.num_tasks:
+        raise ConfigError(
+            f"runtime.task_id={runtime.task_id} must lie between 0 and "
+            f"runtime.num_tasks - 1 = {runtime.num_tasks - 1}"
+        )
+
+
+def _check_choices(cfg: JobConfig) -> None:
+    if cfg.model.dtype not in _DTYPES:
+        raise ConfigError(f"model.dtype={cfg.model.dtype} must be one of {', '.join(_DTYPES)}")
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", cfg.engine.device):
+        raise ConfigError(
+            f"engine.device={cfg.engine.device} must be auto, cpu, cuda, cuda:N, xpu or mps"
+        )
+    image = cfg.data.columns.image
+    is_names = isinstance(image, list) and all(isinstance(name, str) for name in image)
+    if not (image is None or isinstance(image, str) or is_names):
+        raise ConfigError(f"data.columns.image={image} must be a column's name or a list of names")
+    schema = cfg.task.output.json_schema
+    if not (schema is None or isinstance(schema, str | dict)):
+        raise ConfigError(
+            "task.output.json_schema must be the path of a schema file or the schema itself, "
+            f"not {type(schema).__name__}"
+        )
+
+
+def _check_combinations(cfg: JobConfig) -> None:
+    output = cfg.task.output
+    has_schema = output.json_schema is not None or output.json_schema_column is not None
+    if cfg.task.name is TaskName.extract and not has_schema:
+        raise ConfigError(
+            "task=extract has no schema",
+            hint="set task.output.json_schema=FILE or task.output.json_schema_column=COLUMN",
+        )
+    if cfg.task.name is not TaskName.extract and has_schema:
+        raise ConfigError(
+            f"task.output.json_schema has no effect with task={cfg.task.name.value}",
+            hint="choose task=extract",
+        )
+    if cfg.data.source is not SourceKind.hf:
+        for key in ("subset", "revision", "streaming"):
+            if getattr(cfg.data, key):
+                raise ConfigError(
+                    f"data.{key} has no effect with data.source={cfg.data.source.value}",
+                    hint="it belongs to data=hf",
+                )
+    if not image_columns(cfg) and not cfg.data.columns.messages and not cfg.task.prompt.strip():
+        raise ConfigError(
+            "the rows bring neither images nor messages, and task.prompt is empty",
+            hint="set data.columns.image, data.columns.messages or task.prompt",
+        )
+
+
+def to_plain(value: Any) -> Any:
+    """A config object as JSON-ready values: enums by name, dataclasses as dicts."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(v) for v in value]
+    return getattr(value, "value", value)

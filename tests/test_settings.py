@@ -1,0 +1,104 @@
+"""Every YAML composes; every mistake is refused by name, in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from batchvlm.config import JobConfig, SourceKind, TaskName
+from batchvlm.errors import ConfigError, ExitCode
+from batchvlm.settings import compose, conf_dir, to_plain
+
+GROUPS = sorted(p for p in conf_dir().iterdir() if p.is_dir())
+OPTIONS = [f"{p.name}={y.stem}" for p in GROUPS for y in sorted(p.glob("*.yaml"))]
+PRIMARY = sorted(y.stem for y in conf_dir().glob("*.yaml"))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_every_group_composes(option: str) -> None:
+    required = {
+        "data=parquet": ["data.path=in.parquet"],
+        "data=hf": ["data.path=user/dataset"],
+        "data=folder": ["data.path=images"],
+        "data=jsonl": ["data.path=in.jsonl"],
+        "model=hub": ["model.path=user/model"],
+    }
+    cfg = compose("run", [option, *required.get(option, [])])
+    assert isinstance(cfg, JobConfig)
+
+
+@pytest.mark.parametrize("name", PRIMARY)
+def test_every_primary_config_composes(name: str) -> None:
+    cfg = compose(name)
+    expected = TaskName.caption if name == "run" else TaskName(name)
+    assert cfg.task.name is expected
+    assert cfg.output.dir == f"outputs/demo-{expected.value}"
+
+
+def test_there_are_options_to_test() -> None:
+    assert {"run", "caption", "vqa", "extract"} <= set(PRIMARY)
+    assert len(OPTIONS) > 10
+
+
+def test_settings_are_frozen_and_typed() -> None:
+    cfg = compose("run", ["data=hf", "data.path=a/b", "generation.stop=['a','b']"])
+    assert cfg.data.source is SourceKind.hf
+    assert list(cfg.generation.stop) == ["a", "b"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.data.path = "elsewhere"  # type: ignore[misc]
+
+
+REFUSED = {
+    "data.pth=x": "data.pth is no setting; did you mean data.path?",
+    "temperature=1": "temperature is no setting; did you mean generation.temperature?",
+    "generation.temprature=1": "did you mean generation.temperature?",
+    "+extra=1": "extra is no setting",
+    "+data.extra=1": "data.extra is no setting",
+    "nonsense": "cannot read the override nonsense",
+    "task.prompt={{ a }}": "quote a value",
+    "data=parqet": "there are demo, folder, hf, jsonl, parquet",
+    "data=parquet": "data.path is required and not set; add data.path=",
+    "model=hub": "model.path is required",
+    "generation.max_new_tokens=many": "generation.max_new_tokens: Value 'many'",
+    "generation.max_new_tokens=0": "generation.max_new_tokens=0 must lie between 1 and",
+    "generation.min_new_tokens=999": "generation.min_new_tokens=999 must lie between 0 and 256",
+    "generation.temperature=-1": "generation.temperature=-1.0 must lie between 0 and",
+    "generation.temperature=nan": "generation.temperature=nan must lie between",
+    "generation.top_p=0": "generation.top_p=0.0 must lie",
+    "generation.seed=-1": "generation.seed=-1 must lie",
+    "generation.stop=x": "generation.stop",
+    "batching.max_batch_tokens=0": "batching.max_batch_tokens=0 must be at least 1",
+    "output.rows_per_shard=0": "output.rows_per_shard=0 must be at least 1",
+    "output.flush_every_s=-1": "output.flush_every_s=-1.0 must be at least 0",
+    "runtime.task_id=1": "runtime.task_id=1 must lie between 0 and runtime.num_tasks - 1 = 0",
+    "runtime.num_workers=-1": "runtime.num_workers=-1 must be at least 0",
+    "model.dtype=f32": "model.dtype=f32 must be one of auto, float32, bfloat16, float16",
+    "model.image_backend=opencv": "expected one of [auto, pil, torchvision]",
+    "engine.device=gpu": "engine.device=gpu must be auto, cpu, cuda",
+    "data.columns.image={a: 1}": "data.columns.image",
+    "data.streaming=true": "data.streaming has no effect with data.source=parquet",
+    "task.output.json_schema=s.json": "has no effect with task=caption; choose task=extract",
+}
+
+
+@pytest.mark.parametrize("override", list(REFUSED))
+def test_a_mistake_is_refused_in_one_line(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose("run", [override])
+    assert REFUSED[override] in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code is ExitCode.USAGE
+
+
+def test_impossible_combinations() -> None:
+    with pytest.raises(ConfigError, match="task=extract has no schema"):
+        compose("extract", ["task.output.json_schema=null"])
+    with pytest.raises(ConfigError, match=r"task.prompt is empty"):
+        compose("run", ["data.columns.image=null", "task.prompt=''"])
+
+
+def test_to_plain_is_json_ready() -> None:
+    plain = to_plain(compose("extract"))
+    assert plain["task"]["name"] == "extract" and type(plain["task"]["name"]) is str
+    assert plain["generation"]["stop"] == []
