@@ -1,0 +1,184 @@
+"""Hub name or folder -> processor and model, as transformers loads them.
+
+The one place that knows how loading breaks: a torchvision that is installed and does not import,
+processors that insist on a video processor, model code from a stranger's repository.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from batchvlm.config import ImageBackend, ModelConfig
+from batchvlm.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def has_torchvision() -> bool:
+    """Whether torchvision is installed and imports; one that does not is hidden.
+
+    transformers judges by presence alone, so a torchvision built for another torch (a CUDA build
+    beside a CPU torch) would take every processor down with it. Call before transformers loads.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return False
+    try:
+        import torchvision  # type: ignore[import-not-found,unused-ignore] # noqa: F401
+    except Exception as error:
+        log.warning("torchvision is installed and does not import (%s); using PIL instead", error)
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        # None makes both find_spec and import answer as if it were not installed.
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
+        return False
+    return True
+
+
+def resolve_backend(backend: ImageBackend) -> ImageBackend:
+    """Decide between torchvision and PIL where the setting leaves it open.
+
+    Raises:
+        ModelError: torchvision is asked for and does not work here.
+    """
+    if backend is ImageBackend.auto:
+        return ImageBackend.torchvision if has_torchvision() else ImageBackend.pil
+    if backend is ImageBackend.torchvision and not has_torchvision():
+        raise ModelError(
+            "model.image_backend=torchvision: torchvision is not installed or does not import",
+            hint="install the torchvision that belongs to your torch, or set "
+            "model.image_backend=pil",
+        )
+    return backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLimits:
+    """What a model's config says about the prompts it can take."""
+
+    max_positions: int | None
+    """Tokens of prompt and answer together; None where the config does not say."""
+    image_token_id: int | None
+    patch_size: int | None
+    """Pixels a side of a vision patch, where one number says it."""
+
+
+def load_limits(cfg: ModelConfig) -> ModelLimits:
+    """Read a model's limits from its config, without its weights."""
+    from transformers import AutoConfig
+
+    with explained(cfg, "config"):
+        config = AutoConfig.from_pretrained(cfg.path, **_hub_kwargs(cfg))
+    text = config.get_text_config(decoder=True)
+    vision = getattr(config, "vision_config", None)
+    patch = getattr(vision, "patch_size", None)
+    token_id = getattr(config, "image_token_id", None)
+    if token_id is None:
+        token_id = getattr(config, "image_token_index", None)
+    positions = getattr(text, "max_position_embeddings", None)
+    return ModelLimits(
+        max_positions=positions if isinstance(positions, int) and positions > 0 else None,
+        image_token_id=token_id,
+        patch_size=patch if isinstance(patch, int) else None,
+    )
+
+
+def load_processor(cfg: ModelConfig) -> Any:
+    """Load the processor (image processor, tokenizer, chat template) of a model.
+
+    Returns:
+        A transformers `ProcessorMixin`, padding on the left.
+
+    Raises:
+        ModelError: there is no such model, or its processor needs something that is not here.
+    """
+    backend = resolve_backend(cfg.image_backend)
+    from transformers import AutoProcessor
+
+    with explained(cfg, "processor"), _without_video():
+        processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            cfg.path, backend=backend.value, **_hub_kwargs(cfg), **cfg.processor_kwargs
+        )
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise ModelError(f"model.path={cfg.path} has a tokenizer alone, no image processor")
+    # A decoder-only model continues from the last column, so padding must not be there.
+    tokenizer.padding_side = "left"
+    return processor
+
+
+def load_model(cfg: ModelConfig, *, device: str) -> Any:
+    """Load a model's weights onto a device, ready to answer.
+
+    Raises:
+        ModelError: there is no such model, its class is unknown, or its code is not trusted.
+    """
+    has_torchvision()
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    kwargs: dict[str, Any] = dict(_hub_kwargs(cfg))
+    kwargs["dtype"] = cfg.dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    if cfg.attn_implementation is not None:
+        kwargs["attn_implementation"] = cfg.attn_implementation
+    with explained(cfg, "model"):
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(cfg.path, **kwargs)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            model = AutoModelForMultimodalLM.from_pretrained(cfg.path, **kwargs)
+        return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def _hub_kwargs(cfg: ModelConfig) -> dict[str, Any]:
+    return {"revision": cfg.revision or "main", "trust_remote_code": cfg.trust_remote_code}
+
+
+@contextlib.contextmanager
+def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
+    """Turn whatever loading raises into one line that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        if "trust_remote_code" in str(error) and not cfg.trust_remote_code:
+            raise ModelError(
+                f"model.path={cfg.path} needs Python code that comes with its repository",
+                hint="model.trust_remote_code=true runs that code with all your rights; "
+                "read it first, and pin model.revision",
+            ) from error
+        hint = "check model.path and model.revision" if isinstance(error, OSError) else ""
+        raise ModelError(
+            f"cannot load the {part} of model.path={cfg.path}: {reason[:300]}", hint=hint
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_video() -> Iterator[None]:
+    # Video processors exist for torchvision alone, and processors of Qwen-VL's kind refuse to load
+    # without theirs. No row here is a video, so leave it out where it could not be loaded.
+    if has_torchvision():
+        yield
+        return
+    from transformers import ProcessorMixin
+
+    original = inspect.getattr_static(ProcessorMixin, "get_attributes")
+
+    def get_attributes(cls: type) -> list[str]:
+        names: list[str] = original.__func__(cls)
+        return [name for name in names if name != "video_processor"]
+
+    setattr(ProcessorMixin, "get_attributes", classmethod(get_attributes))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(ProcessorMixin, "get_attributes", original)  # noqa: B010

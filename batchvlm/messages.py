@@ -1,0 +1,204 @@
+"""Chat messages in every shape that tools leave them in, made one: text parts and image slots.
+
+Shapes taken: a list of `{"role", "content"}`, or the same as JSON text. A content is a string or a
+list of parts: `{"type": "text", "text"}`, `{"type": "image"}` (a slot for the next image of the
+image columns), `{"type": "image", "image"|"path"|"url"|"bytes"}`, and OpenAI's
+`{"type": "image_url", "image_url": {"url"}}`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from batchvlm.errors import ErrorType, RowError
+from batchvlm.records import ImageRef
+
+Message = dict[str, Any]
+
+_INLINE = ("image", "path", "url", "bytes", "image_url", "data", "base64")
+# A scheme is two letters or more, so that C:\images stays a path.
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):")
+
+
+def image_refs(value: Any, where: str) -> list[ImageRef]:
+    """The images of one cell: a struct, bytes, a path, a `data:` URI, or a list of these.
+
+    Args:
+        value: the cell as Python.
+        where: its column, for the message.
+
+    Raises:
+        RowError: a null or empty image (`missing_image`), a broken data URI (`decode`), an address
+            that the configuration does not allow (`forbidden`), or something else (`prompt`).
+    """
+    if isinstance(value, list | tuple):
+        return [ref for i, item in enumerate(value) for ref in image_refs(item, f"{where}[{i}]")]
+    if value is None:
+        raise RowError(ErrorType.MISSING_IMAGE, f"{where} is null")
+    if isinstance(value, Mapping):
+        data, path = value.get("bytes"), value.get("path")
+        if data is None and path is None and (url := value.get("url")) is not None:
+            return image_refs(url, f"{where}.url")
+        return [_image_ref(data, where) if data is not None else _image_ref(path, where)]
+    return [_image_ref(value, where)]
+
+
+def _image_ref(value: Any, where: str) -> ImageRef:
+    if isinstance(value, bytes | bytearray | memoryview):
+        if not len(value):
+            raise RowError(ErrorType.MISSING_IMAGE, f"{where} holds no bytes")
+        return ImageRef(data=bytes(value))
+    if value is None:
+        raise RowError(ErrorType.MISSING_IMAGE, f"{where} has neither bytes nor path")
+    if not isinstance(value, str):
+        raise RowError(
+            ErrorType.PROMPT,
+            f"{where} is {type(value).__name__}; an image is bytes, a path, a data: URI, "
+            "a struct of bytes and path, or a list of these",
+        )
+    if not value.strip():
+        raise RowError(ErrorType.MISSING_IMAGE, f"{where} is an empty path")
+    scheme = _SCHEME.match(value)
+    if scheme is None:
+        return ImageRef(path=value)
+    if scheme.group(1).lower() == "data":
+        return ImageRef(data=_decode_data_uri(value, where))
+    raise RowError(
+        ErrorType.FORBIDDEN,
+        f"{where} is a {scheme.group(1).lower()}: address; "
+        "images come from bytes, data: URIs, or paths below data.image_root",
+    )
+
+
+def _decode_data_uri(uri: str, where: str) -> bytes:
+    header, comma, payload = uri.partition(",")
+    if not comma:
+        raise RowError(ErrorType.DECODE, f"{where} is a data: URI without a comma")
+    try:
+        if header.lower().endswith(";base64"):
+            data = base64.b64decode("".join(payload.split()), validate=True)
+        else:
+            data = unquote_to_bytes(payload)
+    except (binascii.Error, ValueError) as error:
+        raise RowError(ErrorType.DECODE, f"{where} is a data: URI that is no base64") from error
+    if not data:
+        raise RowError(ErrorType.MISSING_IMAGE, f"{where} is an empty data: URI")
+    return data
+
+
+def read_messages(value: Any, where: str) -> list[Message]:
+    """Bring a cell of chat messages into one shape: content is always a list of parts.
+
+    Raises:
+        RowError: the cell is null or is not chat messages (`prompt`).
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError(ErrorType.PROMPT, f"{where} is text that is no JSON") from error
+    if not isinstance(value, list) or not value:
+        raise RowError(ErrorType.PROMPT, f"{where} holds no list of messages")
+    messages: list[Message] = []
+    for i, message in enumerate(value):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if not isinstance(role, str) or not role:
+            raise RowError(ErrorType.PROMPT, f"{where}[{i}] has no role")
+        messages.append({"role": role, "content": list(_parts(message, f"{where}[{i}]"))})
+    return messages
+
+
+def _parts(message: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    content = message.get("content")
+    if isinstance(content, str):
+        yield {"type": "text", "text": content}
+        return
+    if not isinstance(content, list):
+        raise RowError(ErrorType.PROMPT, f"{where}.content is neither text nor a list of parts")
+    for i, part in enumerate(content):
+        if isinstance(part, str):
+            yield {"type": "text", "text": part}
+            continue
+        if not isinstance(part, Mapping):
+            raise RowError(ErrorType.PROMPT, f"{where}.content[{i}] is no part")
+        # A Parquet struct has every key of every part; those that are null are not there.
+        part = {key: item for key, item in part.items() if item is not None}
+        match part.get("type", "text" if "text" in part else None):
+            case "text" | "input_text":
+                if not isinstance(part.get("text"), str):
+                    raise RowError(ErrorType.PROMPT, f"{where}.content[{i}] has no text")
+                yield {"type": "text", "text": part["text"]}
+            case "image" | "image_url" | "input_image":
+                inline = {key: part[key] for key in _INLINE if key in part}
+                yield {"type": "image", **({"inline": inline} if inline else {})}
+            case kind:
+                raise RowError(
+                    ErrorType.PROMPT,
+                    f"{where}.content[{i}] is of type {kind!r}; text and image are supported",
+                )
+
+
+def fill_slots(
+    messages: Sequence[Message], images: Sequence[ImageRef], where: str
+) -> tuple[list[Message], tuple[ImageRef, ...]]:
+    """Match images with slots, in order.
+
+    Images written into a message come first by place; bare slots take the image columns' images
+    one after the other. Messages without any bare slot get all of those before the first user
+    text, as every chat template expects images.
+
+    Returns:
+        The messages, every image part now just `{"type": "image"}`, and the images in slot order.
+
+    Raises:
+        RowError: more slots than images (`missing_image`) or more images than slots (`prompt`).
+    """
+    parts = [part for message in messages for part in message["content"]]
+    num_bare = sum(part["type"] == "image" and "inline" not in part for part in parts)
+    if num_bare == 0 and images:
+        messages = _with_leading_images(messages, len(images), where)
+        num_bare = len(images)
+    if num_bare != len(images):
+        kind = ErrorType.MISSING_IMAGE if num_bare > len(images) else ErrorType.PROMPT
+        raise RowError(
+            kind, f"{where} holds {num_bare} image slots and the row brings {len(images)} images"
+        )
+    rest = iter(images)
+    filled: list[ImageRef] = []
+    out: list[Message] = []
+    for i, message in enumerate(messages):
+        content = []
+        for part in message["content"]:
+            if part["type"] == "image":
+                filled += (
+                    _inline_refs(part["inline"], f"{where}[{i}]")
+                    if "inline" in part
+                    else [next(rest)]
+                )
+                part = {"type": "image"}
+            content.append(part)
+        out.append({"role": message["role"], "content": content})
+    return out, tuple(filled)
+
+
+def _with_leading_images(messages: Sequence[Message], count: int, where: str) -> list[Message]:
+    slots = [{"type": "image"} for _ in range(count)]
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            first = {**message, "content": [*slots, *message["content"]]}
+            return [*messages[:i], first, *messages[i + 1 :]]
+    raise RowError(ErrorType.PROMPT, f"{where} holds no user message to show the images in")
+
+
+def _inline_refs(inline: Mapping[str, Any], where: str) -> list[ImageRef]:
+    value = next(iter(inline.values()))
+    refs = image_refs(value, where)
+    if len(refs) != 1:
+        raise RowError(ErrorType.PROMPT, f"{where} has a part with {len(refs)} images")
+    return refs

@@ -1,0 +1,187 @@
+"""Record -> sample: the prompt built, the images decoded, everything as the model takes it.
+
+Runs in worker processes. Whatever a row does here costs that row alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from batchvlm.config import ColumnsConfig, GenerationConfig, ModelConfig, TaskConfig
+from batchvlm.errors import ErrorType, RowError
+from batchvlm.images import load_image
+from batchvlm.loading import ModelLimits, load_limits, load_processor
+from batchvlm.prompts import PromptBuilder
+from batchvlm.records import Array, Failure, Prompt, Record, Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessSpec:
+    """All that a worker process needs to know; small, and picklable."""
+
+    model: ModelConfig
+    task: TaskConfig
+    columns: ColumnsConfig
+    generation: GenerationConfig
+    image_root: str | None
+    max_source_pixels: int
+
+
+class Preprocessor:
+    """Makes samples of records with one model's processor.
+
+    Raises:
+        ModelError: the processor cannot be loaded.
+    """
+
+    def __init__(self, spec: PreprocessSpec) -> None:
+        self._spec = spec
+        self._prompts = PromptBuilder(
+            task=spec.task, columns=spec.columns, generation=spec.generation
+        )
+        self._processor = load_processor(spec.model)
+        self._limits = load_limits(spec.model)
+        self._chat = ChatTemplate(self._processor)
+
+    def prepare(self, record: Record) -> Sample | Failure:
+        """Make the sample of one record, or say why there is none. Never raises on a row."""
+        if record.failure is not None:
+            return record.failure
+        try:
+            prompt = self._prompts.build(record)
+            images = [
+                load_image(
+                    ref,
+                    image_root=self._spec.image_root,
+                    max_source_pixels=self._spec.max_source_pixels,
+                    max_pixels=self._spec.model.max_image_pixels,
+                )
+                for ref in prompt.images
+            ]
+            return self._sample(prompt, images)
+        except RowError as error:
+            return Failure(error_type=error.error_type, message=error.message)
+        # A processor can raise anything on an image that it did not expect.
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            return Failure(
+                error_type=ErrorType.PREPROCESS, message=f"{type(error).__name__}: {text}"
+            )
+
+    def _sample(self, prompt: Prompt, images: Sequence[Image.Image]) -> Sample:
+        features = self._chat.encode(prompt.messages, images)
+        num_tokens = features["input_ids"].shape[-1]
+        num_image_tokens = 0
+        if self._limits.image_token_id is not None:
+            num_image_tokens = int((features["input_ids"] == self._limits.image_token_id).sum())
+        generation = prompt.generation
+        longest = self._spec.model.max_prompt_tokens
+        if self._limits.max_positions is not None:
+            longest = min(longest or self._limits.max_positions, self._limits.max_positions - 1)
+            room = self._limits.max_positions - num_tokens
+            if 0 < room < generation.max_new_tokens:
+                generation = replace(
+                    generation,
+                    max_new_tokens=room,
+                    min_new_tokens=min(generation.min_new_tokens, room),
+                )
+        if longest is not None and num_tokens > longest:
+            raise RowError(
+                ErrorType.PROMPT_TOO_LONG,
+                f"the prompt is {num_tokens} tokens, {num_image_tokens} of them of "
+                f"{len(images)} images; the limit is {longest}",
+            )
+        return Sample(
+            row_index=prompt.row_index,
+            features=features,
+            image_tokens=num_image_tokens,
+            image_sizes=image_sizes(features, [image.size for image in images], self._limits),
+            generation=generation,
+            json_schema=prompt.json_schema,
+        )
+
+
+class ChatTemplate:
+    """A processor's chat template, guarded against text that poses as control tokens.
+
+    "<image>" typed into a row would become an image slot, "<|im_end|>" would end the user's turn.
+    Such text gets a space behind its first character, so that it reads the same and is no token.
+
+    Args:
+        processor: a transformers `ProcessorMixin`.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._template = getattr(processor, "chat_template", None) or getattr(
+            processor.tokenizer, "chat_template", None
+        )
+        names = ("image_token", "video_token", "audio_token", "boi_token", "fake_image_token")
+        tokens = {str(getattr(processor, name, None) or "") for name in names}
+        added = processor.tokenizer.added_tokens_decoder.values()
+        tokens |= {token.content for token in added if token.special}
+        # Longest first: of two tokens that begin alike, the longer one is meant.
+        control = sorted((t for t in tokens if len(t.strip()) > 1), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+
+    def encode(
+        self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]
+    ) -> dict[str, Array]:
+        """Render the chat template, expand image slots, tokenize, and make pixel values.
+
+        Returns:
+            The processor's arrays for a batch of this one row: `input_ids` int64 [1, T] and,
+            as the family has them, `pixel_values`, `image_grid_thw`, `token_type_ids`, ...
+        """
+        pictures = iter(images)
+        filled = [
+            {"role": m["role"], "content": [self._fill(part, pictures) for part in m["content"]]}
+            for m in messages
+        ]
+        if self._template is None:
+            texts = [p["text"] for m in filled for p in m["content"] if p["type"] == "text"]
+            encoded = self._processor(
+                text=["".join(texts)], images=list(images) or None, return_tensors="pt"
+            )
+        else:
+            encoded = self._processor.apply_chat_template(
+                [filled],
+                chat_template=self._template,
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        arrays = {key: np.asarray(value) for key, value in encoded.items()}
+        return {key: array for key, array in arrays.items() if array.dtype.kind in "biuf"}
+
+    def _fill(self, part: Mapping[str, Any], pictures: Iterator[Image.Image]) -> dict[str, Any]:
+        if part["type"] == "image":
+            return {"type": "image", "image": next(pictures)}
+        text = self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", part["text"])
+        return {"type": "text", "text": text}
+
+
+def image_sizes(
+    features: Mapping[str, Array], given: Sequence[tuple[int, int]], limits: ModelLimits
+) -> tuple[tuple[int, int], ...]:
+    """(width, height) of each image as the model sees it.
+
+    Exact where the processor says so by a patch grid (Qwen-VL's kind) or one array per image;
+    for tilings, the size that was handed to the processor, after `model.max_image_pixels`.
+    """
+    grid = features.get("image_grid_thw")
+    if grid is not None and limits.patch_size is not None and len(grid) == len(given):
+        return tuple((int(w) * limits.patch_size, int(h) * limits.patch_size) for _, h, w in grid)
+    pixels = features.get("pixel_values")
+    if pixels is not None and pixels.ndim >= 4 and "image_sizes" not in features:
+        height, width = pixels.shape[-2:]
+        if int(np.prod(pixels.shape[:-3])) == len(given):
+            return tuple((int(width), int(height)) for _ in given)
+    return tuple(given)

@@ -1,0 +1,213 @@
+"""Record -> prompt: chat messages with image slots, and how this row is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, meta, nodes
+from jinja2.sandbox import SandboxedEnvironment
+
+from batchvlm.config import (
+    GENERATION_LIMITS,
+    ColumnsConfig,
+    GenerationColumnsConfig,
+    GenerationConfig,
+    TaskConfig,
+)
+from batchvlm.errors import ConfigError, ErrorType, RowError
+from batchvlm.messages import Message, fill_slots, image_refs, read_messages
+from batchvlm.records import Generation, ImageRef, Prompt, Record
+from batchvlm.schemas import InvalidSchemaError, compile_schema
+
+
+class PromptBuilder:
+    """Builds each row's prompt; compiled once, used in every worker.
+
+    Args:
+        task: the templates.
+        columns: which columns hold images and messages.
+        generation: the run's settings and the columns that override them.
+
+    Raises:
+        ConfigError: a template has a syntax error.
+    """
+
+    def __init__(
+        self, *, task: TaskConfig, columns: ColumnsConfig, generation: GenerationConfig
+    ) -> None:
+        image = columns.image
+        self._image_columns = (
+            () if image is None else (image,) if isinstance(image, str) else tuple(image)
+        )
+        self._messages_column = columns.messages
+        self._schema_column = task.output.json_schema_column
+        self._generation = generation
+        self._prompt = None if columns.messages else Template(task.prompt, "task.prompt")
+        self._system = Template(task.system, "task.system") if task.system else None
+
+    def needed_columns(self) -> dict[str, str]:
+        """Every column that a prompt is made of, and the setting that names it."""
+        needed = {name: "data.columns.image" for name in self._image_columns}
+        if self._messages_column:
+            needed[self._messages_column] = "data.columns.messages"
+        if self._schema_column:
+            needed[self._schema_column] = "task.output.json_schema_column"
+        for key, column in _generation_columns(self._generation.columns).items():
+            needed[column] = f"generation.columns.{key}"
+        for template in (self._prompt, self._system):
+            if template is not None:
+                needed |= {name: template.setting for name in template.columns}
+        return needed
+
+    def build(self, record: Record) -> Prompt:
+        """Build one row's prompt.
+
+        Raises:
+            RowError: what the row holds cannot become a prompt.
+        """
+        values = record.values
+        images = [
+            ref for column in self._image_columns for ref in image_refs(values[column], column)
+        ]
+        messages, filled = self._messages(values, images)
+        return Prompt(
+            row_index=record.row_index,
+            messages=messages,
+            images=filled,
+            generation=resolve_generation(self._generation, values, record.row_index),
+            json_schema=self._schema(values),
+        )
+
+    def _messages(
+        self, values: Mapping[str, Any], images: list[ImageRef]
+    ) -> tuple[list[Message], tuple[ImageRef, ...]]:
+        if self._messages_column:
+            where = self._messages_column
+            messages = read_messages(values[where], where)
+        else:
+            assert self._prompt is not None
+            where = "the prompt"
+            text = self._prompt.render(values)
+            messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        if self._system is not None and messages[0]["role"] != "system":
+            text = self._system.render(values)
+            messages = [{"role": "system", "content": [{"type": "text", "text": text}]}, *messages]
+        return fill_slots(messages, images, where)
+
+    def _schema(self, values: Mapping[str, Any]) -> str | None:
+        if self._schema_column is None or (schema := values[self._schema_column]) is None:
+            return None
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        try:
+            compile_schema(text)
+        except InvalidSchemaError as error:
+            raise RowError(ErrorType.PROMPT, f"{self._schema_column}: {error}") from error
+        return text
+
+
+class Template:
+    """A Jinja2 template over the row's columns, strict about unknown names and nulls.
+
+    A column is written `{{ name }}`, or `{{ row["any name"] }}` where its name is no identifier.
+
+    Args:
+        source: the template.
+        setting: the setting it comes from, for messages.
+    """
+
+    def __init__(self, source: str, setting: str) -> None:
+        environment = SandboxedEnvironment(
+            undefined=StrictUndefined, finalize=_refuse_null, keep_trailing_newline=True
+        )
+        try:
+            tree = environment.parse(source)
+            self._template = environment.from_string(source)
+        except TemplateError as error:
+            raise ConfigError(f"{setting} is no valid Jinja2 template: {error}") from error
+        self.setting = setting
+        self.columns = frozenset(meta.find_undeclared_variables(tree) - {"row"}) | {
+            str(item.arg.value)
+            for item in tree.find_all(nodes.Getitem)
+            if isinstance(item.node, nodes.Name)
+            and item.node.name == "row"
+            and isinstance(item.arg, nodes.Const)
+        }
+
+    def render(self, values: Mapping[str, Any]) -> str:
+        """Fill in one row's values.
+
+        Raises:
+            RowError: a value is null, or an expression fails on it (`prompt`).
+        """
+        try:
+            return self._template.render({**values, "row": values})
+        except RowError as error:
+            raise RowError(error.error_type, f"{self.setting}: {error.message}") from error
+        # An expression over a row's values can raise anything that Python can.
+        except Exception as error:
+            names = ", ".join(sorted(self.columns)) or "no column"
+            raise RowError(
+                ErrorType.PROMPT, f"{self.setting} over {names}: {type(error).__name__}"
+            ) from error
+
+
+def _refuse_null(value: Any) -> Any:
+    # Jinja2 would print "None" into the prompt.
+    if value is None:
+        raise RowError(ErrorType.PROMPT, "a value is null; write {{ column or '' }} to allow it")
+    return value
+
+
+def _generation_columns(columns: GenerationColumnsConfig) -> dict[str, str]:
+    named = {f.name: getattr(columns, f.name) for f in fields(columns)}
+    return {key: column for key, column in named.items() if column}
+
+
+def resolve_generation(
+    cfg: GenerationConfig, values: Mapping[str, Any], row_index: int
+) -> Generation:
+    """Lay a row's own settings over the run's.
+
+    A seed from a column is taken as it is; the run's seed is mixed with the row's position, so
+    that rows draw differently and each draws the same in whatever batch or run.
+
+    Raises:
+        RowError: a column's value is of the wrong type or out of range (`prompt`).
+    """
+    settings: dict[str, Any] = {
+        f.name: getattr(cfg, f.name) for f in fields(Generation) if f.name != "stop"
+    }
+    settings["stop"] = tuple(cfg.stop)
+    digest = hashlib.blake2b(f"{cfg.seed}:{row_index}".encode(), digest_size=8).digest()
+    settings["seed"] = int.from_bytes(digest) >> 1
+    for key, column in _generation_columns(cfg.columns).items():
+        if values[column] is not None:
+            settings[key] = _read_setting(key, values[column], column, type(settings[key]))
+    return Generation(**settings)
+
+
+def _read_setting(key: str, value: Any, column: str, kind: type) -> Any:
+    if kind is tuple:
+        strings = [value] if isinstance(value, str) else value
+        if isinstance(strings, list) and all(isinstance(s, str) and s for s in strings):
+            return tuple(strings)
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        low, high = GENERATION_LIMITS[key]
+        if not low <= value <= high:
+            raise RowError(
+                ErrorType.PROMPT, f"{column}={value} must lie between {low} and {high}"
+            )
+        if kind is float or int(value) == value:
+            return kind(value)
+    raise RowError(
+        ErrorType.PROMPT,
+        f"{column} is {type(value).__name__}, which is no value for generation.{key}",
+    )

@@ -1,0 +1,85 @@
+"""JSON schemas: read, checked, and compiled to validators that never leave the process."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError, ValidationError, best_match
+from jsonschema.protocols import Validator
+from jsonschema.validators import validator_for
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
+from batchvlm.errors import ConfigError
+
+
+class InvalidSchemaError(ValueError):
+    """A text that is no JSON schema; the message says why in one line."""
+
+
+def read_schema(schema: str | dict[str, Any], setting: str) -> str:
+    """Read the run's schema from its setting, a file's path or the schema itself.
+
+    Returns:
+        The schema as canonical JSON text.
+
+    Raises:
+        ConfigError: there is no such file, or it holds no JSON schema.
+    """
+    if isinstance(schema, str):
+        try:
+            text = Path(schema).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{setting}={schema} cannot be read",
+                hint="give the path of a JSON schema file",
+            ) from error
+    else:
+        text = json.dumps(schema)
+    try:
+        compile_schema(text)
+    except InvalidSchemaError as error:
+        raise ConfigError(f"{setting}: {error}") from error
+    return json.dumps(json.loads(text), sort_keys=True)
+
+
+@lru_cache(maxsize=1024)
+def compile_schema(text: str) -> Validator:
+    """Compile a schema under its own draft, formats checked, `$ref` resolved within it alone.
+
+    Raises:
+        InvalidSchemaError: the text is no JSON, or no schema.
+    """
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidSchemaError(f"the schema is no JSON: {error}") from error
+    if not isinstance(schema, dict | bool):
+        raise InvalidSchemaError(f"the schema is a JSON {type(schema).__name__}, not an object")
+    cls = validator_for(schema, default=Draft202012Validator)
+    try:
+        if isinstance(schema, dict):  # true and false are schemas too, and always valid
+            cls.check_schema(schema)
+    except (SchemaError, RecursionError) as error:
+        reason = error.message if isinstance(error, SchemaError) else "nested too deeply"
+        raise InvalidSchemaError(f"not a valid JSON schema: {reason[:200]}") from error
+    # An empty registry: jsonschema would else fetch the address that a $ref names.
+    return cls(schema, registry=Registry(), format_checker=cls.FORMAT_CHECKER)
+
+
+def why_invalid(value: Any, schema: str) -> str | None:
+    """One line on how a value breaks a schema, or None where it fits."""
+    try:
+        error: ValidationError | None = best_match(compile_schema(schema).iter_errors(value))
+    except Unresolvable as unresolvable:
+        return f"the schema refers to {unresolvable.ref!r}, which is not in it"
+    # A schema may hold a pattern that Python's re refuses, or recurse without end.
+    except Exception as broken:
+        return f"the schema cannot be applied: {type(broken).__name__}"
+    if error is None:
+        return None
+    return f"{error.json_path}: {' '.join(error.message.split())[:200]}"

@@ -1,0 +1,170 @@
+"""Images and chat messages in the shapes that other tools leave them in."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from batchvlm.errors import ErrorType, RowError
+from batchvlm.messages import fill_slots, image_refs, read_messages
+from batchvlm.records import ImageRef
+
+PNG = b"\x89PNG..."
+URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
+
+
+def error_type(call: Any, *args: Any) -> ErrorType:
+    with pytest.raises(RowError) as caught:
+        call(*args)
+    assert "\n" not in caught.value.message
+    return caught.value.error_type
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"bytes": PNG, "path": None}, [ImageRef(data=PNG)]),
+        ({"bytes": PNG, "path": "a.png"}, [ImageRef(data=PNG)]),
+        ({"bytes": None, "path": "a.png"}, [ImageRef(path="a.png")]),
+        (PNG, [ImageRef(data=PNG)]),
+        (bytearray(PNG), [ImageRef(data=PNG)]),
+        ("folder/a.png", [ImageRef(path="folder/a.png")]),
+        ("C:\\images\\a.png", [ImageRef(path="C:\\images\\a.png")]),
+        (URI, [ImageRef(data=PNG)]),
+        ("data:text/plain,%89PNG...", [ImageRef(data=PNG)]),
+        ({"bytes": None, "path": URI}, [ImageRef(data=PNG)]),
+        ({"url": URI}, [ImageRef(data=PNG)]),
+        (
+            [PNG, "a.png", {"bytes": PNG}],
+            [ImageRef(data=PNG), ImageRef(path="a.png"), ImageRef(data=PNG)],
+        ),
+        ([], []),
+    ],
+)
+def test_image_refs(value: Any, expected: list[ImageRef]) -> None:
+    assert image_refs(value, "image") == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, ErrorType.MISSING_IMAGE),
+        ({"bytes": None, "path": None}, ErrorType.MISSING_IMAGE),
+        ({"bytes": b"", "path": None}, ErrorType.MISSING_IMAGE),
+        (b"", ErrorType.MISSING_IMAGE),
+        ("", ErrorType.MISSING_IMAGE),
+        ([PNG, None], ErrorType.MISSING_IMAGE),
+        ("data:image/png;base64,", ErrorType.MISSING_IMAGE),
+        ("data:image/png;base64,@@@", ErrorType.DECODE),
+        ("data:nonsense", ErrorType.DECODE),
+        ("https://example.com/a.png", ErrorType.FORBIDDEN),
+        ("file:///etc/passwd", ErrorType.FORBIDDEN),
+        ("FILE:/etc/passwd", ErrorType.FORBIDDEN),
+        ("s3://bucket/a.png", ErrorType.FORBIDDEN),
+        ({"bytes": None, "path": "http://localhost/"}, ErrorType.FORBIDDEN),
+        (3, ErrorType.PROMPT),
+        ({"bytes": 3}, ErrorType.PROMPT),
+    ],
+)
+def test_image_refs_refuse(value: Any, expected: ErrorType) -> None:
+    assert error_type(image_refs, value, "image") is expected
+
+
+def test_a_message_never_repeats_the_payload() -> None:
+    with pytest.raises(RowError) as caught:
+        image_refs("https://example.com/?token=secret", "image")
+    assert "secret" not in caught.value.message
+
+
+TEXT = {"type": "text", "text": "What is this?"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "What is this?",
+        ["What is this?"],
+        [TEXT],
+        [{"text": "What is this?"}],
+        [{**TEXT, "image_url": None}],  # Parquet's union of all keys
+        [{"type": "input_text", "text": "What is this?"}],
+    ],
+)
+def test_contents_of_text(content: Any) -> None:
+    expected = [{"role": "user", "content": [TEXT]}]
+    value = [{"role": "user", "content": content}]
+    assert read_messages(value, "messages") == expected
+    assert read_messages(json.dumps(value), "messages") == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "no json",
+        [],
+        {},
+        [{"content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "user", "content": [3]}],
+        ["user"],
+    ],
+)
+def test_what_is_no_chat_is_refused(value: Any) -> None:
+    assert error_type(read_messages, value, "messages") is ErrorType.PROMPT
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+SLOT = {"type": "image"}
+A, B = ImageRef(path="a"), ImageRef(path="b")
+
+
+def test_bare_slots_take_the_columns_images_in_order() -> None:
+    messages = read_messages([user(SLOT, "one"), user(SLOT, "two")], "m")
+    filled, images = fill_slots(messages, [A, B], "m")
+    assert images == (A, B)
+    assert filled[1]["content"][0] == SLOT
+
+
+def test_inline_images_stand_where_they_are_written() -> None:
+    inline = {"type": "image_url", "image_url": {"url": URI}}
+    messages = read_messages([user(SLOT, "one", inline, SLOT)], "m")
+    filled, images = fill_slots(messages, [A, B], "m")
+    assert images == (A, ImageRef(data=PNG), B)
+    assert [part["type"] for part in filled[0]["content"]] == ["image", "text", "image", "image"]
+    assert all(set(p) == {"type"} for p in filled[0]["content"] if p["type"] == "image")
+
+
+def test_messages_without_slots_get_the_images_before_the_first_user_text() -> None:
+    messages = read_messages([{"role": "system", "content": "Be brief."}, user("one")], "m")
+    filled, images = fill_slots(messages, [A, B], "m")
+    assert images == (A, B)
+    assert filled[0]["content"] == [{"type": "text", "text": "Be brief."}]
+    assert [part["type"] for part in filled[1]["content"]] == ["image", "image", "text"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "expected"),
+    [
+        ([user(SLOT, SLOT)], [A], ErrorType.MISSING_IMAGE),
+        ([user(SLOT)], [], ErrorType.MISSING_IMAGE),
+        ([user(SLOT)], [A, B], ErrorType.PROMPT),
+        ([{"role": "system", "content": "x"}], [A], ErrorType.PROMPT),
+        (
+            [user({"type": "image", "image": "../../etc/x", "path": None}, SLOT)],
+            [],
+            ErrorType.MISSING_IMAGE,
+        ),
+        ([user({"type": "image", "url": "file:///etc/passwd"})], [], ErrorType.FORBIDDEN),
+    ],
+)
+def test_images_that_do_not_match_slots(messages: Any, images: Any, expected: ErrorType) -> None:
+    assert error_type(fill_slots, read_messages(messages, "m"), images, "m") is expected

@@ -1,0 +1,134 @@
+"""Records become samples, or failures that say why; nothing raises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from batchvlm.errors import ErrorType
+from batchvlm.loading import ModelLimits
+from batchvlm.preprocess import Preprocessor, PreprocessSpec, image_sizes
+from batchvlm.records import Failure, Record, Sample
+from batchvlm.settings import compose
+from tests.conftest import picture
+
+
+def preprocessor(*overrides: str) -> Preprocessor:
+    cfg = compose("run", list(overrides))
+    return Preprocessor(
+        PreprocessSpec(
+            model=cfg.model,
+            task=cfg.task,
+            columns=cfg.data.columns,
+            generation=cfg.generation,
+            image_root=None,
+            max_source_pixels=10**6,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def vqa() -> Preprocessor:
+    return preprocessor("task=vqa", "data.columns.image=images")
+
+
+def record(**values: Any) -> Record:
+    return Record(row=0, row_index=0, source_file="f", id="0", values=values)
+
+
+def prepared(maker: Preprocessor, question: str, *images: Any) -> Sample:
+    outcome = maker.prepare(record(question=question, images=list(images)))
+    assert isinstance(outcome, Sample), outcome
+    return outcome
+
+
+def test_what_a_sample_holds(vqa: Preprocessor) -> None:
+    one = prepared(vqa, "How many shapes are there?", picture())
+    two = prepared(vqa, "How many shapes are there?", picture(), picture("blue", (90, 60)))
+    none = prepared(vqa, "How many shapes are there?")
+    assert [s.image_tokens for s in (none, one, two)] == [0, 36, 72]
+    assert [s.image_sizes for s in (none, one, two)] == [(), ((96, 96),), ((96, 96),) * 2]
+    assert none.prompt_tokens < one.prompt_tokens < two.prompt_tokens
+    assert one.features["input_ids"].shape == (1, one.prompt_tokens)
+    assert "pixel_values" not in none.features
+    assert two.size_bytes > one.size_bytes > 96 * 96 * 3 * 4
+
+
+@pytest.mark.parametrize("text", ["<image>", "a <image><image> b", "<end_of_utterance>", "<pad>"])
+def test_control_tokens_in_a_rows_text_stay_text(vqa: Preprocessor, text: str) -> None:
+    """Typed by a user, "<image>" must not become an image, nor an end token end the turn."""
+    tokenizer = vqa._processor.tokenizer
+    special = set(tokenizer.all_special_ids)
+
+    def count(sample: Sample) -> int:
+        return sum(int(token) in special for token in sample.features["input_ids"][0])
+
+    sample = prepared(vqa, text, picture())
+    assert sample.image_tokens == 36
+    assert count(sample) == count(prepared(vqa, "x", picture()))
+    assert text.replace("<", "< ") in tokenizer.decode(sample.features["input_ids"][0])
+
+
+def failure(maker: Preprocessor, **values: Any) -> Failure:
+    outcome = maker.prepare(record(**values))
+    assert isinstance(outcome, Failure)
+    assert "\n" not in outcome.message
+    return outcome
+
+
+def test_every_failure_has_its_type(vqa: Preprocessor) -> None:
+    good = [picture()]
+    assert failure(vqa, question=None, images=good).error_type is ErrorType.PROMPT
+    assert failure(vqa, question="?", images=None).error_type is ErrorType.MISSING_IMAGE
+    assert failure(vqa, question="?", images=[b"x"]).error_type is ErrorType.DECODE
+    assert failure(vqa, question="?", images=["a.png"]).error_type is ErrorType.FORBIDDEN
+    large = [picture(size=(2000, 1000))]
+    assert failure(vqa, question="?", images=large).error_type is ErrorType.TOO_LARGE
+    broken = Failure(error_type=ErrorType.INPUT, message="a corrupt page")
+    assert vqa.prepare(replace(record(), failure=broken)) == broken
+
+
+def test_a_processor_that_raises_costs_the_row(
+    vqa: Preprocessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise ZeroDivisionError("no\nway")
+
+    monkeypatch.setattr(vqa._chat, "encode", broken)
+    found = failure(vqa, question="?", images=[picture()])
+    assert found.error_type is ErrorType.PREPROCESS
+    assert found.message == "ZeroDivisionError: no way"
+
+
+def test_a_prompt_is_never_truncated(vqa: Preprocessor) -> None:
+    found = failure(vqa, question="word " * 4000, images=[picture()])
+    assert found.error_type is ErrorType.PROMPT_TOO_LONG
+    assert "the limit is 2047" in found.message and "1 images" in found.message
+    tight = preprocessor("task=vqa", "data.columns.image=images", "model.max_prompt_tokens=45")
+    assert failure(tight, question="?" * 50, images=[picture()]).error_type is (
+        ErrorType.PROMPT_TOO_LONG
+    )
+
+
+def test_an_answer_gets_no_more_room_than_positions_are_left(vqa: Preprocessor) -> None:
+    short = prepared(vqa, "?", picture())
+    assert short.generation.max_new_tokens == 256
+    # Most tokens of the demo's tokenizer are whole words; letters it has not seen are not.
+    long = prepared(vqa, "q" * 1900, picture())
+    assert long.generation.max_new_tokens == 2048 - long.prompt_tokens < 256
+
+
+def test_image_sizes_as_the_model_sees_them() -> None:
+    limits = ModelLimits(max_positions=None, image_token_id=None, patch_size=14)
+    grid = {"image_grid_thw": np.array([[1, 4, 6], [1, 2, 2]])}
+    assert image_sizes(grid, [(90, 50), (30, 30)], limits) == ((84, 56), (28, 28))
+    tiles = {
+        "pixel_values": np.zeros((1, 5, 3, 56, 56), np.float32),
+        "image_sizes": np.zeros((1, 2)),
+    }
+    assert image_sizes(tiles, [(90, 50)], limits) == ((90, 50),)
+    fixed = {"pixel_values": np.zeros((2, 3, 24, 32), np.float32)}
+    assert image_sizes(fixed, [(90, 50), (30, 30)], limits) == ((32, 24), (32, 24))

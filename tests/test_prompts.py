@@ -1,0 +1,173 @@
+"""Templates over columns, strict; settings from the row over the run's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from batchvlm.config import (
+    ColumnsConfig,
+    GenerationColumnsConfig,
+    GenerationConfig,
+    TaskConfig,
+    TaskName,
+    TaskOutputConfig,
+)
+from batchvlm.errors import ConfigError, ErrorType, RowError
+from batchvlm.prompts import PromptBuilder, Template
+from batchvlm.records import Prompt, Record
+
+
+def record(row_index: int = 0, **values: Any) -> Record:
+    return Record(row=0, row_index=row_index, source_file="f", id="f:0", values=values)
+
+
+def builder(
+    prompt: str = "Describe.",
+    *,
+    system: str | None = None,
+    generation: GenerationConfig | None = None,
+    schema_column: str | None = None,
+    **columns: Any,
+) -> PromptBuilder:
+    output = TaskOutputConfig(json_schema_column=schema_column)
+    return PromptBuilder(
+        task=TaskConfig(name=TaskName.caption, prompt=prompt, system=system, output=output),
+        columns=ColumnsConfig(**columns),
+        generation=generation or GenerationConfig(),
+    )
+
+
+def text_of(prompt: Prompt) -> list[str]:
+    return [p["text"] for m in prompt.messages for p in m["content"] if p["type"] == "text"]
+
+
+def test_a_template_over_columns() -> None:
+    build = builder("{{ question }} Answer in {{ n }} words.", system="You know {{ topic }}.")
+    prompt = build.build(record(question="What?", n=3, topic="cats"))
+    assert [m["role"] for m in prompt.messages] == ["system", "user"]
+    assert text_of(prompt) == ["You know cats.", "What? Answer in 3 words."]
+    assert build.needed_columns() == {
+        "question": "task.prompt",
+        "n": "task.prompt",
+        "topic": "task.system",
+    }
+
+
+def test_a_column_whose_name_is_no_identifier() -> None:
+    build = builder("{{ row['my question'] }}")
+    assert build.needed_columns() == {"my question": "task.prompt"}
+    assert text_of(build.build(record(**{"my question": "Why?"}))) == ["Why?"]
+
+
+def test_text_of_a_row_is_never_a_template() -> None:
+    prompt = builder("{{ question }}").build(record(question="{{ 7 * 7 }}"))
+    assert text_of(prompt) == ["{{ 7 * 7 }}"]
+
+
+def test_a_null_is_an_error_unless_allowed() -> None:
+    with pytest.raises(RowError, match="null") as caught:
+        builder("{{ question }}").build(record(question=None))
+    assert caught.value.error_type is ErrorType.PROMPT
+    prompt = builder("Look. {{ question or '' }}").build(record(question=None))
+    assert text_of(prompt) == ["Look. "]
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ a.b.c }}", "{{ a / 0 }}", "{{ a[7] }}", "{{ a.__class__ }}"]
+)
+def test_what_an_expression_cannot_do_is_the_rows_error(source: str) -> None:
+    with pytest.raises(RowError) as caught:
+        Template(source, "task.prompt").render({"a": 1})
+    assert caught.value.error_type is ErrorType.PROMPT
+
+
+def test_a_broken_template_is_refused_before_the_run() -> None:
+    with pytest.raises(ConfigError, match=r"task.prompt is no valid Jinja2 template"):
+        builder("{{ question")
+
+
+def test_images_of_several_columns_come_first_and_in_order() -> None:
+    build = builder(image=["left", "right"])
+    prompt = build.build(record(left="a.png", right=["b.png", b"..."]))
+    assert [ref.path for ref in prompt.images] == ["a.png", "b.png", None]
+    assert [p["type"] for p in prompt.messages[0]["content"]] == ["image"] * 3 + ["text"]
+    assert set(build.needed_columns()) == {"left", "right"}
+
+
+def test_a_row_of_text_alone() -> None:
+    assert builder(image="images").build(record(images=[])).images == ()
+    assert builder().build(record()).images == ()
+
+
+def test_messages_pass_through_and_take_the_system_prompt() -> None:
+    build = builder("unused {{ x }}", messages="chat", image="image", system="Be brief.")
+    assert set(build.needed_columns()) == {"chat", "image"}
+    chat = [{"role": "user", "content": "What?"}]
+    prompt = build.build(record(chat=chat, image="a.png"))
+    assert [m["role"] for m in prompt.messages] == ["system", "user"]
+    own = [{"role": "system", "content": "Mine."}, *chat]
+    assert text_of(build.build(record(chat=own, image="a.png"))) == ["Mine.", "What?"]
+
+
+def columns(**named: str) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=9, columns=GenerationColumnsConfig(**named))
+
+
+def test_a_rows_own_settings_lie_over_the_runs() -> None:
+    build = builder(
+        generation=columns(max_new_tokens="limit", temperature="t", stop="s", seed="seed")
+    )
+    mine = build.build(record(limit=3, t=1, s="END", seed=7)).generation
+    assert (mine.max_new_tokens, mine.temperature, mine.stop, mine.seed) == (3, 1.0, ("END",), 7)
+    default = build.build(record(limit=None, t=None, s=None, seed=None)).generation
+    assert (default.max_new_tokens, default.temperature, default.stop) == (9, 0.0, ())
+    assert (
+        build.build(record(limit=3.0, t=0.5, s=["a", "b"], seed=1)).generation.max_new_tokens == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 2.5),
+        ("max_new_tokens", "3"),
+        ("max_new_tokens", True),
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("seed", -1),
+        ("stop", [""]),
+        ("stop", 3),
+        ("ignore_eos", 1),
+    ],
+)
+def test_a_bad_setting_is_the_rows_error(setting: str, value: Any) -> None:
+    build = builder(generation=columns(**{setting: "column"}))
+    with pytest.raises(RowError) as caught:
+        build.build(record(column=value))
+    assert caught.value.error_type is ErrorType.PROMPT
+    assert "column" in caught.value.message
+
+
+def test_rows_draw_differently_and_each_always_the_same() -> None:
+    build = builder()
+    seeds = [build.build(record(row_index=i)).generation.seed for i in range(100)]
+    assert len(set(seeds)) == 100
+    assert seeds[3] == builder().build(record(row_index=3)).generation.seed
+    other = builder(generation=GenerationConfig(seed=1))
+    assert other.build(record(row_index=3)).generation.seed != seeds[3]
+
+
+def test_a_rows_own_schema() -> None:
+    build = builder(schema_column="schema")
+    schema = '{"type": "object"}'
+    assert build.build(record(schema=schema)).json_schema == schema
+    assert build.build(record(schema={"type": "object"})).json_schema == schema
+    assert build.build(record(schema=None)).json_schema is None
+    for broken in ("no json", '{"type": 3}', "[]"):
+        with pytest.raises(RowError) as caught:
+            build.build(record(schema=broken))
+        assert caught.value.error_type is ErrorType.PROMPT

@@ -1,0 +1,60 @@
+"""Schemas are read, checked, and never fetch anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from batchvlm.errors import ConfigError
+from batchvlm.schemas import InvalidSchemaError, compile_schema, read_schema, why_invalid
+
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+
+
+def test_from_a_file_or_inline(tmp_path: Path) -> None:
+    path = tmp_path / "point.json"
+    path.write_text(json.dumps(POINT))
+    assert read_schema(str(path), "s") == read_schema(POINT, "s")
+    assert json.loads(read_schema(POINT, "s")) == POINT
+
+
+def test_what_is_no_schema(tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text("{")
+    for schema in (str(path), str(tmp_path / "none.json"), str(tmp_path), {"type": "nonsense"}):
+        with pytest.raises(ConfigError, match=r"^task.output.json_schema"):
+            read_schema(schema, "task.output.json_schema")
+    for text in ("", "[]", "3", '{"properties": 3}', "[" * 100_000):
+        with pytest.raises(InvalidSchemaError):
+            compile_schema(text)
+
+
+def test_why_invalid_names_the_place() -> None:
+    schema = json.dumps(POINT)
+    assert why_invalid({"x": 1}, schema) is None
+    assert why_invalid({"x": "1"}, schema) == "$.x: '1' is not of type 'integer'"
+    assert "required" in str(why_invalid({}, schema))
+
+
+def test_the_schemas_own_draft_and_formats() -> None:
+    draft4 = {"$schema": "http://json-schema.org/draft-04/schema#", "maximum": 3}
+    exclusive = draft4 | {"exclusiveMaximum": True}
+    assert why_invalid(3, json.dumps(draft4)) is None
+    assert why_invalid(3, json.dumps(exclusive)) is not None
+    date = json.dumps({"type": "string", "format": "date"})
+    assert why_invalid("2026-02-30", date) is not None
+
+
+def test_a_reference_is_never_fetched(tmp_path: Path) -> None:
+    secret = tmp_path / "schema.json"
+    secret.write_text('{"type": "integer"}')
+    for ref in (secret.as_uri(), "http://127.0.0.1:9/schema.json"):
+        assert "is not in it" in str(why_invalid(1, json.dumps({"$ref": ref})))
+
+
+def test_a_schema_that_cannot_be_applied_is_an_answer_too() -> None:
+    assert "cannot be applied" in str(why_invalid("a", '{"pattern": "(?<bad"}'))
+    endless = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+    assert "cannot be applied" in str(why_invalid(1, json.dumps(endless)))
