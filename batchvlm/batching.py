@@ -1,0 +1,55 @@
+"""Samples -> length-sorted batches under a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from batchvlm.config import BatchingConfig
+from batchvlm.records import Batch, Sample
+
+
+def group_by_length(samples: Iterable[Sample], cfg: BatchingConfig) -> Iterator[Batch]:
+    """Yield every sample once, in batches within the padded-token budget.
+
+    A bounded window of samples is sorted by length, image tokens and room for the answer included,
+    and cut into batches whose padded size stays within `cfg.max_batch_tokens`. A sample above the
+    budget forms a batch of one. The same samples in the same order give the same batches.
+    """
+    for window in _windows(samples, cfg):
+        # Longest first: the batch likeliest to run out of memory fails early, and memory that it
+        # took is reused by all that follow. The answer's room leads, since a batch decodes until
+        # its last row is done.
+        window.sort(
+            key=lambda s: (s.generation.max_new_tokens, s.prompt_tokens, -s.row_index), reverse=True
+        )
+        yield from _pack(window, cfg)
+
+
+def _windows(samples: Iterable[Sample], cfg: BatchingConfig) -> Iterator[list[Sample]]:
+    window: list[Sample] = []
+    size_bytes = 0
+    for sample in samples:
+        window.append(sample)
+        size_bytes += sample.size_bytes
+        if len(window) >= cfg.sort_window or size_bytes >= cfg.max_window_bytes:
+            yield window
+            window, size_bytes = [], 0
+    if window:
+        yield window
+
+
+def _pack(ordered: Iterable[Sample], cfg: BatchingConfig) -> Iterator[Batch]:
+    batch: list[Sample] = []
+    longest_prompt = longest_answer = 0
+    for sample in ordered:
+        prompt = max(longest_prompt, sample.prompt_tokens)
+        answer = max(longest_answer, sample.generation.max_new_tokens)
+        is_over_budget = (len(batch) + 1) * (prompt + answer) > cfg.max_batch_tokens
+        if batch and (is_over_budget or len(batch) == cfg.max_batch_size):
+            yield Batch(samples=tuple(batch))
+            batch = []
+            prompt, answer = sample.prompt_tokens, sample.generation.max_new_tokens
+        batch.append(sample)
+        longest_prompt, longest_answer = prompt, answer
+    if batch:
+        yield Batch(samples=tuple(batch))

@@ -1,0 +1,87 @@
+"""Samples of one batch -> the model's padded tensors.
+
+Each sample was processed alone, so that it can be regrouped with any other. What the processor
+returned for one row joins that of the others by one rule: token rows are padded on the left, the
+rest is zero-padded in its trailing dimensions and concatenated on the first. The rule is exact for
+the families that keep images, patches, tiles or rows on the first dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchvlm.records import Array, Sample
+
+# Shape legend: B rows of the batch, T padded prompt length, T_i length of row i.
+
+_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+_NOT_COLLATED = ("input_ids", "attention_mask")
+
+
+def left_pad(rows: Sequence[Array], *, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Pad token rows on the left to one rectangle.
+
+    A decoder-only model continues from the last column, so padding must not be there.
+
+    Args:
+        rows: B arrays of token ids, shapes [T_i], each T_i >= 1.
+        pad_id: id for padded cells; never attended to.
+
+    Returns:
+        ids_BT: int64 [B, T], T = max T_i.
+        mask_BT: int64 [B, T], 1 on real tokens.
+
+    Raises:
+        ValueError: `rows` is empty or holds an empty row.
+    """
+    if not rows or not all(len(row) for row in rows):
+        raise ValueError("left_pad needs at least one row and no empty row")
+    longest = max(len(row) for row in rows)
+    ids_BT = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    mask_BT = np.zeros((len(rows), longest), dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids_BT[i, longest - len(row) :] = row
+        mask_BT[i, longest - len(row) :] = 1
+    return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
+
+
+def collate(samples: Sequence[Sample], *, pad_id: int) -> dict[str, Tensor]:
+    """Join samples into the keyword arguments of the model's `generate`.
+
+    Returns:
+        `input_ids` and `attention_mask` [B, T] on the left padded; every other feature
+        concatenated on its first dimension over the samples that have it.
+    """
+    ids_BT, mask_BT = left_pad([s.features["input_ids"][0] for s in samples], pad_id=pad_id)
+    batch = {"input_ids": ids_BT, "attention_mask": mask_BT}
+    names = dict.fromkeys(name for sample in samples for name in sample.features)
+    for name in names:
+        if name in _NOT_COLLATED:
+            continue
+        if name in _PER_TOKEN:
+            # A row of text alone may lack the feature that marks image tokens.
+            rows = [
+                s.features[name][0]
+                if name in s.features
+                else np.zeros(s.prompt_tokens, dtype=np.int64)
+                for s in samples
+            ]
+            batch[name], _ = left_pad(rows, pad_id=0)
+        else:
+            batch[name] = _concatenate([s.features[name] for s in samples if name in s.features])
+    return batch
+
+
+def _concatenate(arrays: Sequence[Array]) -> Tensor:
+    trailing = [max(sizes) for sizes in zip(*(a.shape[1:] for a in arrays), strict=True)]
+    out = np.zeros((sum(len(a) for a in arrays), *trailing), dtype=arrays[0].dtype)
+    start = 0
+    for array in arrays:
+        region = (slice(start, start + len(array)), *(slice(size) for size in array.shape[1:]))
+        out[region] = array
+        start += len(array)
+    return torch.from_numpy(out)

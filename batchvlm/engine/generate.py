@@ -1,0 +1,251 @@
+"""The engine that every model allows: transformers' `generate()` on padded batches."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+
+from batchvlm.config import ModelConfig
+from batchvlm.engine.collate import collate
+from batchvlm.engine.sampling import RowSampler
+from batchvlm.errors import ErrorType, ModelError
+from batchvlm.loading import load_model, load_processor
+from batchvlm.records import Batch, Completion, Failure, FinishReason, Generation, Sample
+
+log = logging.getLogger(__name__)
+
+# Shape legend: B rows of the batch, T padded prompt length plus tokens generated so far,
+# V vocabulary.
+
+
+class GenerateEngine:
+    """Runs padded batches through `model.generate`, every row under its own settings.
+
+    Args:
+        model: a transformers model for image-text-to-text.
+        tokenizer: the tokenizer that decodes its answers.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids(model, tokenizer)
+        pad_id = tokenizer.pad_token_id
+        self._pad_id = pad_id if pad_id is not None else next(iter(self._eos_ids), 0)
+        if model.config.is_encoder_decoder:
+            raise ModelError(
+                f"{type(model).__name__} is an encoder-decoder; only decoder-only models run yet"
+            )
+        model.generation_config = without_defaults(model.generation_config, pad_id=self._pad_id)
+
+    @classmethod
+    def load(cls, cfg: ModelConfig, *, device: str) -> GenerateEngine:
+        """Load a model and its tokenizer.
+
+        Raises:
+            ModelError: either cannot be loaded.
+        """
+        return cls(load_model(cfg, device=device), load_processor(cfg).tokenizer)
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Completion | Failure]]:
+        """Answer every sample of every batch exactly once; see `Engine.run`."""
+        for batch in batches:
+            yield from self._run_or_split(batch.samples)
+
+    def _run_or_split(
+        self, samples: Sequence[Sample]
+    ) -> Iterator[tuple[int, Completion | Failure]]:
+        # A batch that raises is halved until the row at fault stands alone.
+        try:
+            completions = self._generate(samples)
+        except Exception as error:
+            reason = _one_line(error)
+            is_oom = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+                "can't allocate memory" in reason  # torch's CPU allocator raises RuntimeError
+            )
+            del error  # its traceback holds the tensors of the failed attempt
+            self._free_memory()
+            if len(samples) == 1:
+                kind = ErrorType.OOM if is_oom else ErrorType.ENGINE
+                yield samples[0].row_index, Failure(error_type=kind, message=reason)
+                return
+            log.warning("a batch of %d rows failed (%s); halving it", len(samples), reason)
+            middle = len(samples) // 2
+            yield from self._run_or_split(samples[:middle])
+            yield from self._run_or_split(samples[middle:])
+        else:
+            yield from ((completion.row_index, completion) for completion in completions)
+
+    def _free_memory(self) -> None:
+        gc.collect()
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _generate(self, samples: Sequence[Sample]) -> list[Completion]:
+        start = time.perf_counter()
+        device = self._model.device
+        inputs = {
+            name: self._to_device(tensor)
+            for name, tensor in collate(samples, pad_id=self._pad_id).items()
+        }
+        rows = [sample.generation for sample in samples]
+        prompt_width = inputs["input_ids"].shape[1]
+        stops = RowStops(rows, self._eos_ids, prompt_width, self._tokenizer, device)
+        sampler = RowSampler(rows, eos_ids=self._eos_ids, device=device)
+        processors = LogitsProcessorList()
+        if not sampler.is_greedy:
+            processors.append(ChosenToken(sampler, inputs["attention_mask"]))
+        ids_BT = self._model.generate(
+            **inputs,
+            max_new_tokens=max(r.max_new_tokens for r in rows),
+            logits_processor=processors,
+            stopping_criteria=[stops],
+        )
+        latency_s = time.perf_counter() - start
+        answers = ids_BT[:, prompt_width:].tolist()
+        return [
+            stops.completion(i, sample.row_index, answers[i], latency_s)
+            for i, sample in enumerate(samples)
+        ]
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return tensor.to(self._model.device, self._model.dtype)
+        return tensor.to(self._model.device)
+
+
+def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends an answer: those of the generation config, else the tokenizer's."""
+    configured = model.generation_config.eos_token_id
+    if configured is None:
+        configured = tokenizer.eos_token_id
+    if configured is None:
+        return ()
+    return tuple(configured) if isinstance(configured, list | tuple) else (int(configured),)
+
+
+def without_defaults(config: Any, *, pad_id: int) -> Any:
+    """A model's generation config without what a run decides: sampling and where answers end.
+
+    transformers fills every setting that a call leaves open from the model's repository, so a
+    greedy run would take over its repetition penalty and a row that ignores EOS would still end.
+    """
+    config = copy.deepcopy(config)
+    config.update(
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=pad_id,
+        max_length=None,
+        max_new_tokens=None,
+        min_length=None,
+        min_new_tokens=None,
+        num_beams=1,
+        num_return_sequences=1,
+        repetition_penalty=1.0,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        min_p=None,
+    )
+    return config
+
+
+class ChosenToken(LogitsProcessor):
+    """Lets `generate()`'s argmax find the token that our sampler chose."""
+
+    def __init__(self, sampler: RowSampler, mask_BT: Tensor) -> None:
+        self._sampler = sampler
+        self._prompt_mask_BT = mask_BT
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self._prompt_mask_BT.shape[1]
+        answer_BT = torch.ones_like(input_ids[:, self._prompt_mask_BT.shape[1] :])
+        mask_BT = torch.cat([self._prompt_mask_BT, answer_BT], dim=1)
+        chosen_B = self._sampler.choose(scores, input_ids, mask_BT, step)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen_B[:, None], 0.0)
+
+
+class RowStops(StoppingCriteria):
+    """Ends each row by its own limit, its own stop strings and, unless ignored, the model's EOS."""
+
+    def __init__(
+        self,
+        rows: Sequence[Generation],
+        eos_ids: Sequence[int],
+        prompt_width: int,
+        tokenizer: Any,
+        device: torch.device,
+    ) -> None:
+        # generate() looks for this name to know that finished rows must be padded.
+        self.eos_token_id = torch.tensor(list(eos_ids) or [-1], device=device)
+        self._eos_ids = frozenset(eos_ids)
+        self._rows = rows
+        self._prompt_width = prompt_width
+        self._tokenizer = tokenizer
+        self._limits_B = torch.tensor([r.max_new_tokens for r in rows], device=device)
+        self._heeds_eos_B = torch.tensor([not r.ignore_eos for r in rows], device=device)
+        self._stop_rows = [i for i, row in enumerate(rows) if row.stop]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        num_new = input_ids.shape[1] - self._prompt_width
+        is_eos_B = torch.isin(input_ids[:, -1], self.eos_token_id)
+        done_B = (is_eos_B & self._heeds_eos_B) | (self._limits_B <= num_new)
+        for i in self._stop_rows:
+            if not done_B[i] and self._stop_at(i, input_ids[i, self._prompt_width :].tolist()):
+                done_B[i] = True
+        return done_B
+
+    def _stop_at(self, i: int, ids: Sequence[int]) -> str | None:
+        # A stop string may begin and end inside tokens, so look at text, but only at its end: no
+        # token adds less than a byte, hence as many tokens as the longest string has bytes.
+        longest = max(len(stop.encode()) for stop in self._rows[i].stop)
+        tail = self._tokenizer.decode(ids[-longest - 1 :], skip_special_tokens=True)
+        return next((stop for stop in self._rows[i].stop if stop in tail), None)
+
+    def completion(
+        self, i: int, row_index: int, ids: Sequence[int], latency_s: float
+    ) -> Completion:
+        """Cut row i's answer at its end and say why it ended.
+
+        Args:
+            i: place in the batch.
+            row_index: the sample's row.
+            ids: everything generated, padding behind the end included.
+            latency_s: seconds that the batch took.
+        """
+        settings = self._rows[i]
+        ids = list(ids[: settings.max_new_tokens])
+        reason = FinishReason.LENGTH
+        if not settings.ignore_eos:
+            for n, token in enumerate(ids):
+                if token in self._eos_ids:
+                    ids, reason = ids[: n + 1], FinishReason.STOP
+                    break
+        if settings.stop:
+            for n in range(1, len(ids) + 1):
+                if self._stop_at(i, ids[:n]):
+                    ids, reason = ids[:n], FinishReason.STOP
+                    break
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        cuts = [at for stop in settings.stop if (at := text.find(stop)) >= 0]
+        return Completion(
+            row_index=row_index,
+            token_ids=tuple(ids),
+            text=text[: min(cuts)] if cuts else text,
+            finish_reason=reason,
+            latency_s=latency_s,
+        )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}"

@@ -1,0 +1,115 @@
+"""The next token of every row, each row under its own settings and its own random generator.
+
+Rows draw by the Gumbel-max trick: argmax(logits + noise) is a draw from softmax(logits). The noise
+of a row comes from that row's generator alone, so its answer does not depend on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchvlm.records import Generation
+
+# Shape legend: B rows, V vocabulary (width of the logits), T tokens so far.
+
+
+class RowSampler:
+    """Chooses tokens for a fixed set of rows.
+
+    Args:
+        rows: the settings of B rows.
+        eos_ids: ids that end a sequence.
+        device: where the logits are.
+    """
+
+    def __init__(
+        self, rows: Sequence[Generation], *, eos_ids: Sequence[int], device: torch.device
+    ) -> None:
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+        self._eos_ids = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+        self._min_new_tokens = [0 if r.ignore_eos else r.min_new_tokens for r in rows]
+        self._is_drawn = [r.temperature > 0 for r in rows]
+        self._rngs = [np.random.Generator(np.random.PCG64(r.seed)) for r in rows]
+        self._drawn_B1 = torch.tensor(self._is_drawn, device=device)[:, None]
+        self._temperature_B1 = column([r.temperature or 1.0 for r in rows])
+        self._penalty_B1 = column([r.repetition_penalty for r in rows])
+        self._top_k_B1 = column([r.top_k for r in rows]).long()
+        self._top_p_B1 = column([r.top_p for r in rows])
+        self._min_p_B1 = column([r.min_p for r in rows])
+        self._has_penalty = any(r.repetition_penalty != 1.0 for r in rows)
+        drawn = [r for r in rows if r.temperature > 0]
+        self._has_sorted_cut = any(r.top_k > 0 or r.top_p < 1.0 for r in drawn)
+        self._has_min_p = any(r.min_p > 0 for r in drawn)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every row just takes the likeliest token, so that nothing here is needed."""
+        return not (any(self._is_drawn) or self._has_penalty or any(self._min_new_tokens))
+
+    def choose(self, logits_BV: Tensor, ids_BT: Tensor, mask_BT: Tensor, step: int) -> Tensor:
+        """Choose one token a row.
+
+        Args:
+            logits_BV: [B, V] of the last position.
+            ids_BT: int64 [B, T] prompt and answer so far.
+            mask_BT: [B, T] true where `ids_BT` is no padding.
+            step: tokens generated so far.
+
+        Returns:
+            int64 [B].
+        """
+        scores_BV = logits_BV.float()
+        if self._has_penalty:
+            scores_BV = self._penalise(scores_BV, ids_BT, mask_BT)
+        if any(step < least for least in self._min_new_tokens):
+            too_early = [step < least for least in self._min_new_tokens]
+            rows = torch.tensor(too_early, device=scores_BV.device).nonzero()
+            scores_BV = scores_BV.clone()
+            scores_BV[rows, self._eos_ids] = -torch.inf
+        greedy_B = scores_BV.argmax(-1)
+        if not any(self._is_drawn):
+            return greedy_B
+        scores_BV = self._cut(scores_BV / self._temperature_B1)
+        drawn_B = (scores_BV + self._noise(scores_BV)).argmax(-1)
+        return torch.where(self._drawn_B1[:, 0], drawn_B, greedy_B)
+
+    def _penalise(self, scores_BV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        # As in CTRL (Keskar et al. 2019) and transformers: divide what is above 0, multiply below.
+        seen_BV = torch.zeros_like(scores_BV, dtype=torch.bool)
+        rows, columns = mask_BT.bool().nonzero(as_tuple=True)
+        seen_BV[rows, ids_BT[rows, columns]] = True
+        penalised_BV = torch.where(
+            scores_BV > 0, scores_BV / self._penalty_B1, scores_BV * self._penalty_B1
+        )
+        return torch.where(seen_BV, penalised_BV, scores_BV)
+
+    def _cut(self, scores_BV: Tensor) -> Tensor:
+        if self._has_min_p:
+            top_B1 = scores_BV.max(-1, keepdim=True).values
+            floor_B1 = top_B1 + self._min_p_B1.log()
+            scores_BV = scores_BV.masked_fill(scores_BV < floor_B1, -torch.inf)
+        if self._has_sorted_cut:
+            sorted_BV, order_BV = scores_BV.sort(-1, descending=True)
+            rank_V = torch.arange(sorted_BV.shape[-1], device=sorted_BV.device)
+            drop_BV = (rank_V >= self._top_k_B1) & (self._top_k_B1 > 0)
+            # A row's probabilities are renormalised after top-k, as transformers and vLLM do.
+            probs_BV = sorted_BV.masked_fill(drop_BV, -torch.inf).softmax(-1)
+            before_BV = probs_BV.cumsum(-1) - probs_BV
+            drop_BV |= (before_BV >= self._top_p_B1) & (self._top_p_B1 < 1)
+            drop_BV[:, 0] = False
+            drop_BV = torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV)
+            scores_BV = scores_BV.masked_fill(drop_BV, -torch.inf)
+        return scores_BV
+
+    def _noise(self, scores_BV: Tensor) -> Tensor:
+        noise_BV = np.zeros(scores_BV.shape, dtype=np.float32)
+        for i, rng in enumerate(self._rngs):
+            if self._is_drawn[i]:
+                noise_BV[i] = rng.gumbel(size=scores_BV.shape[-1])
+        return torch.from_numpy(noise_BV).to(scores_BV.device)
