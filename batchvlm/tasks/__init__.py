@@ -1,0 +1,53 @@
+"""Completion -> what the task makes of it. A task knows text and schemas, no model and no file.
+
+To add a task: a module with a class that has `read`, its name in `config.TaskName`, a case below,
+and `conf/task/NAME.yaml`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from batchvlm.config import TaskConfig, TaskName
+from batchvlm.records import Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What a task reads from an answer."""
+
+    parsed: str | None = None
+    """The typed value as canonical JSON text."""
+    json_valid: bool | None = None
+    """Whether the answer is JSON that fits the schema; None where the task asks for no JSON."""
+    failure: Failure | None = None
+
+
+class Task(Protocol):
+    """What the pipeline needs of a task."""
+
+    def read(self, text: str, *, json_schema: str | None) -> Reading:
+        """Read one answer.
+
+        Args:
+            text: the model's answer.
+            json_schema: the row's own schema as JSON text, where it brings one.
+        """
+        ...
+
+
+def open_task(cfg: TaskConfig) -> Task:
+    """The task that the configuration names.
+
+    Raises:
+        ConfigError: its schema cannot be read.
+    """
+    from batchvlm.tasks.extract import Extract
+    from batchvlm.tasks.free_text import FreeText
+
+    match cfg.name:
+        case TaskName.caption | TaskName.vqa:
+            return FreeText()
+        case TaskName.extract:
+            return Extract(cfg.output)

@@ -1,0 +1,80 @@
+"""Answers as JSON: validated, never repaired."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from batchvlm.config import TaskConfig, TaskName, TaskOutputConfig
+from batchvlm.errors import ConfigError, ErrorType
+from batchvlm.tasks import Reading, open_task
+from batchvlm.tasks.extract import Extract
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "n": {"type": "integer"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+
+def read(text: str, json_schema: str | None = None) -> Reading:
+    return Extract(TaskOutputConfig(json_schema=SCHEMA)).read(text, json_schema=json_schema)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "Zoë", "n": 3}',
+        '  {"name":"Zoë","n":3}\n',
+        '```json\n{"name": "Zoë", "n": 3}\n```',
+        '```\n{"name": "Zoë",\n "n": 3}\n```',
+    ],
+)
+def test_an_answer_that_fits(text: str) -> None:
+    assert read(text) == Reading(parsed='{"name":"Zoë","n":3}', json_valid=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no JSON"),
+        ("A cat.", "no JSON"),
+        ('{"name": "a"', "no JSON"),
+        ('{"name": "a"} and more', "no JSON"),
+        ('{"name": NaN}', "NaN is no JSON number"),
+        ('```json\n{"name": "a"}', "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ('{"n": 3}', "'name' is a required property"),
+        ('{"name": 3}', "$.name"),
+        ('{"name": "a", "x": 1}', "Additional properties"),
+    ],
+)
+def test_an_answer_that_does_not(text: str, message: str) -> None:
+    reading = read(text)
+    assert (reading.parsed, reading.json_valid) == (None, False)
+    assert reading.failure is not None
+    assert reading.failure.error_type is ErrorType.INVALID_JSON
+    assert message in reading.failure.message
+
+
+def test_a_rows_own_schema_comes_first() -> None:
+    own = json.dumps({"type": "array"})
+    assert read("[1]", own).json_valid is True
+    assert read('{"name": "a"}', own).json_valid is False
+
+
+def task(name: TaskName, **output: Any) -> TaskConfig:
+    return TaskConfig(name=name, prompt="?", output=TaskOutputConfig(**output))
+
+
+def test_free_text_is_taken_as_it_is() -> None:
+    for name in (TaskName.caption, TaskName.vqa):
+        assert open_task(task(name)).read("{not json", json_schema=None) == Reading()
+
+
+def test_a_schema_that_is_not_there_is_refused_before_the_run() -> None:
+    with pytest.raises(ConfigError, match=r"task.output.json_schema=none.json cannot be read"):
+        open_task(task(TaskName.extract, json_schema="none.json"))
