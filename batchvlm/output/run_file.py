@@ -1,0 +1,175 @@
+"""`_batchvlm/run.json`: what a run is and how it is cut into shards, written once.
+
+Whoever comes first writes it; everyone else, now or in a year, reads it and either agrees or is
+refused. The plan in it is the plan, also where a later release would cut differently.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from batchvlm.errors import FingerprintError, OutputError
+from batchvlm.output.fingerprint import differences, fingerprint
+from batchvlm.output.folder import OutputFolder
+from batchvlm.records import Shard
+
+_FORMAT = 1
+"""Raised when an older release could no longer make sense of the file or the folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFile:
+    """The content of `run.json`."""
+
+    format: int
+    fingerprint: str
+    """Digest of `identity`."""
+    identity: Mapping[str, Any]
+    """What an answer depends on."""
+    layout: Mapping[str, Any]
+    """What the output files depend on besides: rows per shard, columns, rows taken."""
+    settings: Mapping[str, Any]
+    """The job as first started, for people; never compared."""
+    plan: tuple[Shard, ...]
+    """`plan[i].index == i`."""
+    created_at: str
+    """ISO 8601, UTC."""
+    packages: Mapping[str, str]
+    """Versions at the first start; never compared."""
+
+
+def open_run(
+    folder: OutputFolder,
+    *,
+    identity: Mapping[str, Any],
+    layout: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    packages: Mapping[str, str],
+    plan: list[Shard],
+) -> RunFile:
+    """Start a run in `folder`, or join the one that is there; any number of processes may at once.
+
+    All arguments are JSON values. `plan` counts only for the process that starts the run: go on
+    with the plan of the run that is returned.
+
+    Raises:
+        FingerprintError: the folder's run has another identity or layout.
+        OutputError: the folder cannot be read or written, or holds something that is not ours.
+    """
+    assert all(shard.index == index for index, shard in enumerate(plan))
+    # First the data, then the file: a run always has its file before its first part, so parts
+    # without it cannot be those of a run that another process is starting at this moment.
+    has_data = folder.has_foreign_data()
+    run = read_run(folder)
+    if run is None:
+        if has_data:
+            raise OutputError(
+                f"{folder.data} holds Parquet files, but {folder.run_json} is missing: "
+                "they are no output of batchvlm",
+                hint="name another output.dir",
+            )
+        ours = RunFile(
+            format=_FORMAT,
+            fingerprint=fingerprint(identity),
+            identity=identity,
+            layout=layout,
+            settings=settings,
+            plan=tuple(plan),
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            packages=packages,
+        )
+        text = _encode(ours)
+        folder.commit_file(lambda file: file.write(text), folder.run_json, replace=False)
+        # The winner's, and what the winner reads too: stored and fresh runs cannot differ.
+        run = read_run(folder)
+        if run is None:
+            raise OutputError(f"{folder.run_json} vanished just after it was written")
+    found = differences(run.identity, identity) + differences(run.layout, layout)
+    if found:
+        raise FingerprintError(
+            f"{folder.root} holds the answers to another question: {'; '.join(found)}",
+            hint="name another output.dir, put the settings back, or delete the folder",
+        )
+    folder.remove_leftovers(len(run.plan))
+    return run
+
+
+def read_run(folder: OutputFolder) -> RunFile | None:
+    """The run in `folder`; None where there is none.
+
+    Raises:
+        OutputError: the file cannot be read, is damaged, not ours, or of a newer release.
+    """
+    text = folder.read_bytes(folder.run_json)
+    return None if text is None else _decode(text, folder.run_json)
+
+
+def _encode(run: RunFile) -> bytes:
+    content = {field.name: getattr(run, field.name) for field in fields(run)}
+    # "program" first: the head of the file tells a person what it is.
+    text = json.dumps({"program": "batchvlm"} | content | {"plan": _pack(run.plan)})
+    return text.encode("ascii")
+
+
+def _decode(text: bytes, path: Path) -> RunFile:
+    try:
+        content = json.loads(text)
+        if content.pop("program") != "batchvlm":
+            raise ValueError("another program")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"{path} is damaged, or no run of batchvlm", hint="name another output.dir"
+        ) from error
+    if isinstance(content.get("format"), int) and content["format"] > _FORMAT:
+        raise OutputError(
+            f"{path} is of a newer batchvlm (format {content['format']}, here {_FORMAT})",
+            hint="update batchvlm, or name another output.dir",
+        )
+    try:
+        run = RunFile(**content | {"plan": _unpack(content["plan"])})
+        is_whole = isinstance(run.identity, dict) and isinstance(run.layout, dict)
+        if run.format != _FORMAT or not is_whole or fingerprint(run.identity) != run.fingerprint:
+            raise ValueError("not what was written")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise OutputError(
+            f"{path} is damaged", hint="restore the file, or name another output.dir"
+        ) from error
+    return run
+
+
+def _pack(plan: Sequence[Shard]) -> dict[str, list[Any]]:
+    """The plan as columns, each file named once: 100,000 shards are some 3 MB."""
+    files = {name: place for place, name in enumerate(dict.fromkeys(s.source_file for s in plan))}
+    return {
+        "source_files": list(files),
+        "source_file": [files[s.source_file] for s in plan],
+        "first_row": [s.first_row for s in plan],
+        "num_rows": [s.num_rows for s in plan],
+        "first_row_index": [s.first_row_index for s in plan],
+    }
+
+
+def _unpack(columns: Mapping[str, list[Any]]) -> tuple[Shard, ...]:
+    files = columns["source_files"]
+    rows = zip(
+        columns["source_file"],
+        columns["first_row"],
+        columns["num_rows"],
+        columns["first_row_index"],
+        strict=True,
+    )
+    return tuple(
+        Shard(
+            index=index,
+            source_file=files[place],
+            first_row=first_row,
+            num_rows=num_rows,
+            first_row_index=first_row_index,
+        )
+        for index, (place, first_row, num_rows, first_row_index) in enumerate(rows)
+    )

@@ -1,0 +1,226 @@
+"""The output's columns, fixed before the first row is known, and results as Arrow tables."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchvlm.errors import ConfigError
+from batchvlm.records import Result
+
+logger = logging.getLogger(__name__)
+
+_HF = b"huggingface"
+"""Key of the metadata in which `datasets` keeps the features of a Parquet file's columns."""
+
+_UNFIT = (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError)
+"""What pyarrow raises on a value that is not of the type."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What is the same in every row of a run."""
+
+    model: str
+    """Name and revision."""
+    fingerprint: str
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    name: str
+    type: pa.DataType
+    read: Callable[[Result, Provenance], Any]
+
+
+_SIZES = pa.list_(pa.struct([("width", pa.int32()), ("height", pa.int32())]))
+
+_KEY_COLUMNS = (
+    _Column("id", pa.string(), lambda r, p: r.id),
+    _Column("row_index", pa.int64(), lambda r, p: r.row_index),
+    _Column("source_file", pa.string(), lambda r, p: r.source_file),
+)
+_TEXT_COLUMNS = (
+    _Column("status", pa.string(), lambda r, p: r.status.value),
+    _Column("error_type", pa.string(), lambda r, p: r.failure and r.failure.error_type.value),
+    _Column("error_message", pa.string(), lambda r, p: r.failure and r.failure.message),
+    _Column("attempts", pa.int32(), lambda r, p: r.attempts),
+    _Column("generated_text", pa.string(), lambda r, p: r.generated_text),
+)
+_TOKEN_IDS = _Column("token_ids", pa.list_(pa.int32()), lambda r, p: r.token_ids)
+_OTHER_COLUMNS = (
+    _Column("parsed", pa.string(), lambda r, p: r.parsed),
+    _Column("json_valid", pa.bool_(), lambda r, p: r.json_valid),
+    _Column("finish_reason", pa.string(), lambda r, p: r.finish_reason and r.finish_reason.value),
+    _Column("prompt_tokens", pa.int32(), lambda r, p: r.prompt_tokens),
+    _Column("image_tokens", pa.int32(), lambda r, p: r.image_tokens),
+    _Column("completion_tokens", pa.int32(), lambda r, p: r.completion_tokens),
+    _Column("num_images", pa.int32(), lambda r, p: r.num_images),
+    _Column("image_sizes", _SIZES, lambda r, p: _sizes(r.image_sizes)),
+    _Column("model", pa.string(), lambda r, p: p.model),
+    _Column("fingerprint", pa.string(), lambda r, p: p.fingerprint),
+    _Column("run_id", pa.string(), lambda r, p: p.run_id),
+    _Column("latency_s", pa.float64(), lambda r, p: r.latency_s),
+)
+_FIXED = {c.name: c for c in (*_KEY_COLUMNS, *_TEXT_COLUMNS, _TOKEN_IDS, *_OTHER_COLUMNS)}
+
+
+def kept_fields(input_schema: pa.Schema, names: Sequence[str]) -> list[pa.Field]:
+    """The input's fields for `output.keep_columns`, each with its Hugging Face feature.
+
+    `datasets` keeps the features of all columns (which one is an image) in the metadata of the
+    schema, where a field alone does not have them: here each takes its own along.
+
+    Raises:
+        ConfigError: the input has no such column.
+    """
+    if missing := [name for name in names if name not in input_schema.names]:
+        raise ConfigError(
+            f"output.keep_columns: the input has no column {missing[0]!r}",
+            hint=f"it has: {', '.join(input_schema.names[:50])}",
+        )
+    features = _features(input_schema.metadata)
+    kept = []
+    for name in names:
+        field = input_schema.field(name)
+        if name in features:
+            own = {_HF: json.dumps(features[name]).encode()}
+            field = field.with_metadata((field.metadata or {}) | own)
+        kept.append(field)
+    return kept
+
+
+def output_schema(kept: Sequence[pa.Field], *, token_ids: bool) -> pa.Schema:
+    """The columns of every part, in their order; every one of them can be null.
+
+    Args:
+        kept: the input's fields to copy, as `kept_fields` gives them.
+        token_ids: whether the answers' token ids have a column.
+
+    Raises:
+        ConfigError: a kept column has the name of another one, or a type that Parquet lacks.
+    """
+    fixed = [*_KEY_COLUMNS, *_TEXT_COLUMNS, *([_TOKEN_IDS] if token_ids else []), *_OTHER_COLUMNS]
+    fields = [pa.field(column.name, column.type) for column in fixed]
+    features: dict[str, Any] = {}
+    plain: list[pa.Field] = []
+    for field in kept:
+        _check_name(field.name, already=[other.name for other in plain])
+        metadata = dict(field.metadata or {})
+        if _HF in metadata:
+            features[field.name] = json.loads(metadata.pop(_HF))
+        # The input's field ids would number some of the output's columns and not others.
+        metadata.pop(b"PARQUET:field_id", None)
+        # A row that could not be read has no value here, whatever the input promised.
+        plain.append(pa.field(field.name, _stored_type(field), metadata=metadata))
+    fields[len(_KEY_COLUMNS) : len(_KEY_COLUMNS)] = plain
+    schema = pa.schema(fields)
+    if features:
+        # `datasets` infers the features of columns that are not named here from their types.
+        info = {"info": {"features": features}}
+        schema = schema.with_metadata({_HF: json.dumps(info).encode()})
+    return schema
+
+
+def to_table(results: Sequence[Result], schema: pa.Schema, provenance: Provenance) -> pa.Table:
+    """Results as rows, in the order given.
+
+    Never fails on a row: in text, half a surrogate pair becomes U+FFFD (Arrow text is UTF-8, which
+    has none), and a kept value that is not of its column's type becomes null, with a warning.
+    """
+    arrays = []
+    for field in schema:
+        if column := _FIXED.get(field.name):
+            values = [column.read(result, provenance) for result in results]
+        else:
+            values = [result.kept.get(field.name) for result in results]
+        arrays.append(_encode(values, field))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _check_name(name: str, *, already: Sequence[str]) -> None:
+    if name in _FIXED:
+        raise ConfigError(
+            f"output.keep_columns: the output has a column {name!r} of its own",
+            hint="leave it out, or rename it in the input",
+        )
+    if name in already:
+        raise ConfigError(
+            f"output.keep_columns: {name!r} is there twice", hint="name each column once"
+        )
+
+
+def _stored_type(field: pa.Field) -> pa.DataType:
+    """The type as Parquet gives it back: milliseconds for timestamp[s], no dictionary of numbers.
+
+    With these, what was written and what was read have one schema.
+    """
+    sink = pa.BufferOutputStream()
+    try:
+        pq.write_table(pa.table({field.name: pa.nulls(1, field.type)}), sink)
+        return pq.read_schema(pa.BufferReader(sink.getvalue())).field(0).type
+    except pa.ArrowException as error:
+        # Better now than when the first shard is done.
+        raise ConfigError(
+            f"output.keep_columns: Parquet cannot hold {field.name!r}, which is {field.type}",
+            hint="leave it out",
+        ) from error
+
+
+def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
+    try:
+        features = json.loads((metadata or {})[_HF])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}  # Not from `datasets`, or not as it writes them: types say enough.
+    return features if isinstance(features, dict) else {}
+
+
+def _sizes(sizes: Sequence[tuple[int, int]] | None) -> list[dict[str, int]] | None:
+    return None if sizes is None else [{"width": w, "height": h} for w, h in sizes]
+
+
+def _encode(values: list[Any], field: pa.Field) -> pa.Array | pa.ChunkedArray:
+    # pyarrow cuts 1.5 to 1 without a word where integers are asked for.
+    may_be_cut = pa.types.is_integer(field.type) and any(isinstance(v, float) for v in values)
+    if not may_be_cut:
+        try:
+            return pa.array(values, type=field.type)
+        except _UNFIT:
+            pass  # One bad value is enough: find it below.
+    chunks = []
+    for value in values:
+        try:
+            if isinstance(value, float) and may_be_cut:
+                chunks.append(pa.array([value]).cast(field.type))
+            else:
+                chunks.append(pa.array([_without_surrogates(value)], type=field.type))
+        except _UNFIT:
+            _warn_unfit(field.name, str(field.type))
+            chunks.append(pa.nulls(1, field.type))
+    return pa.chunked_array(chunks, type=field.type)
+
+
+def _without_surrogates(value: Any) -> Any:
+    match value:
+        case str():
+            # UTF-16 joins two halves that belong together and replaces a single one.
+            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        case list() | tuple():
+            return [_without_surrogates(item) for item in value]
+        case dict():
+            return {name: _without_surrogates(item) for name, item in value.items()}
+    return value
+
+
+@cache
+def _warn_unfit(name: str, type_name: str) -> None:
+    """Said once for each column: a million rows may have the same fault."""
+    logger.warning("kept column %r: values that are no %s are left null", name, type_name)

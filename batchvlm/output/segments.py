@@ -1,0 +1,194 @@
+"""Finished rows of unfinished shards: Parquet files of their own, and how they become one part.
+
+A segment is what one attempt finished between two flushes, sorted by row. Segments of several
+attempts may hold the same row (two writers of one shard can be alive at once): the one whose
+segment sorts first counts, so every reader of the same files agrees.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchvlm.output.folder import OutputFolder
+from batchvlm.records import Shard
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT_KEY = b"batchvlm.fingerprint"
+SHARD_KEY = b"batchvlm.shard"
+
+_MAX_GROUP_ROWS = 1024
+_MAX_GROUP_BYTES = 64 << 20
+"""A row group ends here: it is what a reader, and a writer, must hold in memory at least."""
+
+
+class UnreadableSegment(Exception):
+    """A segment is damaged, gone, or not of this run; the reason as text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A readable segment and what is in it."""
+
+    path: Path
+    rows: frozenset[int]
+    """Offsets in the shard."""
+    size_bytes: int
+    """In memory."""
+    groups: tuple[tuple[int, int], ...]
+    """First and last row of each row group."""
+
+
+def write_segment(folder: OutputFolder, path: Path, table: pa.Table, shard: Shard) -> Segment:
+    """Commit rows, sorted by row and with the marks in their schema, as a new segment.
+
+    Raises:
+        OutputError: the file system refuses.
+    """
+    folder.commit_file(lambda file: write_tables([table], file, table.schema), path)
+    offsets = _row_offsets(table, shard)
+    step = group_rows(table.nbytes, table.num_rows)
+    return Segment(
+        path=path,
+        rows=frozenset(offsets.tolist()),
+        size_bytes=table.nbytes,
+        groups=tuple(
+            (int(offsets[i]), int(offsets[i : i + step][-1])) for i in range(0, len(offsets), step)
+        ),
+    )
+
+
+def write_tables(tables: Iterable[pa.Table], file: BinaryIO, schema: pa.Schema) -> None:
+    """Write tables one after the other as one Parquet file, in row groups of bounded size."""
+    # Checksums: a page that the disk garbled shall not be taken for answers.
+    with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=group_rows(table.nbytes, table.num_rows))
+
+
+def group_rows(size_bytes: int, num_rows: int) -> int:
+    """How many rows of this average size make a row group; at least one."""
+    return max(1, min(_MAX_GROUP_ROWS, _MAX_GROUP_BYTES * num_rows // max(1, size_bytes)))
+
+
+def with_marks(schema: pa.Schema, *, fingerprint: str, shard_index: int) -> pa.Schema:
+    """The schema with what tells a file of this run and shard from any other."""
+    marks = {FINGERPRINT_KEY: fingerprint.encode(), SHARD_KEY: str(shard_index).encode()}
+    return schema.with_metadata((schema.metadata or {}) | marks)
+
+
+def read_segments(folder: OutputFolder, shard: Shard, schema: pa.Schema) -> list[Segment]:
+    """The shard's readable segments, by name. The others are left alone, with a warning each.
+
+    `schema` is that of the part, with its marks.
+
+    Every page is read once, so that damage shows before its rows count as finished. One row group
+    is in memory at a time.
+    """
+    segments = []
+    for path in folder.list_segments(shard.index):
+        try:
+            segments.append(_inspect(folder, path, shard, schema))
+        except UnreadableSegment as error:
+            logger.warning("ignoring %s, its rows are computed again: %s", path, error)
+    return segments
+
+
+def in_order(
+    folder: OutputFolder,
+    segments: Sequence[Segment],
+    pending: pa.Table,
+    shard: Shard,
+    schema: pa.Schema,
+) -> Iterator[pa.Table]:
+    """Every row of the shard once, in input order, as tables of one row group each.
+
+    Args:
+        segments: earlier ones count where a row is in several.
+        pending: rows that are in no segment yet.
+        schema: that of the part, with its marks.
+
+    Raises:
+        UnreadableSegment: one was readable when it was opened, and is not any more.
+    """
+    size_bytes = sum(segment.size_bytes for segment in segments) + pending.nbytes
+    step = group_rows(size_bytes, shard.num_rows)
+    for start in range(0, shard.num_rows, step):
+        stop = min(start + step, shard.num_rows)
+        tables = [_read(folder, segment, start, stop, schema) for segment in segments]
+        table = pa.concat_tables([*tables, pending])
+        rows, places = np.unique(_row_offsets(table, shard), return_index=True)
+        places = places[(start <= rows) & (rows < stop)]
+        assert len(places) == stop - start, f"shard {shard.index} lacks rows in {start}:{stop}"
+        yield _take(table, places)
+
+
+def _inspect(folder: OutputFolder, path: Path, shard: Shard, schema: pa.Schema) -> Segment:
+    try:
+        with folder.open(path) as file:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            metadata = parquet.schema_arrow.metadata or {}
+            for key in (FINGERPRINT_KEY, SHARD_KEY):
+                if metadata.get(key) != schema.metadata[key]:
+                    raise UnreadableSegment(f"{key.decode()} is not that of this run and shard")
+            rows: set[int] = set()
+            groups = []
+            size_bytes = 0
+            for group in range(parquet.num_row_groups):
+                table = _check_schema(parquet.read_row_group(group), schema)
+                offsets = _row_offsets(table, shard).tolist()
+                if not all(0 <= row < shard.num_rows for row in offsets):
+                    raise UnreadableSegment("it holds rows of another shard")
+                rows.update(offsets)
+                groups.append((min(offsets, default=0), max(offsets, default=-1)))
+                size_bytes += table.nbytes
+    except (OSError, pa.ArrowException) as error:
+        raise UnreadableSegment(str(error)) from error
+    return Segment(path=path, rows=frozenset(rows), size_bytes=size_bytes, groups=tuple(groups))
+
+
+def _read(
+    folder: OutputFolder, segment: Segment, start: int, stop: int, schema: pa.Schema
+) -> pa.Table:
+    """The row groups of a segment that have rows in `start:stop`, whole."""
+    groups = [i for i, (low, high) in enumerate(segment.groups) if low < stop and start <= high]
+    if not groups:
+        return schema.empty_table()
+    try:
+        with folder.open(segment.path) as file:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            return _check_schema(parquet.read_row_groups(groups), schema)
+    except (OSError, pa.ArrowException) as error:
+        raise UnreadableSegment(f"{segment.path}: {error}") from error
+
+
+def _check_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    if not table.schema.equals(schema):
+        raise UnreadableSegment("it has other columns")
+    return table
+
+
+def _row_offsets(table: pa.Table, shard: Shard) -> npt.NDArray[np.int64]:
+    column = table.column("row_index")
+    if column.null_count:
+        raise UnreadableSegment("a row has no row_index")
+    offsets: npt.NDArray[np.int64] = column.to_numpy() - shard.first_row_index
+    return offsets
+
+
+def _take(table: pa.Table, places: npt.NDArray[np.intp]) -> pa.Table:
+    try:
+        return table.take(places)
+    except pa.ArrowException:
+        # Of string_view columns pyarrow 26 takes nothing, and of binary ones at most the 2 GiB
+        # that their offsets span. Slices copy nothing, but thousands of them are slow to write.
+        return pa.concat_tables([table.slice(place, 1) for place in places.tolist()])
