@@ -198,6 +198,9 @@ def _encode(values: list[Any], field: pa.Field) -> pa.Array | pa.ChunkedArray:
     chunks = []
     for value in values:
         try:
+            if pa.types.is_string(field.type) and not isinstance(value, str | None):
+                # JSON lines: a key whose values are of no one type is a column of text.
+                value = json.dumps(value, ensure_ascii=False)
             if isinstance(value, float) and may_be_cut:
                 chunks.append(pa.array([value]).cast(field.type))
             else:

@@ -230,3 +230,13 @@ def test_a_kept_image_column_without_metadata_loads_as_bytes(tmp_path: Path) -> 
         "parquet", data_dir=str(tmp_path), split="train", cache_dir=str(tmp_path / "cache")
     )
     assert loaded[0]["image"] == image
+
+
+def test_a_kept_value_of_no_one_type_is_json_text() -> None:
+    """JSON lines type such a column as string; the row's value is whatever its line held."""
+    schema = output_schema([pa.field("extra", pa.string())], token_ids=False)
+    values = ["plain", {"a": [1, "é"]}, [1, None], 3, None, True]
+    (shard,) = make_plan(1, len(values))
+    rows = [make_result(shard, row, kept={"extra": value}) for row, value in enumerate(values)]
+    kept = to_table(rows, schema, PROVENANCE)["extra"].to_pylist()
+    assert kept == ["plain", '{"a": [1, "é"]}', "[1, null]", "3", None, "true"]

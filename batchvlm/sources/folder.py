@@ -1,0 +1,136 @@
+"""A folder of images -> records, one for each file; the bytes are read in preprocess."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Container, Iterator, Sequence
+
+import pyarrow as pa
+
+from batchvlm.config import DataConfig
+from batchvlm.errors import ErrorType, InputError
+from batchvlm.records import Failure, InputFile, Record, Shard
+from batchvlm.sources.files import image_root_of, is_text
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+
+FOLDER_NAME = "."
+"""The folder as the one file of the input; a record's `source_file` is the image's own path."""
+
+
+def open_folder(cfg: DataConfig) -> FolderSource:
+    """List the images below `data.path`.
+
+    Raises:
+        InputError: there is no such folder, it holds no image, or a part of it cannot be listed.
+    """
+    root = os.path.abspath(os.path.expanduser(cfg.path))
+    if not os.path.isdir(root):
+        raise InputError(
+            f"data.path: no such folder: {cfg.path}",
+            hint="data=folder takes a folder of images on this machine",
+        )
+    images = sorted(_find_images(root))
+    if not images:
+        raise InputError(
+            f"data.path: no image in {cfg.path} (looked for {' '.join(IMAGE_SUFFIXES)})",
+            hint="check the folder; names that begin with '.' are left out",
+        )
+    return FolderSource(
+        images,
+        image_root=image_root_of(cfg.image_root, root),
+        prefix="" if cfg.image_root is None else root,
+    )
+
+
+class FolderSource:
+    """The images of a folder and its subfolders, sorted by relative path.
+
+    Args:
+        images: (relative path, size in bytes) of each.
+        image_root: folder that the paths in `image` may not leave.
+        prefix: put before each path in `image`, where `image_root` is another folder.
+    """
+
+    schema = pa.schema(
+        [
+            ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            ("file_name", pa.string()),
+        ]
+    )
+
+    def __init__(
+        self,
+        images: list[tuple[str, int]],
+        *,
+        image_root: str | None,
+        prefix: str = "",
+    ) -> None:
+        self.image_root = image_root
+        self._images = images
+        self._prefix = prefix
+
+    def files(self, columns: Sequence[str] = ()) -> list[InputFile]:
+        """The folder as one file, with the digest of the images' names and sizes."""
+        digest = hashlib.sha256()
+        for name, size_bytes in self._images:
+            digest.update(os.fsencode(name) + b"\0%d\0" % size_bytes)
+        num_rows = len(self._images)
+        return [
+            InputFile(
+                name=FOLDER_NAME,
+                num_rows=num_rows,
+                row_groups=(num_rows,),
+                identity=digest.hexdigest(),
+            )
+        ]
+
+    def read_shard(
+        self, shard: Shard, columns: Sequence[str], *, skip: Container[int] = ()
+    ) -> Iterator[Record]:
+        """Yield a record for each image; its path is its key. No image is opened."""
+        for row in range(shard.num_rows):
+            if row in skip:
+                continue
+            message = ""
+            place = shard.first_row + row
+            name = self._images[place][0] if place < len(self._images) else ""
+            if not name:
+                message = "the folder has fewer images than planned"
+            elif not is_text(name):
+                # Neither the output nor JSON can hold such a name.
+                name = ascii(name)[1:-1]
+                message = "the file name is not UTF-8"
+            image = {"bytes": None, "path": os.path.join(self._prefix, name)}
+            read = {"image": image, "file_name": name}
+            yield Record(
+                row=row,
+                row_index=shard.first_row_index + row,
+                source_file=name or shard.source_file,
+                id=name or f"{shard.source_file}:{place}",
+                values={} if message else {column: read.get(column) for column in columns},
+                failure=Failure(error_type=ErrorType.INPUT, message=message) if message else None,
+            )
+
+
+def _find_images(root: str) -> Iterator[tuple[str, int]]:
+    """Yield (path relative to `root`, size in bytes) of each image."""
+
+    def refuse(error: OSError) -> None:
+        # Passing over a folder would lose its rows in silence.
+        raise InputError(
+            f"data.path: cannot list {error.filename}: {error.strerror}",
+            hint="check the permissions",
+        )
+
+    for folder, subfolders, names in os.walk(root, onerror=refuse):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                path = os.path.join(folder, name)
+                try:
+                    size_bytes = os.stat(path).st_size
+                except OSError:
+                    size_bytes = 0  # a dangling link: its row fails when it is read
+                yield os.path.relpath(path, root), size_bytes

@@ -1,0 +1,265 @@
+"""Lines of JSON -> records. A blank line is no row; what is no JSON object is a failed row."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from array import array
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
+
+from batchvlm.config import DataConfig
+from batchvlm.errors import InputError
+from batchvlm.records import InputFile, Record, Shard
+from batchvlm.sources.cursor import BrokenStreamError, Cursors
+from batchvlm.sources.files import Listing, image_root_of, is_text, list_files
+from batchvlm.sources.rows import ShardRows, one_line
+
+SUFFIXES = tuple(f".{kind}{end}" for kind in ("jsonl", "ndjson") for end in ("", ".gz"))
+CHUNK_BYTES = 1 << 20
+"""Read at once, in bytes of text."""
+ROWS_PER_MARK = 1024
+"""A shard starts reading at most this many rows before its first one."""
+CHUNK_ROWS = 64
+"""Lines of a compressed file read at once."""
+SCHEMA_ROWS = 1000
+"""Rows that the columns and their types are taken from."""
+BLANK = b" \t\r\n\xef\xbb\xbf"
+"""White space, and the mark that some editors put first."""
+
+
+def open_jsonl(cfg: DataConfig) -> JsonlSource:
+    """Open what `data.path` names.
+
+    Raises:
+        InputError: no file is there, or one cannot be read.
+    """
+    listing = list_files(cfg.path, suffixes=SUFFIXES)
+    return JsonlSource(
+        listing,
+        id_column=cfg.columns.id,
+        image_root=image_root_of(cfg.image_root, listing.local_root),
+    )
+
+
+class JsonlSource:
+    """Files with a JSON object on each line, as one input.
+
+    A value is what the line says, whatever type the schema has found for its column. Where a column
+    of mixed or nested values is stored, its type is string and holds JSON text.
+    """
+
+    def __init__(
+        self, listing: Listing, *, id_column: str | None, image_root: str | None = None
+    ) -> None:
+        self.image_root = image_root
+        self._listing = listing
+        self._id_column = id_column
+        self._lines: dict[str, _Lines] = {}
+        self._cursors = Cursors(self._chunks)
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The keys of the first 1,000 rows; a key that only comes later is no column.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        kinds: dict[str, set[str]] = {}
+        lines = chain.from_iterable(map(self._all_lines, self._listing.paths))
+        try:
+            for line in islice(lines, SCHEMA_ROWS):
+                row, _ = _parse(line)
+                for key, value in row.items():
+                    if is_text(key):
+                        kinds.setdefault(key, set()).update(_kind(value))
+        except Exception as error:  # each file system and each compression raises its own
+            raise _unreadable(self._listing.root, error) from error
+        return pa.schema([(key, _arrow_type(found)) for key, found in kinds.items()])
+
+    def files(self, columns: Sequence[str] = ()) -> list[InputFile]:
+        """The files by name, each scanned once for its number of rows and digest.
+
+        A row that lacks one of `columns` has a null there.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        lines = {name: self._scanned(name) for name in self._listing.paths}
+        return [
+            InputFile(
+                name=name,
+                num_rows=found.num_rows,
+                row_groups=(found.num_rows,),
+                identity=found.digest,
+            )
+            for name, found in lines.items()
+        ]
+
+    def read_shard(
+        self, shard: Shard, columns: Sequence[str], *, skip: Container[int] = ()
+    ) -> Iterator[Record]:
+        """Yield every row of the shard; a line that is no JSON object as a failure."""
+        rows = ShardRows(shard=shard, columns=columns, id_column=self._id_column, skip=skip)
+        row = 0
+        message = "the file ends before this row"
+        try:
+            for line in self._read_lines(shard):
+                if row not in skip:
+                    yield _to_record(rows, row, line)
+                row += 1
+        # Each file system and each compression raises errors of its own.
+        except Exception as error:
+            message = str(error) if isinstance(error, BrokenStreamError) else one_line(error)
+        yield from rows.failed(range(row, shard.num_rows), f"{shard.source_file}: {message}")
+
+    def _read_lines(self, shard: Shard) -> Iterator[bytes]:
+        name = shard.source_file
+        if name not in self._listing.paths:
+            raise FileNotFoundError("no such file in the input")
+        if infer_compression(name) is not None:
+            chunks = self._cursors.read(name, shard.first_row, shard.num_rows)
+            yield from chain.from_iterable(chunks)
+            return
+        mark, num_before = divmod(shard.first_row, ROWS_PER_MARK)
+        marks = self._scanned(name).marks
+        if mark < len(marks):
+            with self._open(name) as file:
+                file.seek(marks[mark])
+                yield from islice(_rows(file), num_before, num_before + shard.num_rows)
+
+    def _chunks(self, name: str) -> Iterator[list[bytes]]:
+        lines = self._all_lines(name)
+        while chunk := list(islice(lines, CHUNK_ROWS)):
+            yield chunk
+
+    def _all_lines(self, name: str) -> Iterator[bytes]:
+        with self._open(name) as file:
+            yield from _rows(file)
+
+    def _scanned(self, name: str) -> _Lines:
+        if name not in self._lines:
+            try:
+                with self._open(name) as file:
+                    self._lines[name] = _scan(file)
+            except Exception as error:  # as above
+                raise _unreadable(name, error) from error
+        return self._lines[name]
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[BinaryIO]:
+        with self._listing.fs.open(self._listing.paths[name], "rb") as stored:
+            compression = infer_compression(name)
+            text: Any = stored if compression is None else compr[compression](stored, mode="r")
+            # fsspec's own readline copies a whole block for each line. Archives buffer by
+            # themselves, in pieces so small that text before a damage still comes out.
+            is_buffered = isinstance(text, io.BufferedIOBase)
+            with text if is_buffered else io.BufferedReader(text, CHUNK_BYTES) as file:
+                yield file
+
+
+def _unreadable(name: str, error: Exception) -> InputError:
+    return InputError(
+        f"data.path: cannot read {name}: {one_line(error)}",
+        hint="check that the file is whole and that you may read it",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lines:
+    """What one pass over a file finds out."""
+
+    num_rows: int
+    marks: array[int]
+    """Byte offset of every `ROWS_PER_MARK`-th row."""
+    digest: str
+    """Of the whole text."""
+
+
+def _scan(file: BinaryIO) -> _Lines:
+    """Count the rows, in memory that does not grow with a line."""
+    digest = hashlib.sha256()
+    marks = array("q")
+    num_rows = offset = line_start = 0
+    has_text = False
+    while piece := file.readline(CHUNK_BYTES):
+        digest.update(piece)
+        if not has_text and piece.strip(BLANK):
+            has_text = True
+            if num_rows % ROWS_PER_MARK == 0:
+                marks.append(line_start)
+            num_rows += 1
+        offset += len(piece)
+        if piece.endswith(b"\n"):
+            line_start, has_text = offset, False
+    return _Lines(num_rows=num_rows, marks=marks, digest=digest.hexdigest())
+
+
+def _rows(file: BinaryIO) -> Iterator[bytes]:
+    return (line for line in file if line.strip(BLANK))
+
+
+def _to_record(rows: ShardRows, row: int, line: bytes) -> Record:
+    read, message = _parse(line)
+    if not message:
+        read = {name: read.get(name) for name in rows.columns_read}
+        try:
+            # JSON can escape half a surrogate pair, which no string column can hold.
+            if b"\\u" in line:
+                json.dumps(read, ensure_ascii=False).encode()
+            return rows.record(row, read)
+        except UnicodeEncodeError:
+            message = "a string holds half a surrogate pair, which is no text"
+        except (RecursionError, ValueError):
+            message = "the values are nested too deeply or too long"
+    return next(rows.failed([row], f"the line is no usable JSON object: {message}"))
+
+
+def _parse(line: bytes) -> tuple[Mapping[str, Any], str]:
+    """The object on a line, or why there is none; never a piece of the line."""
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return {}, f"{error.msg} at character {error.pos}"
+    except UnicodeDecodeError as error:
+        return {}, f"not UTF-8 at byte {error.start}"
+    except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
+        return {}, "a value is nested too deeply or too long"
+    if not isinstance(value, dict):
+        return {}, f"it holds a {type(value).__name__}"
+    return value, ""
+
+
+def _kind(value: Any) -> set[str]:
+    """The kind of a value, nothing for a null."""
+    match value:
+        case None:
+            return set()
+        case bool():
+            return {"bool"}
+        case int() if -(2**63) <= value < 2**63:
+            return {"int64"}
+        case float():
+            return {"float64"}
+        case str():
+            return {"string"}
+    return {"json"}
+
+
+def _arrow_type(kinds: set[str]) -> pa.DataType:
+    if kinds == {"bool"}:
+        return pa.bool_()
+    if kinds == {"int64"}:
+        return pa.int64()
+    if kinds and kinds <= {"int64", "float64"}:
+        return pa.float64()
+    return pa.string()

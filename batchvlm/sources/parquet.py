@@ -1,0 +1,300 @@
+"""Parquet files -> records, in memory bounded by a batch of rows, not by a row group."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from batchvlm.config import DataConfig
+from batchvlm.errors import InputError
+from batchvlm.records import InputFile, Record, Shard
+from batchvlm.sources.cursor import BrokenStreamError, Cursors
+from batchvlm.sources.files import Listing, image_root_of, list_files
+from batchvlm.sources.rows import ShardRows, one_line
+
+TAIL_BYTES = 1 << 16
+"""Read from a file's end at first; holds the footer of all but files with very many row groups."""
+BATCH_BYTES = 8 << 20
+"""Uncompressed size that a batch of rows aims at."""
+MAX_BATCH_ROWS = 256
+"""Dictionary encoding can hide the size of a repeated image from `BATCH_BYTES`."""
+LOCAL_BUFFER_BYTES = 1 << 20
+"""One read of one column from a disk."""
+REMOTE_BUFFER_BYTES = 8 << 20
+"""One read of one column over a network, where a request costs more than its bytes."""
+MAX_FOOTER_THREADS = 32
+"""Footers read at once."""
+
+
+def open_parquet(cfg: DataConfig) -> ParquetSource:
+    """Open what `data.path` names.
+
+    Raises:
+        InputError: no Parquet file is there, or the footer of one is corrupt.
+    """
+    listing = list_files(cfg.path, suffixes=(".parquet",))
+    return ParquetSource(
+        listing,
+        id_column=cfg.columns.id,
+        image_root=image_root_of(cfg.image_root, listing.local_root),
+    )
+
+
+class ParquetSource:
+    """Parquet files as one input.
+
+    Rows are known by file and row in the file. The schema is that of the first file; a column that
+    is null throughout in the first files has its type from the first file that gives it one.
+    """
+
+    def __init__(
+        self, listing: Listing, *, id_column: str | None, image_root: str | None = None
+    ) -> None:
+        self.image_root = image_root
+        self._listing = listing
+        self._id_column = id_column
+        self._footers = _read_footers(listing)
+        self._last_file: _File | None = None
+        self._cursors = Cursors(self._batches)
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns of the first file."""
+        types: dict[str, pa.DataType] = {}
+        for footer in self._footers.values():
+            for field in footer.schema:
+                if not pa.types.is_null(field.type):
+                    types.setdefault(field.name, field.type)
+        first = next(iter(self._footers.values())).schema
+        return pa.schema(
+            [f.with_type(types.get(f.name, f.type)) for f in first], metadata=first.metadata
+        )
+
+    def files(self, columns: Sequence[str] = ()) -> list[InputFile]:
+        """The files by name, each with its row groups and the digest of size and footer.
+
+        Raises:
+            InputError: a file lacks one of `columns`, or has it as a type that does not convert.
+        """
+        for schema, name in {f.schema: name for name, f in self._footers.items()}.items():
+            for column in columns:
+                _check_column(column, name, schema, self.schema)
+        return [footer.file for footer in self._footers.values()]
+
+    def read_shard(
+        self, shard: Shard, columns: Sequence[str], *, skip: Container[int] = ()
+    ) -> Iterator[Record]:
+        """Yield every row of the shard; from a corrupt page to its row group's end as failures."""
+        rows = ShardRows(shard=shard, columns=columns, id_column=self._id_column, skip=skip)
+        name = shard.source_file
+        try:
+            file = self._checked_file(name)
+            for column in rows.columns_read:
+                _check_column(column, name, file.schema, self.schema)
+        except Exception as error:  # each file system raises errors of its own
+            yield from rows.failed(range(shard.num_rows), f"{name}: {one_line(error)}")
+            return
+        row = 0
+        while row < shard.num_rows:
+            row_in_file = shard.first_row + row
+            group = file.group_at(row_in_file)
+            if group is None:
+                yield from rows.failed(range(row, shard.num_rows), f"{name} ends before this row")
+                return
+            first, end = file.bounds[group], file.bounds[group + 1]
+            num_rows = min(shard.num_rows - row, end - row_in_file)
+            yield from self._read_group(rows, group, row, num_rows, shift=shard.first_row - first)
+            row += num_rows
+
+    def _read_group(
+        self, rows: ShardRows, group: int, row: int, num_rows: int, *, shift: int
+    ) -> Iterator[Record]:
+        """Yield the rows at offsets `row` to `row + num_rows`; plus `shift`, those in the group."""
+        wanted = rows.wanted(row, num_rows)
+        row, end = wanted.start, wanted.stop
+        message = ""
+        # A batch in which a bad page begins fails as a whole, so what it has before that page is
+        # read again row by row. Which rows fail is then a matter of the file alone, not of the
+        # shards and the order in which they are read.
+        for is_single in (False, True):
+            if row >= end:
+                return
+            stream = _Stream(rows.shard.source_file, group, rows.columns_read, is_single)
+            message = "it has fewer rows than its footer says"
+            try:
+                for batch in self._cursors.read(stream, row + shift, end - row):
+                    first, row = row, row + batch.num_rows
+                    yield from rows.from_arrow(batch, first, self.schema)
+            except BrokenStreamError as error:
+                message = f"unreadable from its row {error.row}: {error}"
+        place = f"{rows.shard.source_file}, row group {group}"
+        yield from rows.failed(range(row, end), f"{place}: {message}")
+
+    def _batches(self, stream: _Stream) -> Iterator[pa.RecordBatch]:
+        checked = self._checked_file(stream.name)
+        num_rows = 1 if stream.is_single else checked.batch_rows(stream.group, stream.columns)
+        # A reader of its own: pyarrow's iterators over one file share their batch size.
+        with checked.open() as file:
+            # pyarrow takes "a.b" for the field b of a struct as well, and reads both.
+            yield from file.iter_batches(
+                batch_size=num_rows, row_groups=[stream.group], columns=list(stream.columns)
+            )
+
+    def _checked_file(self, name: str) -> _File:
+        """The file, found to be the one that was planned.
+
+        Raises:
+            Exception: it is not, is not there or cannot be read.
+        """
+        # Kept for the next shard, which is likely to be of the same file.
+        if self._last_file is None or self._last_file.name != name:
+            if name not in self._footers:
+                raise FileNotFoundError("no such file in the input")
+            path = self._listing.paths[name]
+            footer, metadata = _read_footer(self._listing.fs, name, path)
+            if footer.file.identity != self._footers[name].file.identity:
+                raise ValueError("the file has changed since the plan was made")
+            self._last_file = _File(self._listing.fs, path, metadata, footer)
+        return self._last_file
+
+
+class _Stream(NamedTuple):
+    """What a forward reading goes through."""
+
+    name: str
+    group: int
+    columns: tuple[str, ...]
+    is_single: bool
+    """In batches of one row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Footer:
+    """What the plan needs of a file's footer."""
+
+    file: InputFile
+    schema: pa.Schema
+
+
+class _File:
+    """A Parquet file whose footer is known."""
+
+    def __init__(self, fs: Any, path: str, metadata: Any, footer: _Footer) -> None:
+        self.name = footer.file.name
+        self.schema = footer.schema
+        self.bounds = [0, *accumulate(footer.file.row_groups)]
+        self._fs = fs
+        self._path = path
+        self._metadata = metadata
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        """The file for reading, as a `pyarrow.parquet.ParquetFile`."""
+        with ExitStack() as stack:
+            is_local = isinstance(self._fs, LocalFileSystem)
+            source: Any = self._path
+            if not is_local:
+                # Arrow reads ahead itself; a second buffer below would fetch everything twice.
+                source = stack.enter_context(self._fs.open(self._path, "rb", cache_type="none"))
+            yield stack.enter_context(
+                pq.ParquetFile(
+                    source,
+                    metadata=self._metadata,
+                    # Pre-buffering holds all of a row group's compressed bytes, which are
+                    # gigabytes under default writers.
+                    pre_buffer=False,
+                    buffer_size=LOCAL_BUFFER_BYTES if is_local else REMOTE_BUFFER_BYTES,
+                    page_checksum_verification=True,
+                )
+            )
+
+    def group_at(self, row: int) -> int | None:
+        """The row group that holds a row; None: the file ends before it."""
+        group = bisect_right(self.bounds, row) - 1
+        return group if group < len(self.bounds) - 1 else None
+
+    def batch_rows(self, group: int, columns: Sequence[str]) -> int:
+        """Rows of a batch of about `BATCH_BYTES`."""
+        metadata = self._metadata.row_group(group)
+        leaves = (metadata.column(i) for i in range(metadata.num_columns))
+        size_bytes = sum(
+            leaf.total_uncompressed_size
+            for leaf in leaves
+            if any(f"{leaf.path_in_schema}.".startswith(f"{column}.") for column in columns)
+        )
+        num_rows = BATCH_BYTES * metadata.num_rows // max(1, size_bytes)
+        return int(min(max(1, num_rows), MAX_BATCH_ROWS))
+
+
+def _read_footers(listing: Listing) -> dict[str, _Footer]:
+    """The footers of all files by name.
+
+    Raises:
+        InputError: a file is no Parquet file, or its footer is corrupt.
+    """
+    schemas: dict[pa.Schema, pa.Schema] = {}
+
+    def read(item: tuple[str, str]) -> _Footer:
+        name, path = item
+        try:
+            footer, _ = _read_footer(listing.fs, name, path)
+        except Exception as error:  # each file system raises errors of its own
+            raise InputError(
+                f"data.path: {name} is no readable Parquet file: {one_line(error)}",
+                hint="write it again or take it out of the input",
+            ) from error
+        # Ten thousand files share one schema in memory.
+        return replace(footer, schema=schemas.setdefault(footer.schema, footer.schema))
+
+    items = listing.paths.items()
+    with ThreadPoolExecutor(min(MAX_FOOTER_THREADS, len(items))) as threads:
+        return dict(zip(listing.paths, threads.map(read, items), strict=True))
+
+
+def _read_footer(fs: Any, name: str, path: str) -> tuple[_Footer, Any]:
+    """The footer of one file, read from its end, and pyarrow's metadata of it."""
+    size_bytes = fs.size(path)
+    tail = fs.cat_file(path, start=max(0, size_bytes - TAIL_BYTES), end=size_bytes)
+    footer_bytes = 8 + int.from_bytes(tail[-8:-4], "little")
+    if len(tail) < footer_bytes <= size_bytes:
+        tail = fs.cat_file(path, start=size_bytes - footer_bytes, end=size_bytes)
+    metadata = pq.read_metadata(pa.BufferReader(tail))
+    row_groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+    digest = hashlib.sha256(size_bytes.to_bytes(8, "little") + tail[-footer_bytes:])
+    file = InputFile(
+        name=name,
+        num_rows=sum(row_groups),
+        row_groups=row_groups,
+        identity=digest.hexdigest(),
+    )
+    return _Footer(file=file, schema=metadata.schema.to_arrow_schema()), metadata
+
+
+def _check_column(column: str, name: str, schema: pa.Schema, wanted: pa.Schema) -> None:
+    """Refuse a file that cannot give a column as the input's schema has it."""
+    for place, there in ((name, schema), ("the first file", wanted)):
+        num_matches = len(there.get_all_field_indices(column))
+        if num_matches != 1:
+            raise InputError(
+                f"{place} has {num_matches or 'no'} column{'s'[:num_matches]} {column!r}",
+                hint="every file must have each column that the job reads, once",
+            )
+    found, expected = schema.field(column).type, wanted.field(column).type
+    try:
+        pa.nulls(0, found).cast(expected)
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{name} has column {column!r} as {found}, other files have it as {expected}",
+            hint="write the files with one schema",
+        ) from error

@@ -1,0 +1,125 @@
+"""A folder of images: which files count, and that none is opened."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from batchvlm.errors import ErrorType, InputError
+from tests.sources.make import check_all_ways, check_positions, open_path, plan, read_all
+
+
+def touch(folder: Path, *names: str, data: bytes = b"no image") -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def test_images_of_all_subfolders_in_the_order_of_their_names(tmp_path: Path) -> None:
+    images = ["B.JPG", "a.png", "a/z.webp", "a/b/c.tiff", "x.avif", "x.bmp", "x.gif", "x.jpeg"]
+    touch(tmp_path, *images, "x.tif", "notes.txt", "png", ".hidden.png", ".git/x.png", "a/._m.png")
+
+    source = open_path("folder", tmp_path)
+    records = read_all(source, ["image", "file_name"], rows_per_shard=4)
+
+    expected = sorted([*images, "x.tif"])
+    assert [r.values["file_name"] for r in records] == expected
+    assert [r.id for r in records] == [r.source_file for r in records] == expected
+    assert [r.values["image"] for r in records] == [{"bytes": None, "path": n} for n in expected]
+    assert [r.row_index for r in records] == list(range(len(expected)))
+    assert source.image_root == str(tmp_path)
+    for record in records:
+        assert (tmp_path / record.values["image"]["path"]).is_file()
+
+
+def test_only_the_columns_asked_for(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+
+    (record,) = read_all(open_path("folder", tmp_path), ["file_name"])
+
+    assert record.values == {"file_name": "a.png"}
+
+
+@pytest.mark.parametrize("rows_per_shard", [1, 3, 100])
+def test_every_row_comes_once_however_shards_are_read(tmp_path: Path, rows_per_shard: int) -> None:
+    touch(tmp_path, *(f"{i:02}.png" for i in range(20)))
+
+    check_all_ways(open_path("folder", tmp_path), ["image"], rows_per_shard, seed=0)
+
+
+def test_paths_are_whole_where_another_root_is_set(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a.png")
+
+    source = open_path("folder", tmp_path / "in", image_root=str(tmp_path))
+    (record,) = read_all(source, ["image"])
+
+    assert record.values["image"]["path"] == str(tmp_path / "in" / "a.png")
+    assert record.id == "a.png"
+
+
+def test_identity_is_that_of_names_and_sizes(tmp_path: Path) -> None:
+    touch(tmp_path, "one/a.png", "one/b.png", "two/a.png", "two/b.png")
+    touch(tmp_path, "renamed/a.png", "renamed/c.png", "moved/a.png", "moved/x/b.png")
+    touch(tmp_path, "longer/a.png")
+    touch(tmp_path, "longer/b.png", data=b"another image")
+    os.utime(tmp_path / "two" / "a.png", (1, 1))
+
+    one, two, *others = (
+        open_path("folder", tmp_path / name).files()[0].identity
+        for name in ("one", "two", "renamed", "moved", "longer")
+    )
+
+    assert one == two
+    assert len({one, *others}) == 4
+
+
+def test_a_dangling_link_is_a_row(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    os.symlink(tmp_path / "nowhere", tmp_path / "b.png")
+
+    assert [r.id for r in read_all(open_path("folder", tmp_path), [])] == ["a.png", "b.png"]
+
+
+def test_a_name_that_is_no_text_is_a_failed_row(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    with open(os.fsencode(tmp_path) + b"/b\xff.png", "wb"):
+        pass
+
+    records = read_all(open_path("folder", tmp_path), ["image"])
+
+    assert [r.failure is None for r in records] == [True, False]
+    assert records[1].failure is not None
+    assert records[1].failure.error_type is ErrorType.INPUT
+    assert records[1].id == records[1].source_file == r"b\udcff.png"
+    records[1].id.encode()
+
+
+def test_a_folder_with_fewer_images_than_planned(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png", "c.png")
+    (shard,) = plan(open_path("folder", tmp_path))
+    (tmp_path / "c.png").unlink()
+
+    records = list(open_path("folder", tmp_path).read_shard(shard, ["file_name"]))
+
+    check_positions(records, shard)
+    assert [r.failure is None for r in records] == [True, True, False]
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+
+    with pytest.raises(InputError, match="no such folder"):
+        open_path("folder", tmp_path / "a.png")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_that_cannot_be_listed_is_no_silent_loss(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "shut/b.png")
+    (tmp_path / "shut").chmod(0)
+    try:
+        with pytest.raises(InputError, match="cannot list"):
+            open_path("folder", tmp_path)
+    finally:
+        (tmp_path / "shut").chmod(0o755)
