@@ -146,8 +146,11 @@ class ChatTemplate:
         ]
         if self._template is None:
             texts = [p["text"] for m in filled for p in m["content"] if p["type"] == "text"]
+            # A list of images a prompt: a flat list would be one image for each of many prompts.
             encoded = self._processor(
-                text=["".join(texts)], images=list(images) or None, return_tensors="pt"
+                text=["".join(texts)],
+                images=[list(images)] if images else None,
+                return_tensors="pt",
             )
         else:
             encoded = self._processor.apply_chat_template(

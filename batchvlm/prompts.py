@@ -202,9 +202,7 @@ def _read_setting(key: str, value: Any, column: str, kind: type) -> Any:
     elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         low, high = GENERATION_LIMITS[key]
         if not low <= value <= high:
-            raise RowError(
-                ErrorType.PROMPT, f"{column}={value} must lie between {low} and {high}"
-            )
+            raise RowError(ErrorType.PROMPT, f"{column}={value} must lie between {low} and {high}")
         if kind is float or int(value) == value:
             return kind(value)
     raise RowError(

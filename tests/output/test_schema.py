@@ -156,7 +156,6 @@ def test_text_is_changed_only_where_utf8_has_no_place_for_it(text: str) -> None:
         (pa.int64(), 5, 1.5),
         (pa.int64(), 5, 2**70),
         (pa.int64(), 5, "x"),
-        (pa.string(), "x", 5),
         (pa.string(), "x", b"\xff"),
         (pa.list_(pa.int32()), [1], {"a": 1}),
         (pa.struct([("bytes", pa.binary())]), {"bytes": b"x"}, 3),

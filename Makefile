@@ -1,0 +1,47 @@
+# `make demo` and `make test` are all that a newcomer needs; CI runs the same targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/batchvlm run
+	@echo
+	@echo "Next, with the same images:"
+	@echo "  $(BIN)/batchvlm run task=vqa          each image's own question"
+	@echo "  $(BIN)/batchvlm run task=extract      JSON by a schema"
+	@echo "Then with your own Parquet file and a model of the Hub:"
+	@echo "  $(BIN)/batchvlm run data=parquet data.path=IN.parquet model=hub \\"
+	@echo "      model.path=HuggingFaceTB/SmolVLM-256M-Instruct output.dir=OUT"
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV); torch is large, this may take some minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(PIP) --editable '.[test,lint]'
+	@touch $@

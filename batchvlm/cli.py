@@ -1,0 +1,121 @@
+"""The command line: `batchvlm run` is a Hydra app; this file says what went wrong in one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from batchvlm import __version__
+from batchvlm.errors import BatchvlmError, ExitCode
+
+_USAGE = """\
+batchvlm: run a vision-language model over a whole dataset, one output row for every input row.
+
+  batchvlm run                            caption the bundled images with the bundled model
+  batchvlm run data=parquet data.path=F model=hub model.path=NAME output.dir=OUT
+                                          caption your own images with a model of the Hub
+  batchvlm run --help                     groups, settings, examples
+  batchvlm run --cfg job                  every setting with its value, and nothing else
+  batchvlm --version
+
+Interrupted? Run the same command again: it goes on where it stopped.
+Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 75 interrupted, run me again.
+"""
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to stop. Not an `Exception`: no row may swallow it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `batchvlm` command."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    match args:
+        case ["run", *rest]:
+            return run_app("run", rest)
+        case ["--version"]:
+            print(f"batchvlm {__version__}")
+            return ExitCode.DONE
+        case [] | ["-h" | "--help" | "help"]:
+            print(_USAGE, end="")
+            return ExitCode.DONE
+        case _:
+            print(f"batchvlm: error: {args[0]} is no command; there is run", file=sys.stderr)
+            return ExitCode.USAGE
+
+
+def run_app(config_name: str, overrides: Sequence[str] | None = None) -> int:
+    """Run the Hydra app on one of the primary configs and return the exit code.
+
+    Args:
+        config_name: run, caption, vqa or extract.
+        overrides: Hydra's command line; None takes the process's.
+    """
+    # Before torch loads its OpenMP: idle threads that spin steal the cores of the workers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Its warnings are for programmers; what matters to a user is said by this program.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Hydra would print errors in its own words; this makes it raise them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    if overrides is not None:
+        sys.argv = ["batchvlm run", *overrides]
+    try:
+        return _run_hydra(config_name)
+    except BatchvlmError as error:
+        print(f"batchvlm: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except (Interrupted, KeyboardInterrupt):
+        print("batchvlm: interrupted; run the same command again to go on", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+
+
+def _run_hydra(config_name: str) -> int:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from batchvlm.settings import conf_dir, explain, read_config, register_schema
+
+    codes = [ExitCode.DONE]
+
+    def task(node: DictConfig) -> None:
+        try:
+            _run_job(node)
+        except BatchvlmError as error:
+            # Not raised through Hydra: of a sweep, the other jobs shall still run.
+            print(f"batchvlm: error: {error}", file=sys.stderr)
+            codes.append(error.exit_code)
+
+    def _run_job(node: DictConfig) -> None:
+        cfg = read_config(node)
+        from batchvlm.pipeline import run_job
+        from batchvlm.summary import print_summary
+
+        _set_up_process()
+        print_summary(run_job(cfg))
+
+    register_schema()
+    app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
+    try:
+        app(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+    return max(codes)
+
+
+def _set_up_process() -> None:
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    for name in ("datasets", "fsspec", "httpx", "huggingface_hub", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted

@@ -1,0 +1,362 @@
+"""Every stage of a job, joined: the one file that knows them all.
+
+    plan -> source -> prompt -> preprocess -> batching -> engine -> task -> writer
+
+A thread reads shard after shard and keeps worker processes busy; this thread runs the engine and
+writes. Shards follow one another without a gap: their rows may share a batch, and each row finds
+its writer by its `row_index`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from batchvlm.batching import group_by_length
+from batchvlm.config import JobConfig
+from batchvlm.engine import Engine, open_engine
+from batchvlm.errors import InputError
+from batchvlm.identity import answer_identity, model_name, output_layout, package_versions
+from batchvlm.output.folder import OutputFolder, new_attempt
+from batchvlm.output.run_file import RunFile, open_run
+from batchvlm.output.schema import Provenance, kept_fields, output_schema
+from batchvlm.output.writer import ShardWriter
+from batchvlm.plan import plan_shards
+from batchvlm.preprocess import PreprocessSpec
+from batchvlm.prompts import PromptBuilder
+from batchvlm.records import Completion, Failure, Record, Result, Sample, Shard, Status
+from batchvlm.runtime.metrics import Metrics
+from batchvlm.runtime.prefetch import Prefetcher
+from batchvlm.runtime.progress import Progress
+from batchvlm.runtime.ranks import Rank, find_rank, shards_of
+from batchvlm.runtime.workers import WorkerPool, default_num_workers
+from batchvlm.settings import to_plain
+from batchvlm.sources import Source, check_columns, open_source
+from batchvlm.tasks import Task, open_task
+
+# What a row costs in the ready queue besides its arrays.
+_ROW_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job that was checked against its input and its output folder; nothing is loaded yet."""
+
+    cfg: JobConfig
+    source: Source
+    prompt_columns: tuple[str, ...]
+    task: Task
+    folder: OutputFolder
+    run: RunFile
+    schema: Any
+    """Arrow schema of the output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What `run_job` did."""
+
+    folder: OutputFolder
+    num_rows: int
+    """Rows of the whole input."""
+    num_shards: int
+    num_mine: int
+    """Rows that are this process's to compute."""
+    num_found: int
+    """Those of them that earlier runs had finished."""
+    metrics: Metrics = field(default_factory=Metrics)
+
+
+def open_job(cfg: JobConfig) -> Job:
+    """Check a job against its input and its output folder, and write `run.json` if it is new.
+
+    Raises:
+        ConfigError, InputError, OutputError: in one line, before anything is loaded.
+    """
+    source = open_source(cfg.data)
+    prompts = PromptBuilder(task=cfg.task, columns=cfg.data.columns, generation=cfg.generation)
+    needed = prompts.needed_columns()
+    kept = {name: "output.keep_columns" for name in cfg.output.keep_columns}
+    named = {cfg.data.columns.id: "data.columns.id"} if cfg.data.columns.id else {}
+    check_columns(source.schema, kept | named | needed)
+    schema = output_schema(
+        kept_fields(source.schema, cfg.output.keep_columns), token_ids=cfg.output.token_ids
+    )
+    task = open_task(cfg.task)
+    folder = OutputFolder(cfg.output.dir)
+    files = source.files(list(kept | named | needed))
+    plan = plan_shards(files, rows_per_shard=cfg.output.rows_per_shard, max_rows=cfg.data.max_rows)
+    if not plan:
+        raise InputError(f"data.path={cfg.data.path} holds no rows")
+    run = open_run(
+        folder,
+        identity=answer_identity(cfg, files),
+        layout=output_layout(cfg),
+        settings=to_plain(cfg),
+        packages=package_versions(),
+        plan=plan,
+    )
+    return Job(
+        cfg=cfg,
+        source=source,
+        prompt_columns=tuple(needed),
+        task=task,
+        folder=folder,
+        run=run,
+        schema=schema,
+    )
+
+
+def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
+    """Compute what is missing of a job and write it.
+
+    Args:
+        cfg: the job, checked by `settings`.
+        engine: takes the place of the model that the configuration names.
+
+    Raises:
+        BatchvlmError: the job cannot be done; finished rows are on disk.
+    """
+    job = open_job(cfg)
+    rank = find_rank(cfg.engine, cfg.runtime)
+    mine = shards_of(job.run.plan, cfg.runtime, rank)
+    finished = job.folder.finished_shards(len(job.run.plan))
+    todo = [shard for shard in mine if shard.index not in finished]
+    num_mine = sum(shard.num_rows for shard in mine)
+    num_todo = sum(shard.num_rows for shard in todo)
+    metrics = Metrics()
+    num_found = num_mine - num_todo
+    if todo:
+        collector = Collector(job, metrics)
+        _compute(job, todo, rank, engine, collector, num_mine=num_mine, num_found=num_found)
+        num_found = num_mine - metrics.num_rows
+    return Summary(
+        folder=job.folder,
+        num_rows=sum(shard.num_rows for shard in job.run.plan),
+        num_shards=len(job.run.plan),
+        num_mine=num_mine,
+        num_found=num_found,
+        metrics=metrics,
+    )
+
+
+def _compute(
+    job: Job,
+    todo: Sequence[Shard],
+    rank: Rank,
+    engine: Engine | None,
+    collector: Collector,
+    *,
+    num_mine: int,
+    num_found: int,
+) -> None:
+    cfg, metrics = job.cfg, collector.metrics
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        # Left last: whatever ends the run, finished rows reach the disk.
+        stack.callback(collector.write_metrics, rank)
+        stack.callback(collector.close)
+        pool = stack.enter_context(_open_pool(job))
+        ready = stack.enter_context(
+            Prefetcher(
+                _prepare(job, _read(job, todo, collector), pool),
+                max_items=cfg.batching.sort_window,
+                max_bytes=cfg.batching.max_window_bytes,
+                size_of=lambda item: item.size_bytes,
+            )
+        )
+        if engine is None:
+            # The workers start, and read ahead, while the model loads.
+            engine = open_engine(cfg, device=rank.device)
+        metrics.start_s = time.perf_counter() - start
+        ready.wait_s = 0.0
+        start = time.perf_counter()
+        with Progress(
+            metrics, total=num_mine, initial=num_found, log_every_s=cfg.runtime.log_every_s
+        ) as progress:
+            collector.progress = progress
+            batches = group_by_length(collector.take(ready), cfg.batching)
+            for row_index, outcome in engine.run(metrics.count_batches(batches)):
+                collector.finish(row_index, outcome)
+                metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
+        metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
+
+
+def _open_pool(job: Job) -> WorkerPool:
+    cfg = job.cfg
+    num_workers = cfg.runtime.num_workers
+    return WorkerPool(
+        PreprocessSpec(
+            model=cfg.model,
+            task=cfg.task,
+            columns=cfg.data.columns,
+            generation=cfg.generation,
+            image_root=job.source.image_root,
+            max_source_pixels=cfg.data.max_source_pixels,
+        ),
+        num_workers=default_num_workers() if num_workers is None else num_workers,
+        timeout_s=cfg.runtime.sample_timeout_s,
+    )
+
+
+def _read(job: Job, shards: Sequence[Shard], collector: Collector) -> Iterator[Record]:
+    columns = list(dict.fromkeys((*job.prompt_columns, *job.cfg.output.keep_columns)))
+    for shard in shards:
+        finished = collector.open_shard(shard)
+        yield from job.source.read_shard(shard, columns, skip=finished)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A row that is ready for the engine, or has failed before it."""
+
+    record: Record
+    outcome: Sample | Failure
+
+    @property
+    def size_bytes(self) -> int:
+        kept = _ROW_BYTES + sum(len(v) for v in self.record.values.values() if _is_large(v))
+        return kept + (self.outcome.size_bytes if isinstance(self.outcome, Sample) else 0)
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, str | bytes)
+
+
+def _prepare(job: Job, records: Iterable[Record], pool: WorkerPool) -> Iterator[_Prepared]:
+    # Kept columns stay on this side of the process border, prompt columns on the other.
+    kept: dict[int, dict[str, Any]] = {}
+
+    def stripped() -> Iterator[Record]:
+        for record in records:
+            values = record.values
+            kept[record.row_index] = {
+                name: values.get(name) for name in job.cfg.output.keep_columns
+            }
+            wanted = {name: values[name] for name in job.prompt_columns if name in values}
+            yield replace(record, values=wanted)
+
+    for record, outcome in pool.prepare(stripped()):
+        values = kept.pop(record.row_index)
+        yield _Prepared(record=replace(record, values=values), outcome=outcome)
+
+
+class Collector:
+    """Leads each row to its shard's writer, whichever stage it comes from, and counts it.
+
+    Shards are opened by the reading thread, everything else happens in the engine's.
+    """
+
+    def __init__(self, job: Job, metrics: Metrics, progress: Progress | None = None) -> None:
+        self.metrics = metrics
+        self.progress = progress
+        self._job = job
+        self._starts = [shard.first_row_index for shard in job.run.plan]
+        self._provenance = Provenance(
+            model=model_name(job.cfg.model),
+            fingerprint=job.run.fingerprint,
+            run_id=new_attempt(),
+        )
+        self._writers: dict[int, ShardWriter] = {}
+        self._missing: dict[int, int] = {}
+        self._under_way: dict[int, tuple[Record, Sample]] = {}
+
+    def open_shard(self, shard: Shard) -> frozenset[int]:
+        """Make ready to take a shard's rows.
+
+        Returns:
+            Offsets of the rows that an earlier run has finished.
+        """
+        writer = ShardWriter(
+            self._job.folder,
+            shard,
+            len(self._job.run.plan),
+            self._job.schema,
+            self._provenance,
+            flush_every_s=self._job.cfg.output.flush_every_s,
+        )
+        self._missing[shard.index] = shard.num_rows - len(writer.finished_rows)
+        self._writers[shard.index] = writer
+        return writer.finished_rows
+
+    def take(self, prepared: Iterable[_Prepared]) -> Iterator[Sample]:
+        """Pass samples on to batching; write the rows that have failed already."""
+        for item in prepared:
+            if isinstance(item.outcome, Failure):
+                self._write(_result(item.record, item.outcome))
+            else:
+                self._under_way[item.record.row_index] = (item.record, item.outcome)
+                yield item.outcome
+
+    def finish(self, row_index: int, outcome: Completion | Failure) -> None:
+        """Write the row that the engine is done with."""
+        record, sample = self._under_way.pop(row_index)
+        if isinstance(outcome, Failure):
+            self._write(_result(record, outcome, sample))
+        else:
+            self._write(self._answered(record, sample, outcome))
+
+    def close(self) -> None:
+        """Bring every finished row to disk; commit shards that were complete from the start."""
+        for index, writer in list(self._writers.items()):
+            if self._missing[index] == 0:
+                self._commit(index)
+            else:
+                writer.flush()
+
+    def write_metrics(self, rank: Rank) -> None:
+        """Leave this process's counts in the output folder."""
+        task_id = self._job.cfg.runtime.task_id
+        name = f"task-{task_id:05d}-rank-{rank.index:03d}-{self._provenance.run_id}.json"
+        text = json.dumps({"run_id": self._provenance.run_id} | self.metrics.as_dict(), indent=2)
+        folder = self._job.folder
+        folder.commit_file(lambda file: file.write(text.encode()), folder.metrics / name)
+
+    def _answered(self, record: Record, sample: Sample, completion: Completion) -> Result:
+        reading = self._job.task.read(completion.text, json_schema=sample.json_schema)
+        return replace(
+            _result(record, reading.failure, sample),
+            generated_text=completion.text,
+            token_ids=completion.token_ids,
+            parsed=reading.parsed,
+            json_valid=reading.json_valid,
+            finish_reason=completion.finish_reason,
+            completion_tokens=len(completion.token_ids),
+            latency_s=completion.latency_s,
+        )
+
+    def _write(self, result: Result) -> None:
+        index = bisect_right(self._starts, result.row_index) - 1
+        self._writers[index].add(result)
+        self.metrics.count_result(result)
+        self._missing[index] -= 1
+        if self._missing[index] == 0:
+            self._commit(index)
+        if self.progress is not None:
+            self.progress.advance()
+
+    def _commit(self, index: int) -> None:
+        self._writers.pop(index).commit()
+        del self._missing[index]
+
+
+def _result(record: Record, failure: Failure | None, sample: Sample | None = None) -> Result:
+    """The output row of a record as far as it is known without an answer."""
+    return Result(
+        row=record.row,
+        row_index=record.row_index,
+        source_file=record.source_file,
+        id=record.id,
+        kept=record.values,
+        status=Status.SUCCESS if failure is None else Status.ERROR,
+        failure=failure,
+        prompt_tokens=sample.prompt_tokens if sample else None,
+        image_tokens=sample.image_tokens if sample else None,
+        num_images=len(sample.image_sizes) if sample else None,
+        image_sizes=sample.image_sizes if sample else None,
+    )

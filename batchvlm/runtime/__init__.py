@@ -1,0 +1,1 @@
+"""Processes, devices, queues and clocks: what the stages run on."""

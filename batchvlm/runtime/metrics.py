@@ -1,0 +1,79 @@
+"""What a run counts: rows, tokens, errors, and where the time went."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchvlm.records import Batch, Result, Status
+
+
+@dataclass(kw_only=True)
+class Metrics:
+    """Counts of one process; written to `_batchvlm/metrics/` and shown in the summary."""
+
+    num_rows: int = 0
+    num_success: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    num_batches: int = 0
+    prompt_tokens: int = 0
+    padded_tokens: int = 0
+    """Cells of all prompt rectangles, padding included."""
+    image_tokens: int = 0
+    completion_tokens: int = 0
+    start_s: float = 0.0
+    """Seconds until the model was ready."""
+    wait_s: float = 0.0
+    """Seconds that the engine waited for samples."""
+    run_s: float = 0.0
+    """Seconds from the ready model to the last row."""
+
+    @property
+    def num_errors(self) -> int:
+        return self.errors.total()
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the prompt cells that were padding."""
+        return 1 - self.prompt_tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the running time that the engine waited for samples."""
+        return self.wait_s / self.run_s if self.run_s else 0.0
+
+    def count_result(self, result: Result) -> None:
+        """Count one row."""
+        self.num_rows += 1
+        self.num_success += result.status is Status.SUCCESS
+        if result.failure is not None:
+            self.errors[str(result.failure.error_type)] += 1
+        if result.finish_reason is not None:
+            self.finish_reasons[str(result.finish_reason)] += 1
+        self.completion_tokens += result.completion_tokens or 0
+        self.image_tokens += result.image_tokens or 0
+
+    def count_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Count batches on their way to the engine."""
+        for batch in batches:
+            self.num_batches += 1
+            self.prompt_tokens += batch.prompt_tokens
+            self.padded_tokens += batch.padded_tokens
+            yield batch
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready: every count, and the rates that follow from them."""
+        per_s = 1 / self.run_s if self.run_s else 0.0
+        return {
+            **{
+                key: dict(value) if isinstance(value, Counter) else value
+                for key, value in vars(self).items()
+            },
+            "rows_per_s": self.num_rows * per_s,
+            "completion_tokens_per_s": self.completion_tokens * per_s,
+            "padding_share": self.padding_share,
+            "wait_share": self.wait_share,
+        }

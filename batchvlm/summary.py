@@ -1,0 +1,85 @@
+"""What a run did, in a few lines: counts, rates, some answers, and where the output lies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import textwrap
+from itertools import islice
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from batchvlm.pipeline import Summary
+
+_NUM_ANSWERS = 5
+_NUM_ERRORS = 5
+
+
+def print_summary(summary: Summary) -> None:
+    """Print to stdout what a person wants to know at the end of a run."""
+    metrics = summary.metrics
+    print()
+    print(_headline(summary))
+    if metrics.errors:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in metrics.errors.most_common())
+        print(f"errors   {kinds}")
+    if metrics.num_rows:
+        per_s = 1 / max(metrics.run_s, 1e-9)
+        print(
+            f"speed    {metrics.num_rows * per_s:,.1f} rows/s, "
+            f"{metrics.completion_tokens * per_s:,.0f} tokens/s; "
+            f"{metrics.start_s:.1f} s to load, {metrics.run_s:.1f} s to answer"
+        )
+        print(
+            f"engine   {metrics.num_batches} batches, {metrics.padding_share:.0%} padding, "
+            f"{metrics.wait_share:.0%} of the time waiting for data"
+        )
+    _print_rows(summary)
+    data = os.path.relpath(summary.folder.data)
+    print(f"output   {data}{os.sep}*.parquet, columns in README.md")
+    print(f'read it  datasets.load_dataset("parquet", data_dir="{data}")')
+
+
+def _headline(summary: Summary) -> str:
+    metrics = summary.metrics
+    share = "" if summary.num_mine == summary.num_rows else f" of {summary.num_rows:,}"
+    found = f", {summary.num_found:,} were there already" if summary.num_found else ""
+    return (
+        f"rows     {summary.num_mine:,}{share}: {metrics.num_success:,} answered, "
+        f"{metrics.num_errors:,} errors{found}"
+    )
+
+
+def _print_rows(summary: Summary) -> None:
+    rows = list(islice(_read_rows(summary), 200))
+    answers = [row for row in rows if row["status"] == "success"][:_NUM_ANSWERS]
+    errors = [row for row in rows if row["status"] == "error"][:_NUM_ERRORS]
+    if not rows:
+        return
+    print()
+    width = min(max(len(row["id"]) for row in answers + errors), 32)
+    for row in answers:
+        _print_row(row["id"], row["generated_text"], width)
+    for row in errors:
+        _print_row(row["id"], f"[{row['error_type']}] {row['error_message']}", width)
+    print()
+
+
+def _read_rows(summary: Summary) -> Any:
+    columns = ["id", "status", "error_type", "error_message", "generated_text"]
+    for index in sorted(summary.folder.finished_shards(summary.num_shards)):
+        part = summary.folder.part(index, summary.num_shards)
+        for batch in pq.ParquetFile(part).iter_batches(batch_size=64, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _print_row(name: str, text: str, width: int) -> None:
+    room = max(20, shutil.get_terminal_size((100, 24)).columns - width - 4)
+    shown = textwrap.shorten(_printable(text), room, placeholder=" ...")
+    print(f"  {textwrap.shorten(_printable(name), width, placeholder='...'):<{width}}  {shown}")
+
+
+def _printable(text: str) -> str:
+    # What a model or a file says must not reach the terminal as control codes.
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,0 +1,12 @@
+"""Caption a dataset: `batchvlm run` on conf/caption.yaml.
+
+python jobs/caption.py data=parquet data.path=IN model=hub model.path=NAME output.dir=OUT
+accelerate launch jobs/caption.py ...          one process a GPU
+"""
+
+import sys
+
+from batchvlm.cli import run_app
+
+if __name__ == "__main__":
+    sys.exit(run_app("caption"))

@@ -1,0 +1,12 @@
+"""Answer each row's question about its images: `batchvlm run` on conf/vqa.yaml.
+
+python jobs/vqa.py data=parquet data.path=IN model=hub model.path=NAME output.dir=OUT
+accelerate launch jobs/vqa.py ...          one process a GPU
+"""
+
+import sys
+
+from batchvlm.cli import run_app
+
+if __name__ == "__main__":
+    sys.exit(run_app("vqa"))

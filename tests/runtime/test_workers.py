@@ -1,0 +1,131 @@
+"""Worker processes: in order, replaced when they die, gone with their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchvlm.errors import ErrorType
+from batchvlm.preprocess import PreprocessSpec
+from batchvlm.records import Failure, Record, Sample
+from batchvlm.runtime import workers
+from batchvlm.runtime.workers import WorkerPool
+from batchvlm.settings import compose
+from tests.conftest import picture
+
+
+def spec() -> PreprocessSpec:
+    cfg = compose()
+    return PreprocessSpec(
+        model=cfg.model,
+        task=cfg.task,
+        columns=cfg.data.columns,
+        generation=cfg.generation,
+        image_root=None,
+        max_source_pixels=10**8,
+    )
+
+
+def records(count: int, image: Any = None) -> Iterator[Record]:
+    for i in range(count):
+        cell = picture(size=(16 + i, 16)) if image is None else image
+        yield Record(row=i, row_index=i, source_file="f", id=str(i), values={"image": cell})
+
+
+def same(a: Sample | Failure, b: Sample | Failure) -> bool:
+    if isinstance(a, Failure) or isinstance(b, Failure):
+        return a == b
+    return a.features.keys() == b.features.keys() and all(
+        (a.features[k] == b.features[k]).all() for k in a.features
+    )
+
+
+def test_workers_and_this_process_prepare_the_same_in_order() -> None:
+    def mixed() -> Iterator[Record]:
+        yield from records(40)
+        yield from records(3, image=b"no image")
+
+    with WorkerPool(spec(), num_workers=0, timeout_s=60) as pool:
+        alone = list(pool.prepare(mixed()))
+    with WorkerPool(spec(), num_workers=2, timeout_s=60) as pool:
+        together = list(pool.prepare(mixed()))
+    assert [r.row_index for r, _ in together] == [*range(40), *range(3)]
+    assert all(same(a, b) for (_, a), (_, b) in zip(alone, together, strict=True))
+    assert [o.error_type for _, o in together[40:] if isinstance(o, Failure)] == [
+        ErrorType.DECODE
+    ] * 3
+
+
+def fail_on_odd_rows(record: Record) -> Any:
+    match record.row_index % 4:
+        case 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case 3:
+            time.sleep(3600)
+    return Failure(error_type=ErrorType.PROMPT, message="reached")
+
+
+def test_a_worker_that_dies_or_hangs_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A new process finds the function by name, so it must be this module's.
+    monkeypatch.setattr(workers, "_prepare", fail_on_odd_rows)
+    monkeypatch.setattr(workers, "_start_worker", start_nothing)
+    with WorkerPool(spec(), num_workers=1, timeout_s=1.0) as pool:
+        outcomes = [outcome for _, outcome in pool.prepare(records(6))]
+    assert [o.error_type for o in outcomes if isinstance(o, Failure)] == [
+        ErrorType.PROMPT,
+        ErrorType.PREPROCESS,
+        ErrorType.PROMPT,
+        ErrorType.TIMEOUT,
+        ErrorType.PROMPT,
+        ErrorType.PREPROCESS,
+    ]
+
+
+def start_nothing(spec: PreprocessSpec, parent: int) -> None:
+    pass
+
+
+def children_of(pid: int) -> set[int]:
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.add(int(stat.parent.name))
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_workers_do_not_outlive_a_killed_parent() -> None:
+    code = (
+        "from tests.runtime.test_workers import *\n"
+        "if __name__ == '__main__':\n"
+        "    pool = WorkerPool(spec(), num_workers=2, timeout_s=60)\n"
+        "    list(pool.prepare(records(4)))\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(3600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"ready\n"
+        children = children_of(parent.pid)
+        assert len(children) >= 2
+        parent.kill()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))

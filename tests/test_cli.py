@@ -1,0 +1,218 @@
+"""The commands as a person types them: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from batchvlm import demo
+from batchvlm.errors import ExitCode
+
+ROOT = Path(__file__).parents[1]
+BATCHVLM = [sys.executable, "-m", "batchvlm"]
+
+
+def command(*args: str, cwd: Path, program: list[str] = BATCHVLM) -> Any:
+    return subprocess.run([*program, *args], cwd=cwd, capture_output=True, text=True)
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = ds.dataset(out / "data").to_table().to_pylist()
+    return rows
+
+
+def test_run_without_arguments_captions_the_samples(tmp_path: Path) -> None:
+    done = command("run", cwd=tmp_path)
+    assert done.returncode == ExitCode.DONE, done.stderr
+    truth = pq.read_table(demo.SAMPLES_PATH).to_pylist()
+    rows = rows_of(tmp_path / "outputs" / "demo-caption")
+    assert [row["id"] for row in rows] == [row["id"] for row in truth]
+    good = [
+        (r["generated_text"], t["caption"])
+        for r, t in zip(rows, truth, strict=True)
+        if r["status"] == "success"
+    ]
+    assert len(good) >= 20
+    assert sum(answer == caption for answer, caption in good) >= 0.9 * len(good)
+    errors = {row["id"]: row["error_type"] for row in rows if row["status"] == "error"}
+    assert errors == {
+        "broken-truncated": "decode",
+        "broken-not-an-image": "decode",
+        "broken-no-image": "missing_image",
+        "broken-bomb": "too_large",
+        "broken-missing-file": "missing_image",
+    }
+    assert f"rows     {len(rows)}: {len(good)} answered, 5 errors" in done.stdout
+    assert good[0][0][:30] in done.stdout
+    assert "outputs/demo-caption/data" in done.stdout
+    assert "29 of 29 rows (100%)" in done.stderr
+    again = command("run", cwd=tmp_path)
+    assert again.returncode == ExitCode.DONE
+    assert f"{len(rows)} were there already" in again.stdout
+    assert good[0][0][:30] in again.stdout
+
+
+@pytest.mark.parametrize("task", ["vqa", "extract"])
+def test_the_job_scripts(tmp_path: Path, task: str) -> None:
+    program = [sys.executable, str(ROOT / "jobs" / f"{task}.py")]
+    done = command(
+        "output.dir=out", "output.keep_columns=[answer,objects]", cwd=tmp_path, program=program
+    )
+    assert done.returncode == ExitCode.DONE, done.stderr
+    rows = [row for row in rows_of(tmp_path / "out") if row["status"] == "success"]
+    if task == "vqa":
+        right = [row["generated_text"] == row["answer"] for row in rows]
+    else:
+        right = [row["parsed"] == row["objects"] and row["json_valid"] for row in rows]
+    assert sum(right) >= 0.9 * len(right) and len(right) >= 20
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "data.pth=x"], "data.pth is no setting; did you mean data.path?"),
+        (["run", "data=parquet"], "data.path is required"),
+        (["run", "data=parquet", "data.path=none.parquet"], "none.parquet"),
+        (["run", "data.columns.image=img"], "img"),
+        (["run", "model.path=./none"], "model.path=./none"),
+        (["run", "task.prompt='{{ no_such_column }}'"], "no_such_column"),
+        (["run", "output.dir=s3://bucket/out"], "output.dir"),
+        (["jump"], "jump is no command"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(tmp_path: Path, args: list[str], message: str) -> None:
+    done = command(*args, cwd=tmp_path)
+    assert done.returncode == ExitCode.USAGE, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("batchvlm: error: "), done.stderr
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_help(tmp_path: Path) -> None:
+    for args in (["--help"], []):
+        assert "batchvlm run" in command(*args, cwd=tmp_path).stdout
+    shown = command("run", "--help", cwd=tmp_path).stdout
+    assert "task: caption, extract, vqa" in shown and "Examples:" in shown
+    config = command("run", "--cfg", "job", cwd=tmp_path).stdout
+    assert "max_new_tokens: 256" in config
+    assert command("--version", cwd=tmp_path).stdout.startswith("batchvlm 0.")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_runs_every_job_though_one_fails(tmp_path: Path) -> None:
+    done = command(
+        "run",
+        "-m",
+        "data.max_rows=2",
+        "data.columns.image=image,no_column",
+        "output.dir=out-${hydra:job.num}",
+        cwd=tmp_path,
+    )
+    assert done.returncode == ExitCode.USAGE
+    assert len(rows_of(tmp_path / "out-0")) == 2
+    assert done.stderr.count("batchvlm: error: ") == 1
+
+
+def long_job(folder: Path, images: int = 600) -> list[str]:
+    """A job of some seconds, in small shards, flushed often."""
+    sample = [
+        row for row in pq.read_table(demo.SAMPLES_PATH).to_pylist() if row["id"].startswith("scene")
+    ]
+    rows = [sample[i % len(sample)] | {"id": f"row-{i}"} for i in range(images)]
+    rows[7]["image"] = {"bytes": b"no image", "path": None}
+    schema = pq.read_schema(demo.SAMPLES_PATH)
+    import pyarrow as pa
+
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "in.parquet")
+    return [
+        "run", "task=vqa", "data=parquet", f"data.path={folder / 'in.parquet'}",
+        "data.columns.id=id", "generation.max_new_tokens=8", "output.rows_per_shard=100",
+        "output.flush_every_s=0.2", "batching.max_batch_size=8", "batching.sort_window=32",
+        "runtime.num_workers=1",
+    ]  # fmt: skip
+
+
+def settled(out: Path) -> list[dict[str, Any]]:
+    return [
+        {k: v for k, v in row.items() if k not in {"run_id", "latency_s"}} for row in rows_of(out)
+    ]
+
+
+def num_on_disk(out: Path) -> int:
+    """Different rows in parts and segments; a file may vanish while we look."""
+    found: set[int] = set()
+    for path in [*out.glob("data/*.parquet"), *out.glob("_batchvlm/segments/*/*.parquet")]:
+        try:
+            found.update(pq.read_table(path, columns=["row_index"])["row_index"].to_pylist())
+        except (OSError, ValueError):
+            continue
+    return len(found)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_half_way_and_run_again(tmp_path: Path, number: signal.Signals) -> None:
+    job = long_job(tmp_path)
+    done = command(*job, f"output.dir={tmp_path / 'undisturbed'}", cwd=tmp_path)
+    assert done.returncode == ExitCode.DONE, done.stderr
+    out = tmp_path / "out"
+    chance = random.Random(int(number))
+    kills = 0
+    for aim in (chance.randrange(40, 250), chance.randrange(300, 500)):
+        with subprocess.Popen(
+            [*BATCHVLM, *job, f"output.dir={out}"], cwd=tmp_path, stderr=subprocess.DEVNULL
+        ) as process:
+            while process.poll() is None and num_on_disk(out) < aim:
+                time.sleep(0.02)
+            process.send_signal(number)
+            code = process.wait(60)
+        kills += code == (-signal.SIGKILL if number == signal.SIGKILL else ExitCode.INTERRUPTED)
+    assert kills == 2
+    before = num_on_disk(out)
+    assert 300 <= before < 600
+    done = command(*job, f"output.dir={out}", cwd=tmp_path)
+    assert done.returncode == ExitCode.DONE, done.stderr
+    assert "were there already" in done.stdout
+    assert settled(out) == settled(tmp_path / "undisturbed")
+    assert [row["id"] for row in rows_of(out)] == [f"row-{i}" for i in range(600)]
+    last_run = max((out / "_batchvlm" / "metrics").iterdir())
+    assert json.loads(last_run.read_text())["num_rows"] <= 600 - before
+    assert not any((out / "_batchvlm" / "segments").iterdir())
+
+
+def test_two_ranks_share_the_shards(tmp_path: Path) -> None:
+    """What `accelerate launch` sets, set by hand: two processes on one machine."""
+    job = [
+        *long_job(tmp_path, images=120),
+        "output.rows_per_shard=20",
+        f"output.dir={tmp_path / 'out'}",
+        "engine.device=cpu",
+    ]
+    ranks = [
+        subprocess.Popen(
+            [*BATCHVLM, *job], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                              "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                              "MASTER_PORT": str(20000 + os.getpid() % 20000)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert [row["row_index"] for row in rows_of(tmp_path / "out")] == list(range(120))
+    counts = [
+        json.loads(p.read_text())["num_rows"]
+        for p in (tmp_path / "out" / "_batchvlm" / "metrics").iterdir()
+    ]
+    assert counts == [60, 60]

@@ -1,0 +1,291 @@
+"""Every input row yields exactly one output row, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from batchvlm.errors import ConfigError, ErrorType, FingerprintError, InputError
+from batchvlm.pipeline import Summary, run_job
+from batchvlm.records import Batch, Completion, Failure, FinishReason
+from batchvlm.settings import compose
+from tests.conftest import picture
+
+
+class FakeEngine:
+    """Answers with the row's index, in a shuffled order; fails on the rows it is told to."""
+
+    def __init__(self, failing: Iterable[int] = (), answer: str = "row {}") -> None:
+        self.failing = set(failing)
+        self.answer = answer
+        self.seen: list[int] = []
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Completion | Failure]]:
+        for batch in batches:
+            for sample in random.Random(0).sample(batch.samples, len(batch.samples)):
+                index = sample.row_index
+                self.seen.append(index)
+                if index in self.failing:
+                    yield index, Failure(error_type=ErrorType.ENGINE, message="told to fail")
+                    continue
+                yield (
+                    index,
+                    Completion(
+                        row_index=index,
+                        token_ids=(1, 2, index),
+                        text=self.answer.format(index),
+                        finish_reason=FinishReason.STOP,
+                        latency_s=0.5,
+                    ),
+                )
+
+
+def run(out: Path, source: Path, *overrides: str, engine: Any = None, name: str = "run") -> Summary:
+    cfg = compose(
+        name,
+        [
+            "data=parquet",
+            f"data.path={source}",
+            f"output.dir={out}",
+            "output.rows_per_shard=10",
+            "batching.sort_window=7",
+            "runtime.num_workers=0",
+            *overrides,
+        ],
+    )
+    return run_job(cfg, engine=engine or FakeEngine())
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """Every output row as readers find them: parts by name."""
+    rows: list[dict[str, Any]] = ds.dataset(out / "data").to_table().to_pylist()
+    return rows
+
+
+def answers(out: Path) -> list[dict[str, Any]]:
+    """Output rows without what differs between two runs of the same job."""
+    volatile = {"run_id", "latency_s"}
+    return [{k: v for k, v in row.items() if k not in volatile} for row in rows_of(out)]
+
+
+Writer = Callable[..., Path]
+
+
+def test_rows_come_out_once_in_order_good_or_bad(tmp_path: Path, write_parquet: Writer) -> None:
+    images: list[Any] = [picture(size=(10 + i % 5, 10)) for i in range(37)]
+    images[3], images[9], images[36] = b"no image", None, {"bytes": None, "path": "/etc/passwd"}
+    source = write_parquet(images, name_column=[f"n{i}" for i in range(37)])
+    summary = run(tmp_path / "out", source, engine=FakeEngine(failing=[5, 20]))
+    rows = rows_of(tmp_path / "out")
+    assert [row["row_index"] for row in rows] == list(range(37))
+    assert [row["id"] for row in rows] == [f"in.parquet:{i}" for i in range(37)]
+    errors = {row["row_index"]: row["error_type"] for row in rows if row["status"] == "error"}
+    assert errors == {
+        3: "decode",
+        5: "engine",
+        9: "missing_image",
+        20: "engine",
+        36: "forbidden",
+    }
+    for row in rows:
+        if row["row_index"] in errors:
+            assert row["generated_text"] is None and row["error_message"]
+        else:
+            assert row["generated_text"] == f"row {row['row_index']}"
+            assert (row["error_type"], row["error_message"]) == (None, None)
+            assert (row["finish_reason"], row["completion_tokens"]) == ("stop", 3)
+            assert (row["num_images"], row["image_tokens"]) == (1, 36)
+            assert row["image_sizes"] == [{"width": 96, "height": 96}]
+    assert (summary.num_mine, summary.metrics.num_rows, summary.metrics.num_errors) == (37, 37, 5)
+    assert len(list((tmp_path / "out" / "data").iterdir())) == summary.num_shards
+
+
+def test_the_output_opens_with_every_reader(tmp_path: Path, write_parquet: Writer) -> None:
+    source = write_parquet([picture()] * 12, n=pa.array(range(12), pa.int16()))
+    run(tmp_path / "out", source, "output.keep_columns=[n,image]", "output.token_ids=true")
+    table = ds.dataset(tmp_path / "out" / "data").to_table()
+    assert table.schema.field("n").type == pa.int16()
+    assert table.column_names[:5] == ["id", "row_index", "source_file", "n", "image"]
+    loaded = datasets.load_dataset(
+        "parquet",
+        data_dir=str(tmp_path / "out" / "data"),
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert loaded["n"] == list(range(12)) or list(loaded["n"]) == list(range(12))
+    assert list(loaded["token_ids"])[5] == [1, 2, 5]
+
+
+def test_a_rerun_has_nothing_to_do(tmp_path: Path, write_parquet: Writer) -> None:
+    source = write_parquet([picture()] * 25)
+    run(tmp_path / "out", source)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "data").iterdir()}
+    engine = FakeEngine()
+    summary = run(tmp_path / "out", source, engine=engine)
+    assert engine.seen == []
+    assert (summary.num_found, summary.metrics.num_rows) == (25, 0)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "data").iterdir()}
+
+
+class Crash(Exception):
+    """Stands for whatever ends a process in the middle."""
+
+
+class CrashingEngine(FakeEngine):
+    """Dies after some rows."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Completion | Failure]]:
+        for number, item in enumerate(super().run(batches)):
+            if number == self.after:
+                raise Crash
+            yield item
+
+
+@pytest.mark.parametrize("after", [0, 1, 13, 23])
+def test_a_crash_keeps_every_finished_row(
+    tmp_path: Path, write_parquet: Writer, after: int
+) -> None:
+    images: list[Any] = [picture(size=(8 + i, 8)) for i in range(25)]
+    images[11] = b"no image"
+    source = write_parquet(images)
+    run(tmp_path / "undisturbed", source)
+    with pytest.raises(Crash):
+        run(tmp_path / "out", source, engine=CrashingEngine(after))
+    engine = FakeEngine()
+    # Other throughput settings than before the crash: they do not change an answer.
+    summary = run(
+        tmp_path / "out", source, "batching.sort_window=3", "runtime.num_workers=1", engine=engine
+    )
+    assert len(engine.seen) == 24 - after
+    assert summary.num_found + summary.metrics.num_rows == 25
+    assert answers(tmp_path / "out") == answers(tmp_path / "undisturbed")
+    assert not list((tmp_path / "out" / "_batchvlm").glob("segments/*"))
+
+
+def test_another_question_is_refused_with_the_difference(
+    tmp_path: Path, write_parquet: Writer
+) -> None:
+    source = write_parquet([picture()] * 3)
+    out = tmp_path / "out"
+    run(out, source)
+    for override, key in {
+        "task.prompt=Why?": "task.prompt: 'Describe the image.' -> 'Why?'",
+        "generation.max_new_tokens=7": "generation.max_new_tokens: 256 -> 7",
+        "model.max_image_pixels=100": "model.max_image_pixels",
+        "output.rows_per_shard=5": "output.rows_per_shard: 10 -> 5",
+        "output.token_ids=true": "output.token_ids",
+    }.items():
+        with pytest.raises(FingerprintError) as caught:
+            run(out, source, override)
+        assert key in str(caught.value) and "\n" not in str(caught.value)
+    write_parquet([picture("blue")] * 3)
+    with pytest.raises(FingerprintError, match=r"input\.files\.in\.parquet"):
+        run(out, source)
+
+
+def test_throughput_settings_may_change(tmp_path: Path, write_parquet: Writer) -> None:
+    source = write_parquet([picture()] * 3)
+    run(tmp_path / "out", source)
+    run(
+        tmp_path / "out",
+        source,
+        "batching.max_batch_size=1",
+        "batching.max_batch_tokens=1",
+        "output.flush_every_s=0",
+        "runtime.num_threads=1",
+        "model.attn_implementation=eager",
+    )
+
+
+def test_tasks_share_one_output(tmp_path: Path, write_parquet: Writer) -> None:
+    source = write_parquet([picture()] * 35)
+    slices = ["runtime.num_tasks=3"]
+    for task_id in (2, 0):
+        run(tmp_path / "out", source, *slices, f"runtime.task_id={task_id}")
+    assert len(rows_of(tmp_path / "out")) < 35
+    run(tmp_path / "out", source, *slices, "runtime.task_id=1")
+    assert [row["row_index"] for row in rows_of(tmp_path / "out")] == list(range(35))
+
+
+def test_extract_fills_parsed_and_json_valid(tmp_path: Path, write_parquet: Writer) -> None:
+    source = write_parquet([picture()] * 2)
+    schema = {"type": "object", "properties": {"row": {"maximum": 0}}}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    engine = FakeEngine(answer='{{"row": {}}}')
+    run(
+        tmp_path / "out",
+        source,
+        f"task.output.json_schema={tmp_path / 'schema.json'}",
+        engine=engine,
+        name="extract",
+    )
+    good, bad = rows_of(tmp_path / "out")
+    assert (good["status"], good["parsed"], good["json_valid"]) == ("success", '{"row":0}', True)
+    assert (bad["status"], bad["error_type"], bad["parsed"], bad["json_valid"]) == (
+        "error",
+        "invalid_json",
+        None,
+        False,
+    )
+    # An answer that breaks the schema is still an answer: a person must see it.
+    assert bad["generated_text"] == '{"row": 1}'
+
+
+def test_a_missing_column_is_named_with_those_there_are(
+    tmp_path: Path, write_parquet: Writer
+) -> None:
+    source = write_parquet([picture()], question=["?"])
+    for override in (
+        "data.columns.image=img",
+        'task.prompt="{{ img }}"',
+        "output.keep_columns=[img]",
+        "data.columns.id=img",
+        "generation.columns.seed=img",
+    ):
+        with pytest.raises(InputError) as caught:
+            run(tmp_path / "out", source, override)
+        assert override.split("=")[0] in str(caught.value)
+        assert "image" in str(caught.value) and "question" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_without_rows(tmp_path: Path, write_parquet: Writer) -> None:
+    with pytest.raises(InputError, match="holds no rows"):
+        run(tmp_path / "out", write_parquet([]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kept_column_may_not_hide_one_of_ours(tmp_path: Path, write_parquet: Writer) -> None:
+    source = write_parquet([picture()], status=["mine"])
+    with pytest.raises(ConfigError, match=r"output\.keep_columns"):
+        run(tmp_path / "out", source, "output.keep_columns=[status]")
+
+
+def test_max_rows(tmp_path: Path, write_parquet: Writer) -> None:
+    run(tmp_path / "out", write_parquet([picture()] * 30), "data.max_rows=13")
+    assert [row["row_index"] for row in rows_of(tmp_path / "out")] == list(range(13))
+
+
+def test_metrics_are_left_in_the_folder(tmp_path: Path, write_parquet: Writer) -> None:
+    run(tmp_path / "out", write_parquet([picture(), b"x"]))
+    (path,) = (tmp_path / "out" / "_batchvlm" / "metrics").iterdir()
+    metrics = json.loads(path.read_text())
+    assert (metrics["num_rows"], metrics["errors"]) == (2, {"decode": 1})
+    assert 0 <= metrics["wait_share"] <= 1
+    settings = json.loads((tmp_path / "out" / "_batchvlm" / "run.json").read_text())["settings"]
+    assert settings["task"]["prompt"] == "Describe the image."
+    part = next((tmp_path / "out" / "data").iterdir())
+    assert pq.read_metadata(part).num_rows == 2
