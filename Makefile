@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	@echo "  $(BIN)/batchvlm run task=extract      JSON by a schema"
 	@echo "Then with your own Parquet file and a model of the Hub:"
 	@echo "  $(BIN)/batchvlm run data=parquet data.path=IN.parquet model=hub \\"
-	@echo "      model.path=HuggingFaceTB/SmolVLM-256M-Instruct output.dir=OUT"
+	@echo "      model.path=Qwen/Qwen2.5-VL-3B-Instruct output.dir=OUT"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

@@ -10,6 +10,7 @@ its writer by its `row_index`.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +30,16 @@ from batchvlm.output.writer import ShardWriter
 from batchvlm.plan import plan_shards
 from batchvlm.preprocess import PreprocessSpec
 from batchvlm.prompts import PromptBuilder
-from batchvlm.records import Completion, Failure, Record, Result, Sample, Shard, Status
+from batchvlm.records import (
+    Completion,
+    Failure,
+    Record,
+    Result,
+    Sample,
+    Shard,
+    Status,
+    size_of_value,
+)
 from batchvlm.runtime.metrics import Metrics
 from batchvlm.runtime.prefetch import Prefetcher
 from batchvlm.runtime.progress import Progress
@@ -38,6 +48,8 @@ from batchvlm.runtime.workers import WorkerPool, default_num_workers
 from batchvlm.settings import to_plain
 from batchvlm.sources import Source, check_columns, open_source
 from batchvlm.tasks import Task, open_task
+
+log = logging.getLogger(__name__)
 
 # What a row costs in the ready queue besides its arrays.
 _ROW_BYTES = 4096
@@ -156,6 +168,9 @@ def _compute(
     num_found: int,
 ) -> None:
     cfg, metrics = job.cfg, collector.metrics
+    num_todo = num_mine - num_found
+    name = model_name(cfg.model)
+    log.info("%d rows in %d shards; loading %s on %s", num_todo, len(todo), name, rank.device)
     start = time.perf_counter()
     with ExitStack() as stack:
         # Left last: whatever ends the run, finished rows reach the disk.
@@ -220,12 +235,9 @@ class _Prepared:
 
     @property
     def size_bytes(self) -> int:
-        kept = _ROW_BYTES + sum(len(v) for v in self.record.values.values() if _is_large(v))
-        return kept + (self.outcome.size_bytes if isinstance(self.outcome, Sample) else 0)
-
-
-def _is_large(value: Any) -> bool:
-    return isinstance(value, str | bytes)
+        kept_bytes = size_of_value(self.record.values)
+        sample_bytes = self.outcome.size_bytes if isinstance(self.outcome, Sample) else 0
+        return _ROW_BYTES + kept_bytes + sample_bytes
 
 
 def _prepare(job: Job, records: Iterable[Record], pool: WorkerPool) -> Iterator[_Prepared]:

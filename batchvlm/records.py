@@ -21,6 +21,18 @@ from batchvlm.errors import ErrorType
 Array = npt.NDArray[Any]
 
 
+def size_of_value(value: Any) -> int:
+    """Bytes that a cell's Python value holds, roughly: text and binary count, numbers do not."""
+    match value:
+        case str() | bytes():
+            return len(value)
+        case dict():
+            return sum(size_of_value(item) for item in value.values())
+        case list() | tuple():
+            return sum(size_of_value(item) for item in value)
+    return 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputFile:
     """One file of the input, as its metadata tells it."""

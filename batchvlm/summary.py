@@ -36,9 +36,14 @@ def print_summary(summary: Summary) -> None:
             f"{metrics.wait_share:.0%} of the time waiting for data"
         )
     _print_rows(summary)
-    data = os.path.relpath(summary.folder.data)
+    data = _short(os.path.abspath(summary.folder.data))
     print(f"output   {data}{os.sep}*.parquet, columns in README.md")
     print(f'read it  datasets.load_dataset("parquet", data_dir="{data}")')
+
+
+def _short(path: str) -> str:
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
 
 
 def _headline(summary: Summary) -> str:

@@ -19,7 +19,10 @@ from batchvlm.output.segments import (
     write_segment,
     write_tables,
 )
-from batchvlm.records import Result, Shard
+from batchvlm.records import Result, Shard, size_of_value
+
+_MAX_PENDING_BYTES = 64 << 20
+"""Kept columns may hold images: rows are flushed before these fill the memory."""
 
 
 class ShardWriter:
@@ -80,6 +83,7 @@ class ShardWriter:
 
         self._rows = set(self.finished_rows)
         self._pending: list[Result] = []
+        self._pending_bytes = 0
         self._attempt = new_attempt()
         self._num_flushes = 0
         self._flushed_at_s = clock()
@@ -95,7 +99,9 @@ class ShardWriter:
         assert result.row not in self._rows, f"row {result.row} is there already"
         self._rows.add(result.row)
         self._pending.append(result)
-        if self._clock() - self._flushed_at_s >= self._flush_every_s:
+        self._pending_bytes += size_of_value(result.kept)
+        is_due = self._clock() - self._flushed_at_s >= self._flush_every_s
+        if is_due or self._pending_bytes >= _MAX_PENDING_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -111,6 +117,7 @@ class ShardWriter:
             table = self._pending_table()
             self._segments.append(write_segment(self._folder, path, table, self._shard))
             self._pending.clear()
+            self._pending_bytes = 0
         self._flushed_at_s = self._clock()
 
     def commit(self) -> Path:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchvlm.errors import OutputError
+from batchvlm.output import writer as writer_module
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.schema import output_schema
 from batchvlm.output.writer import ShardWriter
@@ -85,6 +86,18 @@ def test_flushes_when_the_clock_says_so(tmp_path: Path) -> None:
     writer.flush()  # Nothing new: no file.
     assert len(folder.list_segments(0)) == 3
     assert open_writer(folder, PLAN, 0).finished_rows == {0, 1, 2, 3, 5}
+
+
+def test_large_kept_values_are_flushed_before_they_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "_MAX_PENDING_BYTES", 100)
+    folder = OutputFolder(tmp_path)
+    writer = open_writer(folder, PLAN, 0, flush_every_s=1e9)
+    for row in range(6):
+        writer.add(make_result(SHARD, row, kept={"image": {"bytes": b"x" * 30, "path": "a.png"}}))
+    # 35 bytes a row: the third one reaches the limit, and so does the sixth.
+    assert len(folder.list_segments(0)) == 2
 
 
 def test_wrong_rows_are_our_own_mistake(tmp_path: Path) -> None:
