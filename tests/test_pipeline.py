@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -289,3 +290,40 @@ def test_metrics_are_left_in_the_folder(tmp_path: Path, write_parquet: Writer) -
     assert settings["task"]["prompt"] == "Describe the image."
     part = next((tmp_path / "out" / "data").iterdir())
     assert pq.read_metadata(part).num_rows == 2
+
+
+def test_every_source_reaches_the_output(tmp_path: Path) -> None:
+    """The same pictures by every road: one row each, in order, images found and decoded."""
+    pictures = [picture(size=(10 + i, 10)) for i in range(5)]
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, data in enumerate(pictures):
+        (folder / f"{i}.png").write_bytes(data)
+    saved = datasets.Dataset.from_dict(
+        {"image": pictures}, features=datasets.Features({"image": datasets.Image()})
+    )
+    saved.save_to_disk(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
+    saved.to_parquet(tmp_path / "files" / "train.parquet")
+    uri = "data:image/png;base64," + base64.b64encode(pictures[4]).decode()
+    cells: list[Any] = [f"pictures/{i}.png" for i in range(4)]
+    lines = [json.dumps({"image": cell}) for cell in [*cells, [uri]]]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    roads = {
+        "folder": ["data=folder", f"data.path={folder}"],
+        "saved": ["data=hf", f"data.path={tmp_path / 'saved'}"],
+        "files": ["data=hf", f"data.path={tmp_path / 'files'}"],
+        "stream": ["data=hf", f"data.path={tmp_path / 'files'}", "data.streaming=true"],
+        "jsonl": ["data=jsonl", f"data.path={tmp_path / 'in.jsonl'}"],
+        "glob": ["data=parquet", f"data.path='{tmp_path}/f*/*.parquet'"],
+        "url": ["data=parquet", f"data.path=file://{tmp_path}/files"],
+    }
+    for name, road in roads.items():
+        out = tmp_path / "out" / name
+        cfg = compose("run", [*road, f"output.dir={out}", "runtime.num_workers=0"])
+        run_job(cfg, engine=FakeEngine())
+        rows = rows_of(out)
+        assert [row["error_message"] for row in rows] == [None] * 5, name
+        assert [row["row_index"] for row in rows] == list(range(5)), name
+        assert len({row["id"] for row in rows}) == 5, name
+    assert rows_of(tmp_path / "out" / "folder")[2]["id"] == "2.png"

@@ -1,0 +1,103 @@
+"""One tiny LLaVA for the tests of the engine, and what transformers answers with it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import GenerationConfig
+
+from batchvlm.engine.generate import GenerateEngine
+from batchvlm.records import Generation, Sample
+
+from .families import llava
+from .tiny import save
+
+QUESTIONS = (
+    "what is this?",
+    "describe the image in one word and then explain it in detail",
+    "how is the lazy dog today?",
+    "a cat or a dog",
+)
+
+
+@pytest.fixture(scope="package")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA that answers in printable ASCII alone, so that its text can be cut anywhere."""
+    model, processor = llava()
+    decode = processor.tokenizer.decode
+    with torch.no_grad():
+        for token in range(model.config.text_config.vocab_size):
+            text = decode([token])
+            if token in processor.tokenizer.all_special_ids or not text.strip().isprintable():
+                model.lm_head.weight[token] = 0.0
+            if not text.isascii() or not text:
+                model.lm_head.weight[token] = 0.0
+    return save(tmp_path_factory.mktemp("llava"), model, processor)
+
+
+@pytest.fixture(scope="package")
+def tokenizer(folder: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="package")
+def model(folder: Path) -> Any:
+    return transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+
+
+@pytest.fixture
+def engine_with(model: Any, tokenizer: Any) -> Callable[..., GenerateEngine]:
+    """An engine over the model as if its repository had these generation defaults."""
+
+    def make(**defaults: Any) -> GenerateEngine:
+        changed = copy.copy(model)
+        changed.generation_config = GenerationConfig(**defaults)
+        return GenerateEngine(changed, tokenizer)
+
+    return make
+
+
+@pytest.fixture
+def make_samples(tokenizer: Any) -> Callable[..., list[Sample]]:
+    def make(*rows: dict[str, Any], max_new_tokens: int = 8) -> list[Sample]:
+        return [
+            Sample(
+                row_index=i,
+                features={"input_ids": prompt(tokenizer, QUESTIONS[i % len(QUESTIONS)]).numpy()},
+                image_tokens=0,
+                image_sizes=(),
+                generation=Generation(**{"max_new_tokens": max_new_tokens, **row}),
+            )
+            for i, row in enumerate(rows)
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="package")
+def reference(model: Any, tokenizer: Any) -> Callable[..., list[int]]:
+    """What transformers answers to one question alone, with nothing from any repository."""
+
+    def answer(i: int, max_new_tokens: int = 8, **changes: Any) -> list[int]:
+        ids_BT = prompt(tokenizer, QUESTIONS[i % len(QUESTIONS)])
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            **{"eos_token_id": None, "pad_token_id": tokenizer.pad_token_id, **changes},
+        )
+        plain = copy.copy(model)
+        plain.generation_config = config
+        out_BT = plain.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT))
+        return out_BT[0, ids_BT.shape[1] :].tolist()
+
+    return answer
+
+
+def prompt(tokenizer: Any, question: str) -> torch.Tensor:
+    return tokenizer(f"user: {question}\nassistant: ", return_tensors="pt")["input_ids"]

@@ -1,0 +1,144 @@
+"""What a batch that raises costs: the rows at fault, and no other."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batchvlm.engine.generate import GenerateEngine
+from batchvlm.errors import ErrorType
+from batchvlm.records import Batch, Failure, Generation, Sample
+
+from .outcomes import run
+
+
+@pytest.fixture
+def failing(engine_with: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., GenerateEngine]:
+    """An engine whose model raises on certain rows; `calls` collects the rows of each call.
+
+    Rows are known by the last id of their prompt.
+    """
+
+    def make(
+        rows: Sequence[int], error: Exception, calls: list[list[int]] | None = None
+    ) -> GenerateEngine:
+        def generate(*, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            present = input_ids[:, -1].tolist()
+            if calls is not None:
+                calls.append(present)
+            if set(rows) & set(present):
+                raise error
+            return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
+
+        engine = engine_with()
+        monkeypatch.setattr(engine._model, "generate", generate, raising=False)
+        # A full garbage collection for each failure would take most of the test's time.
+        monkeypatch.setattr(engine, "_free_memory", lambda: None)
+        return engine
+
+    return make
+
+
+def marked(num_rows: int) -> list[Sample]:
+    return [
+        Sample(
+            row_index=i,
+            features={"input_ids": torch.tensor([[2] * (i % 3) + [i]]).numpy()},
+            image_tokens=0,
+            image_sizes=(),
+            generation=Generation(max_new_tokens=1),
+        )
+        for i in range(num_rows)
+    ]
+
+
+@settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(num_rows=st.integers(1, 20), data=st.data())
+def test_only_the_rows_at_fault_fail(num_rows: int, data: st.DataObject, failing: Any) -> None:
+    at_fault = data.draw(st.sets(st.integers(0, num_rows - 1)))
+    engine = failing(sorted(at_fault), RuntimeError("shapes do not match"))
+    for i, outcome in enumerate(run(engine, marked(num_rows))):
+        if i in at_fault:
+            assert outcome == Failure(
+                error_type=ErrorType.ENGINE, message="RuntimeError: shapes do not match"
+            )
+        else:
+            assert outcome.token_ids == (i,)
+            assert outcome.row_index == i
+
+
+def test_the_row_at_fault_is_found_by_halving(failing: Any) -> None:
+    calls: list[list[int]] = []
+    run(failing([11], RuntimeError(), calls), marked(64))
+    # 64, then two halves at each of the six levels below.
+    assert len(calls) == 13
+
+
+def test_batches_after_a_failure_are_answered(failing: Any) -> None:
+    engine = failing([1], RuntimeError("no"))
+    samples = marked(6)
+    batches = [Batch(samples=tuple(samples[:3])), Batch(samples=tuple(samples[3:]))]
+    outcomes = dict(engine.run(batches))
+    assert sorted(outcomes) == list(range(6))
+    assert [row for row, o in outcomes.items() if isinstance(o, Failure)] == [1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: "
+            "can't allocate memory: you tried to allocate 1000000000000 bytes."
+        ),
+    ],
+    ids=["cuda", "python", "cpu"],
+)
+def test_a_row_that_does_not_fit_is_told_apart(error: Exception, failing: Any) -> None:
+    outcomes = run(failing([2], error), marked(4))
+    assert [isinstance(o, Failure) for o in outcomes] == [False, False, True, False]
+    assert outcomes[2].error_type is ErrorType.OOM
+
+
+def test_the_message_is_one_short_line(failing: Any) -> None:
+    (outcome,) = run(failing([0], ValueError("first\n\n  second " + "x" * 999)), marked(1))
+    assert outcome.message.startswith("ValueError: first second xxx")
+    assert len(outcome.message) < 250
+
+
+def test_an_interrupt_is_no_failure_of_a_row(failing: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(failing([0], KeyboardInterrupt()), marked(2))
+
+
+def test_memory_of_a_failed_attempt_is_free_before_the_next(
+    engine_with: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[weakref.ref[torch.Tensor]] = []
+    still_held: list[int] = []
+
+    def generate(*, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        still_held.append(sum(ref() is not None for ref in attempts))
+        activations = torch.zeros(1)
+        attempts.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = engine_with()
+    monkeypatch.setattr(engine._model, "generate", generate, raising=False)
+    gc.disable()
+    try:
+        run(engine, marked(4))
+    finally:
+        gc.enable()
+    assert len(attempts) == 7
+    assert still_held == [0] * 7
