@@ -124,7 +124,10 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
     has_torchvision()
     import torch
     from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
+    from transformers.utils import logging as hub_logging
 
+    if not sys.stderr.isatty():
+        hub_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     kwargs: dict[str, Any] = dict(_hub_kwargs(cfg))
     kwargs["dtype"] = cfg.dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     if cfg.attn_implementation is not None:
@@ -148,7 +151,7 @@ def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
     """Turn whatever loading raises into one line that names the model."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         if "trust_remote_code" in str(error) and not cfg.trust_remote_code:
             raise ModelError(

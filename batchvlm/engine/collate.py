@@ -19,7 +19,8 @@ from batchvlm.records import Array, Sample
 # Shape legend: B rows of the batch, T padded prompt length, T_i length of row i.
 
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
-_NOT_COLLATED = ("input_ids", "attention_mask")
+# Some processors return labels for every prompt; given them, a model computes a loss.
+_NOT_COLLATED = ("input_ids", "attention_mask", "labels")
 
 
 def left_pad(rows: Sequence[Array], *, pad_id: int) -> tuple[Tensor, Tensor]:

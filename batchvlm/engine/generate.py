@@ -7,6 +7,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 # Shape legend: B rows of the batch, T padded prompt length plus tokens generated so far,
 # V vocabulary.
+
+_KEPT_DEFAULTS = ("bos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 
 
 class GenerateEngine:
@@ -63,26 +66,24 @@ class GenerateEngine:
     def _run_or_split(
         self, samples: Sequence[Sample]
     ) -> Iterator[tuple[int, Completion | Failure]]:
-        # A batch that raises is halved until the row at fault stands alone.
         try:
             completions = self._generate(samples)
         except Exception as error:
-            reason = _one_line(error)
-            is_oom = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-                "can't allocate memory" in reason  # torch's CPU allocator raises RuntimeError
-            )
-            del error  # its traceback holds the tensors of the failed attempt
-            self._free_memory()
-            if len(samples) == 1:
-                kind = ErrorType.OOM if is_oom else ErrorType.ENGINE
-                yield samples[0].row_index, Failure(error_type=kind, message=reason)
-                return
-            log.warning("a batch of %d rows failed (%s); halving it", len(samples), reason)
-            middle = len(samples) // 2
-            yield from self._run_or_split(samples[:middle])
-            yield from self._run_or_split(samples[middle:])
+            failure = _failure(error)
         else:
             yield from ((completion.row_index, completion) for completion in completions)
+            return
+        # Only here, behind the except clause, is the error gone, and with its traceback the tensors
+        # of the failed attempt.
+        self._free_memory()
+        if len(samples) == 1:
+            yield samples[0].row_index, failure
+            return
+        # A batch that raises is halved until the row at fault stands alone.
+        log.warning("a batch of %d rows failed (%s); halving it", len(samples), failure.message)
+        middle = len(samples) // 2
+        yield from self._run_or_split(samples[:middle])
+        yield from self._run_or_split(samples[middle:])
 
     def _free_memory(self) -> None:
         gc.collect()
@@ -134,28 +135,16 @@ def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def without_defaults(config: Any, *, pad_id: int) -> Any:
-    """A model's generation config without what a run decides: sampling and where answers end.
+    """A model's generation config, emptied of all but the ids that the model must not say.
 
     transformers fills every setting that a call leaves open from the model's repository, so a
     greedy run would take over its repetition penalty and a row that ignores EOS would still end.
     """
     config = copy.deepcopy(config)
-    config.update(
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=pad_id,
-        max_length=None,
-        max_new_tokens=None,
-        min_length=None,
-        min_new_tokens=None,
-        num_beams=1,
-        num_return_sequences=1,
-        repetition_penalty=1.0,
-        temperature=None,
-        top_k=None,
-        top_p=None,
-        min_p=None,
-    )
+    for name, value in vars(type(config)()).items():
+        if name not in _KEPT_DEFAULTS and not name.startswith("_"):
+            setattr(config, name, value)
+    config.update(do_sample=False, pad_token_id=pad_id)
     return config
 
 
@@ -191,6 +180,7 @@ class RowStops(StoppingCriteria):
         self._rows = rows
         self._prompt_width = prompt_width
         self._tokenizer = tokenizer
+        self._special_ids = frozenset(tokenizer.all_special_ids)
         self._limits_B = torch.tensor([r.max_new_tokens for r in rows], device=device)
         self._heeds_eos_B = torch.tensor([not r.ignore_eos for r in rows], device=device)
         self._stop_rows = [i for i, row in enumerate(rows) if row.stop]
@@ -206,9 +196,10 @@ class RowStops(StoppingCriteria):
 
     def _stop_at(self, i: int, ids: Sequence[int]) -> str | None:
         # A stop string may begin and end inside tokens, so look at text, but only at its end: no
-        # token adds less than a byte, hence as many tokens as the longest string has bytes.
+        # token of text adds less than a byte, hence as many as the longest string has bytes.
         longest = max(len(stop.encode()) for stop in self._rows[i].stop)
-        tail = self._tokenizer.decode(ids[-longest - 1 :], skip_special_tokens=True)
+        backwards = (token for token in reversed(ids) if token not in self._special_ids)
+        tail = self._tokenizer.decode(list(islice(backwards, longest + 1))[::-1])
         return next((stop for stop in self._rows[i].stop if stop in tail), None)
 
     def completion(
@@ -224,18 +215,21 @@ class RowStops(StoppingCriteria):
         """
         settings = self._rows[i]
         ids = list(ids[: settings.max_new_tokens])
+        said = ids
         reason = FinishReason.LENGTH
         if not settings.ignore_eos:
             for n, token in enumerate(ids):
                 if token in self._eos_ids:
-                    ids, reason = ids[: n + 1], FinishReason.STOP
+                    ids, said, reason = ids[: n + 1], ids[:n], FinishReason.STOP
                     break
         if settings.stop:
-            for n in range(1, len(ids) + 1):
-                if self._stop_at(i, ids[:n]):
-                    ids, reason = ids[:n], FinishReason.STOP
+            for n in range(1, len(said) + 1):
+                if self._stop_at(i, said[:n]):
+                    ids = said = said[:n]
+                    reason = FinishReason.STOP
                     break
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        # An id that ends answers need not be special: its text is left out by place.
+        text = self._tokenizer.decode(said, skip_special_tokens=True)
         cuts = [at for stop in settings.stop if (at := text.find(stop)) >= 0]
         return Completion(
             row_index=row_index,
@@ -246,6 +240,13 @@ class RowStops(StoppingCriteria):
         )
 
 
-def _one_line(error: Exception) -> str:
+def _failure(error: Exception) -> Failure:
     text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}"
+    # torch's CPU allocator raises RuntimeError.
+    is_oom = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "can't allocate memory" in text
+    )
+    return Failure(
+        error_type=ErrorType.OOM if is_oom else ErrorType.ENGINE,
+        message=f"{type(error).__name__}: {text}",
+    )

@@ -82,7 +82,9 @@ class RowSampler:
     def _penalise(self, scores_BV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         # As in CTRL (Keskar et al. 2019) and transformers: divide what is above 0, multiply below.
         seen_BV = torch.zeros_like(scores_BV, dtype=torch.bool)
-        rows, columns = mask_BT.bool().nonzero(as_tuple=True)
+        # Some models keep their image placeholder above the ids that they can answer.
+        is_answerable_BT = ids_BT < scores_BV.shape[-1]
+        rows, columns = (mask_BT.bool() & is_answerable_BT).nonzero(as_tuple=True)
         seen_BV[rows, ids_BT[rows, columns]] = True
         penalised_BV = torch.where(
             scores_BV > 0, scores_BV / self._penalty_B1, scores_BV * self._penalty_B1
