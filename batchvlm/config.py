@@ -165,7 +165,7 @@ class GenerationConfig:
 
     max_new_tokens: int = 256
     min_new_tokens: int = 0
-    """No end of sequence before this many tokens."""
+    """No end of sequence and no stop string before this many tokens."""
     temperature: float = 0.0
     """0 is greedy; above, tokens are drawn."""
     top_k: int = 0

@@ -190,17 +190,27 @@ class RowStops(StoppingCriteria):
         is_eos_B = torch.isin(input_ids[:, -1], self.eos_token_id)
         done_B = (is_eos_B & self._heeds_eos_B) | (self._limits_B <= num_new)
         for i in self._stop_rows:
-            if not done_B[i] and self._stop_at(i, input_ids[i, self._prompt_width :].tolist()):
-                done_B[i] = True
+            is_early = num_new < self._rows[i].min_new_tokens
+            if is_early or done_B[i]:
+                continue
+            done_B[i] = self._stopped_chars(i, input_ids[i, self._prompt_width :].tolist()) > 0
         return done_B
 
-    def _stop_at(self, i: int, ids: Sequence[int]) -> str | None:
+    def _stopped_chars(self, i: int, ids: Sequence[int]) -> int:
+        """How much a stop string that the last id completes takes off the text's end; 0: none."""
+        if ids[-1] in self._special_ids:
+            return 0  # adds no text
         # A stop string may begin and end inside tokens, so look at text, but only at its end: no
         # token of text adds less than a byte, hence as many as the longest string has bytes.
-        longest = max(len(stop.encode()) for stop in self._rows[i].stop)
+        stops = self._rows[i].stop
+        longest = max(len(stop.encode()) for stop in stops)
         backwards = (token for token in reversed(ids) if token not in self._special_ids)
-        tail = self._tokenizer.decode(list(islice(backwards, longest + 1))[::-1])
-        return next((stop for stop in self._rows[i].stop if stop in tail), None)
+        tail = list(islice(backwards, longest + 1))[::-1]
+        text, before = self._tokenizer.decode(tail), self._tokenizer.decode(tail[:-1])
+        # Half a character decodes to U+FFFD, which the next token takes back.
+        num_old = len(before.rstrip("\ufffd"))
+        starts = [text.find(stop, max(0, num_old - len(stop) + 1)) for stop in stops]
+        return max((len(text) - start for start in starts if start >= 0), default=0)
 
     def completion(
         self, i: int, row_index: int, ids: Sequence[int], latency_s: float
@@ -216,6 +226,7 @@ class RowStops(StoppingCriteria):
         settings = self._rows[i]
         ids = list(ids[: settings.max_new_tokens])
         said = ids
+        cut_chars = 0
         reason = FinishReason.LENGTH
         if not settings.ignore_eos:
             for n, token in enumerate(ids):
@@ -223,18 +234,17 @@ class RowStops(StoppingCriteria):
                     ids, said, reason = ids[: n + 1], ids[:n], FinishReason.STOP
                     break
         if settings.stop:
-            for n in range(1, len(said) + 1):
-                if self._stop_at(i, said[:n]):
+            for n in range(max(1, settings.min_new_tokens), len(said) + 1):
+                if cut_chars := self._stopped_chars(i, said[:n]):
                     ids = said = said[:n]
                     reason = FinishReason.STOP
                     break
         # An id that ends answers need not be special: its text is left out by place.
         text = self._tokenizer.decode(said, skip_special_tokens=True)
-        cuts = [at for stop in settings.stop if (at := text.find(stop)) >= 0]
         return Completion(
             row_index=row_index,
             token_ids=tuple(ids),
-            text=text[: min(cuts)] if cuts else text,
+            text=text[: len(text) - cut_chars],
             finish_reason=reason,
             latency_s=latency_s,
         )

@@ -1,7 +1,8 @@
 """The next token of every row, each row under its own settings and its own random generator.
 
-Rows draw by the Gumbel-max trick: argmax(logits + noise) is a draw from softmax(logits). The noise
-of a row comes from that row's generator alone, so its answer does not depend on the batch.
+A row draws by inverse transform: one uniform number a step, from the row's own generator, picks the
+token where the cumulated probabilities pass it. So what a row draws does not depend on its batch,
+and costs one number however large the vocabulary is.
 """
 
 from __future__ import annotations
@@ -75,8 +76,7 @@ class RowSampler:
         greedy_B = scores_BV.argmax(-1)
         if not any(self._is_drawn):
             return greedy_B
-        scores_BV = self._cut(scores_BV / self._temperature_B1)
-        drawn_B = (scores_BV + self._noise(scores_BV)).argmax(-1)
+        drawn_B = self._draw(self._cut(scores_BV / self._temperature_B1))
         return torch.where(self._drawn_B1[:, 0], drawn_B, greedy_B)
 
     def _penalise(self, scores_BV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -109,9 +109,16 @@ class RowSampler:
             scores_BV = scores_BV.masked_fill(drop_BV, -torch.inf)
         return scores_BV
 
-    def _noise(self, scores_BV: Tensor) -> Tensor:
-        noise_BV = np.zeros(scores_BV.shape, dtype=np.float32)
-        for i, rng in enumerate(self._rngs):
-            if self._is_drawn[i]:
-                noise_BV[i] = rng.gumbel(size=scores_BV.shape[-1])
-        return torch.from_numpy(noise_BV).to(scores_BV.device)
+    def _draw(self, scores_BV: Tensor) -> Tensor:
+        cumulated_BV = scores_BV.softmax(-1).cumsum(-1)
+        total_B1 = cumulated_BV[:, -1:]
+        uniform = [
+            rng.random() if is_drawn else 0.0
+            for rng, is_drawn in zip(self._rngs, self._is_drawn, strict=True)
+        ]
+        uniform_B1 = torch.tensor(uniform, dtype=torch.float32, device=scores_BV.device)[:, None]
+        # Below the total, also where rounding makes the product equal to it: beyond the last step
+        # there is no token, and a step of height 0 is never found.
+        below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
+        target_B1 = torch.minimum(uniform_B1 * total_B1, below_B1)
+        return torch.searchsorted(cumulated_BV, target_B1, right=True)[:, 0]

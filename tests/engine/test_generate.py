@@ -176,6 +176,16 @@ class TestStopStrings:
         (answer,) = run(engine_with(), make_samples({"stop": stops}, max_new_tokens=16))
         assert answer.text == text[: min(text.find(stop) for stop in stops)]
 
+    def test_none_counts_before_min_new_tokens(self, tokenizer: Any) -> None:
+        ids = tokenizer("x y x z x y")["input_ids"]
+        row = Generation(max_new_tokens=100, min_new_tokens=4, stop=("x",), ignore_eos=True)
+        stops = RowStops([row], [], 0, tokenizer, torch.device("cpu"))
+        ended = [bool(stops(torch.tensor([ids[:n]]), None)[0]) for n in range(1, len(ids) + 1)]
+        end = ended.index(True) + 1
+        text = tokenizer.decode(ids[:end])
+        assert end > 4 and text.count("x") == 2
+        assert stops.completion(0, 0, ids, 0.0).text == text[: text.rindex("x")]
+
     @settings(max_examples=200, deadline=None)
     @given(data=st.data())
     def test_a_row_ends_at_the_first_token_that_completes_one(
