@@ -57,8 +57,9 @@ def run_app(config_name: str, overrides: Sequence[str] | None = None) -> int:
     """
     # Before torch loads its OpenMP: idle threads that spin steal the cores of the workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Its warnings are for programmers; what matters to a user is said by this program.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Their warnings are for programmers; what matters to a user is said by this program.
+    for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # Hydra would print errors in its own words; this makes it raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if overrides is not None:
@@ -112,7 +113,7 @@ def _set_up_process() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
-    for name in ("datasets", "fsspec", "httpx", "huggingface_hub", "accelerate"):
+    for name in ("accelerate", "fsspec", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _interrupt)
 
