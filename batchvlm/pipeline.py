@@ -43,7 +43,7 @@ from batchvlm.records import (
 from batchvlm.runtime.metrics import Metrics
 from batchvlm.runtime.prefetch import Prefetcher
 from batchvlm.runtime.progress import Progress
-from batchvlm.runtime.ranks import Rank, find_rank, shards_of
+from batchvlm.runtime.ranks import Rank, find_rank, shards_of_task
 from batchvlm.runtime.workers import WorkerPool, default_num_workers
 from batchvlm.settings import to_plain
 from batchvlm.sources import Source, check_columns, open_source
@@ -135,48 +135,47 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
         BatchvlmError: the job cannot be done; finished rows are on disk.
     """
     job = open_job(cfg)
-    rank = find_rank(cfg.engine, cfg.runtime)
-    mine = shards_of(job.run.plan, cfg.runtime, rank)
     finished = job.folder.finished_shards(len(job.run.plan))
-    todo = [shard for shard in mine if shard.index not in finished]
-    num_mine = sum(shard.num_rows for shard in mine)
-    num_todo = sum(shard.num_rows for shard in todo)
+    mine = shards_of_task(job.run.plan, cfg.runtime)
     metrics = Metrics()
-    num_found = num_mine - num_todo
-    if todo:
-        collector = Collector(job, metrics)
-        _compute(job, todo, rank, engine, collector, num_mine=num_mine, num_found=num_found)
-        num_found = num_mine - metrics.num_rows
+    if any(shard.index not in finished for shard in mine):
+        # The workers load their libraries while this process loads torch and the model.
+        with _open_pool(job) as pool:
+            rank = find_rank(cfg.engine, cfg.runtime)
+            mine = mine[rank.index :: rank.world_size]
+            todo = [shard for shard in mine if shard.index not in finished]
+            if todo:
+                num_found = sum(shard.num_rows for shard in mine if shard.index in finished)
+                _compute(Collector(job, metrics, rank), todo, pool, engine, num_found=num_found)
+    num_mine = sum(shard.num_rows for shard in mine)
     return Summary(
         folder=job.folder,
         num_rows=sum(shard.num_rows for shard in job.run.plan),
         num_shards=len(job.run.plan),
         num_mine=num_mine,
-        num_found=num_found,
+        num_found=num_mine - metrics.num_rows,
         metrics=metrics,
     )
 
 
 def _compute(
-    job: Job,
-    todo: Sequence[Shard],
-    rank: Rank,
-    engine: Engine | None,
     collector: Collector,
+    todo: Sequence[Shard],
+    pool: WorkerPool,
+    engine: Engine | None,
     *,
-    num_mine: int,
     num_found: int,
 ) -> None:
-    cfg, metrics = job.cfg, collector.metrics
-    num_todo = num_mine - num_found
+    job, rank, metrics = collector.job, collector.rank, collector.metrics
+    cfg = job.cfg
+    num_todo = sum(shard.num_rows for shard in todo)
     name = model_name(cfg.model)
     log.info("%d rows in %d shards; loading %s on %s", num_todo, len(todo), name, rank.device)
     start = time.perf_counter()
     with ExitStack() as stack:
         # Left last: whatever ends the run, finished rows reach the disk.
-        stack.callback(collector.write_metrics, rank)
+        stack.callback(collector.write_metrics)
         stack.callback(collector.close)
-        pool = stack.enter_context(_open_pool(job))
         ready = stack.enter_context(
             Prefetcher(
                 _prepare(job, _read(job, todo, collector), pool),
@@ -185,20 +184,23 @@ def _compute(
                 size_of=lambda item: item.size_bytes,
             )
         )
-        if engine is None:
-            # The workers start, and read ahead, while the model loads.
-            engine = open_engine(cfg, device=rank.device)
+        # Rows are read and prepared while the model loads.
+        engine = engine or open_engine(cfg, device=rank.device)
         metrics.start_s = time.perf_counter() - start
         ready.wait_s = 0.0
         start = time.perf_counter()
-        with Progress(
-            metrics, total=num_mine, initial=num_found, log_every_s=cfg.runtime.log_every_s
-        ) as progress:
-            collector.progress = progress
-            batches = group_by_length(collector.take(ready), cfg.batching)
-            for row_index, outcome in engine.run(metrics.count_batches(batches)):
-                collector.finish(row_index, outcome)
-                metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
+        progress = stack.enter_context(
+            Progress(
+                metrics,
+                total=num_found + num_todo,
+                initial=num_found,
+                log_every_s=cfg.runtime.log_every_s,
+            )
+        )
+        batches = group_by_length(collector.take(ready, progress), cfg.batching)
+        for row_index, outcome in engine.run(metrics.count_batches(batches)):
+            collector.finish(row_index, outcome, progress)
+            metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
         metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
 
 
@@ -264,10 +266,10 @@ class Collector:
     Shards are opened by the reading thread, everything else happens in the engine's.
     """
 
-    def __init__(self, job: Job, metrics: Metrics, progress: Progress | None = None) -> None:
+    def __init__(self, job: Job, metrics: Metrics, rank: Rank) -> None:
+        self.job = job
         self.metrics = metrics
-        self.progress = progress
-        self._job = job
+        self.rank = rank
         self._starts = [shard.first_row_index for shard in job.run.plan]
         self._provenance = Provenance(
             model=model_name(job.cfg.model),
@@ -285,33 +287,33 @@ class Collector:
             Offsets of the rows that an earlier run has finished.
         """
         writer = ShardWriter(
-            self._job.folder,
+            self.job.folder,
             shard,
-            len(self._job.run.plan),
-            self._job.schema,
+            len(self.job.run.plan),
+            self.job.schema,
             self._provenance,
-            flush_every_s=self._job.cfg.output.flush_every_s,
+            flush_every_s=self.job.cfg.output.flush_every_s,
         )
         self._missing[shard.index] = shard.num_rows - len(writer.finished_rows)
         self._writers[shard.index] = writer
         return writer.finished_rows
 
-    def take(self, prepared: Iterable[_Prepared]) -> Iterator[Sample]:
+    def take(self, prepared: Iterable[_Prepared], progress: Progress) -> Iterator[Sample]:
         """Pass samples on to batching; write the rows that have failed already."""
         for item in prepared:
             if isinstance(item.outcome, Failure):
-                self._write(_result(item.record, item.outcome))
+                self._write(_result(item.record, item.outcome), progress)
             else:
                 self._under_way[item.record.row_index] = (item.record, item.outcome)
                 yield item.outcome
 
-    def finish(self, row_index: int, outcome: Completion | Failure) -> None:
+    def finish(self, row_index: int, outcome: Completion | Failure, progress: Progress) -> None:
         """Write the row that the engine is done with."""
         record, sample = self._under_way.pop(row_index)
         if isinstance(outcome, Failure):
-            self._write(_result(record, outcome, sample))
+            self._write(_result(record, outcome, sample), progress)
         else:
-            self._write(self._answered(record, sample, outcome))
+            self._write(self._answered(record, sample, outcome), progress)
 
     def close(self) -> None:
         """Bring every finished row to disk; commit shards that were complete from the start."""
@@ -321,16 +323,16 @@ class Collector:
             else:
                 writer.flush()
 
-    def write_metrics(self, rank: Rank) -> None:
+    def write_metrics(self) -> None:
         """Leave this process's counts in the output folder."""
-        task_id = self._job.cfg.runtime.task_id
-        name = f"task-{task_id:05d}-rank-{rank.index:03d}-{self._provenance.run_id}.json"
+        task_id = self.job.cfg.runtime.task_id
+        name = f"task-{task_id:05d}-rank-{self.rank.index:03d}-{self._provenance.run_id}.json"
         text = json.dumps({"run_id": self._provenance.run_id} | self.metrics.as_dict(), indent=2)
-        folder = self._job.folder
+        folder = self.job.folder
         folder.commit_file(lambda file: file.write(text.encode()), folder.metrics / name)
 
     def _answered(self, record: Record, sample: Sample, completion: Completion) -> Result:
-        reading = self._job.task.read(completion.text, json_schema=sample.json_schema)
+        reading = self.job.task.read(completion.text, json_schema=sample.json_schema)
         return replace(
             _result(record, reading.failure, sample),
             generated_text=completion.text,
@@ -342,15 +344,14 @@ class Collector:
             latency_s=completion.latency_s,
         )
 
-    def _write(self, result: Result) -> None:
+    def _write(self, result: Result, progress: Progress) -> None:
         index = bisect_right(self._starts, result.row_index) - 1
         self._writers[index].add(result)
         self.metrics.count_result(result)
         self._missing[index] -= 1
         if self._missing[index] == 0:
             self._commit(index)
-        if self.progress is not None:
-            self.progress.advance()
+        progress.advance()
 
     def _commit(self, index: int) -> None:
         self._writers.pop(index).commit()

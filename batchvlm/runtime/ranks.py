@@ -47,7 +47,6 @@ def find_rank(engine: EngineConfig, runtime: RuntimeConfig) -> Rank:
     return Rank(index=state.process_index, world_size=state.num_processes, device=device)
 
 
-def shards_of(plan: Sequence[Shard], runtime: RuntimeConfig, rank: Rank) -> list[Shard]:
-    """The shards that this process computes: its task's, divided among the task's ranks."""
-    mine = [s for s in plan if s.index % runtime.num_tasks == runtime.task_id]
-    return mine[rank.index :: rank.world_size]
+def shards_of_task(plan: Sequence[Shard], runtime: RuntimeConfig) -> list[Shard]:
+    """The shards of one slice of the job, which its ranks divide among themselves."""
+    return [s for s in plan if s.index % runtime.num_tasks == runtime.task_id]

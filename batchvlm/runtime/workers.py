@@ -36,6 +36,8 @@ def default_num_workers() -> int:
 class WorkerPool:
     """Prepares records; a context manager that leaves no process behind.
 
+    Entering it starts the processes; they are ready some seconds later.
+
     Args:
         spec: what the workers prepare for.
         num_workers: processes; 0 prepares in the calling thread, without a time limit.
@@ -58,6 +60,9 @@ class WorkerPool:
             )
 
     def __enter__(self) -> Self:
+        if self._pool is not None:
+            # The pool starts its processes with the first task: let them load their libraries.
+            self._pool.schedule(_do_nothing)
         return self
 
     def __exit__(
@@ -123,6 +128,10 @@ def _exit_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _prepare(record: Record) -> Sample | Failure:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from batchvlm.config import EngineConfig, RuntimeConfig
 from batchvlm.errors import ConfigError
 from batchvlm.records import Shard
-from batchvlm.runtime.ranks import Rank, find_rank, shards_of
+from batchvlm.runtime.ranks import find_rank, shards_of_task
 
 
 def plan(count: int) -> list[Shard]:
@@ -20,24 +20,19 @@ def plan(count: int) -> list[Shard]:
     ]
 
 
-@given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 5))
-def test_every_shard_is_exactly_one_ranks(count: int, num_tasks: int, world_size: int) -> None:
+@given(st.integers(0, 60), st.integers(1, 7))
+def test_every_shard_is_of_exactly_one_task(count: int, num_tasks: int) -> None:
     shards = plan(count)
     taken = [
         shard.index
         for task_id in range(num_tasks)
-        for rank in range(world_size)
-        for shard in shards_of(
-            shards,
-            RuntimeConfig(num_tasks=num_tasks, task_id=task_id),
-            Rank(index=rank, world_size=world_size),
-        )
+        for shard in shards_of_task(shards, RuntimeConfig(num_tasks=num_tasks, task_id=task_id))
     ]
     assert sorted(taken) == list(range(count))
 
 
 def test_a_slice_is_a_function_of_the_shard_alone() -> None:
-    mine = shards_of(plan(10), RuntimeConfig(num_tasks=4, task_id=2), Rank())
+    mine = shards_of_task(plan(10), RuntimeConfig(num_tasks=4, task_id=2))
     assert [shard.index for shard in mine] == [2, 6]
 
 
