@@ -24,7 +24,7 @@ from batchvlm.engine import Engine, open_engine
 from batchvlm.errors import InputError
 from batchvlm.identity import answer_identity, model_name, output_layout, package_versions
 from batchvlm.output.folder import OutputFolder, new_attempt
-from batchvlm.output.run_file import RunFile, open_run
+from batchvlm.output.run_file import RunFile, find_run, save_run
 from batchvlm.output.schema import Provenance, kept_fields, output_schema
 from batchvlm.output.writer import ShardWriter
 from batchvlm.plan import plan_shards
@@ -85,7 +85,7 @@ class Summary:
 
 
 def open_job(cfg: JobConfig) -> Job:
-    """Check a job against its input and its output folder, and write `run.json` if it is new.
+    """Check a job against its input and its output folder.
 
     Raises:
         ConfigError, InputError, OutputError: in one line, before anything is loaded.
@@ -101,11 +101,12 @@ def open_job(cfg: JobConfig) -> Job:
     )
     task = open_task(cfg.task)
     folder = OutputFolder(cfg.output.dir)
+    folder.check_writable()
     files = source.files(list(kept | named | needed))
     plan = plan_shards(files, rows_per_shard=cfg.output.rows_per_shard, max_rows=cfg.data.max_rows)
     if not plan:
         raise InputError(f"data.path={cfg.data.path} holds no rows")
-    run = open_run(
+    run = find_run(
         folder,
         identity=answer_identity(cfg, files),
         layout=output_layout(cfg),
@@ -173,9 +174,6 @@ def _compute(
     log.info("%d rows in %d shards; loading %s on %s", num_todo, len(todo), name, rank.device)
     start = time.perf_counter()
     with ExitStack() as stack:
-        # Left last: whatever ends the run, finished rows reach the disk.
-        stack.callback(collector.write_metrics)
-        stack.callback(collector.close)
         ready = stack.enter_context(
             Prefetcher(
                 _prepare(job, _read(job, todo, collector), pool),
@@ -186,9 +184,13 @@ def _compute(
         )
         # Rows are read and prepared while the model loads.
         engine = engine or open_engine(cfg, device=rank.device)
+        save_run(job.folder, job.run)
         metrics.start_s = time.perf_counter() - start
         ready.wait_s = 0.0
         start = time.perf_counter()
+        # Left before the reading thread is: whatever ends the run, finished rows reach the disk.
+        stack.callback(collector.write_metrics)
+        stack.callback(collector.close)
         progress = stack.enter_context(
             Progress(
                 metrics,

@@ -15,7 +15,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from batchvlm.errors import ConfigError, ErrorType, FingerprintError, InputError
+from batchvlm.errors import ConfigError, ErrorType, FingerprintError, InputError, ModelError
 from batchvlm.pipeline import Summary, run_job
 from batchvlm.records import Batch, Completion, Failure, FinishReason
 from batchvlm.settings import compose
@@ -195,6 +195,24 @@ def test_another_question_is_refused_with_the_difference(
     write_parquet([picture("blue")] * 3)
     with pytest.raises(FingerprintError, match=r"input\.files\.in\.parquet"):
         run(out, source)
+
+
+def test_a_model_that_does_not_load_claims_no_folder(tmp_path: Path, write_parquet: Writer) -> None:
+    """Whoever mends the model's name must not be told that the folder has other answers."""
+    source = write_parquet([picture()] * 3)
+    (tmp_path / "empty").mkdir()
+    cfg = compose(
+        "run",
+        [
+            "data=parquet",
+            f"data.path={source}",
+            f"output.dir={tmp_path / 'out'}",
+            f"model.path={tmp_path / 'empty'}",
+        ],
+    )
+    with pytest.raises(ModelError, match="Unrecognized model"):
+        run_job(cfg)
+    assert not (tmp_path / "out").exists()
 
 
 def test_throughput_settings_may_change(tmp_path: Path, write_parquet: Writer) -> None:

@@ -43,7 +43,7 @@ class RunFile:
     """Versions at the first start; never compared."""
 
 
-def open_run(
+def find_run(
     folder: OutputFolder,
     *,
     identity: Mapping[str, Any],
@@ -52,51 +52,77 @@ def open_run(
     packages: Mapping[str, str],
     plan: list[Shard],
 ) -> RunFile:
-    """Start a run in `folder`, or join the one that is there; any number of processes may at once.
+    """The run that is in `folder`, or a new one that `save_run` has yet to put there.
 
     All arguments are JSON values. `plan` counts only for the process that starts the run: go on
     with the plan of the run that is returned.
 
     Raises:
         FingerprintError: the folder's run has another identity or layout.
-        OutputError: the folder cannot be read or written, or holds something that is not ours.
+        OutputError: the folder cannot be read, or holds something that is not ours.
     """
     assert all(shard.index == index for index, shard in enumerate(plan))
+    ours = RunFile(
+        format=_FORMAT,
+        fingerprint=fingerprint(identity),
+        identity=identity,
+        layout=layout,
+        settings=settings,
+        plan=tuple(plan),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        packages=packages,
+    )
     # First the data, then the file: a run always has its file before its first part, so parts
     # without it cannot be those of a run that another process is starting at this moment.
     has_data = folder.has_foreign_data()
     run = read_run(folder)
-    if run is None:
-        if has_data:
-            raise OutputError(
-                f"{folder.data} holds Parquet files, but {folder.run_json} is missing: "
-                "they are no output of batchvlm",
-                hint="name another output.dir",
-            )
-        ours = RunFile(
-            format=_FORMAT,
-            fingerprint=fingerprint(identity),
-            identity=identity,
-            layout=layout,
-            settings=settings,
-            plan=tuple(plan),
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            packages=packages,
+    if run is not None:
+        _check_same(folder, run, ours)
+        folder.remove_leftovers(len(run.plan))
+        return run
+    if has_data:
+        raise OutputError(
+            f"{folder.data} holds Parquet files, but {folder.run_json} is missing: "
+            "they are no output of batchvlm",
+            hint="name another output.dir",
         )
-        text = _encode(ours)
-        folder.commit_file(lambda file: file.write(text), folder.run_json, replace=False)
-        # The winner's, and what the winner reads too: stored and fresh runs cannot differ.
-        run = read_run(folder)
-        if run is None:
-            raise OutputError(f"{folder.run_json} vanished just after it was written")
-    found = differences(run.identity, identity) + differences(run.layout, layout)
+    # As it is read back: stored and fresh runs cannot differ.
+    return _decode(_encode(ours), folder.run_json)
+
+
+def save_run(folder: OutputFolder, run: RunFile) -> RunFile:
+    """Put a run into its folder if none is there; any number of processes may at once.
+
+    Call it when nothing but the rows can fail any more: a folder with a run refuses all others.
+
+    Returns:
+        The run that is there now, another process's where that was first.
+
+    Raises:
+        FingerprintError: another process has started a run with another identity or layout.
+        OutputError: the folder cannot be written.
+    """
+    text = _encode(run)
+    folder.commit_file(lambda file: file.write(text), folder.run_json, replace=False)
+    there = read_run(folder)
+    if there is None:
+        raise OutputError(f"{folder.run_json} vanished just after it was written")
+    _check_same(folder, there, run)
+    if there.plan != run.plan:
+        raise OutputError(
+            f"{folder.root}: another process has just started this job with another plan",
+            hint="run the same command again to go on with that plan",
+        )
+    return there
+
+
+def _check_same(folder: OutputFolder, there: RunFile, ours: RunFile) -> None:
+    found = differences(there.identity, ours.identity) + differences(there.layout, ours.layout)
     if found:
         raise FingerprintError(
             f"{folder.root} holds the answers to another question: {'; '.join(found)}",
             hint="name another output.dir, put the settings back, or delete the folder",
         )
-    folder.remove_leftovers(len(run.plan))
-    return run
 
 
 def read_run(folder: OutputFolder) -> RunFile | None:

@@ -9,7 +9,7 @@ import random
 import sys
 
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.run_file import open_run
+from batchvlm.output.run_file import find_run, save_run
 
 from .make import make_plan, make_result, open_writer
 
@@ -17,7 +17,7 @@ from .make import make_plan, make_result, open_writer
 def run_job(folder: OutputFolder, num_shards: int, num_rows: int, seed: int) -> None:
     """Compute whatever is missing, rows in an order drawn from `seed`."""
     draw = random.Random(seed)
-    run = open_run(
+    run = find_run(
         folder,
         identity={"task": {"prompt": "What is it?"}},
         layout={"rows_per_shard": num_rows},
@@ -25,6 +25,7 @@ def run_job(folder: OutputFolder, num_shards: int, num_rows: int, seed: int) -> 
         packages={},
         plan=make_plan(num_shards, num_rows),
     )
+    save_run(folder, run)
     plan = list(run.plan)
     finished = folder.finished_shards(len(plan))
     todo = [shard for shard in plan if shard.index not in finished]

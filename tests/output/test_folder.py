@@ -233,3 +233,20 @@ def test_leftovers_go_but_nothing_that_may_be_alive(tmp_path: Path) -> None:
 
 def test_attempts_have_names_of_their_own() -> None:
     assert len({new_attempt() for _ in range(1000)}) == 1000
+
+
+def test_a_folder_that_cannot_be_written_is_known_beforehand(tmp_path: Path) -> None:
+    OutputFolder(tmp_path).check_writable()
+    OutputFolder(tmp_path / "new" / "deeper").check_writable()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_bytes(b"")
+    for root in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(OutputError, match="Not a directory"):
+            OutputFolder(root).check_writable()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_of_somebody_else_is_known_beforehand(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="Permission denied"):
+        OutputFolder(tmp_path / "out").check_writable()

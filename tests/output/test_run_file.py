@@ -12,7 +12,7 @@ import pytest
 from batchvlm.errors import FingerprintError, OutputError
 from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.run_file import RunFile, open_run, read_run
+from batchvlm.output.run_file import RunFile, find_run, read_run, save_run
 from batchvlm.records import Shard
 
 from .make import make_plan
@@ -26,7 +26,8 @@ def open_here(path: Path, **changes: Any) -> RunFile:
         "packages": {"pyarrow": "26"},
         "plan": make_plan(5, 100),
     }
-    return open_run(OutputFolder(path), **arguments | changes)
+    folder = OutputFolder(path)
+    return save_run(folder, find_run(folder, **arguments | changes))
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -36,6 +37,20 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert run.fingerprint == fingerprint(run.identity)
     assert run.settings == {"batching": {"max_batch_size": 8}}
     assert read_run(OutputFolder(tmp_path / "elsewhere")) is None
+
+
+def test_a_new_run_is_described_before_it_is_put_there(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path / "out")
+    what: dict[str, Any] = {"layout": {}, "settings": {}, "packages": {}, "plan": make_plan(2, 10)}
+    mine = find_run(folder, identity={"q": (1, 2)}, **what)
+    theirs = find_run(folder, identity={"q": (1, 3)}, **what)
+    longer = find_run(folder, identity={"q": [1, 2]}, **what | {"plan": make_plan(3, 10)})
+    assert not folder.root.exists()
+    assert save_run(folder, mine) == mine == read_run(folder)
+    with pytest.raises(FingerprintError, match=r"q\[1\]: 2 -> 3"):
+        save_run(folder, theirs)
+    with pytest.raises(OutputError, match="with another plan"):
+        save_run(folder, longer)
 
 
 def test_the_first_settings_stay_and_others_never_matter(tmp_path: Path) -> None:
@@ -134,11 +149,12 @@ def test_racing_processes_agree_on_one_run(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from batchvlm.output.folder import OutputFolder\n"
-        "from batchvlm.output.run_file import open_run\n"
+        "from batchvlm.output.run_file import find_run, save_run\n"
         "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
-        "run = open_run(OutputFolder(sys.argv[1]), identity={'q': 1}, layout={},\n"
-        "    settings={'racer': sys.argv[2]}, packages={}, plan=[])\n"
+        "folder = OutputFolder(sys.argv[1])\n"
+        "run = save_run(folder, find_run(folder, identity={'q': 1}, layout={},\n"
+        "    settings={'racer': sys.argv[2]}, packages={}, plan=[]))\n"
         "print(run.settings['racer'], flush=True)\n"
     )
     racers = [
