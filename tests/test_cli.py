@@ -88,7 +88,7 @@ def test_the_job_scripts(tmp_path: Path, task: str) -> None:
         (["run", "model.path=./none"], "model.path=./none"),
         (["run", "task.prompt='{{ no_such_column }}'"], "no_such_column"),
         (["run", "output.dir=s3://bucket/out"], "output.dir"),
-        (["run", "output.dir=/dev/null/out"], "cannot write /dev/null/out: Not a directory"),
+        (["run", "output.dir=/dev/null/out"], "output.dir=/dev/null/out cannot be written: Not a"),
         (["jump"], "jump is no command"),
     ],
 )

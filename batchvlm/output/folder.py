@@ -71,15 +71,17 @@ class OutputFolder:
         """Look whether the folder is writable, or can be made, without touching it.
 
         Raises:
-            OutputError: it is a file, or belongs to somebody else.
+            ConfigError: it is a file, or belongs to somebody else.
         """
         path = self.root.absolute()
         while not os.path.lexists(path) and path.parent != path:
             path = path.parent
         code = 0 if path.is_dir() else errno.ENOTDIR
         if code or not os.access(path, os.W_OK | os.X_OK):
-            code = code or errno.EACCES
-            raise _output_error("write", self.root, OSError(code, os.strerror(code)))
+            raise ConfigError(
+                f"output.dir={self.root} cannot be written: {os.strerror(code or errno.EACCES)}",
+                hint="see to the folder, or name another output.dir",
+            )
 
     def part(self, index: int, num_shards: int) -> Path:
         """Where shard `index` lies once it is finished; names sort in the order of the input."""

@@ -241,12 +241,12 @@ def test_a_folder_that_cannot_be_written_is_known_beforehand(tmp_path: Path) -> 
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_bytes(b"")
     for root in (tmp_path / "file", tmp_path / "file" / "out"):
-        with pytest.raises(OutputError, match="Not a directory"):
+        with pytest.raises(ConfigError, match="Not a directory"):
             OutputFolder(root).check_writable()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_of_somebody_else_is_known_beforehand(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="Permission denied"):
+    with pytest.raises(ConfigError, match="Permission denied"):
         OutputFolder(tmp_path / "out").check_writable()
