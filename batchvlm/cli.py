@@ -20,6 +20,7 @@ batchvlm: run a vision-language model over a whole dataset, one output row for e
                                           caption your own images with a model of the Hub
   batchvlm run --help                     groups, settings, examples
   batchvlm run --cfg job                  every setting with its value, and nothing else
+  eval "$(batchvlm -sc install=bash)"     tab completion; also install=zsh, install=fish
   batchvlm --version
 
 Interrupted? Run the same command again: it goes on where it stopped.
@@ -37,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     match args:
         case ["run", *rest]:
             return run_app("run", rest)
+        case ["-sc" | "--shell-completion", *_]:
+            # The script that Hydra installs asks the program itself, whatever command is typed.
+            line = os.environ.get("COMP_LINE", "")
+            os.environ["COMP_LINE"] = line.replace("batchvlm run ", "batchvlm ", 1)
+            return run_app("run", args, program="batchvlm")
         case ["--version"]:
             print(f"batchvlm {__version__}")
             return ExitCode.DONE
@@ -48,12 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return ExitCode.USAGE
 
 
-def run_app(config_name: str, overrides: Sequence[str] | None = None) -> int:
+def run_app(
+    config_name: str, overrides: Sequence[str] | None = None, *, program: str = "batchvlm run"
+) -> int:
     """Run the Hydra app on one of the primary configs and return the exit code.
 
     Args:
         config_name: run, caption, vqa or extract.
         overrides: Hydra's command line; None takes the process's.
+        program: what Hydra calls it.
     """
     # Before torch loads its OpenMP: idle threads that spin steal the cores of the workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -63,7 +72,7 @@ def run_app(config_name: str, overrides: Sequence[str] | None = None) -> int:
     # Hydra would print errors in its own words; this makes it raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if overrides is not None:
-        sys.argv = ["batchvlm run", *overrides]
+        sys.argv = [program, *overrides]
     try:
         return _run_hydra(config_name)
     except BatchvlmError as error:

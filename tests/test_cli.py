@@ -112,6 +112,19 @@ def test_help(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_tab_completion(tmp_path: Path) -> None:
+    line = "batchvlm run task=e"
+    done = subprocess.run(
+        [*BATCHVLM, "-sc", "query=bash"],
+        cwd=tmp_path,
+        env=os.environ | {"COMP_LINE": line, "COMP_POINT": str(len(line))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["task=extract"], done.stderr
+    assert "hydra_bash_completion batchvlm" in command("-sc", "install=bash", cwd=tmp_path).stdout
+
+
 def test_a_sweep_runs_every_job_though_one_fails(tmp_path: Path) -> None:
     done = command(
         "run",
