@@ -12,7 +12,8 @@ def group_by_length(samples: Iterable[Sample], cfg: BatchingConfig) -> Iterator[
     """Yield every sample once, in batches within the padded-token budget.
 
     A bounded window of samples is sorted by length, image tokens and room for the answer included,
-    and cut into batches whose padded size stays within `cfg.max_batch_tokens`. A sample above the
+    and cut into batches whose padded size stays within `cfg.max_batch_tokens`. The window grows
+    from one batch to `cfg.sort_window` samples. A sample above the
     budget forms a batch of one. The same samples in the same order give the same batches.
     """
     for window in _windows(samples, cfg):
@@ -28,12 +29,16 @@ def group_by_length(samples: Iterable[Sample], cfg: BatchingConfig) -> Iterator[
 def _windows(samples: Iterable[Sample], cfg: BatchingConfig) -> Iterator[list[Sample]]:
     window: list[Sample] = []
     size_bytes = 0
+    # The first window is one batch, each next one twice as large: the engine starts while the
+    # workers are still at what a whole window would hold.
+    max_samples = min(cfg.max_batch_size, cfg.sort_window)
     for sample in samples:
         window.append(sample)
         size_bytes += sample.size_bytes
-        if len(window) >= cfg.sort_window or size_bytes >= cfg.max_window_bytes:
+        if len(window) >= max_samples or size_bytes >= cfg.max_window_bytes:
             yield window
             window, size_bytes = [], 0
+            max_samples = min(2 * max_samples, cfg.sort_window)
     if window:
         yield window
 

@@ -37,7 +37,7 @@ def print_summary(summary: Summary) -> None:
         )
     _print_rows(summary)
     data = _short(os.path.abspath(summary.folder.data))
-    print(f"output   {data}{os.sep}*.parquet, columns in README.md")
+    print(f"output   {data}{os.sep}*.parquet")
     print(f'read it  datasets.load_dataset("parquet", data_dir="{data}")')
 
 

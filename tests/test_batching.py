@@ -83,12 +83,14 @@ def test_the_longest_of_a_window_come_first(
 
 def window_bounds(samples: Sequence[Sample], cfg: BatchingConfig) -> list[int]:
     bounds, size_bytes = [0], 0
+    max_samples = min(cfg.max_batch_size, cfg.sort_window)
     for i, s in enumerate(samples, start=1):
         size_bytes += s.size_bytes
-        is_full = i - bounds[-1] == cfg.sort_window or size_bytes >= cfg.max_window_bytes
+        is_full = i - bounds[-1] == max_samples or size_bytes >= cfg.max_window_bytes
         if is_full or i == len(samples):
             bounds.append(i)
             size_bytes = 0
+            max_samples = min(2 * max_samples, cfg.sort_window)
     return bounds
 
 
@@ -128,6 +130,19 @@ def test_a_sample_above_the_budget_goes_alone() -> None:
         [1],
         [0, 2],
     ]
+
+
+def test_the_window_grows_so_that_the_engine_starts_early() -> None:
+    cfg = BatchingConfig(max_batch_size=2, sort_window=7)
+    taken = [0]
+
+    def counted() -> Iterator[Sample]:
+        for s in samples_of([(i + 1, 1) for i in range(20)]):
+            taken[0] += 1
+            yield s
+
+    seen = [taken[0] for _ in group_by_length(counted(), cfg)]
+    assert list(dict.fromkeys(seen)) == [2, 2 + 4, 2 + 4 + 7, 20]
 
 
 def test_no_samples_give_no_batch() -> None:
