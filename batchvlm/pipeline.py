@@ -21,7 +21,7 @@ from typing import Any
 from batchvlm.batching import group_by_length
 from batchvlm.config import JobConfig
 from batchvlm.engine import Engine, open_engine
-from batchvlm.errors import InputError
+from batchvlm.errors import BatchvlmError, ErrorType, InputError
 from batchvlm.identity import answer_identity, model_name, output_layout, package_versions
 from batchvlm.output.folder import OutputFolder, new_attempt
 from batchvlm.output.run_file import RunFile, find_run, save_run
@@ -203,6 +203,7 @@ def _compute(
         for row_index, outcome in engine.run(metrics.count_batches(batches)):
             collector.finish(row_index, outcome, progress)
             metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
+        collector.finish_all(progress)
         metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
 
 
@@ -311,11 +312,28 @@ class Collector:
 
     def finish(self, row_index: int, outcome: Completion | Failure, progress: Progress) -> None:
         """Write the row that the engine is done with."""
+        assert row_index in self._under_way, f"the engine answered row {row_index} twice"
         record, sample = self._under_way.pop(row_index)
         if isinstance(outcome, Failure):
             self._write(_result(record, outcome, sample), progress)
         else:
             self._write(self._answered(record, sample, outcome), progress)
+
+    def finish_all(self, progress: Progress) -> None:
+        """Commit what is left when the engine has seen every sample.
+
+        Raises:
+            BatchvlmError: the source left rows out; the others are on disk.
+        """
+        for row_index in list(self._under_way):
+            lost = Failure(error_type=ErrorType.ENGINE, message="the engine gave no answer")
+            self.finish(row_index, lost, progress)
+        self.close()
+        for index, num_missing in self._missing.items():
+            raise BatchvlmError(
+                f"{num_missing} rows of shard {index} were never answered",
+                hint="run the same command again; if it says so again, please report it",
+            )
 
     def close(self) -> None:
         """Bring every finished row to disk; commit shards that were complete from the start."""

@@ -15,10 +15,18 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from batchvlm.errors import ConfigError, ErrorType, FingerprintError, InputError, ModelError
+from batchvlm.errors import (
+    BatchvlmError,
+    ConfigError,
+    ErrorType,
+    FingerprintError,
+    InputError,
+    ModelError,
+)
 from batchvlm.pipeline import Summary, run_job
 from batchvlm.records import Batch, Completion, Failure, FinishReason
 from batchvlm.settings import compose
+from batchvlm.sources.parquet import ParquetSource
 from tests.conftest import picture
 
 
@@ -124,6 +132,46 @@ def test_the_output_opens_with_every_reader(tmp_path: Path, write_parquet: Write
     )
     assert loaded["n"] == list(range(12)) or list(loaded["n"]) == list(range(12))
     assert list(loaded["token_ids"])[5] == [1, 2, 5]
+
+
+class LosingEngine(FakeEngine):
+    """Forgets some rows."""
+
+    def __init__(self, lost: set[int]) -> None:
+        super().__init__()
+        self.lost = lost
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Completion | Failure]]:
+        return (item for item in super().run(batches) if item[0] not in self.lost)
+
+
+def test_a_row_that_the_engine_forgets_is_a_row_all_the_same(
+    tmp_path: Path, write_parquet: Writer
+) -> None:
+    summary = run(tmp_path / "out", write_parquet([picture()] * 23), engine=LosingEngine({4, 22}))
+    rows = rows_of(tmp_path / "out")
+    assert [row["row_index"] for row in rows] == list(range(23))
+    assert [row["row_index"] for row in rows if row["error_type"] == "engine"] == [4, 22]
+    assert summary.metrics.errors == {"engine": 2}
+
+
+def test_a_row_that_the_source_forgets_ends_the_run_loudly(
+    tmp_path: Path, write_parquet: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_parquet([picture()] * 23)
+    read_shard = ParquetSource.read_shard
+    with monkeypatch.context() as context:
+        context.setattr(
+            ParquetSource,
+            "read_shard",
+            lambda *a, **k: (r for r in read_shard(*a, **k) if r.row_index != 12),
+        )
+        with pytest.raises(BatchvlmError, match="1 rows of shard 1 were never answered"):
+            run(tmp_path / "out", source)
+    engine = FakeEngine()
+    run(tmp_path / "out", source, engine=engine)
+    assert engine.seen == [12]
+    assert [row["row_index"] for row in rows_of(tmp_path / "out")] == list(range(23))
 
 
 def test_a_rerun_has_nothing_to_do(tmp_path: Path, write_parquet: Writer) -> None:

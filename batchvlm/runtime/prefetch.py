@@ -11,6 +11,9 @@ from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
 
+_LEAVE_S = 2.0
+"""How long leaving waits for the item that the thread is at."""
+
 
 class Prefetcher(Generic[T]):
     """Pulls items from `source` in a thread while the caller is busy with earlier ones.
@@ -61,10 +64,9 @@ class Prefetcher(Generic[T]):
             self._is_stopped = True
             self._ready.clear()
             self._changed.notify_all()
-
-    def join(self) -> None:
-        """Wait until the thread has ended; call once whatever it may wait for is closed."""
-        self._thread.join()
+        # A thread that is still reading when the interpreter goes can crash it. One that waits for
+        # a worker ends when the pool does.
+        self._thread.join(timeout=_LEAVE_S)
 
     def __iter__(self) -> Iterator[T]:
         while True:

@@ -71,5 +71,4 @@ def test_leaving_early_ends_the_thread() -> None:
     ready = prefetch(endless())
     with ready:
         next(iter(ready))
-    ready.join()
-    assert not any(t.name == "prefetch" and t.is_alive() for t in threading.enumerate())
+    assert not ready._thread.is_alive()
