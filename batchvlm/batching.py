@@ -45,16 +45,19 @@ def _windows(samples: Iterable[Sample], cfg: BatchingConfig) -> Iterator[list[Sa
 
 def _pack(ordered: Iterable[Sample], cfg: BatchingConfig) -> Iterator[Batch]:
     batch: list[Sample] = []
-    longest_prompt = longest_answer = 0
+    prompts: list[int] = []
+    longest_answer = 0
     for sample in ordered:
-        prompt = max(longest_prompt, sample.prompt_tokens)
-        answer = max(longest_answer, sample.generation.max_new_tokens)
-        is_over_budget = (len(batch) + 1) * (prompt + answer) > cfg.max_batch_tokens
-        if batch and (is_over_budget or len(batch) == cfg.max_batch_size):
+        prompts.append(sample.prompt_tokens)
+        own_answer = sample.generation.max_new_tokens
+        longest_answer = max(longest_answer, own_answer)
+        is_over_budget = len(prompts) * (max(prompts) + longest_answer) > cfg.max_batch_tokens
+        # Rows less than half as long as the longest would be mostly padding. In a sorted window
+        # this costs few more batches: one each time lengths halve.
+        is_uneven = 2 * min(prompts) < max(prompts) or 2 * own_answer < longest_answer
+        if batch and (is_over_budget or is_uneven or len(batch) == cfg.max_batch_size):
             yield Batch(samples=tuple(batch))
-            batch = []
-            prompt, answer = sample.prompt_tokens, sample.generation.max_new_tokens
+            batch, prompts, longest_answer = [], [sample.prompt_tokens], own_answer
         batch.append(sample)
-        longest_prompt, longest_answer = prompt, answer
     if batch:
         yield Batch(samples=tuple(batch))

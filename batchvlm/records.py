@@ -193,7 +193,6 @@ class Status(StrEnum):
 
     SUCCESS = "success"
     ERROR = "error"
-    SKIPPED = "skipped"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

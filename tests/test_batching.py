@@ -118,8 +118,8 @@ def test_a_batch_is_filled_up_to_the_budget_and_not_above() -> None:
 
 
 def test_the_budget_counts_the_longest_prompt_with_the_longest_answer() -> None:
-    # Either row takes 12 cells; together the rectangle is 2 x (10 + 10).
-    lengths = [(2, 10), (10, 2)]
+    # Either row takes 16 cells; together the rectangle is 2 x (10 + 10).
+    lengths = [(6, 10), (10, 6)]
     assert len(list(group_by_length(samples_of(lengths), BatchingConfig(max_batch_tokens=40)))) == 1
     assert len(list(group_by_length(samples_of(lengths), BatchingConfig(max_batch_tokens=39)))) == 2
 
@@ -130,6 +130,23 @@ def test_a_sample_above_the_budget_goes_alone() -> None:
         [1],
         [0, 2],
     ]
+
+
+@settings(deadline=None)
+@given(LENGTHS, CONFIGS)
+def test_at_most_half_of_a_batch_is_padding(
+    lengths: list[tuple[int, int]], cfg: BatchingConfig
+) -> None:
+    for batch in group_by_length(samples_of(lengths), cfg):
+        assert batch.padded_tokens <= 2 * batch.prompt_tokens
+
+
+def test_lengths_that_halve_cost_one_batch_each() -> None:
+    lengths = [(n, 1) for n in range(1, 129)]
+    cfg = BatchingConfig(max_batch_size=128)
+    batches = list(group_by_length(samples_of(lengths), cfg))
+    longest = [max(s.prompt_tokens for s in batch.samples) for batch in batches]
+    assert longest == [128, 63, 31, 15, 7, 3, 1]
 
 
 def test_the_window_grows_so_that_the_engine_starts_early() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from batchvlm.config import JobConfig
+from batchvlm.config import EngineName, JobConfig
 from batchvlm.records import Batch, Completion, Failure
 
 
@@ -27,6 +27,8 @@ def open_engine(cfg: JobConfig, *, device: str) -> Engine:
     Raises:
         ModelError: the model cannot be loaded.
     """
-    from batchvlm.engine.generate import GenerateEngine
+    match cfg.engine.name:
+        case EngineName.auto | EngineName.generate:
+            from batchvlm.engine.generate import GenerateEngine
 
-    return GenerateEngine.load(cfg.model, device=device)
+            return GenerateEngine.load(cfg.model, device=device)
