@@ -21,7 +21,13 @@ def group_by_length(samples: Iterable[Sample], cfg: BatchingConfig) -> Iterator[
         # took is reused by all that follow. The answer's room leads, since a batch decodes until
         # its last row is done.
         window.sort(
-            key=lambda s: (s.generation.max_new_tokens, s.prompt_tokens, -s.row_index), reverse=True
+            key=lambda s: (
+                # By powers of two: exact limits of the rows' own would leave prompts unsorted.
+                s.generation.max_new_tokens.bit_length(),
+                s.prompt_tokens,
+                -s.row_index,
+            ),
+            reverse=True,
         )
         yield from _pack(window, cfg)
 

@@ -85,11 +85,9 @@ def run_app(
 
 def _run_hydra(config_name: str) -> int:
     import hydra
-    from hydra.errors import HydraException
     from omegaconf import DictConfig
-    from omegaconf.errors import OmegaConfBaseException
 
-    from batchvlm.settings import conf_dir, explain, read_config, register_schema
+    from batchvlm.settings import conf_dir, explain, is_mistake, read_config, register_schema
 
     codes = [ExitCode.DONE]
 
@@ -113,7 +111,9 @@ def _run_hydra(config_name: str) -> int:
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
     try:
         app(task)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
+        if not is_mistake(error):
+            raise
         raise explain(error) from error
     return max(codes)
 
@@ -128,4 +128,6 @@ def _set_up_process() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    # A launcher that passes a Ctrl-C on sends SIGTERM too: the second must not stop the flush.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Interrupted

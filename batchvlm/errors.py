@@ -63,6 +63,12 @@ class ModelError(BatchvlmError):
     exit_code = ExitCode.USAGE
 
 
+class DeviceError(BatchvlmError):
+    """The accelerator is in a state that only a new process can leave."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
 class OutputError(BatchvlmError):
     """The output folder cannot be written, or holds something that is not ours."""
 

@@ -8,22 +8,27 @@ A setting that changes answers and is missing here lets a rerun mix two kinds of
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from batchvlm.config import JobConfig, ModelConfig, TaskConfig
-from batchvlm.loading import resolve_backend
+from batchvlm.loading import explained, resolve_backend
 from batchvlm.records import InputFile
 from batchvlm.schemas import read_schema
 from batchvlm.settings import to_plain
 
 # Up to here every file is named in a mismatch; beyond, the list is a digest.
 _MAX_FILES_NAMED = 200
-# Weights are known by their size, their head (in safetensors, the index) and their tail.
-_EDGE_BYTES = 1 << 20
+# A large safetensors file is known by its index and this much at the start and in the middle of
+# every tensor: merges of one base model differ in few of them.
+_SAMPLE_BYTES = 4096
+_MAX_WHOLE_BYTES = 64 << 20
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
 
 _PACKAGES = ("batchvlm", "torch", "transformers", "tokenizers", "pillow", "pyarrow", "datasets")
 
@@ -39,6 +44,8 @@ def answer_identity(cfg: JobConfig, files: Sequence[InputFile]) -> dict[str, Any
         "input": _input_identity(files),
         "data": {
             "columns": to_plain(cfg.data.columns),
+            # Paths in rows mean other files below another root.
+            "image_root": cfg.data.image_root,
             "max_source_pixels": cfg.data.max_source_pixels,
         },
         "task": _task_identity(cfg.task),
@@ -51,6 +58,7 @@ def output_layout(cfg: JobConfig) -> dict[str, Any]:
     """What the output files depend on besides."""
     return {
         "data.max_rows": cfg.data.max_rows,
+        "model.name": model_name(cfg.model),
         "output.rows_per_shard": cfg.output.rows_per_shard,
         "output.keep_columns": list(cfg.output.keep_columns),
         "output.token_ids": cfg.output.token_ids,
@@ -66,6 +74,25 @@ def package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def pin_model(cfg: ModelConfig) -> ModelConfig:
+    """The same model by the commit that its branch or tag points to now; a folder as it is.
+
+    Whoever loads a part of it later, in whatever process, then loads the same.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    if os.path.isdir(cfg.path):
+        return cfg
+    from transformers import AutoConfig
+
+    with explained(cfg, "config"):
+        config = AutoConfig.from_pretrained(
+            cfg.path, revision=cfg.revision or "main", trust_remote_code=cfg.trust_remote_code
+        )
+    return replace(cfg, revision=getattr(config, "_commit_hash", None) or cfg.revision)
 
 
 def model_name(cfg: ModelConfig) -> str:
@@ -97,8 +124,6 @@ def _task_identity(cfg: TaskConfig) -> dict[str, Any]:
 
 def _model_identity(cfg: ModelConfig) -> dict[str, Any]:
     identity = {
-        "name": cfg.name,
-        "revision": cfg.revision,
         "dtype": cfg.dtype,
         "image_backend": resolve_backend(cfg.image_backend).value,
         "max_image_pixels": cfg.max_image_pixels,
@@ -108,34 +133,35 @@ def _model_identity(cfg: ModelConfig) -> dict[str, Any]:
     if os.path.isdir(cfg.path):
         # The folder may lie elsewhere on the next machine; what is in it must not differ.
         return identity | {"files": _folder_digest(Path(cfg.path))}
-    return identity | {"path": cfg.path, "commit": _hub_commit(cfg)}
+    return identity | {"path": cfg.path, "commit": cfg.revision}
 
 
 def _folder_digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        if is_hidden or path.suffix not in _MODEL_FILES or not path.is_file():
             continue
         size_bytes = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}\0{size_bytes}\0".encode())
+        digest.update(f"{name}\0{size_bytes}\0".encode())
         with path.open("rb") as file:
-            if size_bytes <= 2 * _EDGE_BYTES:
-                digest.update(file.read())
+            if path.suffix == ".safetensors" and size_bytes > _MAX_WHOLE_BYTES:
+                for piece in _samples(file):
+                    digest.update(piece)
             else:
-                digest.update(file.read(_EDGE_BYTES))
-                file.seek(-_EDGE_BYTES, os.SEEK_END)
-                digest.update(file.read(_EDGE_BYTES))
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
-def _hub_commit(cfg: ModelConfig) -> str | None:
-    from transformers import AutoConfig
-
-    from batchvlm.loading import explained
-
-    with explained(cfg, "config"):
-        config = AutoConfig.from_pretrained(
-            cfg.path, revision=cfg.revision or "main", trust_remote_code=cfg.trust_remote_code
-        )
-    commit = getattr(config, "_commit_hash", None)
-    return str(commit) if commit else None
+def _samples(file: BinaryIO) -> Iterator[bytes]:
+    """The index of a safetensors file, and a piece of every tensor's start and middle."""
+    num_header_bytes = int.from_bytes(file.read(8), "little")
+    header = file.read(num_header_bytes)
+    yield header
+    tensors = json.loads(header)
+    tensors.pop("__metadata__", None)
+    for start, end in sorted(tensor["data_offsets"] for tensor in tensors.values()):
+        for offset in (start, (start + end) // 2):
+            file.seek(8 + num_header_bytes + offset)
+            yield file.read(min(_SAMPLE_BYTES, end - offset))

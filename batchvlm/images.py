@@ -18,6 +18,10 @@ from batchvlm.records import ImageRef
 # Ours is checked against the header before a pixel is decoded, and names the limit.
 Image.MAX_IMAGE_PIXELS = None
 
+# Pillow opens more, EPS by running Ghostscript on it.
+Image.init()
+_WANTED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 _WHITE = (255, 255, 255)
 
 
@@ -80,7 +84,7 @@ def _read_file(path: str | None, image_root: str | None) -> bytes:
 
 
 def _decode(data: bytes, *, max_source_pixels: int, max_pixels: int) -> Image.Image:
-    image: Image.Image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     width, height = image.size
     if width < 1 or height < 1:
         raise RowError(ErrorType.DECODE, f"the image is {width} x {height} pixels")

@@ -21,7 +21,8 @@ from batchvlm.records import ImageRef
 
 Message = dict[str, Any]
 
-_INLINE = ("image", "path", "url", "bytes", "image_url", "data", "base64")
+_INLINE = ("image", "path", "url", "bytes", "image_url")
+_ROLE = re.compile(r"[A-Za-z_]{1,32}")
 # A scheme is two letters or more, so that C:\images stays a path.
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):")
 
@@ -108,8 +109,9 @@ def read_messages(value: Any, where: str) -> list[Message]:
     messages: list[Message] = []
     for i, message in enumerate(value):
         role = message.get("role") if isinstance(message, Mapping) else None
-        if not isinstance(role, str) or not role:
-            raise RowError(ErrorType.PROMPT, f"{where}[{i}] has no role")
+        # A role becomes part of the prompt as it is: no room for control tokens.
+        if not isinstance(role, str) or not _ROLE.fullmatch(role):
+            raise RowError(ErrorType.PROMPT, f"{where}[{i}] has no role that is a plain word")
         messages.append({"role": role, "content": list(_parts(message, f"{where}[{i}]"))})
     return messages
 

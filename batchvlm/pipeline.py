@@ -22,7 +22,13 @@ from batchvlm.batching import group_by_length
 from batchvlm.config import JobConfig
 from batchvlm.engine import Engine, open_engine
 from batchvlm.errors import BatchvlmError, ErrorType, InputError
-from batchvlm.identity import answer_identity, model_name, output_layout, package_versions
+from batchvlm.identity import (
+    answer_identity,
+    model_name,
+    output_layout,
+    package_versions,
+    pin_model,
+)
 from batchvlm.output.folder import OutputFolder, new_attempt
 from batchvlm.output.run_file import RunFile, find_run, save_run
 from batchvlm.output.schema import Provenance, kept_fields, output_schema
@@ -106,6 +112,7 @@ def open_job(cfg: JobConfig) -> Job:
     plan = plan_shards(files, rows_per_shard=cfg.output.rows_per_shard, max_rows=cfg.data.max_rows)
     if not plan:
         raise InputError(f"data.path={cfg.data.path} holds no rows")
+    cfg = replace(cfg, model=pin_model(cfg.model))
     run = find_run(
         folder,
         identity=answer_identity(cfg, files),
@@ -136,6 +143,7 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
         BatchvlmError: the job cannot be done; finished rows are on disk.
     """
     job = open_job(cfg)
+    cfg = job.cfg
     finished = job.folder.finished_shards(len(job.run.plan))
     mine = shards_of_task(job.run.plan, cfg.runtime)
     metrics = Metrics()
@@ -145,9 +153,9 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
             rank = find_rank(cfg.engine, cfg.runtime)
             mine = mine[rank.index :: rank.world_size]
             todo = [shard for shard in mine if shard.index not in finished]
+            metrics.num_found = sum(s.num_rows for s in mine if s.index in finished)
             if todo:
-                num_found = sum(shard.num_rows for shard in mine if shard.index in finished)
-                _compute(Collector(job, metrics, rank), todo, pool, engine, num_found=num_found)
+                _compute(Collector(job, metrics, rank), mine, todo, pool, engine)
     num_mine = sum(shard.num_rows for shard in mine)
     return Summary(
         folder=job.folder,
@@ -161,11 +169,10 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
 
 def _compute(
     collector: Collector,
+    mine: Sequence[Shard],
     todo: Sequence[Shard],
     pool: WorkerPool,
     engine: Engine | None,
-    *,
-    num_found: int,
 ) -> None:
     job, rank, metrics = collector.job, collector.rank, collector.metrics
     cfg = job.cfg
@@ -194,8 +201,7 @@ def _compute(
         progress = stack.enter_context(
             Progress(
                 metrics,
-                total=num_found + num_todo,
-                initial=num_found,
+                total=sum(shard.num_rows for shard in mine),
                 log_every_s=cfg.runtime.log_every_s,
             )
         )
@@ -298,6 +304,7 @@ class Collector:
             flush_every_s=self.job.cfg.output.flush_every_s,
         )
         self._missing[shard.index] = shard.num_rows - len(writer.finished_rows)
+        self.metrics.num_found += len(writer.finished_rows)
         self._writers[shard.index] = writer
         return writer.finished_rows
 

@@ -6,7 +6,7 @@ Runs in worker processes. Whatever a row does here costs that row alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,7 +141,10 @@ class ChatTemplate:
         """
         pictures = iter(images)
         filled = [
-            {"role": m["role"], "content": [self._fill(part, pictures) for part in m["content"]]}
+            {
+                "role": m["role"],
+                "content": [self._fill(part, pictures) for part in _joined(m["content"])],
+            }
             for m in messages
         ]
         if self._template is None:
@@ -169,6 +172,16 @@ class ChatTemplate:
             return {"type": "image", "image": next(pictures)}
         text = self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", part["text"])
         return {"type": "text", "text": text}
+
+
+def _joined(parts: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    # Two neighbouring texts could each hold half of a control token.
+    joined: list[Mapping[str, Any]] = []
+    for part in parts:
+        if part["type"] == "text" and joined and joined[-1]["type"] == "text":
+            part = {"type": "text", "text": joined.pop()["text"] + part["text"]}
+        joined.append(part)
+    return joined
 
 
 def image_sizes(

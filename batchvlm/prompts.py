@@ -124,6 +124,9 @@ class Template:
         environment = SandboxedEnvironment(
             undefined=StrictUndefined, finalize=_refuse_null, keep_trailing_newline=True
         )
+        # Columns may have the names of Jinja2's own functions.
+        environment.globals.clear()
+        environment.tests["none"] = lambda value: value is None or isinstance(value, _Null)
         try:
             tree = environment.parse(source)
             self._template = environment.from_string(source)
@@ -133,10 +136,9 @@ class Template:
         self.columns = frozenset(meta.find_undeclared_variables(tree) - {"row"}) | {
             str(item.arg.value)
             for item in tree.find_all(nodes.Getitem)
-            if isinstance(item.node, nodes.Name)
-            and item.node.name == "row"
-            and isinstance(item.arg, nodes.Const)
+            if _is_row(item.node) and isinstance(item.arg, nodes.Const)
         }
+        self.columns |= {item.attr for item in tree.find_all(nodes.Getattr) if _is_row(item.node)}
 
     def render(self, values: Mapping[str, Any]) -> str:
         """Fill in one row's values.
@@ -145,7 +147,8 @@ class Template:
             RowError: a value is null, or an expression fails on it (`prompt`).
         """
         try:
-            return self._template.render({**values, "row": values})
+            known = {name: _Null() if v is None else v for name, v in values.items()}
+            return self._template.render({**known, "row": known})
         except RowError as error:
             raise RowError(error.error_type, f"{self.setting}: {error.message}") from error
         # An expression over a row's values can raise anything that Python can.
@@ -156,11 +159,30 @@ class Template:
             ) from error
 
 
-def _refuse_null(value: Any) -> Any:
-    # Jinja2 would print "None" into the prompt.
-    if value is None:
+class _Null:
+    """A null column in a template: false, `is none`, and an error once it becomes text."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or isinstance(other, _Null)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __str__(self) -> str:
         raise RowError(ErrorType.PROMPT, "a value is null; write {{ column or '' }} to allow it")
-    return value
+
+    __html__ = __repr__ = __str__
+
+
+def _is_row(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Name) and node.name == "row"
+
+
+def _refuse_null(value: Any) -> Any:
+    # A null within a column's value; Jinja2 would print "None" into the prompt.
+    return str(_Null()) if value is None else value
 
 
 def _generation_columns(columns: GenerationColumnsConfig) -> dict[str, str]:

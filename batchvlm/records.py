@@ -141,11 +141,6 @@ class Sample:
         """Length of the prompt, image tokens included."""
         return int(self.features["input_ids"].shape[-1])
 
-    @property
-    def num_tokens(self) -> int:
-        """What the row occupies at most: its prompt and every token it may yet generate."""
-        return self.prompt_tokens + self.generation.max_new_tokens
-
     @cached_property
     def size_bytes(self) -> int:
         return sum(array.nbytes for array in self.features.values())

@@ -39,10 +39,19 @@ def register_schema() -> None:
     """Make `JobConfig` known to Hydra as `job_schema`, and the demo's files as resolvers."""
     schema = OmegaConf.structured(JobConfig)
     _unlock(schema)
+    # The one place where any key is welcome: it is the processor's.
+    OmegaConf.set_struct(schema.model._get_node("processor_kwargs"), False)
     ConfigStore.instance().store(name="job_schema", node=schema)
-    paths = {"model": demo.MODEL_DIR, "samples": demo.SAMPLES_PATH, "schema": demo.SCHEMA_PATH}
+    paths = {"model": demo.MODEL_DIR, "samples": demo.SAMPLES_PATH}
     OmegaConf.register_new_resolver(
         "batchvlm.demo", lambda what: str(paths[what]), replace=True, use_cache=False
+    )
+    # The demo's schema goes with the demo's images alone: nobody's scans shall be held against it.
+    OmegaConf.register_new_resolver(
+        "batchvlm.schema_of",
+        lambda data: str(demo.SCHEMA_PATH) if data == "demo" else None,
+        replace=True,
+        use_cache=False,
     )
 
 
@@ -71,7 +80,9 @@ def compose(config_name: str = "run", overrides: Sequence[str] = ()) -> JobConfi
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             node = hydra_compose(config_name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
+        if not is_mistake(error):
+            raise
         raise explain(error) from error
     return read_config(node)
 
@@ -104,6 +115,14 @@ def _refuse_unknown(node: DictConfig, cls: type, prefix: str = "") -> None:
         factory = known[str(key)].default_factory
         if isinstance(factory, type) and is_dataclass(factory):
             _refuse_unknown(node[key], factory, f"{prefix}{key!s}.")
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether Hydra or OmegaConf found something wrong with what the user asked for."""
+    return isinstance(error, HydraException | OmegaConfBaseException) or (
+        # Hydra's word for `group=null`.
+        str(error).startswith("Config group override must be")
+    )
 
 
 def explain(error: Exception) -> ConfigError:
@@ -229,6 +248,12 @@ def _check_choices(cfg: JobConfig) -> None:
             "task.output.json_schema must be the path of a schema file or the schema itself, "
             f"not {type(schema).__name__}"
         )
+
+    if "" in cfg.generation.stop:
+        raise ConfigError("generation.stop holds an empty string, which ends every answer")
+    for key, column in to_plain(cfg.generation.columns).items():
+        if column == "":
+            raise ConfigError(f"generation.columns.{key} is empty", hint="name a column, or null")
 
 
 def _check_combinations(cfg: JobConfig) -> None:

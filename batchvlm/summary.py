@@ -63,7 +63,8 @@ def _print_rows(summary: Summary) -> None:
     if not rows:
         return
     print()
-    width = min(max(len(row["id"]) for row in answers + errors), 32)
+    # Wide enough for the three dots of a shortened one.
+    width = max(4, min(max(len(row["id"]) for row in answers + errors), 32))
     for row in answers:
         _print_row(row["id"], row["generated_text"], width)
     for row in errors:

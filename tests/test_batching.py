@@ -77,7 +77,7 @@ def test_the_longest_of_a_window_come_first(
     for start, stop in pairwise(window_bounds(samples, cfg)):
         window = ordered[start:stop]
         assert {s.row_index for s in window} == set(range(start, stop))
-        keys = [(s.generation.max_new_tokens, s.prompt_tokens) for s in window]
+        keys = [(s.generation.max_new_tokens.bit_length(), s.prompt_tokens) for s in window]
         assert keys == sorted(keys, reverse=True)
 
 
@@ -139,6 +139,14 @@ def test_at_most_half_of_a_batch_is_padding(
 ) -> None:
     for batch in group_by_length(samples_of(lengths), cfg):
         assert batch.padded_tokens <= 2 * batch.prompt_tokens
+
+
+def test_limits_of_the_rows_own_do_not_shatter_batches() -> None:
+    draw = np.random.default_rng(0)
+    lengths = list(zip(draw.integers(200, 1200, 2048), draw.integers(16, 257, 2048), strict=True))
+    samples = samples_of([(int(prompt), int(answer)) for prompt, answer in lengths])
+    cfg = BatchingConfig(max_batch_tokens=1 << 16, sort_window=2048)
+    assert len(list(group_by_length(samples, cfg))) < 150
 
 
 def test_lengths_that_halve_cost_one_batch_each() -> None:

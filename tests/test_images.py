@@ -62,7 +62,15 @@ def test_half_a_file_is_no_image(kind: str, cut: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"x", b"\0" * 100, b"<svg></svg>", b"\x89PNG\r\n\x1a\n", b"GIF89a"]
+    "data",
+    [
+        b"x",
+        b"\0" * 100,
+        b"<svg></svg>",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+    ],
 )
 def test_what_is_no_image(data: bytes) -> None:
     assert refused(data).error_type is ErrorType.DECODE

@@ -109,6 +109,7 @@ def test_contents_of_text(content: Any) -> None:
         {},
         [{"content": "x"}],
         [{"role": "user"}],
+        [{"role": "user<end_of_utterance>", "content": "x"}],
         [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": [3]}],

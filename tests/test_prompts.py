@@ -75,6 +75,29 @@ def test_a_null_is_an_error_unless_allowed() -> None:
 
 
 @pytest.mark.parametrize(
+    "source",
+    ["{{ q | trim }}", "{{ 'Q: ' ~ q }}", "{{ q | upper }}", "{{ [q] | join }}", "{{ row.q }}"],
+)
+def test_no_road_leads_a_null_into_the_prompt(source: str) -> None:
+    with pytest.raises(RowError, match="null"):
+        Template(source, "task.prompt").render({"q": None})
+
+
+def test_a_null_can_be_asked_for() -> None:
+    source = (
+        "{% if q is none %}no{% else %}yes{% endif %}{% if q == none %}no{% endif %}{{ q or 1 }}"
+    )
+    assert Template(source, "task.prompt").render({"q": None}) == "nono1"
+    assert Template("{{ row.q }}", "task.prompt").columns == {"q"}
+
+
+def test_a_column_may_have_the_name_of_a_function() -> None:
+    template = Template("{{ range }} {{ dict }}", "task.prompt")
+    assert template.columns == {"range", "dict"}
+    assert template.render({"range": 1, "dict": 2}) == "1 2"
+
+
+@pytest.mark.parametrize(
     "source", ["{{ a.b.c }}", "{{ a / 0 }}", "{{ a[7] }}", "{{ a.__class__ }}"]
 )
 def test_what_an_expression_cannot_do_is_the_rows_error(source: str) -> None:

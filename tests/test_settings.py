@@ -68,6 +68,8 @@ REFUSED = {
     "generation.top_p=0": "generation.top_p=0.0 must lie",
     "generation.seed=-1": "generation.seed=-1 must lie",
     "generation.stop=x": "generation.stop",
+    "generation.stop=['']": "generation.stop holds an empty string",
+    "generation.columns.seed=''": "generation.columns.seed is empty",
     "batching.max_batch_tokens=0": "batching.max_batch_tokens=0 must be at least 1",
     "output.rows_per_shard=0": "output.rows_per_shard=0 must be at least 1",
     "output.flush_every_s=-1": "output.flush_every_s=-1.0 must be at least 0",
@@ -91,9 +93,22 @@ def test_a_mistake_is_refused_in_one_line(override: str) -> None:
     assert caught.value.exit_code is ExitCode.USAGE
 
 
+def test_the_processors_own_settings_pass_through() -> None:
+    cfg = compose("run", ["model.processor_kwargs.min_pixels=3136", "+model.processor_kwargs.a=1"])
+    assert cfg.model.processor_kwargs == {"min_pixels": 3136, "a": 1}
+
+
+def test_the_demos_schema_is_for_the_demos_images_alone() -> None:
+    assert compose("extract").task.output.json_schema
+    with pytest.raises(ConfigError, match="task=extract has no schema"):
+        compose("extract", ["data=parquet", "data.path=scans.parquet"])
+
+
 def test_impossible_combinations() -> None:
     with pytest.raises(ConfigError, match="task=extract has no schema"):
         compose("extract", ["task.output.json_schema=null"])
+    with pytest.raises(ConfigError, match="Config group override must be"):
+        compose("run", ["generation=null"])
     with pytest.raises(ConfigError, match=r"task.prompt is empty"):
         compose("run", ["data.columns.image=null", "task.prompt=''"])
 

@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from batchvlm.config import ModelConfig
 from batchvlm.engine.collate import collate
 from batchvlm.engine.sampling import RowSampler
-from batchvlm.errors import ErrorType, ModelError
+from batchvlm.errors import DeviceError, ErrorType, ModelError
 from batchvlm.loading import load_model, load_processor
 from batchvlm.records import Batch, Completion, Failure, FinishReason, Generation, Sample
 
@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 # Shape legend: B rows of the batch, T padded prompt length plus tokens generated so far,
 # V vocabulary.
 
+# Families whose features do not follow the rule of `collate`: cross-attention masks (Mllama),
+# absolute indices (Molmo 2), patches on the last dimension (MiniCPM-V).
+_ALONE = frozenset({"mllama", "molmo2", "minicpmv4_6"})
 _KEPT_DEFAULTS = ("bos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 
 
@@ -60,14 +63,27 @@ class GenerateEngine:
 
     def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Completion | Failure]]:
         """Answer every sample of every batch exactly once; see `Engine.run`."""
+        is_alone = self._model.config.model_type in _ALONE
+        if is_alone:
+            log.info(
+                "%s answers row by row: its rows cannot be batched", type(self._model).__name__
+            )
         for batch in batches:
-            yield from self._run_or_split(batch.samples)
+            groups = [(sample,) for sample in batch.samples] if is_alone else [batch.samples]
+            for samples in groups:
+                yield from self._run_or_split(samples)
 
     def _run_or_split(
         self, samples: Sequence[Sample]
     ) -> Iterator[tuple[int, Completion | Failure]]:
         try:
             completions = self._generate(samples)
+        except torch.AcceleratorError as error:
+            # After this every call fails, so every row would: none of them is at fault.
+            raise DeviceError(
+                f"the accelerator failed: {_one_line(error)}",
+                hint="run the same command again: it goes on from the last finished rows",
+            ) from error
         except Exception as error:
             failure = _failure(error)
         else:
@@ -125,13 +141,14 @@ class GenerateEngine:
 
 
 def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends an answer: those of the generation config, else the tokenizer's."""
+    """Every id that ends an answer: those of the generation config, and the tokenizer's.
+
+    Both, as in vLLM: repositories often name the end of the text in one and of the turn in the
+    other.
+    """
     configured = model.generation_config.eos_token_id
-    if configured is None:
-        configured = tokenizer.eos_token_id
-    if configured is None:
-        return ()
-    return tuple(configured) if isinstance(configured, list | tuple) else (int(configured),)
+    ids = configured if isinstance(configured, list | tuple) else [configured]
+    return tuple(dict.fromkeys(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None))
 
 
 def without_defaults(config: Any, *, pad_id: int) -> Any:
@@ -251,12 +268,16 @@ class RowStops(StoppingCriteria):
 
 
 def _failure(error: Exception) -> Failure:
-    text = " ".join(str(error).split())[:200]
+    text = _one_line(error)
     # torch's CPU allocator raises RuntimeError.
     is_oom = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         "can't allocate memory" in text
     )
     return Failure(
         error_type=ErrorType.OOM if is_oom else ErrorType.ENGINE,
-        message=f"{type(error).__name__}: {text}",
+        message=text,
     )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

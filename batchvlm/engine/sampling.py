@@ -15,6 +15,8 @@ from torch import Tensor
 
 from batchvlm.records import Generation
 
+_MIN_TEMPERATURE = 1e-5
+
 # Shape legend: B rows, V vocabulary (width of the logits), T tokens so far.
 
 
@@ -35,16 +37,17 @@ class RowSampler:
 
         self._eos_ids = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
         self._min_new_tokens = [0 if r.ignore_eos else r.min_new_tokens for r in rows]
-        self._is_drawn = [r.temperature > 0 for r in rows]
+        # Below this, logits divided by it overflow: the likeliest token is what is meant.
+        self._is_drawn = [r.temperature >= _MIN_TEMPERATURE for r in rows]
         self._rngs = [np.random.Generator(np.random.PCG64(r.seed)) for r in rows]
         self._drawn_B1 = torch.tensor(self._is_drawn, device=device)[:, None]
-        self._temperature_B1 = column([r.temperature or 1.0 for r in rows])
+        drawn = [r for r, is_drawn in zip(rows, self._is_drawn, strict=True) if is_drawn]
+        self._temperature_B1 = column([max(r.temperature, _MIN_TEMPERATURE) for r in rows])
         self._penalty_B1 = column([r.repetition_penalty for r in rows])
         self._top_k_B1 = column([r.top_k for r in rows]).long()
         self._top_p_B1 = column([r.top_p for r in rows])
         self._min_p_B1 = column([r.min_p for r in rows])
         self._has_penalty = any(r.repetition_penalty != 1.0 for r in rows)
-        drawn = [r for r in rows if r.temperature > 0]
         self._has_sorted_cut = any(r.top_k > 0 or r.top_p < 1.0 for r in drawn)
         self._has_min_p = any(r.min_p > 0 for r in drawn)
 
@@ -121,4 +124,7 @@ class RowSampler:
         # there is no token, and a step of height 0 is never found.
         below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
         target_B1 = torch.minimum(uniform_B1 * total_B1, below_B1)
-        return torch.searchsorted(cumulated_BV, target_B1, right=True)[:, 0]
+        drawn_B = torch.searchsorted(cumulated_BV, target_B1, right=True)[:, 0]
+        # Where the logits are not finite nothing is found, and an id beyond the vocabulary would
+        # poison a CUDA context.
+        return drawn_B.clamp(max=scores_BV.shape[-1] - 1)

@@ -15,6 +15,8 @@ class Metrics:
     """Counts of one process; written to `_batchvlm/metrics/` and shown in the summary."""
 
     num_rows: int = 0
+    num_found: int = 0
+    """Rows that earlier runs had finished."""
     num_success: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     finish_reasons: Counter[str] = field(default_factory=Counter)

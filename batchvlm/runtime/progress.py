@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 class Progress:
     """Shows rows, rows/s, output tokens/s, errors and the time left.
 
-    The time left follows from the rate since the model was ready: rows that an earlier run left
-    behind, and the time to load the model, do not count.
+    The time left follows from the rate since the model was ready: rows that earlier runs finished,
+    and the time to load the model, do not count.
 
     Args:
-        metrics: what is counted elsewhere and shown here.
+        metrics: what is counted elsewhere and shown here; `num_found` may grow on the way, since
+            segments are found shard by shard.
         total: rows that this process owes.
-        initial: rows that were done before it started.
         log_every_s: seconds between lines where stderr is no terminal.
         clock: seconds, monotonic.
     """
@@ -35,13 +35,12 @@ class Progress:
         metrics: Metrics,
         *,
         total: int,
-        initial: int,
         log_every_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._metrics = metrics
         self._total = total
-        self._initial = initial
+        self._num_found = metrics.num_found
         self._log_every_s = log_every_s
         self._clock = clock
         self._start = self._last_line = clock()
@@ -49,7 +48,11 @@ class Progress:
         if sys.stderr.isatty():
             # smoothing=0: batches come in bursts, longest first; only the mean rate is honest.
             self._bar = tqdm(
-                total=total, initial=initial, unit="row", smoothing=0, dynamic_ncols=True
+                total=total,
+                initial=metrics.num_found,
+                unit="row",
+                smoothing=0,
+                dynamic_ncols=True,
             )
 
     def __enter__(self) -> Self:
@@ -70,12 +73,16 @@ class Progress:
         elapsed_s = max(now - self._start, 1e-9)
         tokens_per_s = self._metrics.completion_tokens / elapsed_s
         if self._bar is not None:
+            num_new = self._metrics.num_found - self._num_found
+            self._num_found += num_new
+            self._bar.initial += num_new
+            self._bar.n += num_new
             self._bar.set_postfix_str(
                 f"{tokens_per_s:,.0f} tok/s, {self._metrics.num_errors} errors", refresh=False
             )
             self._bar.update()
             return
-        done = self._initial + self._metrics.num_rows
+        done = self._metrics.num_found + self._metrics.num_rows
         if now - self._last_line >= self._log_every_s or done == self._total:
             self._last_line = now
             rows_per_s = self._metrics.num_rows / elapsed_s

@@ -5,6 +5,7 @@ A worker that hangs or dies costs the row it was at; the pool replaces it and go
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -12,25 +13,32 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from batchvlm.errors import ErrorType
+from batchvlm.errors import BatchvlmError, ErrorType
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
 from batchvlm.records import Failure, Record, Sample
 
 # Enough that a worker never waits for the next record, few enough to bound memory.
 _UNDER_WAY_PER_WORKER = 16
+_MAX_BREAKS = 3
+"""How often in a row the pool may break before any row is prepared."""
+
+_UnderWay = deque[tuple[Record, ProcessFuture[Sample | Failure] | None]]
+log = logging.getLogger(__name__)
 
 _preprocessor: Preprocessor | None = None
 
 
 def default_num_workers() -> int:
-    """One worker for every core but the engine's own, eight at most."""
+    """One worker for every core but the engine's own, eight at most; ranks share the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(8, (cores or 1) - 1))
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, (cores or 1) // num_ranks - 1))
 
 
 class WorkerPool:
@@ -46,24 +54,29 @@ class WorkerPool:
 
     def __init__(self, spec: PreprocessSpec, *, num_workers: int, timeout_s: float) -> None:
         self._spec = spec
+        self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._under_way = num_workers * _UNDER_WAY_PER_WORKER
         self._local = Preprocessor(spec) if num_workers == 0 else None
-        self._pool = None
-        if num_workers > 0:
-            # Not forked: the parent has threads, which a fork would leave in the middle of a lock.
-            self._pool = ProcessPool(
-                max_workers=num_workers,
-                context=multiprocessing.get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(spec, os.getpid()),
-            )
+        self._pool: ProcessPool | None = None
+        self._num_breaks = 0
+        self._is_left = False
 
     def __enter__(self) -> Self:
-        if self._pool is not None:
-            # The pool starts its processes with the first task: let them load their libraries.
-            self._pool.schedule(_do_nothing)
+        if self._local is None:
+            self._open_pool()
         return self
+
+    def _open_pool(self) -> None:
+        # Not forked: the parent has threads, which a fork would leave in the middle of a lock.
+        self._pool = ProcessPool(
+            max_workers=self._num_workers,
+            context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(self._spec, os.getpid()),
+        )
+        # The pool starts its processes with the first task: let them load their libraries.
+        self._pool.schedule(_do_nothing)
 
     def __exit__(
         self,
@@ -71,6 +84,7 @@ class WorkerPool:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._is_left = True
         if self._pool is not None:
             self._pool.stop()  # type: ignore[no-untyped-call]
             self._pool.join()
@@ -80,20 +94,60 @@ class WorkerPool:
         if self._local is not None:
             yield from ((record, self._local.prepare(record)) for record in records)
             return
-        assert self._pool is not None
-        under_way: deque[tuple[Record, ProcessFuture[Sample | Failure]]] = deque()
+        under_way: _UnderWay = deque()
         for record in records:
-            future = self._pool.schedule(_prepare, args=(record,), timeout=self._timeout_s)
-            under_way.append((record, future))
+            under_way.append((record, self._schedule(record)))
             if len(under_way) >= self._under_way:
-                oldest, future = under_way.popleft()
-                yield oldest, self._outcome(future)
-        for record, future in under_way:
-            yield record, self._outcome(future)
+                yield self._oldest(under_way)
+        while under_way:
+            yield self._oldest(under_way)
+
+    def _schedule(self, record: Record) -> ProcessFuture[Sample | Failure] | None:
+        assert self._pool is not None
+        try:
+            return self._pool.schedule(_prepare, args=(record,), timeout=self._timeout_s)
+        except RuntimeError:
+            return None  # the pool is broken, as its oldest task is about to say
+
+    def _oldest(self, under_way: _UnderWay) -> tuple[Record, Sample | Failure]:
+        """Take the oldest record's outcome; where the pool broke, start all over in a new one."""
+        record, future = under_way[0]
+        while True:
+            try:
+                if future is None:
+                    raise BrokenProcessPool("closed")
+                outcome = self._outcome(future)
+            except BrokenProcessPool as error:
+                self._mend(error, under_way)
+                record, future = under_way[0]
+                continue
+            self._num_breaks = 0
+            under_way.popleft()
+            return record, outcome
+
+    def _mend(self, error: BrokenProcessPool, under_way: _UnderWay) -> None:
+        # A worker that died between two rows, or before its first: no row is at fault.
+        assert self._pool is not None
+        if self._is_left:
+            raise error
+        self._num_breaks += 1
+        if self._num_breaks > _MAX_BREAKS:
+            raise BatchvlmError(
+                f"worker processes died {self._num_breaks} times in a row without preparing a row",
+                hint="see what they print above; runtime.num_workers=0 prepares in this process",
+            ) from error
+        log.warning("worker processes died between rows; starting new ones")
+        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.join()
+        self._open_pool()
+        for place, (record, _) in enumerate(under_way):
+            under_way[place] = (record, self._schedule(record))
 
     def _outcome(self, future: ProcessFuture[Sample | Failure]) -> Sample | Failure:
         try:
             return future.result()
+        except BrokenProcessPool:
+            raise
         except TimeoutError:
             return Failure(
                 error_type=ErrorType.TIMEOUT,

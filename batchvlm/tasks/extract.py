@@ -35,7 +35,7 @@ class Extract:
         """Parse and validate; see `Task.read`."""
         try:
             value = json.loads(_without_fence(text), parse_constant=_refuse_constant)
-            parsed = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+            parsed = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         except (ValueError, RecursionError) as error:
             return _invalid(f"the answer is no JSON: {_reason(error)}")
         schema = json_schema or self._schema

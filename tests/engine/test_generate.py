@@ -140,7 +140,7 @@ class TestEndOfSequence:
         bare.generation_config = GenerationConfig()
         assert eos_ids(bare, tokenizer) == (tokenizer.eos_token_id,)
         bare.generation_config = GenerationConfig(eos_token_id=[5, 7])
-        assert eos_ids(bare, tokenizer) == (5, 7)
+        assert eos_ids(bare, tokenizer) == (5, 7, tokenizer.eos_token_id)
 
 
 class TestStopStrings:

@@ -28,11 +28,13 @@ def result(row: int, failure: Failure | None = None) -> Result:
 
 def test_the_time_left_follows_from_this_runs_own_rate(caplog: pytest.LogCaptureFixture) -> None:
     now = 100.0
-    metrics = Metrics()
+    metrics = Metrics(num_found=15)
     caplog.set_level(logging.INFO)
-    with Progress(metrics, total=100, initial=40, log_every_s=10, clock=lambda: now) as progress:
+    with Progress(metrics, total=100, log_every_s=10, clock=lambda: now) as progress:
         for row in range(20):
             now += 1.0
+            if row == 3:
+                metrics.num_found += 25  # segments of a shard that is opened on the way
             failure = Failure(error_type=ErrorType.DECODE, message="") if row == 0 else None
             metrics.count_result(result(row, failure))
             progress.advance()
@@ -46,7 +48,7 @@ def test_the_time_left_follows_from_this_runs_own_rate(caplog: pytest.LogCapture
 def test_the_last_row_is_always_shown(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     metrics = Metrics()
-    with Progress(metrics, total=1, initial=0, log_every_s=10, clock=lambda: 0.0) as progress:
+    with Progress(metrics, total=1, log_every_s=10, clock=lambda: 0.0) as progress:
         metrics.count_result(result(0))
         progress.advance()
     assert caplog.records[-1].getMessage().startswith("1 of 1 rows (100%)")
@@ -59,7 +61,8 @@ def test_a_bar_in_a_terminal(
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     metrics = Metrics()
-    with Progress(metrics, total=2, initial=1, log_every_s=10) as progress:
+    with Progress(metrics, total=2, log_every_s=10) as progress:
+        metrics.num_found = 1
         metrics.count_result(result(0, Failure(error_type=ErrorType.OOM, message="")))
         progress.advance()
     shown = capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from batchvlm.errors import ErrorType
+from batchvlm.errors import BatchvlmError, ErrorType
 from batchvlm.preprocess import PreprocessSpec
 from batchvlm.records import Failure, Record, Sample
 from batchvlm.runtime import workers
@@ -89,6 +89,49 @@ def test_a_worker_that_dies_or_hangs_costs_its_row(monkeypatch: pytest.MonkeyPat
     ]
 
 
+def workers_alive() -> set[int]:
+    return {
+        pid
+        for pid in children_of(os.getpid())
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    }
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_worker_that_dies_between_rows_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # One row under way at a time: whenever the next one is asked for, the worker is idle.
+    monkeypatch.setattr(workers, "_UNDER_WAY_PER_WORKER", 1)
+
+    def with_murder() -> Iterator[Record]:
+        for record in records(6):
+            if record.row_index == 3:
+                for pid in workers_alive():
+                    os.kill(pid, signal.SIGKILL)
+            yield record
+
+    with WorkerPool(spec(), num_workers=1, timeout_s=60) as pool:
+        outcomes = list(pool.prepare(with_murder()))
+    assert [record.row_index for record, _ in outcomes] == list(range(6))
+    assert all(isinstance(outcome, Sample) for _, outcome in outcomes)
+
+
+def start_badly(spec: PreprocessSpec, parent: int) -> None:
+    raise OSError("no weights today")
+
+
+def test_workers_that_never_start_end_the_run_and_cost_no_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "_start_worker", start_badly)
+    with (
+        WorkerPool(spec(), num_workers=1, timeout_s=60) as pool,
+        pytest.raises(BatchvlmError, match="died 4 times in a row without preparing a row"),
+    ):
+        list(pool.prepare(records(3)))
+
+
 def start_nothing(spec: PreprocessSpec, parent: int) -> None:
     pass
 
@@ -117,10 +160,10 @@ def test_workers_do_not_outlive_a_killed_parent() -> None:
     code = (
         "from tests.runtime.test_workers import *\n"
         "if __name__ == '__main__':\n"
-        "    pool = WorkerPool(spec(), num_workers=2, timeout_s=60)\n"
-        "    list(pool.prepare(records(4)))\n"
-        "    print('ready', flush=True)\n"
-        "    time.sleep(3600)\n"
+        "    with WorkerPool(spec(), num_workers=2, timeout_s=60) as pool:\n"
+        "        list(pool.prepare(records(4)))\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(3600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None

@@ -45,6 +45,7 @@ def test_an_answer_that_fits(text: str) -> None:
         ('{"name": "a"', "no JSON"),
         ('{"name": "a"} and more', "no JSON"),
         ('{"name": NaN}', "NaN is no JSON number"),
+        ('{"name": "a", "n": 1e999}', "no JSON"),
         ('```json\n{"name": "a"}', "no JSON"),
         ("[" * 100_000, "no JSON"),
         ('{"n": 3}', "'name' is a required property"),
