@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -124,10 +125,17 @@ def _set_up_process() -> None:
     )
     for name in ("accelerate", "fsspec", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a letter of an answer must not end a finished run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    # A launcher that passes a Ctrl-C on sends SIGTERM too: the second must not stop the flush.
+    # A launcher that passes a Ctrl-C on sends SIGTERM too: it must not stop the flush. A second
+    # Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     raise Interrupted

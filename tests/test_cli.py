@@ -175,7 +175,7 @@ def num_on_disk(out: Path) -> int:
     return len(found)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_half_way_and_run_again(tmp_path: Path, number: signal.Signals) -> None:
     job = long_job(tmp_path)
     done = command(*job, f"output.dir={tmp_path / 'undisturbed'}", cwd=tmp_path)
@@ -190,6 +190,8 @@ def test_killed_half_way_and_run_again(tmp_path: Path, number: signal.Signals) -
             while process.poll() is None and num_on_disk(out) < aim:
                 time.sleep(0.02)
             process.send_signal(number)
+            if number == signal.SIGINT:
+                process.send_signal(signal.SIGTERM)  # as launchers do
             code = process.wait(60)
         kills += code == (-signal.SIGKILL if number == signal.SIGKILL else ExitCode.INTERRUPTED)
     assert kills == 2

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchvlm.engine.generate import GenerateEngine
-from batchvlm.errors import ErrorType
+from batchvlm.errors import DeviceError, ErrorType, ExitCode
 from batchvlm.records import Batch, Failure, Generation, Sample
 
 from .outcomes import run
@@ -142,3 +142,20 @@ def test_memory_of_a_failed_attempt_is_free_before_the_next(
         gc.enable()
     assert len(attempts) == 7
     assert still_held == [0] * 7
+
+
+def test_a_failed_accelerator_ends_the_run_and_charges_no_row(failing: Any) -> None:
+    engine = failing([3], torch.AcceleratorError("device-side assert"))
+    with pytest.raises(DeviceError, match="the accelerator failed") as caught:
+        list(engine.run([Batch(samples=tuple(marked(6)))]))
+    assert caught.value.exit_code is ExitCode.INTERRUPTED
+
+
+def test_a_family_that_cannot_be_batched_answers_row_by_row(
+    failing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[int]] = []
+    engine = failing([], ValueError(), calls)
+    monkeypatch.setattr("batchvlm.engine.generate._ALONE", {engine._model.config.model_type})
+    assert len(list(engine.run([Batch(samples=tuple(marked(5)))]))) == 5
+    assert [len(rows) for rows in calls] == [1] * 5

@@ -256,3 +256,15 @@ def test_half_precision_logits_are_drawn_from() -> None:
 def test_a_batch_is_greedy_when_every_row_is(settings: dict[str, Any], is_greedy: bool) -> None:
     plain = row(temperature=0.0)
     assert sampler([plain, row(**{"temperature": 0.0, **settings})]).is_greedy is is_greedy
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-39, 1e-6])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    logits_BV = spread(12)[None].repeat(2, 1)
+    rows = [row(temperature=temperature), row(temperature=0.0)]
+    assert choose(rows, logits_BV) == [int(logits_BV[0].argmax())] * 2
+
+
+def test_logits_that_are_not_finite_give_no_id_beyond_the_vocabulary() -> None:
+    logits_BV = torch.full((2, 7), torch.nan)
+    assert all(0 <= token < 7 for token in choose([row(), row(temperature=0.0)], logits_BV))

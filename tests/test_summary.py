@@ -1,0 +1,54 @@
+"""The last lines of a run: never in the way of its exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchvlm.output.folder import OutputFolder
+from batchvlm.pipeline import Summary
+from batchvlm.runtime.metrics import Metrics
+from batchvlm.summary import print_summary
+
+
+def shown(root: Path, capsys: pytest.CaptureFixture[str], ids: list[str], text: str) -> str:
+    folder = OutputFolder(root)
+    folder.data.mkdir(parents=True)
+    table = pa.table(
+        {
+            "id": ids,
+            "status": ["success"] * len(ids),
+            "error_type": pa.nulls(len(ids), pa.string()),
+            "error_message": pa.nulls(len(ids), pa.string()),
+            "generated_text": [text] * len(ids),
+        }
+    )
+    pq.write_table(table, folder.part(0, 1))
+    print_summary(
+        Summary(
+            folder=folder,
+            num_rows=len(ids),
+            num_shards=1,
+            num_mine=len(ids),
+            num_found=0,
+            metrics=Metrics(num_rows=len(ids), num_success=len(ids), run_s=1.0),
+        )
+    )
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["", "7", "12", "x" * 500, "two\nlines"])
+def test_names_of_any_length(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    out = shown(tmp_path, capsys, [name, name], "A cat.")
+    assert out.count("A cat.") == 2
+    assert "rows     2: 2 answered, 0 errors" in out
+
+
+def test_an_answer_cannot_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shown(tmp_path, capsys, ["a"], "\x1b[2Jred\x07 \u202egnp.exe")
+    assert "\x1b" not in out and "\x07" not in out and "\u202e" not in out and "red" in out
