@@ -107,6 +107,9 @@ def _run_hydra(config_name: str) -> int:
 
         _set_up_process()
         print_summary(run_job(cfg))
+        # All is written: a signal from here on would only be raised in somebody's clean-up.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
     register_schema()
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)

@@ -87,6 +87,7 @@ def test_the_job_scripts(tmp_path: Path, task: str) -> None:
         (["run", "data.columns.image=img"], "img"),
         (["run", "model.path=./none"], "model.path=./none"),
         (["run", "task.prompt='{{ no_such_column }}'"], "no_such_column"),
+        (["run", "task.prompt='{{ row.no_such_column }}'"], "no_such_column"),
         (["run", "output.dir=s3://bucket/out"], "output.dir"),
         (["run", "output.dir=/dev/null/out"], "output.dir=/dev/null/out cannot be written: Not a"),
         (["jump"], "jump is no command"),
@@ -232,3 +233,15 @@ def test_two_ranks_share_the_shards(tmp_path: Path) -> None:
         for p in (tmp_path / "out" / "_batchvlm" / "metrics").iterdir()
     ]
     assert counts == [60, 60]
+
+
+def test_a_folder_without_a_processor_is_one_line_too(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_bytes((demo.MODEL_DIR / name).read_bytes())
+    done = command("run", f"model.path={model}", "output.dir=out", cwd=tmp_path)
+    assert done.returncode == ExitCode.USAGE
+    errors = [line for line in done.stderr.splitlines() if " INFO " not in line]
+    assert len(errors) == 1 and "cannot load the processor of model.path" in errors[0], done.stderr
+    assert not (tmp_path / "out").exists()

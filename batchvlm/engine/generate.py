@@ -59,7 +59,9 @@ class GenerateEngine:
         Raises:
             ModelError: either cannot be loaded.
         """
-        return cls(load_model(cfg, device=device), load_processor(cfg).tokenizer)
+        # The processor first: whatever is wrong with it is known before the weights are read.
+        tokenizer = load_processor(cfg).tokenizer
+        return cls(load_model(cfg, device=device), tokenizer)
 
     def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Completion | Failure]]:
         """Answer every sample of every batch exactly once; see `Engine.run`."""

@@ -60,6 +60,7 @@ class WorkerPool:
         self._local = Preprocessor(spec) if num_workers == 0 else None
         self._pool: ProcessPool | None = None
         self._num_breaks = 0
+        self._has_prepared = False
         self._is_left = False
 
     def __enter__(self) -> Self:
@@ -122,6 +123,7 @@ class WorkerPool:
                 record, future = under_way[0]
                 continue
             self._num_breaks = 0
+            self._has_prepared = True
             under_way.popleft()
             return record, outcome
 
@@ -134,9 +136,10 @@ class WorkerPool:
         if self._num_breaks > _MAX_BREAKS:
             raise BatchvlmError(
                 f"worker processes died {self._num_breaks} times in a row without preparing a row",
-                hint="see what they print above; runtime.num_workers=0 prepares in this process",
+                hint="runtime.num_workers=0 prepares in this process and shows why",
             ) from error
-        log.warning("worker processes died between rows; starting new ones")
+        if self._has_prepared:
+            log.warning("worker processes died between rows; starting new ones")
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
         self._open_pool()
@@ -174,7 +177,11 @@ def _start_worker(spec: PreprocessSpec, parent: int) -> None:
     torch.set_num_threads(1)  # the workers share the cores with the engine
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     global _preprocessor
-    _preprocessor = Preprocessor(spec)
+    try:
+        _preprocessor = Preprocessor(spec)
+    except BatchvlmError:
+        # The engine loads the same processor and says it in one line; Pebble would print all of it.
+        os._exit(1)
 
 
 def _exit_with(parent: int) -> None:
