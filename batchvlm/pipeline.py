@@ -345,10 +345,10 @@ class Collector:
     def close(self) -> None:
         """Bring every finished row to disk; commit shards that were complete from the start."""
         for index, writer in list(self._writers.items()):
+            # Flushed first: a commit that failed for want of room may leave room for less.
+            writer.flush()
             if self._missing[index] == 0:
                 self._commit(index)
-            else:
-                writer.flush()
 
     def write_metrics(self) -> None:
         """Leave this process's counts in the output folder."""
@@ -381,8 +381,9 @@ class Collector:
         progress.advance()
 
     def _commit(self, index: int) -> None:
-        self._writers.pop(index).commit()
-        del self._missing[index]
+        # Kept until the part is there: whatever ends the commit, `close` still has the rows.
+        self._writers[index].commit()
+        del self._writers[index], self._missing[index]
 
 
 def _result(record: Record, failure: Failure | None, sample: Sample | None = None) -> Result:

@@ -23,6 +23,7 @@ from batchvlm.errors import (
     InputError,
     ModelError,
 )
+from batchvlm.output.writer import ShardWriter
 from batchvlm.pipeline import Summary, run_job
 from batchvlm.records import Batch, Completion, Failure, FinishReason
 from batchvlm.settings import compose
@@ -222,6 +223,25 @@ def test_a_crash_keeps_every_finished_row(
     assert summary.num_found + summary.metrics.num_rows == 25
     assert answers(tmp_path / "out") == answers(tmp_path / "undisturbed")
     assert not list((tmp_path / "out" / "_batchvlm").glob("segments/*"))
+
+
+def test_an_interrupted_commit_keeps_every_finished_row(
+    tmp_path: Path, write_parquet: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_parquet([picture()] * 8)
+
+    def interrupted(writer: ShardWriter) -> Path:
+        raise Crash
+
+    with monkeypatch.context() as context:
+        context.setattr(ShardWriter, "commit", interrupted)
+        with pytest.raises(Crash):
+            run(tmp_path / "out", source)
+    engine = FakeEngine()
+    summary = run(tmp_path / "out", source, engine=engine)
+    assert engine.seen == []
+    assert summary.num_found == 8
+    assert [row["row_index"] for row in rows_of(tmp_path / "out")] == list(range(8))
 
 
 def test_another_question_is_refused_with_the_difference(
