@@ -278,7 +278,7 @@ def test_a_model_that_does_not_load_claims_no_folder(tmp_path: Path, write_parqu
             f"model.path={tmp_path / 'empty'}",
         ],
     )
-    with pytest.raises(ModelError, match="cannot load the processor of model.path"):
+    with pytest.raises(ModelError, match=r"cannot load the processor of model\.path"):
         run_job(cfg)
     assert not (tmp_path / "out").exists()
 
