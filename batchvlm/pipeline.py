@@ -18,7 +18,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from batchvlm.batching import group_by_length
 from batchvlm.config import JobConfig
 from batchvlm.engine import Engine, open_engine
 from batchvlm.errors import BatchvlmError, ErrorType, InputError
@@ -205,8 +204,8 @@ def _compute(
                 log_every_s=cfg.runtime.log_every_s,
             )
         )
-        batches = group_by_length(collector.take(ready, progress), cfg.batching)
-        for row_index, outcome in engine.run(metrics.count_batches(batches)):
+        metrics.engine = engine.stats
+        for row_index, outcome in engine.run(_Samples(ready, collector, progress)):
             collector.finish(row_index, outcome, progress)
             metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
         collector.finish_all(progress)
@@ -267,6 +266,21 @@ def _prepare(job: Job, records: Iterable[Record], pool: WorkerPool) -> Iterator[
     for record, outcome in pool.prepare(stripped()):
         values = kept.pop(record.row_index)
         yield _Prepared(record=replace(record, values=values), outcome=outcome)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The engine's view of the rows that are ready: the samples among them."""
+
+    ready: Prefetcher[_Prepared]
+    collector: Collector
+    progress: Progress
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self.collector.take(self.ready, self.progress)
+
+    def is_ready(self) -> bool:
+        return self.ready.is_ready()
 
 
 class Collector:

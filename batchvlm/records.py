@@ -183,6 +183,24 @@ class Completion:
     """Seconds from the start of the row's batch until its answer was complete."""
 
 
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """What an engine computed, to be held against what was needed."""
+
+    num_batches: int = 0
+    """Prompt batches."""
+    prompt_tokens: int = 0
+    prompt_cells: int = 0
+    """Positions computed for these prompts, padding included."""
+    row_steps: int = 0
+    """Decode steps summed over the rows that took part, finished rows included."""
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the prompt positions that were padding."""
+        return 1 - self.prompt_tokens / self.prompt_cells if self.prompt_cells else 0.0
+
+
 class Status(StrEnum):
     """The values of the output column `status`."""
 

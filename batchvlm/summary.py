@@ -24,6 +24,7 @@ def print_summary(summary: Summary) -> None:
     if metrics.errors:
         kinds = ", ".join(f"{count} {kind}" for kind, count in metrics.errors.most_common())
         print(f"errors   {kinds}")
+    engine = metrics.engine
     if metrics.num_rows:
         per_s = 1 / max(metrics.run_s, 1e-9)
         print(
@@ -32,7 +33,7 @@ def print_summary(summary: Summary) -> None:
             f"{metrics.start_s:.1f} s to load, {metrics.run_s:.1f} s to answer"
         )
         print(
-            f"engine   {metrics.num_batches} batches, {metrics.padding_share:.0%} padding, "
+            f"engine   {engine.num_batches} batches, {engine.padding_share:.0%} padding, "
             f"{metrics.wait_share:.0%} of the time waiting for data"
         )
     _print_rows(summary)

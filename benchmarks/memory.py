@@ -25,7 +25,7 @@ from PIL import Image
 from results import environment, write_section
 
 from batchvlm.pipeline import run_job
-from batchvlm.records import Batch, Completion, FinishReason
+from batchvlm.records import Completion, EngineStats, FinishReason, Sample
 from batchvlm.settings import compose
 
 MIB = 1 << 20
@@ -51,23 +51,23 @@ class FakeEngine:
         self.num_rows = num_rows
         self.readings: list[tuple[int, float, float, int]] = []
         self.done = 0
+        self.stats = EngineStats()
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Completion]]:
-        for batch in batches:
-            for sample in batch.samples:
-                yield (
-                    sample.row_index,
-                    Completion(
-                        row_index=sample.row_index,
-                        token_ids=tuple(range(30)),
-                        text="A large red circle at the top left. " * 3,
-                        finish_reason=FinishReason.STOP,
-                        latency_s=0.0,
-                    ),
-                )
-                self.done += 1
-                if self.done % (self.num_rows // 10) == 0:
-                    self.note()
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion]]:
+        for sample in samples:
+            yield (
+                sample.row_index,
+                Completion(
+                    row_index=sample.row_index,
+                    token_ids=tuple(range(30)),
+                    text="A large red circle at the top left. " * 3,
+                    finish_reason=FinishReason.STOP,
+                    latency_s=0.0,
+                ),
+            )
+            self.done += 1
+            if self.done % (self.num_rows // 10) == 0:
+                self.note()
 
     def note(self) -> None:
         workers = sum(resident_mib(child) for child in children_of(os.getpid()))

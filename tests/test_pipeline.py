@@ -15,6 +15,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from batchvlm.batching import group_by_length
+from batchvlm.config import BatchingConfig
 from batchvlm.errors import (
     BatchvlmError,
     ConfigError,
@@ -25,7 +27,7 @@ from batchvlm.errors import (
 )
 from batchvlm.output.writer import ShardWriter
 from batchvlm.pipeline import Summary, run_job
-from batchvlm.records import Batch, Completion, Failure, FinishReason
+from batchvlm.records import Completion, EngineStats, Failure, FinishReason, Sample
 from batchvlm.settings import compose
 from batchvlm.sources.parquet import ParquetSource
 from tests.conftest import picture
@@ -38,9 +40,10 @@ class FakeEngine:
         self.failing = set(failing)
         self.answer = answer
         self.seen: list[int] = []
+        self.stats = EngineStats()
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Completion | Failure]]:
-        for batch in batches:
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+        for batch in group_by_length(samples, BatchingConfig()):
             for sample in random.Random(0).sample(batch.samples, len(batch.samples)):
                 index = sample.row_index
                 self.seen.append(index)
@@ -142,8 +145,8 @@ class LosingEngine(FakeEngine):
         super().__init__()
         self.lost = lost
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Completion | Failure]]:
-        return (item for item in super().run(batches) if item[0] not in self.lost)
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+        return (item for item in super().run(samples) if item[0] not in self.lost)
 
 
 def test_a_row_that_the_engine_forgets_is_a_row_all_the_same(
@@ -197,8 +200,8 @@ class CrashingEngine(FakeEngine):
         super().__init__()
         self.after = after
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Completion | Failure]]:
-        for number, item in enumerate(super().run(batches)):
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+        for number, item in enumerate(super().run(samples)):
             if number == self.after:
                 raise Crash
             yield item

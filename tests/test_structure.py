@@ -28,7 +28,7 @@ ALLOWED = {
     "batchvlm.loading": set(),
     "batchvlm.preprocess": {"batchvlm.images", "batchvlm.loading", "batchvlm.prompts"},
     "batchvlm.batching": set(),
-    "batchvlm.engine": {"batchvlm.loading"},
+    "batchvlm.engine": {"batchvlm.batching", "batchvlm.loading"},
     "batchvlm.tasks": {"batchvlm.schemas"},
     "batchvlm.output": set(),
     "batchvlm.identity": {"batchvlm.loading", "batchvlm.schemas", "batchvlm.settings"},

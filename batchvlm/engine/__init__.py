@@ -1,23 +1,36 @@
-"""Batches -> completions. Knows models and devices; knows no file, no dataset and no task."""
+"""Samples -> completions. Knows models and devices; knows no file, no dataset and no task."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from batchvlm.config import EngineName, JobConfig
-from batchvlm.records import Batch, Completion, Failure
+from batchvlm.records import Completion, EngineStats, Failure, Sample
 
 
 class Engine(Protocol):
     """What the pipeline needs of an engine."""
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Completion | Failure]]:
-        """Answer every sample of every batch exactly once, in any order, by its `row_index`.
+    stats: EngineStats
 
-        An engine takes the stream, not a batch, so that it may go over from one batch to the next
-        without waiting for the slowest row.
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+        """Answer every sample exactly once, in any order, by its `row_index`.
+
+        An engine takes the stream and does its own batching, so that it may take up a sample
+        whenever it has room for one. A `SampleStream` tells it when taking one would wait.
         """
+        ...
+
+
+@runtime_checkable
+class SampleStream(Protocol):
+    """Samples that become ready one by one."""
+
+    def __iter__(self) -> Iterator[Sample]: ...
+
+    def is_ready(self) -> bool:
+        """Whether the next sample, or the end, is there without waiting."""
         ...
 
 
@@ -31,4 +44,4 @@ def open_engine(cfg: JobConfig, *, device: str) -> Engine:
         case EngineName.auto | EngineName.generate:
             from batchvlm.engine.generate import GenerateEngine
 
-            return GenerateEngine.load(cfg.model, device=device)
+            return GenerateEngine.load(cfg.model, cfg.batching, device=device)

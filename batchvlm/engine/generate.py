@@ -14,12 +14,20 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
-from batchvlm.config import ModelConfig
+from batchvlm.batching import group_by_length
+from batchvlm.config import BatchingConfig, ModelConfig
 from batchvlm.engine.collate import collate
 from batchvlm.engine.sampling import RowSampler
 from batchvlm.errors import DeviceError, ErrorType, ModelError
 from batchvlm.loading import load_model, load_processor
-from batchvlm.records import Batch, Completion, Failure, FinishReason, Generation, Sample
+from batchvlm.records import (
+    Completion,
+    EngineStats,
+    Failure,
+    FinishReason,
+    Generation,
+    Sample,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +46,12 @@ class GenerateEngine:
     Args:
         model: a transformers model for image-text-to-text.
         tokenizer: the tokenizer that decodes its answers.
+        batching: how samples are grouped.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batching: BatchingConfig | None = None) -> None:
+        self.stats = EngineStats()
+        self._batching = batching or BatchingConfig()
         self._model = model
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids(model, tokenizer)
@@ -53,7 +64,7 @@ class GenerateEngine:
         model.generation_config = without_defaults(model.generation_config, pad_id=self._pad_id)
 
     @classmethod
-    def load(cls, cfg: ModelConfig, *, device: str) -> GenerateEngine:
+    def load(cls, cfg: ModelConfig, batching: BatchingConfig, *, device: str) -> GenerateEngine:
         """Load a model and its tokenizer.
 
         Raises:
@@ -61,19 +72,19 @@ class GenerateEngine:
         """
         # The processor first: whatever is wrong with it is known before the weights are read.
         tokenizer = load_processor(cfg).tokenizer
-        return cls(load_model(cfg, device=device), tokenizer)
+        return cls(load_model(cfg, device=device), tokenizer, batching)
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Completion | Failure]]:
-        """Answer every sample of every batch exactly once; see `Engine.run`."""
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+        """Answer every sample exactly once; see `Engine.run`."""
         is_alone = self._model.config.model_type in _ALONE
         if is_alone:
             log.info(
                 "%s answers row by row: its rows cannot be batched", type(self._model).__name__
             )
-        for batch in batches:
+        for batch in group_by_length(samples, self._batching):
             groups = [(sample,) for sample in batch.samples] if is_alone else [batch.samples]
-            for samples in groups:
-                yield from self._run_or_split(samples)
+            for group in groups:
+                yield from self._run_or_split(group)
 
     def _run_or_split(
         self, samples: Sequence[Sample]
@@ -130,6 +141,10 @@ class GenerateEngine:
             stopping_criteria=[stops],
         )
         latency_s = time.perf_counter() - start
+        self.stats.num_batches += 1
+        self.stats.prompt_tokens += sum(sample.prompt_tokens for sample in samples)
+        self.stats.prompt_cells += inputs["input_ids"].numel()
+        self.stats.row_steps += len(samples) * (ids_BT.shape[1] - prompt_width)
         answers = ids_BT[:, prompt_width:].tolist()
         return [
             stops.completion(i, sample.row_index, answers[i], latency_s)

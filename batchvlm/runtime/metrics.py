@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from batchvlm.records import Batch, Result, Status
+from batchvlm.records import EngineStats, Result, Status
 
 
 @dataclass(kw_only=True)
@@ -20,10 +19,6 @@ class Metrics:
     num_success: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     finish_reasons: Counter[str] = field(default_factory=Counter)
-    num_batches: int = 0
-    prompt_tokens: int = 0
-    padded_tokens: int = 0
-    """Cells of all prompt rectangles, padding included."""
     image_tokens: int = 0
     completion_tokens: int = 0
     start_s: float = 0.0
@@ -32,15 +27,11 @@ class Metrics:
     """Seconds that the engine waited for samples."""
     run_s: float = 0.0
     """Seconds from the ready model to the last row."""
+    engine: EngineStats = field(default_factory=EngineStats)
 
     @property
     def num_errors(self) -> int:
         return self.errors.total()
-
-    @property
-    def padding_share(self) -> float:
-        """Share of the prompt cells that were padding."""
-        return 1 - self.prompt_tokens / self.padded_tokens if self.padded_tokens else 0.0
 
     @property
     def wait_share(self) -> float:
@@ -58,14 +49,6 @@ class Metrics:
         self.completion_tokens += result.completion_tokens or 0
         self.image_tokens += result.image_tokens or 0
 
-    def count_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Count batches on their way to the engine."""
-        for batch in batches:
-            self.num_batches += 1
-            self.prompt_tokens += batch.prompt_tokens
-            self.padded_tokens += batch.padded_tokens
-            yield batch
-
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: every count, and the rates that follow from them."""
         per_s = 1 / self.run_s if self.run_s else 0.0
@@ -74,8 +57,9 @@ class Metrics:
                 key: dict(value) if isinstance(value, Counter) else value
                 for key, value in vars(self).items()
             },
+            "engine": asdict(self.engine),
             "rows_per_s": self.num_rows * per_s,
             "completion_tokens_per_s": self.completion_tokens * per_s,
-            "padding_share": self.padding_share,
+            "padding_share": self.engine.padding_share,
             "wait_share": self.wait_share,
         }

@@ -68,6 +68,10 @@ class Prefetcher(Generic[T]):
         # a worker ends when the pool does.
         self._thread.join(timeout=_LEAVE_S)
 
+    def is_ready(self) -> bool:
+        """Whether the next item, or the end, is there without waiting."""
+        return bool(self._ready) or self._is_done
+
     def __iter__(self) -> Iterator[T]:
         while True:
             start = time.perf_counter()

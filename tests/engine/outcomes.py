@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from batchvlm.engine.generate import GenerateEngine
-from batchvlm.records import Batch, Sample
+from batchvlm.records import Sample
 
 
 def run(engine: GenerateEngine, samples: Sequence[Sample]) -> list[Any]:
     """The outcome of each sample of one batch, in their order; each must come exactly once."""
-    outcomes = list(engine.run([Batch(samples=tuple(samples))]))
+    outcomes = list(engine.run(samples))
     assert sorted(row for row, _ in outcomes) == sorted(s.row_index for s in samples)
     by_row = dict(outcomes)
     return [by_row[sample.row_index] for sample in samples]

@@ -12,9 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from batchvlm.config import BatchingConfig
 from batchvlm.engine.generate import GenerateEngine
 from batchvlm.errors import DeviceError, ErrorType, ExitCode
-from batchvlm.records import Batch, Failure, Generation, Sample
+from batchvlm.records import Failure, Generation, Sample
 
 from .outcomes import run
 
@@ -50,7 +51,7 @@ def marked(num_rows: int) -> list[Sample]:
     return [
         Sample(
             row_index=i,
-            features={"input_ids": torch.tensor([[2] * (i % 3) + [i]]).numpy()},
+            features={"input_ids": torch.tensor([[2] * (3 + i % 3) + [i]]).numpy()},
             image_tokens=0,
             image_sizes=(),
             generation=Generation(max_new_tokens=1),
@@ -86,8 +87,8 @@ def test_the_row_at_fault_is_found_by_halving(failing: Any) -> None:
 def test_batches_after_a_failure_are_answered(failing: Any) -> None:
     engine = failing([1], RuntimeError("no"))
     samples = marked(6)
-    batches = [Batch(samples=tuple(samples[:3])), Batch(samples=tuple(samples[3:]))]
-    outcomes = dict(engine.run(batches))
+    engine._batching = BatchingConfig(max_batch_size=3)
+    outcomes = dict(engine.run(samples))
     assert sorted(outcomes) == list(range(6))
     assert [row for row, o in outcomes.items() if isinstance(o, Failure)] == [1]
 
@@ -147,7 +148,7 @@ def test_memory_of_a_failed_attempt_is_free_before_the_next(
 def test_a_failed_accelerator_ends_the_run_and_charges_no_row(failing: Any) -> None:
     engine = failing([3], torch.AcceleratorError("device-side assert"))
     with pytest.raises(DeviceError, match="the accelerator failed") as caught:
-        list(engine.run([Batch(samples=tuple(marked(6)))]))
+        list(engine.run(marked(6)))
     assert caught.value.exit_code is ExitCode.INTERRUPTED
 
 
@@ -157,5 +158,5 @@ def test_a_family_that_cannot_be_batched_answers_row_by_row(
     calls: list[list[int]] = []
     engine = failing([], ValueError(), calls)
     monkeypatch.setattr("batchvlm.engine.generate._ALONE", {engine._model.config.model_type})
-    assert len(list(engine.run([Batch(samples=tuple(marked(5)))]))) == 5
+    assert len(list(engine.run(marked(5)))) == 5
     assert [len(rows) for rows in calls] == [1] * 5

@@ -14,13 +14,20 @@ import transformers
 from PIL import Image
 from transformers.utils import is_torchvision_available
 
-from batchvlm.config import ColumnsConfig, GenerationConfig, ImageBackend, ModelConfig, TaskConfig
+from batchvlm.config import (
+    BatchingConfig,
+    ColumnsConfig,
+    GenerationConfig,
+    ImageBackend,
+    ModelConfig,
+    TaskConfig,
+)
 from batchvlm.engine.collate import collate
 from batchvlm.engine.generate import GenerateEngine
 from batchvlm.errors import ModelError
 from batchvlm.loading import load_processor
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
-from batchvlm.records import Batch, Completion, FinishReason, Record, Sample
+from batchvlm.records import Completion, FinishReason, Record, Sample
 
 from ..conftest import encode
 from .families import FAMILIES, Family, idefics3
@@ -84,7 +91,7 @@ class Loaded:
         return [self.sample(i, question) for i, question in enumerate(self.questions)]
 
     def answers(self, samples: Sequence[Sample]) -> list[Completion]:
-        done = dict(self.engine.run([Batch(samples=tuple(samples))]))
+        done = dict(self.engine.run(samples))
         completions = [done[sample.row_index] for sample in samples]
         assert all(isinstance(c, Completion) for c in completions), completions
         return completions
@@ -144,7 +151,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         family=family,
         questions=(ABOUT_ONE, *early, ABOUT_TWO, ABOUT_ONE_LONGER),
         preprocessor=Preprocessor(spec),
-        engine=GenerateEngine.load(cfg, device="cpu"),
+        engine=GenerateEngine.load(cfg, BatchingConfig(), device="cpu"),
         processor=load_processor(cfg),
         model=transformers.AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32

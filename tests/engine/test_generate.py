@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from batchvlm.config import ModelConfig
+from batchvlm.config import BatchingConfig, ModelConfig
 from batchvlm.engine.generate import GenerateEngine, RowStops, eos_ids
 from batchvlm.errors import ModelError
-from batchvlm.records import Batch, Completion, FinishReason, Generation, Sample
+from batchvlm.records import Completion, FinishReason, Generation, Sample
 
 from .outcomes import run
 
@@ -50,12 +50,14 @@ class TestLength:
         samples = make_samples({}, {}, {}, {}, max_new_tokens=2)
         taken = []
 
-        def batches() -> Any:
+        def ready() -> Any:
             for sample in samples:
                 taken.append(sample.row_index)
-                yield Batch(samples=(sample,))
+                yield sample
 
-        for row_index, _ in engine_with().run(batches()):
+        engine = engine_with()
+        engine._batching = BatchingConfig(max_batch_size=1, sort_window=1)
+        for row_index, _ in engine.run(ready()):
             assert taken == list(range(row_index + 1))
         assert taken == [0, 1, 2, 3]
 
@@ -301,5 +303,5 @@ def test_an_encoder_decoder_is_refused(model: Any, tokenizer: Any) -> None:
 
 
 def test_an_engine_loads_from_a_folder(folder: Path, make_samples: Any, reference: Any) -> None:
-    engine = GenerateEngine.load(ModelConfig(path=str(folder)), device="cpu")
+    engine = GenerateEngine.load(ModelConfig(path=str(folder)), BatchingConfig(), device="cpu")
     assert tokens(run(engine, make_samples({}, {}))) == [reference(0), reference(1)]

@@ -7,10 +7,9 @@ import logging
 import pytest
 
 from batchvlm.errors import ErrorType
-from batchvlm.records import Batch, Failure, FinishReason, Result, Status
+from batchvlm.records import EngineStats, Failure, FinishReason, Result, Status
 from batchvlm.runtime.metrics import Metrics
 from batchvlm.runtime.progress import Progress
-from tests.conftest import make_sample
 
 
 def result(row: int, failure: Failure | None = None) -> Result:
@@ -70,14 +69,12 @@ def test_a_bar_in_a_terminal(
 
 
 def test_metrics_of_batches_and_rows() -> None:
-    metrics = Metrics()
-    batch = Batch(samples=(make_sample(0, 10), make_sample(1, 30)))
-    assert list(metrics.count_batches([batch])) == [batch]
-    assert (metrics.num_batches, metrics.prompt_tokens, metrics.padded_tokens) == (1, 40, 60)
-    assert metrics.padding_share == pytest.approx(1 / 3)
+    metrics = Metrics(engine=EngineStats(num_batches=1, prompt_tokens=40, prompt_cells=60))
+    assert metrics.engine.padding_share == pytest.approx(1 / 3)
     metrics.count_result(result(0))
     metrics.count_result(result(1, Failure(error_type=ErrorType.OOM, message="")))
     metrics.run_s, metrics.wait_s = 2.0, 0.5
     plain = metrics.as_dict()
+    assert plain["engine"]["num_batches"] == 1
     assert plain["errors"] == {"oom": 1} and plain["finish_reasons"] == {"stop": 1}
     assert (plain["rows_per_s"], plain["wait_share"]) == (1.0, 0.25)
