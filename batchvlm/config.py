@@ -157,6 +157,7 @@ class GenerationColumnsConfig:
     seed: str | None = None
     stop: str | None = None
     ignore_eos: str | None = None
+    stop_on_repetition: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +183,12 @@ class GenerationConfig:
     """Strings that end an answer; they are cut off it."""
     ignore_eos: bool = False
     """Go on to `max_new_tokens` whatever the model says; for benchmarks."""
+    stop_on_repetition: bool = True
+    """End an answer that does nothing but repeat itself: its last 512 tokens, and at least 16
+    rounds, are one cycle of up to 64 tokens. Never where `ignore_eos` is set."""
+    logprobs: bool = False
+    """Add the column `logprobs`: the log-probability of each token of the answer, as the model
+    gave it (temperature 1, no cuts, no penalty)."""
     columns: GenerationColumnsConfig = field(default_factory=GenerationColumnsConfig)
 
 

@@ -102,7 +102,9 @@ def open_job(cfg: JobConfig) -> Job:
     named = {cfg.data.columns.id: "data.columns.id"} if cfg.data.columns.id else {}
     check_columns(source.schema, kept | named | needed)
     schema = output_schema(
-        kept_fields(source.schema, cfg.output.keep_columns), token_ids=cfg.output.token_ids
+        kept_fields(source.schema, cfg.output.keep_columns),
+        token_ids=cfg.output.token_ids,
+        logprobs=cfg.generation.logprobs,
     )
     task = open_task(cfg.task)
     folder = OutputFolder(cfg.output.dir)
@@ -378,6 +380,7 @@ class Collector:
             _result(record, reading.failure, sample),
             generated_text=completion.text,
             token_ids=completion.token_ids,
+            logprobs=completion.logprobs,
             parsed=reading.parsed,
             json_valid=reading.json_valid,
             finish_reason=completion.finish_reason,

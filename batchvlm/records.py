@@ -100,6 +100,8 @@ class Generation:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_on_repetition: bool = True
+    logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +170,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    REPETITION = "repetition"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +180,8 @@ class Completion:
     row_index: int
     token_ids: tuple[int, ...]
     """Generated ids, with the end-of-sequence token where one was generated."""
+    logprobs: tuple[float, ...] | None = None
+    """Log-probability of each of these ids, where `Generation.logprobs` asks for them."""
     text: str
     finish_reason: FinishReason
     latency_s: float
@@ -223,6 +228,7 @@ class Result:
     attempts: int = 1
     generated_text: str | None = None
     token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
     parsed: str | None = None
     """The typed value of an extract task, as canonical JSON text."""
     json_valid: bool | None = None

@@ -55,6 +55,7 @@ class FakeEngine:
                     Completion(
                         row_index=index,
                         token_ids=(1, 2, index),
+                        logprobs=(-0.5, -2.0, 0.0) if sample.generation.logprobs else None,
                         text=self.answer.format(index),
                         finish_reason=FinishReason.STOP,
                         latency_s=0.5,
@@ -120,6 +121,13 @@ def test_rows_come_out_once_in_order_good_or_bad(tmp_path: Path, write_parquet: 
             assert row["image_sizes"] == [{"width": 96, "height": 96}]
     assert (summary.num_mine, summary.metrics.num_rows, summary.metrics.num_errors) == (37, 37, 5)
     assert len(list((tmp_path / "out" / "data").iterdir())) == summary.num_shards
+
+
+def test_logprobs_are_a_column_where_asked_for(tmp_path: Path, write_parquet: Writer) -> None:
+    source = write_parquet([picture()] * 3)
+    run(tmp_path / "out", source, "generation.logprobs=true", engine=FakeEngine(failing=[1]))
+    logprobs = [row["logprobs"] for row in rows_of(tmp_path / "out")]
+    assert logprobs == [[-0.5, -2.0, 0.0], None, [-0.5, -2.0, 0.0]]
 
 
 def test_the_output_opens_with_every_reader(tmp_path: Path, write_parquet: Writer) -> None:

@@ -7,7 +7,6 @@ import gc
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -17,15 +16,14 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from batchvlm.batching import group_by_length
 from batchvlm.config import BatchingConfig, ModelConfig
 from batchvlm.engine.collate import collate
-from batchvlm.engine.sampling import RowSampler
+from batchvlm.engine.sampling import Choice, RowSampler
+from batchvlm.engine.stops import RowStop, not_finite
 from batchvlm.errors import DeviceError, ErrorType, ModelError
 from batchvlm.loading import load_model, load_processor
 from batchvlm.records import (
     Completion,
     EngineStats,
     Failure,
-    FinishReason,
-    Generation,
     Sample,
 )
 
@@ -90,7 +88,7 @@ class GenerateEngine:
         self, samples: Sequence[Sample]
     ) -> Iterator[tuple[int, Completion | Failure]]:
         try:
-            completions = self._generate(samples)
+            outcomes = self._generate(samples)
         except torch.AcceleratorError as error:
             # After this every call fails, so every row would: none of them is at fault.
             raise DeviceError(
@@ -100,7 +98,7 @@ class GenerateEngine:
         except Exception as error:
             failure = _failure(error)
         else:
-            yield from ((completion.row_index, completion) for completion in completions)
+            yield from zip([sample.row_index for sample in samples], outcomes, strict=True)
             return
         # Only here, behind the except clause, is the error gone, and with its traceback the tensors
         # of the failed attempt.
@@ -120,35 +118,35 @@ class GenerateEngine:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _generate(self, samples: Sequence[Sample]) -> list[Completion]:
+    def _generate(self, samples: Sequence[Sample]) -> list[Completion | Failure]:
         start = time.perf_counter()
         device = self._model.device
         inputs = {
             name: self._to_device(tensor)
             for name, tensor in collate(samples, pad_id=self._pad_id).items()
         }
-        rows = [sample.generation for sample in samples]
         prompt_width = inputs["input_ids"].shape[1]
-        stops = RowStops(rows, self._eos_ids, prompt_width, self._tokenizer, device)
-        sampler = RowSampler(rows, eos_ids=self._eos_ids, device=device)
-        processors = LogitsProcessorList()
-        if not sampler.is_greedy:
-            processors.append(ChosenToken(sampler, inputs["attention_mask"]))
+        sampler = RowSampler(len(samples), eos_ids=self._eos_ids, device=device)
+        for i, sample in enumerate(samples):
+            sampler.admit(i, sample.generation, sample.features["input_ids"])
+        chosen = ChosenToken(sampler)
+        ends = frozenset(self._eos_ids)
+        stops = [RowStop(sample.generation, ends, self._tokenizer) for sample in samples]
+        criterion = RowStops(stops, chosen, self._eos_ids)
         ids_BT = self._model.generate(
             **inputs,
-            max_new_tokens=max(r.max_new_tokens for r in rows),
-            logits_processor=processors,
-            stopping_criteria=[stops],
+            max_new_tokens=max(sample.generation.max_new_tokens for sample in samples),
+            logits_processor=LogitsProcessorList([chosen]),
+            stopping_criteria=[criterion],
         )
         latency_s = time.perf_counter() - start
         self.stats.num_batches += 1
         self.stats.prompt_tokens += sum(sample.prompt_tokens for sample in samples)
         self.stats.prompt_cells += inputs["input_ids"].numel()
         self.stats.row_steps += len(samples) * (ids_BT.shape[1] - prompt_width)
-        answers = ids_BT[:, prompt_width:].tolist()
         return [
-            stops.completion(i, sample.row_index, answers[i], latency_s)
-            for i, sample in enumerate(samples)
+            criterion.failures.get(i) or stop.completion(sample.row_index, latency_s)
+            for i, (sample, stop) in enumerate(zip(samples, stops, strict=True))
         ]
 
     def _to_device(self, tensor: Tensor) -> Tensor:
@@ -185,103 +183,44 @@ def without_defaults(config: Any, *, pad_id: int) -> Any:
 class ChosenToken(LogitsProcessor):
     """Lets `generate()`'s argmax find the token that our sampler chose."""
 
-    def __init__(self, sampler: RowSampler, mask_BT: Tensor) -> None:
+    choice: Choice
+    """The last step's."""
+
+    def __init__(self, sampler: RowSampler) -> None:
         self._sampler = sampler
-        self._prompt_mask_BT = mask_BT
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self._prompt_mask_BT.shape[1]
-        answer_BT = torch.ones_like(input_ids[:, self._prompt_mask_BT.shape[1] :])
-        mask_BT = torch.cat([self._prompt_mask_BT, answer_BT], dim=1)
-        chosen_B = self._sampler.choose(scores, input_ids, mask_BT, step)
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen_B[:, None], 0.0)
+        self.choice = self._sampler.choose(scores, slice(len(scores)))
+        return scores.scatter(-1, self.choice.ids_B[:, None], torch.inf)
 
 
 class RowStops(StoppingCriteria):
-    """Ends each row by its own limit, its own stop strings and, unless ignored, the model's EOS."""
+    """Ends each row of a batch by its own `RowStop`, or because its logits are no numbers."""
 
     def __init__(
-        self,
-        rows: Sequence[Generation],
-        eos_ids: Sequence[int],
-        prompt_width: int,
-        tokenizer: Any,
-        device: torch.device,
+        self, stops: Sequence[RowStop], chosen: ChosenToken, eos_ids: Sequence[int]
     ) -> None:
         # generate() looks for this name to know that finished rows must be padded.
-        self.eos_token_id = torch.tensor(list(eos_ids) or [-1], device=device)
-        self._eos_ids = frozenset(eos_ids)
-        self._rows = rows
-        self._prompt_width = prompt_width
-        self._tokenizer = tokenizer
-        self._special_ids = frozenset(tokenizer.all_special_ids)
-        self._limits_B = torch.tensor([r.max_new_tokens for r in rows], device=device)
-        self._heeds_eos_B = torch.tensor([not r.ignore_eos for r in rows], device=device)
-        self._stop_rows = [i for i, row in enumerate(rows) if row.stop]
+        self.eos_token_id = torch.tensor(list(eos_ids) or [-1])
+        self.failures: dict[int, Failure] = {}
+        """By place in the batch."""
+        self._stops = stops
+        self._chosen = chosen
+        self._is_done = [False] * len(stops)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        num_new = input_ids.shape[1] - self._prompt_width
-        is_eos_B = torch.isin(input_ids[:, -1], self.eos_token_id)
-        done_B = (is_eos_B & self._heeds_eos_B) | (self._limits_B <= num_new)
-        for i in self._stop_rows:
-            is_early = num_new < self._rows[i].min_new_tokens
-            if is_early or done_B[i]:
+        choice = self._chosen.choice
+        tokens, is_finite = input_ids[:, -1].tolist(), choice.is_finite_B.tolist()
+        logprobs = [None] * len(tokens) if choice.logprobs_B is None else choice.logprobs_B.tolist()
+        for i, stop in enumerate(self._stops):
+            if self._is_done[i]:
                 continue
-            done_B[i] = self._stopped_chars(i, input_ids[i, self._prompt_width :].tolist()) > 0
-        return done_B
-
-    def _stopped_chars(self, i: int, ids: Sequence[int]) -> int:
-        """How much a stop string that the last id completes takes off the text's end; 0: none."""
-        if ids[-1] in self._special_ids:
-            return 0  # adds no text
-        # A stop string may begin and end inside tokens, so look at text, but only at its end: no
-        # token of text adds less than a byte, hence as many as the longest string has bytes.
-        stops = self._rows[i].stop
-        longest = max(len(stop.encode()) for stop in stops)
-        backwards = (token for token in reversed(ids) if token not in self._special_ids)
-        tail = list(islice(backwards, longest + 1))[::-1]
-        text, before = self._tokenizer.decode(tail), self._tokenizer.decode(tail[:-1])
-        # Half a character decodes to U+FFFD, which the next token takes back.
-        num_old = len(before.rstrip("\ufffd"))
-        starts = [text.find(stop, max(0, num_old - len(stop) + 1)) for stop in stops]
-        return max((len(text) - start for start in starts if start >= 0), default=0)
-
-    def completion(
-        self, i: int, row_index: int, ids: Sequence[int], latency_s: float
-    ) -> Completion:
-        """Cut row i's answer at its end and say why it ended.
-
-        Args:
-            i: place in the batch.
-            row_index: the sample's row.
-            ids: everything generated, padding behind the end included.
-            latency_s: seconds that the batch took.
-        """
-        settings = self._rows[i]
-        ids = list(ids[: settings.max_new_tokens])
-        said = ids
-        cut_chars = 0
-        reason = FinishReason.LENGTH
-        if not settings.ignore_eos:
-            for n, token in enumerate(ids):
-                if token in self._eos_ids:
-                    ids, said, reason = ids[: n + 1], ids[:n], FinishReason.STOP
-                    break
-        if settings.stop:
-            for n in range(max(1, settings.min_new_tokens), len(said) + 1):
-                if cut_chars := self._stopped_chars(i, said[:n]):
-                    ids = said = said[:n]
-                    reason = FinishReason.STOP
-                    break
-        # An id that ends answers need not be special: its text is left out by place.
-        text = self._tokenizer.decode(said, skip_special_tokens=True)
-        return Completion(
-            row_index=row_index,
-            token_ids=tuple(ids),
-            text=text[: len(text) - cut_chars],
-            finish_reason=reason,
-            latency_s=latency_s,
-        )
+            if is_finite[i]:
+                self._is_done[i] = stop.push(tokens[i], logprobs[i])
+            else:
+                self.failures[i] = not_finite(stop.num_tokens)
+                self._is_done[i] = True
+        return torch.tensor(self._is_done, device=input_ids.device)
 
 
 def _failure(error: Exception) -> Failure:

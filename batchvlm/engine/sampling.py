@@ -8,8 +8,10 @@ and costs one number however large the vocabulary is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,109 +19,236 @@ from batchvlm.records import Generation
 
 _MIN_TEMPERATURE = 1e-5
 
-# Shape legend: B rows, V vocabulary (width of the logits), T tokens so far.
+# Shape legend: B slots of one call, V vocabulary (width of the logits), S all slots.
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One token for each of B slots, on the device of the logits."""
+
+    ids_B: Tensor
+    """int64 [B]."""
+    logprobs_B: Tensor | None
+    """float32 [B] log-probability of each token at temperature 1 and without cuts, suppressed ids
+    left out; None where no row asks."""
+    is_finite_B: Tensor
+    """bool [B]: false where NaN or infinity among a row's logits made the choice."""
+
+
+@dataclass(slots=True)
+class _Row:
+    settings: Generation
+    rng: np.random.Generator
+    num_tokens: int = 0
+
+    @property
+    def is_drawn(self) -> bool:
+        # Below this, logits divided by it overflow: the likeliest token is what is meant.
+        return self.settings.temperature >= _MIN_TEMPERATURE
+
+    @property
+    def num_without_eos(self) -> int:
+        return 0 if self.settings.ignore_eos else self.settings.min_new_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """The rows of one call and what they ask for; good until a row comes, goes or moves."""
+
+    slots: Sequence[int]
+    rows: Sequence[_Row]
+    has_logprobs: bool
+    has_penalty: bool
+    has_least: bool
+    has_drawn: bool
+    has_sorted_cut: bool
+    has_min_p: bool
+    slots_B: Tensor
+    drawn_B: Tensor
+    temperature_B1: Tensor
+    penalty_B1: Tensor
+    top_k_B1: Tensor
+    top_p_B1: Tensor
+    min_p_B1: Tensor
 
 
 class RowSampler:
-    """Chooses tokens for a fixed set of rows.
+    """Chooses tokens for slots whose rows come and go.
+
+    Nothing here waits for the device, so a caller may run ahead of it.
 
     Args:
-        rows: the settings of B rows.
+        num_slots: slots are numbered from 0.
         eos_ids: ids that end a sequence.
         device: where the logits are.
+        suppress_ids: ids that the model must never say.
     """
 
     def __init__(
-        self, rows: Sequence[Generation], *, eos_ids: Sequence[int], device: torch.device
+        self,
+        num_slots: int,
+        *,
+        eos_ids: Sequence[int],
+        device: torch.device,
+        suppress_ids: Sequence[int] = (),
     ) -> None:
-        def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+        self._eos_ids = tuple(eos_ids)
+        self._suppress_ids = tuple(suppress_ids)
+        self._device = device
+        self._rows: list[_Row | None] = [None] * num_slots
+        self._batch: tuple[Sequence[int] | slice, _Batch] | None = None
+        # For repetition penalties alone: which ids a slot's row has seen, and prompts not yet in.
+        self._seen_SV: Tensor | None = None
+        self._prompts: dict[int, npt.NDArray[np.int64]] = {}
+        self._columns: dict[tuple[int, ...], Tensor] = {}
 
-        self._eos_ids = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
-        self._min_new_tokens = [0 if r.ignore_eos else r.min_new_tokens for r in rows]
-        # Below this, logits divided by it overflow: the likeliest token is what is meant.
-        self._is_drawn = [r.temperature >= _MIN_TEMPERATURE for r in rows]
-        self._rngs = [np.random.Generator(np.random.PCG64(r.seed)) for r in rows]
-        self._drawn_B1 = torch.tensor(self._is_drawn, device=device)[:, None]
-        drawn = [r for r, is_drawn in zip(rows, self._is_drawn, strict=True) if is_drawn]
-        self._temperature_B1 = column([max(r.temperature, _MIN_TEMPERATURE) for r in rows])
-        self._penalty_B1 = column([r.repetition_penalty for r in rows])
-        self._top_k_B1 = column([r.top_k for r in rows]).long()
-        self._top_p_B1 = column([r.top_p for r in rows])
-        self._min_p_B1 = column([r.min_p for r in rows])
-        self._has_penalty = any(r.repetition_penalty != 1.0 for r in rows)
-        self._has_sorted_cut = any(r.top_k > 0 or r.top_p < 1.0 for r in drawn)
-        self._has_min_p = any(r.min_p > 0 for r in drawn)
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether every row just takes the likeliest token, so that nothing here is needed."""
-        return not (any(self._is_drawn) or self._has_penalty or any(self._min_new_tokens))
-
-    def choose(self, logits_BV: Tensor, ids_BT: Tensor, mask_BT: Tensor, step: int) -> Tensor:
-        """Choose one token a row.
+    def admit(self, slot: int, row: Generation, prompt_ids: npt.NDArray[np.int64]) -> None:
+        """Give a slot to a new row; all that was there before is gone.
 
         Args:
-            logits_BV: [B, V] of the last position.
-            ids_BT: int64 [B, T] prompt and answer so far.
-            mask_BT: [B, T] true where `ids_BT` is no padding.
-            step: tokens generated so far.
-
-        Returns:
-            int64 [B].
+            slot: in 0..num_slots-1.
+            row: its settings.
+            prompt_ids: every id of its prompt, in any shape; they count as repetition.
         """
-        scores_BV = logits_BV.float()
-        if self._has_penalty:
-            scores_BV = self._penalise(scores_BV, ids_BT, mask_BT)
-        if any(step < least for least in self._min_new_tokens):
-            too_early = [step < least for least in self._min_new_tokens]
-            rows = torch.tensor(too_early, device=scores_BV.device).nonzero()
-            scores_BV = scores_BV.clone()
-            scores_BV[rows, self._eos_ids] = -torch.inf
-        greedy_B = scores_BV.argmax(-1)
-        if not any(self._is_drawn):
-            return greedy_B
-        drawn_B = self._draw(self._cut(scores_BV / self._temperature_B1))
-        return torch.where(self._drawn_B1[:, 0], drawn_B, greedy_B)
+        self._batch = None
+        self._rows[slot] = _Row(row, np.random.Generator(np.random.PCG64(row.seed)))
+        self._prompts.pop(slot, None)
+        if row.repetition_penalty != 1.0:
+            self._prompts[slot] = np.unique(prompt_ids)
 
-    def _penalise(self, scores_BV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        # As in CTRL (Keskar et al. 2019) and transformers: divide what is above 0, multiply below.
-        seen_BV = torch.zeros_like(scores_BV, dtype=torch.bool)
-        # Some models keep their image placeholder above the ids that they can answer.
-        is_answerable_BT = ids_BT < scores_BV.shape[-1]
-        rows, columns = (mask_BT.bool() & is_answerable_BT).nonzero(as_tuple=True)
-        seen_BV[rows, ids_BT[rows, columns]] = True
-        penalised_BV = torch.where(
-            scores_BV > 0, scores_BV / self._penalty_B1, scores_BV * self._penalty_B1
+    @torch.inference_mode()
+    def move(self, source: int, target: int) -> None:
+        """Let the row in `source` go on in `target`; `source` is then free."""
+        row = self._rows[source]
+        assert row is not None, f"slot {source} is free"
+        if source == target:
+            return
+        self._batch = None
+        self._rows[target], self._rows[source] = row, None
+        self._prompts.pop(target, None)
+        if source in self._prompts:
+            self._prompts[target] = self._prompts.pop(source)
+        elif self._seen_SV is not None and row.settings.repetition_penalty != 1.0:
+            self._seen_SV[target].copy_(self._seen_SV[source])
+
+    @torch.inference_mode()
+    def choose(self, logits_BV: Tensor, slots: Sequence[int] | slice) -> Choice:
+        """Choose the next token of the rows in these slots.
+
+        Args:
+            logits_BV: [B, V] of the last position, in the order of `slots`; left as it is.
+            slots: B different slots with a row each.
+        """
+        batch = self._batch_of(slots)
+        assert len(logits_BV) == len(batch.rows), "one row of logits for each slot"
+        if self._suppress_ids:
+            logits_BV = self._without(logits_BV, self._suppress_ids)
+        scores_BV = logits_BV
+        if batch.has_drawn or batch.has_penalty or batch.has_logprobs:
+            scores_BV = logits_BV = logits_BV.float()
+        if batch.has_penalty:
+            scores_BV = self._penalise(scores_BV, batch)
+        if batch.has_least:
+            too_early = [row.num_tokens < row.num_without_eos for row in batch.rows]
+            if any(too_early):
+                held_BV = self._without(scores_BV, self._eos_ids)
+                early_B = self._to_device(too_early, torch.bool)
+                scores_BV = torch.where(early_B[:, None], held_BV, scores_BV)
+        ids_B = scores_BV.argmax(-1)
+        is_sound_B = None
+        if batch.has_drawn:
+            drawn_B, is_sound_B = self._draw(
+                _cut(scores_BV / batch.temperature_B1, batch), batch.rows
+            )
+            ids_B = torch.where(batch.drawn_B, drawn_B, ids_B)
+        chosen_B = logits_BV.gather(-1, ids_B[:, None])[:, 0]
+        is_finite_B = chosen_B.isfinite()
+        if is_sound_B is not None:
+            is_finite_B &= is_sound_B | ~batch.drawn_B
+        if batch.has_penalty:
+            assert self._seen_SV is not None
+            self._seen_SV.index_put_((batch.slots_B, ids_B), torch.ones_like(is_finite_B))
+        for row in batch.rows:
+            row.num_tokens += 1
+        return Choice(
+            ids_B=ids_B,
+            logprobs_B=chosen_B - logits_BV.logsumexp(-1) if batch.has_logprobs else None,
+            is_finite_B=is_finite_B,
         )
+
+    def _batch_of(self, slots: Sequence[int] | slice) -> _Batch:
+        key = slots if isinstance(slots, slice) else tuple(slots)
+        if self._batch is not None and self._batch[0] == key:
+            return self._batch[1]
+        numbers = range(len(self._rows))[key] if isinstance(key, slice) else key
+        rows = []
+        for slot in numbers:
+            row = self._rows[slot]
+            assert row is not None, f"slot {slot} is free"
+            rows.append(row)
+        every = [row.settings for row in rows]
+        drawn = [row.settings for row in rows if row.is_drawn]
+        # One transfer for all settings.
+        columns = self._to_device(
+            [
+                [max(r.temperature, _MIN_TEMPERATURE) for r in every],
+                [r.repetition_penalty for r in every],
+                [r.top_p for r in every],
+                [r.min_p for r in every],
+            ],
+            torch.float32,
+        )[:, :, None]
+        batch = _Batch(
+            slots=numbers,
+            rows=rows,
+            has_logprobs=any(r.logprobs for r in every),
+            has_penalty=any(r.repetition_penalty != 1.0 for r in every),
+            has_least=any(row.num_without_eos for row in rows),
+            has_drawn=bool(drawn),
+            has_sorted_cut=any(r.top_k > 0 or r.top_p < 1.0 for r in drawn),
+            has_min_p=any(r.min_p > 0 for r in drawn),
+            slots_B=self._to_device(list(numbers), torch.long),
+            drawn_B=self._to_device([row.is_drawn for row in rows], torch.bool),
+            temperature_B1=columns[0],
+            penalty_B1=columns[1],
+            top_k_B1=self._to_device([r.top_k for r in every], torch.long)[:, None],
+            top_p_B1=columns[2],
+            min_p_B1=columns[3],
+        )
+        self._batch = (key, batch)
+        return batch
+
+    def _penalise(self, scores_BV: Tensor, batch: _Batch) -> Tensor:
+        num_ids = scores_BV.shape[-1]
+        if self._seen_SV is None:
+            shape = (len(self._rows), num_ids)
+            self._seen_SV = torch.zeros(shape, dtype=torch.bool, device=self._device)
+        for slot in batch.slots:
+            if slot in self._prompts:
+                # Some models keep their image placeholder above the ids that they can answer.
+                ids = self._prompts.pop(slot)
+                ids_T = self._to_device(ids[(ids >= 0) & (ids < num_ids)], torch.long)
+                self._seen_SV[slot].zero_().index_fill_(0, ids_T, True)
+        # As in CTRL (Keskar et al. 2019) and transformers: divide what is above 0, multiply below.
+        penalised_BV = torch.where(
+            scores_BV > 0, scores_BV / batch.penalty_B1, scores_BV * batch.penalty_B1
+        )
+        seen_BV = self._seen_SV.index_select(0, batch.slots_B)
         return torch.where(seen_BV, penalised_BV, scores_BV)
 
-    def _cut(self, scores_BV: Tensor) -> Tensor:
-        if self._has_min_p:
-            top_B1 = scores_BV.max(-1, keepdim=True).values
-            floor_B1 = top_B1 + self._min_p_B1.log()
-            scores_BV = scores_BV.masked_fill(scores_BV < floor_B1, -torch.inf)
-        if self._has_sorted_cut:
-            sorted_BV, order_BV = scores_BV.sort(-1, descending=True)
-            rank_V = torch.arange(sorted_BV.shape[-1], device=sorted_BV.device)
-            drop_BV = (rank_V >= self._top_k_B1) & (self._top_k_B1 > 0)
-            # A row's probabilities are renormalised after top-k, as transformers and vLLM do.
-            probs_BV = sorted_BV.masked_fill(drop_BV, -torch.inf).softmax(-1)
-            before_BV = probs_BV.cumsum(-1) - probs_BV
-            drop_BV |= (before_BV >= self._top_p_B1) & (self._top_p_B1 < 1)
-            drop_BV[:, 0] = False
-            drop_BV = torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV)
-            scores_BV = scores_BV.masked_fill(drop_BV, -torch.inf)
-        return scores_BV
+    def _without(self, scores_BV: Tensor, ids: tuple[int, ...]) -> Tensor:
+        """The scores with these ids impossible."""
+        if ids not in self._columns:
+            known = [i for i in ids if 0 <= i < scores_BV.shape[-1]]
+            self._columns[ids] = self._to_device(known, torch.long)
+        return scores_BV.index_fill(-1, self._columns[ids], -torch.inf)
 
-    def _draw(self, scores_BV: Tensor) -> Tensor:
+    def _draw(self, scores_BV: Tensor, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
+        """A token of each row, and whether its probabilities were numbers."""
         cumulated_BV = scores_BV.softmax(-1).cumsum(-1)
         total_B1 = cumulated_BV[:, -1:]
-        uniform = [
-            rng.random() if is_drawn else 0.0
-            for rng, is_drawn in zip(self._rngs, self._is_drawn, strict=True)
-        ]
-        uniform_B1 = torch.tensor(uniform, dtype=torch.float32, device=scores_BV.device)[:, None]
+        uniform = [row.rng.random() if row.is_drawn else 0.0 for row in rows]
+        uniform_B1 = self._to_device(uniform, torch.float32)[:, None]
         # Below the total, also where rounding makes the product equal to it: beyond the last step
         # there is no token, and a step of height 0 is never found.
         below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
@@ -127,4 +256,32 @@ class RowSampler:
         drawn_B = torch.searchsorted(cumulated_BV, target_B1, right=True)[:, 0]
         # Where the logits are not finite nothing is found, and an id beyond the vocabulary would
         # poison a CUDA context.
-        return drawn_B.clamp(max=scores_BV.shape[-1] - 1)
+        return drawn_B.clamp(max=scores_BV.shape[-1] - 1), total_B1[:, 0].isfinite()
+
+    def _to_device(
+        self, values: Sequence[object] | npt.NDArray[np.int64], dtype: torch.dtype
+    ) -> Tensor:
+        host = torch.as_tensor(values, dtype=dtype)
+        if self._device.type != "cuda":
+            return host.to(self._device)
+        # From memory that is not pinned the copy would wait for the device.
+        return host.pin_memory().to(self._device, non_blocking=True)
+
+
+def _cut(scores_BV: Tensor, batch: _Batch) -> Tensor:
+    if batch.has_min_p:
+        top_B1 = scores_BV.max(-1, keepdim=True).values
+        floor_B1 = top_B1 + batch.min_p_B1.log()
+        scores_BV = scores_BV.masked_fill(scores_BV < floor_B1, -torch.inf)
+    if batch.has_sorted_cut:
+        sorted_BV, order_BV = scores_BV.sort(-1, descending=True)
+        rank_V = torch.arange(sorted_BV.shape[-1], device=sorted_BV.device)
+        drop_BV = (rank_V >= batch.top_k_B1) & (batch.top_k_B1 > 0)
+        # A row's probabilities are renormalised after top-k, as transformers and vLLM do.
+        probs_BV = sorted_BV.masked_fill(drop_BV, -torch.inf).softmax(-1)
+        before_BV = probs_BV.cumsum(-1) - probs_BV
+        drop_BV |= (before_BV >= batch.top_p_B1) & (batch.top_p_B1 < 1)
+        drop_BV[:, 0] = False
+        drop_BV = torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV)
+        scores_BV = scores_BV.masked_fill(drop_BV, -torch.inf)
+    return scores_BV

@@ -56,6 +56,7 @@ _TEXT_COLUMNS = (
     _Column("generated_text", pa.string(), lambda r, p: r.generated_text),
 )
 _TOKEN_IDS = _Column("token_ids", pa.list_(pa.int32()), lambda r, p: r.token_ids)
+_LOGPROBS = _Column("logprobs", pa.list_(pa.float32()), lambda r, p: r.logprobs)
 _OTHER_COLUMNS = (
     _Column("parsed", pa.string(), lambda r, p: r.parsed),
     _Column("json_valid", pa.bool_(), lambda r, p: r.json_valid),
@@ -70,7 +71,8 @@ _OTHER_COLUMNS = (
     _Column("run_id", pa.string(), lambda r, p: p.run_id),
     _Column("latency_s", pa.float64(), lambda r, p: r.latency_s),
 )
-_FIXED = {c.name: c for c in (*_KEY_COLUMNS, *_TEXT_COLUMNS, _TOKEN_IDS, *_OTHER_COLUMNS)}
+_ALL = (*_KEY_COLUMNS, *_TEXT_COLUMNS, _TOKEN_IDS, _LOGPROBS, *_OTHER_COLUMNS)
+_FIXED = {column.name: column for column in _ALL}
 
 
 def kept_fields(input_schema: pa.Schema, names: Sequence[str]) -> list[pa.Field]:
@@ -98,17 +100,21 @@ def kept_fields(input_schema: pa.Schema, names: Sequence[str]) -> list[pa.Field]
     return kept
 
 
-def output_schema(kept: Sequence[pa.Field], *, token_ids: bool) -> pa.Schema:
+def output_schema(
+    kept: Sequence[pa.Field], *, token_ids: bool = False, logprobs: bool = False
+) -> pa.Schema:
     """The columns of every part, in their order; every one of them can be null.
 
     Args:
         kept: the input's fields to copy, as `kept_fields` gives them.
         token_ids: whether the answers' token ids have a column.
+        logprobs: whether the log-probabilities of these ids have one.
 
     Raises:
         ConfigError: a kept column has the name of another one, or a type that Parquet lacks.
     """
-    fixed = [*_KEY_COLUMNS, *_TEXT_COLUMNS, *([_TOKEN_IDS] if token_ids else []), *_OTHER_COLUMNS]
+    asked = [_TOKEN_IDS] * token_ids + [_LOGPROBS] * logprobs
+    fixed = [*_KEY_COLUMNS, *_TEXT_COLUMNS, *asked, *_OTHER_COLUMNS]
     fields = [pa.field(column.name, column.type) for column in fixed]
     features: dict[str, Any] = {}
     plain: list[pa.Field] = []

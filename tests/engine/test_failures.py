@@ -30,13 +30,23 @@ def failing(engine_with: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     def make(
         rows: Sequence[int], error: Exception, calls: list[list[int]] | None = None
     ) -> GenerateEngine:
-        def generate(*, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        def generate(
+            *,
+            input_ids: torch.Tensor,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            **kwargs: Any,
+        ) -> torch.Tensor:
             present = input_ids[:, -1].tolist()
             if calls is not None:
                 calls.append(present)
             if set(rows) & set(present):
                 raise error
-            return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
+            scores = torch.nn.functional.one_hot(input_ids[:, -1], 100).float()
+            chosen = logits_processor(input_ids, scores).argmax(-1)
+            ids = torch.cat([input_ids, chosen[:, None]], dim=1)
+            assert stopping_criteria[0](ids, None).all()
+            return ids
 
         engine = engine_with()
         monkeypatch.setattr(engine._model, "generate", generate, raising=False)
@@ -75,6 +85,36 @@ def test_only_the_rows_at_fault_fail(num_rows: int, data: st.DataObject, failing
         else:
             assert outcome.token_ids == (i,)
             assert outcome.row_index == i
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_logits_are_no_numbers_fails_alone(
+    temperature: float, engine_with: Any, make_samples: Any, tokenizer: Any
+) -> None:
+    samples = make_samples({}, {"temperature": temperature}, {})
+    engine = engine_with()
+    whole = run(engine, samples)
+    model = engine._model
+    embed = model.get_input_embeddings()
+    # The row at fault says a token whose embedding overflowed; no other row says it.
+    said = whole[1].token_ids
+    others = {t for i in (0, 2) for t in whole[i].token_ids}
+    others |= {int(t) for sample in samples for t in sample.features["input_ids"][0]}
+    place = next(n for n, token in enumerate(said[:-1]) if token not in others)
+
+    def overflow(module: Any, args: Any, output_BTD: torch.Tensor) -> torch.Tensor:
+        is_bad_BT = args[0] == said[place]
+        return output_BTD.masked_fill(is_bad_BT[..., None], torch.inf)
+
+    handle = embed.register_forward_hook(overflow)
+    try:
+        before, failed, after = run(engine, samples)
+    finally:
+        handle.remove()
+    assert before.token_ids == whole[0].token_ids
+    assert after.token_ids == whole[2].token_ids
+    assert failed.error_type is ErrorType.ENGINE
+    assert f"not finite after {place + 1} tokens" in failed.message
 
 
 def test_the_row_at_fault_is_found_by_halving(failing: Any) -> None:

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from batchvlm.config import BatchingConfig, ModelConfig
-from batchvlm.engine.generate import GenerateEngine, RowStops, eos_ids
+from batchvlm.engine import stops
+from batchvlm.engine.generate import GenerateEngine, eos_ids
 from batchvlm.errors import ModelError
-from batchvlm.records import Completion, FinishReason, Generation, Sample
+from batchvlm.records import Completion, FinishReason, Sample
 
 from .outcomes import run
 
@@ -37,12 +36,6 @@ class TestLength:
             assert answer.finish_reason is FinishReason.LENGTH
             assert answer.text == tokenizer.decode(answer.token_ids)
             assert answer.latency_s > 0
-
-    def test_a_row_is_done_at_its_limit(self, tokenizer: Any) -> None:
-        rows = [Generation(max_new_tokens=limit) for limit in (1, 3, 2)]
-        stops = RowStops(rows, [], 4, tokenizer, torch.device("cpu"))
-        done = [stops(torch.zeros(3, 4 + n, dtype=torch.long), None).tolist() for n in (1, 2, 3)]
-        assert done == [[True, False, False], [True, False, True], [True, True, True]]
 
     def test_batches_are_answered_one_after_the_other(
         self, engine_with: Any, make_samples: Any
@@ -178,45 +171,6 @@ class TestStopStrings:
         (answer,) = run(engine_with(), make_samples({"stop": stops}, max_new_tokens=16))
         assert answer.text == text[: min(text.find(stop) for stop in stops)]
 
-    def test_none_counts_before_min_new_tokens(self, tokenizer: Any) -> None:
-        ids = tokenizer("x y x z x y")["input_ids"]
-        row = Generation(max_new_tokens=100, min_new_tokens=4, stop=("x",), ignore_eos=True)
-        stops = RowStops([row], [], 0, tokenizer, torch.device("cpu"))
-        ended = [bool(stops(torch.tensor([ids[:n]]), None)[0]) for n in range(1, len(ids) + 1)]
-        end = ended.index(True) + 1
-        text = tokenizer.decode(ids[:end])
-        assert end > 4 and text.count("x") == 2
-        assert stops.completion(0, 0, ids, 0.0).text == text[: text.rindex("x")]
-
-    @settings(max_examples=200, deadline=None)
-    @given(data=st.data())
-    def test_a_row_ends_at_the_first_token_that_completes_one(
-        self, tokenizer: Any, data: st.DataObject
-    ) -> None:
-        # One token a byte, a word of one token, and tokens that are not in the text at all.
-        some = [*tokenizer("xyz \u00e9")["input_ids"], *tokenizer("dog")["input_ids"]]
-        some += [tokenizer.eos_token_id] * 3
-        ids = data.draw(st.lists(st.sampled_from(some), min_size=1, max_size=20))
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        stop = data.draw(st.text("xyz \u00e9dog", min_size=1, max_size=4))
-        if text and data.draw(st.booleans()):
-            start = data.draw(st.integers(0, len(text) - 1))
-            stop = text[start : start + data.draw(st.integers(1, 4))]
-        row = Generation(max_new_tokens=100, stop=(stop,), ignore_eos=True)
-        stops = RowStops([row], [tokenizer.eos_token_id], 0, tokenizer, torch.device("cpu"))
-
-        def is_complete(n: int) -> bool:
-            return stop in tokenizer.decode(ids[:n], skip_special_tokens=True)
-
-        ends = next((n for n in range(1, len(ids) + 1) if is_complete(n)), None)
-        for n in range(1, (ends or len(ids)) + 1):
-            assert bool(stops(torch.tensor([ids[:n]]), None)[0]) is (n == ends)
-        answer = stops.completion(0, 0, ids[:ends], 0.0)
-        assert answer.finish_reason is (FinishReason.STOP if ends else FinishReason.LENGTH)
-        assert answer.token_ids == tuple(ids[:ends])
-        assert (stop in text) == (ends is not None)
-        assert stop not in answer.text
-
 
 class TestDefaultsOfTheRepository:
     @pytest.mark.parametrize(
@@ -292,6 +246,48 @@ class TestDrawnRows:
         ]
         assert tokens(run(engine_with(), samples)) == expected
         assert expected[0] != reference(0)
+
+
+def test_a_row_caught_in_a_cycle_ends_beside_one_that_may_go_on(
+    engine_with: Any,
+    make_samples: Any,
+    model: Any,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stops, "MAX_PERIOD", 2)
+    monkeypatch.setattr(stops, "MIN_CYCLE_TOKENS", 6)
+    monkeypatch.setattr(stops, "MIN_CYCLE_PERIODS", 3)
+    num_ids = model.config.text_config.vocab_size
+    engine = engine_with(suppress_tokens=[token for token in range(num_ids) if token != 70])
+    samples = make_samples({}, {"stop_on_repetition": False}, {"ignore_eos": True})
+    caught, *others = run(engine, samples)
+    assert caught.finish_reason is FinishReason.REPETITION
+    assert caught.token_ids == (70,) * 6
+    assert caught.text == tokenizer.decode([70] * 6)
+    assert [other.finish_reason for other in others] == [FinishReason.LENGTH] * 2
+    assert tokens(others) == [[70] * 8] * 2
+
+
+def test_logprobs_are_those_of_the_models_own_logits(
+    engine_with: Any, make_samples: Any, model: Any
+) -> None:
+    samples = make_samples(
+        {"logprobs": True},
+        {"logprobs": True, "temperature": 2.0, "top_k": 5, "repetition_penalty": 2.0},
+        {"logprobs": True, "max_new_tokens": 3},
+        {},
+    )
+    *asking, other = run(engine_with(), samples)
+    assert other.logprobs is None
+    for sample, answer in zip(samples, asking, strict=False):
+        prompt_T = torch.from_numpy(sample.features["input_ids"][0])
+        ids_T = torch.tensor(answer.token_ids)
+        with torch.no_grad():
+            logits_TV = model(input_ids=torch.cat([prompt_T, ids_T])[None]).logits[0]
+        logprobs_TV = logits_TV[len(prompt_T) - 1 : -1].float().log_softmax(-1)
+        expected_T = logprobs_TV.gather(-1, ids_T[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(answer.logprobs), expected_T, atol=1e-4, rtol=0)
 
 
 def test_an_encoder_decoder_is_refused(model: Any, tokenizer: Any) -> None:

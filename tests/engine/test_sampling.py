@@ -4,9 +4,13 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -16,17 +20,25 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from batchvlm.engine.sampling import RowSampler
+from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.records import Generation
 
-# Shape legend: B rows, V vocabulary, T tokens so far.
+# Shape legend: B rows, V vocabulary, T prompt tokens.
 
 EOS = 3
 CPU = torch.device("cpu")
 
 
-def sampler(rows: Sequence[Generation], eos_ids: Sequence[int] = (EOS,)) -> RowSampler:
-    return RowSampler(rows, eos_ids=eos_ids, device=CPU)
+def sampler(
+    rows: Sequence[Generation],
+    prompts: Sequence[Sequence[int]] | None = None,
+    eos_ids: Sequence[int] = (EOS,),
+) -> RowSampler:
+    """A sampler whose slots hold these rows, in order."""
+    full = RowSampler(len(rows), eos_ids=eos_ids, device=CPU)
+    for i, one in enumerate(rows):
+        full.admit(i, one, np.array([prompts[i] if prompts else [0]]))
+    return full
 
 
 def row(**settings: Any) -> Generation:
@@ -34,11 +46,17 @@ def row(**settings: Any) -> Generation:
 
 
 def choose(
-    rows: Sequence[Generation], logits_BV: Tensor, ids_BT: Tensor | None = None, step: int = 0
+    rows: Sequence[Generation],
+    logits_BV: Tensor,
+    prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[int]:
-    if ids_BT is None:
-        ids_BT = torch.zeros(len(rows), 1, dtype=torch.long)
-    return sampler(rows).choose(logits_BV, ids_BT, torch.ones_like(ids_BT), step).tolist()
+    """The first token of each row."""
+    return tokens_of(sampler(rows, prompts).choose(logits_BV, slice(None)))
+
+
+def tokens_of(choice: Choice) -> list[int]:
+    ids: list[int] = choice.ids_B.tolist()
+    return ids
 
 
 def spread(num_ids: int, seed: int = 0) -> Tensor:
@@ -74,11 +92,7 @@ def test_draws_follow_softmax_over_seeds(temperature: float) -> None:
 def test_draws_follow_softmax_over_steps_of_one_row() -> None:
     logits_V = spread(10)
     one = sampler([row(seed=5)])
-    ids_BT = torch.zeros(1, 1, dtype=torch.long)
-    tokens = [
-        int(one.choose(logits_V[None], ids_BT, torch.ones_like(ids_BT), step))
-        for step in range(6000)
-    ]
+    tokens = [int(one.choose(logits_V[None], [0]).ids_B) for _ in range(6000)]
     assert_distributed(tokens, logits_V.softmax(-1))
     repeats = sum(a == b for a, b in pairwise(tokens)) / len(tokens)
     # Independent draws repeat as often as two draws meet.
@@ -141,13 +155,11 @@ def answer(
 ) -> list[int]:
     """Twenty tokens of the row at `place`, whose logits depend on the step alone."""
     several = sampler(rows)
-    ids_BT = torch.zeros(len(rows), 1, dtype=torch.long)
     tokens = []
     for step in range(20):
         logits_BV = torch.randn(len(rows), 10)
         logits_BV[place] = next_logits(step)
-        chosen_B = several.choose(logits_BV, ids_BT, torch.ones_like(ids_BT), step)
-        tokens.append(int(chosen_B[place]))
+        tokens.append(tokens_of(several.choose(logits_BV, slice(None)))[place])
     return tokens
 
 
@@ -177,33 +189,39 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     ids_BT = torch.randint(0, 10, (50, 6))
     expected = RepetitionPenaltyLogitsProcessor(penalty)(ids_BT, logits_BV.clone()).argmax(-1)
     rows = [row(temperature=0.0, repetition_penalty=penalty)] * 50
-    assert choose(rows, logits_BV, ids_BT) == expected.tolist()
+    assert choose(rows, logits_BV, ids_BT.tolist()) == expected.tolist()
     assert expected.tolist() != logits_BV.argmax(-1).tolist()
 
 
 def test_repetition_penalty_of_one_row_leaves_the_others() -> None:
     logits_BV = torch.tensor([[2.0, 1.9, 0.0]]).repeat(3, 1)
-    ids_BT = torch.zeros(3, 1, dtype=torch.long)
     rows = [row(temperature=0.0, repetition_penalty=penalty) for penalty in (1.0, 2.0, 1.0)]
-    assert choose(rows, logits_BV, ids_BT) == [0, 1, 0]
+    assert choose(rows, logits_BV) == [0, 1, 0]
 
 
-def test_padding_is_not_repetition() -> None:
-    pad_id = 0
-    logits_BV = torch.tensor([[2.0, 1.9, 0.0]]).repeat(2, 1)
-    # The same id pads the first row and is a word of the second one's prompt.
-    ids_BT = torch.tensor([[pad_id, pad_id, 2], [2, pad_id, 2]])
-    mask_BT = torch.tensor([[0, 0, 1], [1, 1, 1]])
-    rows = [row(temperature=0.0, repetition_penalty=1.5)] * 2
-    assert sampler(rows).choose(logits_BV, ids_BT, mask_BT, 0).tolist() == [0, 1]
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_what_was_answered_counts_as_repetition(temperature: float) -> None:
+    torch.manual_seed(1)
+    penalty = 1.4
+    mine = row(temperature=temperature, repetition_penalty=penalty, seed=8)
+    beside = row(repetition_penalty=3.0)
+    several = sampler([beside, mine], [[4], [1, 1]])
+    plain = sampler([row(temperature=temperature, seed=8)])
+    said = [1, 1]
+    for _ in range(12):
+        logits_BV = torch.randn(2, 10)
+        penalised_BV = RepetitionPenaltyLogitsProcessor(penalty)(
+            torch.tensor([said]), logits_BV[1:].clone()
+        )
+        said += tokens_of(several.choose(logits_BV, slice(2)))[1:]
+        assert [said[-1]] == tokens_of(plain.choose(penalised_BV, [0]))
 
 
 def test_prompt_ids_above_the_vocabulary_are_no_repetition() -> None:
     # Some models keep the image placeholder outside of what the head can answer.
     logits_BV = torch.tensor([[2.0, 1.9, 0.0]])
-    ids_BT = torch.tensor([[3, 3, 0]])
     rows = [row(temperature=0.0, repetition_penalty=2.0)]
-    assert choose(rows, logits_BV, ids_BT) == [1]
+    assert choose(rows, logits_BV, [[3, 3, 0]]) == [1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -212,50 +230,36 @@ def test_no_end_of_sequence_before_the_least_number_of_tokens(temperature: float
     logits_BV[:, EOS], logits_BV[:, 5] = 20.0, 10.0
     rows = [row(temperature=temperature, min_new_tokens=least) for least in (0, 1, 2, 3)]
     rows[3] = row(temperature=temperature, min_new_tokens=3, ignore_eos=True)
-    assert choose(rows, logits_BV, step=0) == [EOS, 5, 5, EOS]
-    assert choose(rows, logits_BV, step=1) == [EOS, EOS, 5, EOS]
-    assert choose(rows, logits_BV, step=2) == [EOS] * 4
+    several = sampler(rows)
+    steps = [tokens_of(several.choose(logits_BV, slice(None))) for _ in range(3)]
+    assert steps == [[EOS, 5, 5, EOS], [EOS, EOS, 5, EOS], [EOS] * 4]
 
 
 def test_every_end_of_sequence_is_held_back() -> None:
     logits_BV = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
     held = sampler([row(temperature=0.0, min_new_tokens=2)], eos_ids=(0, 1))
-    ids_BT = torch.zeros(1, 1, dtype=torch.long)
-    assert held.choose(logits_BV, ids_BT, torch.ones_like(ids_BT), 1).tolist() == [2]
+    assert tokens_of(held.choose(logits_BV, [0])) == [2]
 
 
 def test_a_model_without_end_of_sequence_is_sampled_too() -> None:
     free = sampler([row(temperature=0.0, min_new_tokens=2)], eos_ids=())
-    ids_BT = torch.zeros(1, 1, dtype=torch.long)
-    assert free.choose(torch.eye(3)[2:], ids_BT, torch.ones_like(ids_BT), 0).tolist() == [2]
+    assert tokens_of(free.choose(torch.eye(3)[2:], [0])) == [2]
 
 
 def test_the_logits_are_not_changed() -> None:
     logits_BV = spread(10).repeat(2, 1)
     before_BV = logits_BV.clone()
-    choose([row(top_k=2, min_new_tokens=3, repetition_penalty=2.0, min_p=0.1)] * 2, logits_BV)
+    settings = {"top_k": 2, "min_new_tokens": 3, "repetition_penalty": 2.0, "min_p": 0.1}
+    full = RowSampler(2, eos_ids=(EOS,), device=CPU, suppress_ids=(1,))
+    for slot in range(2):
+        full.admit(slot, row(logprobs=True, **settings), np.array([0]))
+    full.choose(logits_BV, slice(None))
     assert torch.equal(logits_BV, before_BV)
 
 
 def test_half_precision_logits_are_drawn_from() -> None:
     logits_V = spread(10).bfloat16()
     assert_distributed(draws(logits_V, 6000), logits_V.float().softmax(-1))
-
-
-@pytest.mark.parametrize(
-    ("settings", "is_greedy"),
-    [
-        ({}, True),
-        ({"top_k": 5, "top_p": 0.5, "min_p": 0.5, "seed": 3}, True),
-        ({"temperature": 0.7}, False),
-        ({"repetition_penalty": 1.1}, False),
-        ({"min_new_tokens": 1}, False),
-        ({"min_new_tokens": 1, "ignore_eos": True}, True),
-    ],
-)
-def test_a_batch_is_greedy_when_every_row_is(settings: dict[str, Any], is_greedy: bool) -> None:
-    plain = row(temperature=0.0)
-    assert sampler([plain, row(**{"temperature": 0.0, **settings})]).is_greedy is is_greedy
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-39, 1e-6])
@@ -265,6 +269,188 @@ def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
     assert choose(rows, logits_BV) == [int(logits_BV[0].argmax())] * 2
 
 
-def test_logits_that_are_not_finite_give_no_id_beyond_the_vocabulary() -> None:
-    logits_BV = torch.full((2, 7), torch.nan)
-    assert all(0 <= token < 7 for token in choose([row(), row(temperature=0.0)], logits_BV))
+def poisoned(value: float, place: int) -> Tensor:
+    logits_V = spread(7)
+    logits_V[place] = value
+    return logits_V
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_k": 2, "min_p": 0.1}])
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_logits_that_are_not_finite_are_told(settings: dict[str, Any], logprobs: bool) -> None:
+    bad = [torch.full((7,), torch.nan), torch.full((7,), -torch.inf)]
+    bad += [poisoned(value, place) for value in (torch.nan, torch.inf) for place in range(7)]
+    # An id that cannot be said has no finite logit in some models.
+    logits_BV = torch.stack([*bad, spread(7), poisoned(-torch.inf, int(spread(7).argmin()))])
+    rows = [row(logprobs=logprobs, **settings)] * len(logits_BV)
+    choice = sampler(rows).choose(logits_BV, slice(None))
+    assert choice.is_finite_B.tolist() == [False] * len(bad) + [True, True]
+    assert all(0 <= token < 7 for token in tokens_of(choice))
+
+
+def test_logits_beside_one_that_is_not_finite_are_chosen_from() -> None:
+    logits_BV = torch.stack([torch.full((10,), torch.nan), spread(10)])
+    rows = [row(seed=3), row(seed=4)]
+    choice = sampler(rows).choose(logits_BV, slice(None))
+    assert tokens_of(choice)[1:] == choose(rows[1:], spread(10)[None])
+    assert choice.is_finite_B.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logprobs_are_the_models_own(dtype: torch.dtype) -> None:
+    logits_BV = torch.stack([spread(10, seed) * 3 for seed in range(4)]).to(dtype)
+    rows = [
+        row(temperature=0.0, logprobs=True),
+        row(temperature=2.5, top_k=3, logprobs=True),
+        row(repetition_penalty=5.0, min_new_tokens=3, logprobs=True),
+        row(),
+    ]
+    choice = sampler(rows).choose(logits_BV, slice(None))
+    expected_B1 = logits_BV.float().log_softmax(-1).gather(-1, choice.ids_B[:, None])
+    assert choice.logprobs_B is not None
+    torch.testing.assert_close(choice.logprobs_B, expected_B1[:, 0])
+
+
+def test_logprobs_are_left_out_where_no_row_asks() -> None:
+    full = sampler([row(), row(logprobs=True)])
+    assert full.choose(spread(10)[None], [0]).logprobs_B is None
+    assert full.choose(spread(10)[None], [1]).logprobs_B is not None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 50.0])
+def test_suppressed_ids_are_never_chosen(temperature: float) -> None:
+    unsaid = RowSampler(1, eos_ids=(EOS,), device=CPU, suppress_ids=(0, 1, 99))
+    unsaid.admit(0, row(temperature=temperature, logprobs=True), np.array([0]))
+    logits_BV = torch.tensor([[9.0, 8.0, 1.0, 0.0]])
+    for _ in range(50):
+        choice = unsaid.choose(logits_BV, [0])
+        (token,) = tokens_of(choice)
+        assert token in (2, 3)
+        # What the model would say is all that it may say.
+        assert choice.logprobs_B is not None
+        expected = float(logits_BV[0, 2:].log_softmax(-1)[token - 2])
+        assert choice.logprobs_B.tolist() == pytest.approx([expected])
+
+
+def logits_of(row_number: int, step: int) -> Tensor:
+    """What the model says at a row's step, whatever slot it is in."""
+    generator = torch.Generator().manual_seed(1000 * row_number + step)
+    return torch.randn(12, generator=generator)
+
+
+generations = st.builds(
+    Generation,
+    max_new_tokens=st.just(8),
+    min_new_tokens=st.integers(0, 3),
+    temperature=st.sampled_from([0.0, 0.0, 0.7, 3.0]),
+    top_k=st.sampled_from([0, 3]),
+    top_p=st.sampled_from([1.0, 0.8]),
+    min_p=st.sampled_from([0.0, 0.1]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 2.0]),
+    seed=st.integers(0, 3),
+    logprobs=st.booleans(),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(generations, min_size=1, max_size=9), data=st.data())
+def test_rows_that_come_go_and_move_choose_as_alone(
+    rows: list[Generation], data: st.DataObject
+) -> None:
+    prompts = [np.array([[number % 12, 11, 40]]) for number in range(len(rows))]
+    alone: list[list[int]] = []
+    for number, one in enumerate(rows):
+        only = RowSampler(1, eos_ids=(EOS,), device=CPU)
+        only.admit(0, one, prompts[number])
+        steps = [only.choose(logits_of(number, step)[None], [0]) for step in range(6)]
+        alone.append([int(choice.ids_B) for choice in steps])
+
+    num_slots = data.draw(st.integers(1, 4))
+    full = RowSampler(num_slots, eos_ids=(EOS,), device=CPU)
+    waiting = list(range(len(rows)))[::-1]
+    live: dict[int, int] = {}
+    said: list[list[int]] = [[] for _ in rows]
+    while waiting or live:
+        free = [slot for slot in range(num_slots) if slot not in live]
+        if waiting and free and (not live or data.draw(st.booleans())):
+            live[free[0]] = waiting.pop()
+            full.admit(free[0], rows[live[free[0]]], prompts[live[free[0]]])
+            continue
+        if free and data.draw(st.booleans()):
+            source, target = data.draw(st.sampled_from(sorted(live))), free[-1]
+            live[target] = live.pop(source)
+            full.move(source, target)
+        slots: list[int] = data.draw(st.permutations(sorted(live)))
+        slots = slots[: data.draw(st.integers(1, len(slots)))]
+        logits_BV = torch.stack([logits_of(live[s], len(said[live[s]])) for s in slots])
+        is_whole = slots == list(range(len(slots)))
+        choice = full.choose(logits_BV, slice(len(slots)) if is_whole else slots)
+        for slot, token in zip(slots, tokens_of(choice), strict=True):
+            said[live[slot]].append(token)
+            # A row may end at any step.
+            if len(said[live[slot]]) == 6 - live[slot] % 3:
+                del live[slot]
+    for number, answer in enumerate(said):
+        assert answer == alone[number][: len(answer)]
+        assert len(answer) == 6 - number % 3
+
+
+def test_a_greedy_step_computes_nothing_but_the_likeliest() -> None:
+    """Whatever a slot's earlier row asked for costs nothing once it is gone."""
+    full = RowSampler(2, eos_ids=(EOS,), device=CPU)
+    full.admit(0, row(repetition_penalty=2.0, top_k=3, logprobs=True), np.array([0]))
+    full.admit(1, row(temperature=0.0), np.array([0]))
+    full.choose(torch.randn(2, 10), slice(None))
+    full.admit(0, row(temperature=0.0), np.array([0]))
+    full.choose(torch.randn(2, 10), slice(None))
+    with Operations() as operations:
+        full.choose(torch.randn(2, 10), slice(None))
+    views = {"select", "unsqueeze", "slice"}
+    assert operations.names <= {"randn", "argmax", "gather", "isfinite"} | views
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that run meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Only operations that a device can queue; a GPU's own check is `set_sync_debug_mode`."""
+    full = sampler(
+        [
+            row(repetition_penalty=2.0, top_k=3, logprobs=True, min_new_tokens=4),
+            row(temperature=0.0, min_p=0.3),
+        ]
+    )
+    with Operations() as operations:
+        full.choose(torch.randn(2, 10), [1, 0])
+        full.move(0, 0)
+    assert "argmax" in operations.names
+    waits = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "index"}
+    assert not operations.names & waits
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_nothing_waits_for_a_gpu() -> None:
+    device = torch.device("cuda")
+    full = RowSampler(3, eos_ids=(EOS,), device=device, suppress_ids=(1,))
+    logits_BV = torch.randn(2, 50, device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        full.admit(0, row(repetition_penalty=2.0, top_k=3, logprobs=True), np.array([0, 4]))
+        full.admit(1, row(temperature=0.0, min_p=0.3, min_new_tokens=4), np.array([0]))
+        for _ in range(3):
+            full.choose(logits_BV, slice(2))
+        full.move(0, 2)
+        full.choose(logits_BV, [2, 1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -33,7 +33,7 @@ def forget_warnings() -> None:
 def test_columns_stand_in_the_documented_order() -> None:
     sizes = pa.list_(pa.struct([("width", pa.int32()), ("height", pa.int32())]))
     kept = [pa.field("image", pa.binary()), pa.field("n", pa.uint8())]
-    assert output_schema(kept, token_ids=True) == pa.schema(
+    assert output_schema(kept, token_ids=True, logprobs=True) == pa.schema(
         [
             ("id", pa.string()),
             ("row_index", pa.int64()),
@@ -46,6 +46,7 @@ def test_columns_stand_in_the_documented_order() -> None:
             ("attempts", pa.int32()),
             ("generated_text", pa.string()),
             ("token_ids", pa.list_(pa.int32())),
+            ("logprobs", pa.list_(pa.float32())),
             ("parsed", pa.string()),
             ("json_valid", pa.bool_()),
             ("finish_reason", pa.string()),
@@ -60,10 +61,10 @@ def test_columns_stand_in_the_documented_order() -> None:
             ("latency_s", pa.float64()),
         ]
     )
-    assert "token_ids" not in output_schema([], token_ids=False).names
+    assert not {"token_ids", "logprobs"} & set(output_schema([]).names)
 
 
-@pytest.mark.parametrize("name", ["id", "generated_text", "token_ids", "model"])
+@pytest.mark.parametrize("name", ["id", "generated_text", "token_ids", "logprobs", "model"])
 def test_a_kept_column_with_a_name_of_ours_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"output\.keep_columns.*'{name}'"):
         output_schema([pa.field(name, pa.string())], token_ids=False)

@@ -1,0 +1,222 @@
+"""When an answer is over and what it says, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchvlm.engine import stops
+from batchvlm.engine.stops import CycleDetector, RowStop
+from batchvlm.errors import ErrorType
+from batchvlm.records import Completion, FinishReason, Generation
+
+EOS = 2
+
+
+def row(**changes: Any) -> Generation:
+    return Generation(**{"max_new_tokens": 10_000, **changes})
+
+
+def push_all(stop: RowStop, ids: Sequence[int]) -> int | None:
+    """How many of the ids the row took until it was over; None: it is not."""
+    return next((n for n, token in enumerate(ids, 1) if stop.push(token)), None)
+
+
+def answer(stop: RowStop) -> Completion:
+    return stop.completion(7, 0.5)
+
+
+class TestLimit:
+    def test_a_row_is_done_at_its_limit(self, tokenizer: Any) -> None:
+        stop = RowStop(row(max_new_tokens=3), frozenset(), tokenizer)
+        known = []
+        for token in (70, 71, 72):
+            known.append(stop.is_known_to_end_next)
+            is_over = stop.push(token)
+            assert is_over is known[-1]
+        assert known == [False, False, True]
+        assert stop.num_tokens == 3
+        assert stop.token_ids == (70, 71, 72)
+        assert answer(stop) == Completion(
+            row_index=7,
+            token_ids=(70, 71, 72),
+            text=tokenizer.decode([70, 71, 72]),
+            finish_reason=FinishReason.LENGTH,
+            latency_s=0.5,
+        )
+
+    def test_one_token(self, tokenizer: Any) -> None:
+        stop = RowStop(row(max_new_tokens=1), frozenset(), tokenizer)
+        assert stop.is_known_to_end_next
+        assert stop.push(70)
+
+
+class TestEndOfSequence:
+    @pytest.mark.parametrize("limit", [3, 9])
+    def test_it_is_an_id_of_the_answer_but_no_text(self, tokenizer: Any, limit: int) -> None:
+        # 75 is a word of text that this model ends its answers with.
+        stop = RowStop(row(max_new_tokens=limit), frozenset([EOS, 75]), tokenizer)
+        assert push_all(stop, [70, 71, 75]) == 3
+        assert answer(stop).token_ids == (70, 71, 75)
+        assert answer(stop).text == tokenizer.decode([70, 71])
+        assert answer(stop).finish_reason is FinishReason.STOP
+
+    def test_a_row_that_ignores_it_goes_on(self, tokenizer: Any) -> None:
+        stop = RowStop(row(ignore_eos=True, max_new_tokens=4), frozenset([75]), tokenizer)
+        assert push_all(stop, [70, 75, 75, 71]) == 4
+        assert answer(stop).text == tokenizer.decode([70, 75, 75, 71])
+        assert answer(stop).finish_reason is FinishReason.LENGTH
+
+
+class TestStopStrings:
+    def test_none_counts_before_min_new_tokens(self, tokenizer: Any) -> None:
+        ids = tokenizer("x y x z x y")["input_ids"]
+        stop = RowStop(row(min_new_tokens=4, stop=("x",)), frozenset(), tokenizer)
+        end = push_all(stop, ids)
+        assert end is not None
+        text = tokenizer.decode(ids[:end])
+        assert end > 4 and text.count("x") == 2
+        assert answer(stop).text == text[: text.rindex("x")]
+
+    def test_one_that_the_last_token_completes_is_a_stop(self, tokenizer: Any) -> None:
+        ids = tokenizer("xyz")["input_ids"]
+        limited = row(max_new_tokens=len(ids), stop=("z",))
+        stop = RowStop(limited, frozenset(), tokenizer)
+        assert push_all(stop, ids) == len(ids)
+        assert answer(stop).text == "xy"
+        assert answer(stop).finish_reason is FinishReason.STOP
+
+    @settings(max_examples=200, deadline=None)
+    @given(data=st.data())
+    def test_a_row_ends_at_the_first_token_that_completes_one(
+        self, tokenizer: Any, data: st.DataObject
+    ) -> None:
+        # One token a byte, a word of one token, and tokens that are not in the text at all.
+        some = [*tokenizer("xyz \u00e9")["input_ids"], *tokenizer("dog")["input_ids"]]
+        some += [tokenizer.eos_token_id] * 3
+        ids = data.draw(st.lists(st.sampled_from(some), min_size=1, max_size=20))
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        string = data.draw(st.text("xyz \u00e9dog", min_size=1, max_size=4))
+        if text and data.draw(st.booleans()):
+            start = data.draw(st.integers(0, len(text) - 1))
+            string = text[start : start + data.draw(st.integers(1, 4))]
+        ignoring = row(stop=(string,), ignore_eos=True)
+        stop = RowStop(ignoring, frozenset([tokenizer.eos_token_id]), tokenizer)
+
+        def is_complete(n: int) -> bool:
+            return string in tokenizer.decode(ids[:n], skip_special_tokens=True)
+
+        ends = next((n for n in range(1, len(ids) + 1) if is_complete(n)), None)
+        assert push_all(stop, ids) == ends
+        completion = answer(stop)
+        assert completion.finish_reason is (FinishReason.STOP if ends else FinishReason.LENGTH)
+        assert completion.token_ids == tuple(ids[:ends])
+        assert (string in text) == (ends is not None)
+        assert string not in completion.text
+
+
+def first_cycle(ids: Sequence[int]) -> int | None:
+    """The definition: after how many tokens the end of `ids` is nothing but a cycle."""
+    for n in range(1, len(ids) + 1):
+        for period in range(1, stops.MAX_PERIOD + 1):
+            covered = max(stops.MIN_CYCLE_TOKENS, stops.MIN_CYCLE_PERIODS * period)
+            tail = ids[n - covered : n]
+            if n >= covered and all(a == b for a, b in zip(tail, tail[period:], strict=False)):
+                return n
+    return None
+
+
+class TestRepetition:
+    @settings(max_examples=300, deadline=None)
+    @given(data=st.data())
+    def test_it_is_found_at_its_first_token(self, data: st.DataObject) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            # Small, so that every way into and out of a cycle is met.
+            patch.setattr(stops, "MAX_PERIOD", 4)
+            patch.setattr(stops, "MIN_CYCLE_TOKENS", 9)
+            patch.setattr(stops, "MIN_CYCLE_PERIODS", 3)
+            ids: list[int] = []
+            for _ in range(data.draw(st.integers(1, 5))):
+                ids += data.draw(st.lists(st.integers(0, 6), max_size=5))
+                cycle = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=6))
+                ids += (cycle * 20)[: data.draw(st.integers(0, 16))]
+            detector = CycleDetector()
+            so_far: list[int] = []
+            found = None
+            for token in ids:
+                so_far.append(token)
+                if detector.push(so_far):
+                    found = len(so_far)
+                    break
+            assert found == first_cycle(ids)
+
+    @pytest.mark.parametrize("period", [1, 2, 7, 32, 33, 64])
+    def test_a_row_ends_in_it_and_keeps_what_it_said(self, tokenizer: Any, period: int) -> None:
+        start = [100 + n for n in range(30)]
+        cycle = [200 + n for n in range(period)]
+        ids = start + cycle * 1000
+        stop = RowStop(row(), frozenset([EOS]), tokenizer)
+        end = push_all(stop, ids)
+        assert end == len(start) + max(512, 16 * period)
+        completion = answer(stop)
+        assert completion.finish_reason is FinishReason.REPETITION
+        assert completion.token_ids == tuple(ids[:end])
+        assert completion.text == tokenizer.decode(ids[:end])
+
+    @pytest.mark.parametrize(
+        "changes", [{"stop_on_repetition": False}, {"ignore_eos": True}], ids=str
+    )
+    def test_a_row_may_go_on_in_it(self, tokenizer: Any, changes: dict[str, Any]) -> None:
+        stop = RowStop(row(**changes, max_new_tokens=3000), frozenset([EOS]), tokenizer)
+        assert push_all(stop, [70] * 3000) == 3000
+        assert answer(stop).finish_reason is FinishReason.LENGTH
+
+    def test_none_counts_before_min_new_tokens(self, tokenizer: Any) -> None:
+        stop = RowStop(row(min_new_tokens=2000), frozenset([EOS]), tokenizer)
+        assert push_all(stop, [70] * 3000) == 2000
+        assert answer(stop).finish_reason is FinishReason.REPETITION
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "|---" * 40 + "|",
+            "\n".join("| dog | | | | |" for _ in range(12)),
+            "[" + ", ".join(["[" + ", ".join(["0"] * 8) + "]"] * 8) + "]",
+            "-" * 300,
+            "\n".join(f"| {n} | a dog | 0 |" for n in range(1000)),
+            ", ".join(f'{{"label": "dog", "box": [{n}, 0, 9, 9]}}' for n in range(200)),
+        ],
+        ids=lambda text: text[:12],
+    )
+    def test_tables_rules_and_lists_survive(self, tokenizer: Any, text: str) -> None:
+        # This tokenizer has hardly any merges: a letter or digit a token, the worst case.
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) > 150
+        assert push_all(RowStop(row(max_new_tokens=1 << 20), frozenset([EOS]), tokenizer), ids) is (
+            None
+        )
+
+
+class TestLogprobs:
+    def test_there_is_one_for_each_id(self, tokenizer: Any) -> None:
+        stop = RowStop(row(logprobs=True, stop=("y",)), frozenset([EOS]), tokenizer)
+        ids = tokenizer("xy")["input_ids"]
+        for place, token in enumerate(ids):
+            stop.push(token, -0.25 * place)
+        assert answer(stop).logprobs == tuple(-0.25 * place for place in range(len(ids)))
+        assert answer(stop).text == "x"
+
+    def test_a_row_that_does_not_ask_has_none(self, tokenizer: Any) -> None:
+        stop = RowStop(row(), frozenset([EOS]), tokenizer)
+        stop.push(70, -0.5)
+        assert answer(stop).logprobs is None
+
+
+def test_logits_that_are_no_numbers_are_the_models_failure() -> None:
+    failure = stops.not_finite(3)
+    assert failure.error_type is ErrorType.ENGINE
+    assert "not finite after 3 tokens" in failure.message
