@@ -189,6 +189,10 @@ class GenerationConfig:
     logprobs: bool = False
     """Add the column `logprobs`: the log-probability of each token of the answer, as the model
     gave it (temperature 1, no cuts, no penalty)."""
+    num_return_sequences: int = 1
+    """Answers to each row. Above 1, the column `generated_texts` holds them all and
+    `completion_tokens` counts them all; else columns speak of the first, which is the same as with
+    1."""
     columns: GenerationColumnsConfig = field(default_factory=GenerationColumnsConfig)
 
 
@@ -201,6 +205,7 @@ GENERATION_LIMITS: Mapping[str, tuple[float, float]] = {
     "min_p": (0, 1),
     "repetition_penalty": (1e-3, 1e3),
     "seed": (0, (1 << 63) - 1),
+    "num_return_sequences": (1, 1024),
 }
 """Lowest and highest value of each number above, for the run and for a row's own column alike."""
 

@@ -103,6 +103,7 @@ def open_job(cfg: JobConfig) -> Job:
     check_columns(source.schema, kept | named | needed)
     schema = output_schema(
         kept_fields(source.schema, cfg.output.keep_columns),
+        generated_texts=cfg.generation.num_return_sequences > 1,
         token_ids=cfg.output.token_ids,
         logprobs=cfg.generation.logprobs,
     )
@@ -375,16 +376,19 @@ class Collector:
         folder.commit_file(lambda file: file.write(text.encode()), folder.metrics / name)
 
     def _answered(self, record: Record, sample: Sample, completion: Completion) -> Result:
+        # With several answers the task judges the first; tokens are counted of all.
         reading = self.job.task.read(completion.text, json_schema=sample.json_schema)
+        answers = (completion, *completion.alternatives)
         return replace(
             _result(record, reading.failure, sample),
             generated_text=completion.text,
+            generated_texts=tuple(answer.text for answer in answers),
             token_ids=completion.token_ids,
             logprobs=completion.logprobs,
             parsed=reading.parsed,
             json_valid=reading.json_valid,
             finish_reason=completion.finish_reason,
-            completion_tokens=len(completion.token_ids),
+            completion_tokens=sum(len(answer.token_ids) for answer in answers),
             latency_s=completion.latency_s,
         )
 

@@ -102,6 +102,8 @@ class Generation:
     ignore_eos: bool = False
     stop_on_repetition: bool = True
     logprobs: bool = False
+    num_return_sequences: int = 1
+    """Answers to the row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +139,8 @@ class Sample:
     """(width, height) in pixels of each image as the model sees it."""
     generation: Generation
     json_schema: str | None = None
+    answer: int = 0
+    """Which of the row's answers this is for, where it wants several."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -186,6 +190,8 @@ class Completion:
     finish_reason: FinishReason
     latency_s: float
     """Seconds from the start of the row's batch until its answer was complete."""
+    alternatives: tuple[Completion, ...] = ()
+    """Further answers to the row, where it wants several."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -227,6 +233,8 @@ class Result:
     failure: Failure | None = None
     attempts: int = 1
     generated_text: str | None = None
+    generated_texts: tuple[str, ...] | None = None
+    """All answers, the first one included, where the row wants several."""
     token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
     parsed: str | None = None

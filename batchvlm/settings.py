@@ -269,6 +269,13 @@ def _check_combinations(cfg: JobConfig) -> None:
             f"task.output.json_schema has no effect with task={cfg.task.name.value}",
             hint="choose task=extract",
         )
+    gen = cfg.generation
+    if gen.num_return_sequences > 1 and not (gen.temperature > 0 or gen.columns.temperature):
+        raise ConfigError(
+            f"generation.num_return_sequences={gen.num_return_sequences} greedy answers are all "
+            "the same",
+            hint="set generation.temperature above 0",
+        )
     if cfg.data.source is not SourceKind.hf:
         for key in ("subset", "revision", "streaming"):
             if getattr(cfg.data, key):

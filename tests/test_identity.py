@@ -50,6 +50,8 @@ def test_other_weights_in_the_same_folder(
         ("task.system=Be brief.", True),
         ("model.dtype=bfloat16", True),
         ("generation.top_k=3", True),
+        ("generation.stop_on_repetition=false", True),
+        ("generation.logprobs=true", True),
         ("data.columns.image=[image]", True),
         ("model.attn_implementation=eager", False),
         ("model.name=other", False),

@@ -59,6 +59,16 @@ class FakeEngine:
                         text=self.answer.format(index),
                         finish_reason=FinishReason.STOP,
                         latency_s=0.5,
+                        alternatives=tuple(
+                            Completion(
+                                row_index=index,
+                                token_ids=(9,),
+                                text=f"or {n}",
+                                finish_reason=FinishReason.LENGTH,
+                                latency_s=0.5,
+                            )
+                            for n in range(1, sample.generation.num_return_sequences)
+                        ),
                     ),
                 )
 
@@ -128,6 +138,20 @@ def test_logprobs_are_a_column_where_asked_for(tmp_path: Path, write_parquet: Wr
     run(tmp_path / "out", source, "generation.logprobs=true", engine=FakeEngine(failing=[1]))
     logprobs = [row["logprobs"] for row in rows_of(tmp_path / "out")]
     assert logprobs == [[-0.5, -2.0, 0.0], None, [-0.5, -2.0, 0.0]]
+
+
+def test_several_answers_are_a_column_where_asked_for(
+    tmp_path: Path, write_parquet: Writer
+) -> None:
+    source = write_parquet([picture()] * 3)
+    overrides = ["generation.num_return_sequences=3", "generation.temperature=1"]
+    run(tmp_path / "out", source, *overrides, engine=FakeEngine(failing=[1]))
+    first, failed, _ = rows_of(tmp_path / "out")
+    assert first["generated_text"] == "row 0"
+    assert first["generated_texts"] == ["row 0", "or 1", "or 2"]
+    assert first["finish_reason"] == "stop"
+    assert first["completion_tokens"] == 3 + 1 + 1
+    assert (failed["generated_text"], failed["generated_texts"]) == (None, None)
 
 
 def test_the_output_opens_with_every_reader(tmp_path: Path, write_parquet: Writer) -> None:

@@ -63,6 +63,8 @@ REFUSED = {
     "generation.max_new_tokens=many": "generation.max_new_tokens: Value 'many'",
     "generation.max_new_tokens=0": "generation.max_new_tokens=0 must lie between 1 and",
     "generation.min_new_tokens=999": "generation.min_new_tokens=999 must lie between 0 and 256",
+    "generation.num_return_sequences=0": "generation.num_return_sequences=0 must lie between 1 and",
+    "generation.num_return_sequences=2": "set generation.temperature above 0",
     "generation.temperature=-1": "generation.temperature=-1.0 must lie between 0 and",
     "generation.temperature=nan": "generation.temperature=nan must lie between",
     "generation.top_p=0": "generation.top_p=0.0 must lie",

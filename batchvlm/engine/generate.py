@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from batchvlm.batching import group_by_length
 from batchvlm.config import BatchingConfig, ModelConfig
+from batchvlm.engine.answers import expand, join
 from batchvlm.engine.collate import collate
 from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
@@ -74,6 +75,9 @@ class GenerateEngine:
 
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
         """Answer every sample exactly once; see `Engine.run`."""
+        yield from join(self._answer(expand(samples)))
+
+    def _answer(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Completion | Failure]]:
         is_alone = self._model.config.model_type in _ALONE
         if is_alone:
             log.info(
@@ -86,7 +90,7 @@ class GenerateEngine:
 
     def _run_or_split(
         self, samples: Sequence[Sample]
-    ) -> Iterator[tuple[int, Completion | Failure]]:
+    ) -> Iterator[tuple[Sample, Completion | Failure]]:
         try:
             outcomes = self._generate(samples)
         except torch.AcceleratorError as error:
@@ -98,13 +102,13 @@ class GenerateEngine:
         except Exception as error:
             failure = _failure(error)
         else:
-            yield from zip([sample.row_index for sample in samples], outcomes, strict=True)
+            yield from zip(samples, outcomes, strict=True)
             return
         # Only here, behind the except clause, is the error gone, and with its traceback the tensors
         # of the failed attempt.
         self._free_memory()
         if len(samples) == 1:
-            yield samples[0].row_index, failure
+            yield samples[0], failure
             return
         # A batch that raises is halved until the row at fault stands alone.
         log.warning("a batch of %d rows failed (%s); halving it", len(samples), failure.message)

@@ -55,6 +55,7 @@ _TEXT_COLUMNS = (
     _Column("attempts", pa.int32(), lambda r, p: r.attempts),
     _Column("generated_text", pa.string(), lambda r, p: r.generated_text),
 )
+_TEXTS = _Column("generated_texts", pa.list_(pa.string()), lambda r, p: r.generated_texts)
 _TOKEN_IDS = _Column("token_ids", pa.list_(pa.int32()), lambda r, p: r.token_ids)
 _LOGPROBS = _Column("logprobs", pa.list_(pa.float32()), lambda r, p: r.logprobs)
 _OTHER_COLUMNS = (
@@ -71,7 +72,7 @@ _OTHER_COLUMNS = (
     _Column("run_id", pa.string(), lambda r, p: p.run_id),
     _Column("latency_s", pa.float64(), lambda r, p: r.latency_s),
 )
-_ALL = (*_KEY_COLUMNS, *_TEXT_COLUMNS, _TOKEN_IDS, _LOGPROBS, *_OTHER_COLUMNS)
+_ALL = (*_KEY_COLUMNS, *_TEXT_COLUMNS, _TEXTS, _TOKEN_IDS, _LOGPROBS, *_OTHER_COLUMNS)
 _FIXED = {column.name: column for column in _ALL}
 
 
@@ -101,19 +102,24 @@ def kept_fields(input_schema: pa.Schema, names: Sequence[str]) -> list[pa.Field]
 
 
 def output_schema(
-    kept: Sequence[pa.Field], *, token_ids: bool = False, logprobs: bool = False
+    kept: Sequence[pa.Field],
+    *,
+    generated_texts: bool = False,
+    token_ids: bool = False,
+    logprobs: bool = False,
 ) -> pa.Schema:
     """The columns of every part, in their order; every one of them can be null.
 
     Args:
         kept: the input's fields to copy, as `kept_fields` gives them.
-        token_ids: whether the answers' token ids have a column.
+        generated_texts: whether several answers to a row have a column.
+        token_ids: whether the answers' token ids have one.
         logprobs: whether the log-probabilities of these ids have one.
 
     Raises:
         ConfigError: a kept column has the name of another one, or a type that Parquet lacks.
     """
-    asked = [_TOKEN_IDS] * token_ids + [_LOGPROBS] * logprobs
+    asked = [_TEXTS] * generated_texts + [_TOKEN_IDS] * token_ids + [_LOGPROBS] * logprobs
     fixed = [*_KEY_COLUMNS, *_TEXT_COLUMNS, *asked, *_OTHER_COLUMNS]
     fields = [pa.field(column.name, column.type) for column in fixed]
     features: dict[str, Any] = {}

@@ -33,7 +33,7 @@ def forget_warnings() -> None:
 def test_columns_stand_in_the_documented_order() -> None:
     sizes = pa.list_(pa.struct([("width", pa.int32()), ("height", pa.int32())]))
     kept = [pa.field("image", pa.binary()), pa.field("n", pa.uint8())]
-    assert output_schema(kept, token_ids=True, logprobs=True) == pa.schema(
+    assert output_schema(kept, generated_texts=True, token_ids=True, logprobs=True) == pa.schema(
         [
             ("id", pa.string()),
             ("row_index", pa.int64()),
@@ -45,6 +45,7 @@ def test_columns_stand_in_the_documented_order() -> None:
             ("error_message", pa.string()),
             ("attempts", pa.int32()),
             ("generated_text", pa.string()),
+            ("generated_texts", pa.list_(pa.string())),
             ("token_ids", pa.list_(pa.int32())),
             ("logprobs", pa.list_(pa.float32())),
             ("parsed", pa.string()),
@@ -61,7 +62,7 @@ def test_columns_stand_in_the_documented_order() -> None:
             ("latency_s", pa.float64()),
         ]
     )
-    assert not {"token_ids", "logprobs"} & set(output_schema([]).names)
+    assert not {"generated_texts", "token_ids", "logprobs"} & set(output_schema([]).names)
 
 
 @pytest.mark.parametrize("name", ["id", "generated_text", "token_ids", "logprobs", "model"])

@@ -1,0 +1,79 @@
+"""Several answers to one row: a sample goes through the engine once for each, and they are joined.
+
+engine.run(samples) = join(answered(expand(samples)))
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from batchvlm.engine import SampleStream
+from batchvlm.records import Completion, Failure, Sample
+
+
+def expand(samples: Iterable[Sample]) -> SampleStream:
+    """Each sample as often as its row wants answers, one after the other.
+
+    The copies share the features and differ in `answer` and in the seed. The first is the sample
+    itself, so its answer is that of a row that wants one; the seeds of the others follow from the
+    row's own, so they do not depend on the batch.
+    """
+    return _Expanded(samples)
+
+
+class _Expanded:
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self._samples = samples
+        self._num_left = 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        for sample in self._samples:
+            num_answers = sample.generation.num_return_sequences
+            for answer in range(num_answers):
+                self._num_left = num_answers - answer - 1
+                yield sample if answer == 0 else _copy(sample, answer)
+
+    def is_ready(self) -> bool:
+        if self._num_left == 0 and isinstance(self._samples, SampleStream):
+            return self._samples.is_ready()
+        return True
+
+
+def join(
+    outcomes: Iterable[tuple[Sample, Completion | Failure]],
+) -> Iterator[tuple[int, Completion | Failure]]:
+    """Each row once, as soon as the last of its answers is there, which come in any order.
+
+    The further answers are the first one's `alternatives`, in their order; the latency is that of
+    the slowest. A row with an answer that failed has failed.
+    """
+    incomplete: dict[int, dict[int, Completion | Failure]] = {}
+    for sample, outcome in outcomes:
+        answers = incomplete.setdefault(sample.row_index, {})
+        assert sample.answer not in answers, f"row {sample.row_index} was answered twice"
+        answers[sample.answer] = outcome
+        if len(answers) == sample.generation.num_return_sequences:
+            del incomplete[sample.row_index]
+            yield sample.row_index, _joined([answers[i] for i in range(len(answers))])
+
+
+def _copy(sample: Sample, answer: int) -> Sample:
+    text = f"answer:{sample.generation.seed}:{answer}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    generation = replace(sample.generation, seed=int.from_bytes(digest) >> 1)
+    return replace(sample, answer=answer, generation=generation)
+
+
+def _joined(answers: list[Completion | Failure]) -> Completion | Failure:
+    completions: list[Completion] = []
+    for answer in answers:
+        if isinstance(answer, Failure):
+            return answer
+        completions.append(answer)
+    first, *others = completions
+    if not others:
+        return first
+    latency_s = max(completion.latency_s for completion in completions)
+    return replace(first, alternatives=tuple(others), latency_s=latency_s)
