@@ -36,6 +36,7 @@ class EngineName(StrEnum):
     """What turns batches into completions."""
 
     auto = "auto"
+    slots = "slots"
     generate = "generate"
 
 
@@ -136,11 +137,24 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What runs the model (`engine=auto|generate`)."""
+    """What runs the model (`engine=auto|slots|generate`)."""
 
     name: EngineName = EngineName.auto
+    """`slots`: continuous batching of our own; `generate`: transformers' `generate()`; `auto`:
+    slots for the families that allow it."""
     device: str = "auto"
     """`auto` (this rank's GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
+    memory_fraction: float = 0.9
+    """slots: share of the memory that is free beside the weights which may be used."""
+    max_slots: int | None = None
+    """slots: rows decoded at once; null: as memory allows, 32 at most on a CPU, 256 on a GPU."""
+    max_prefill_tokens: int | None = None
+    """slots: prompt tokens in one forward; null: 1,024 on a CPU, 8,192 on a GPU."""
+    share_images: bool = True
+    """slots: rows of a window that show the same image share its encoding, and the computing of
+    the beginning that their prompts have in common."""
+    canary: bool = True
+    """slots: before the first row, compare two rows with the model's own forward."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,6 +137,8 @@ class Sample:
     image_tokens: int
     image_sizes: tuple[tuple[int, int], ...]
     """(width, height) in pixels of each image as the model sees it."""
+    image_keys: tuple[str, ...] = ()
+    """A digest of each image's pixels: images of one key need encoding once."""
     generation: Generation
     json_schema: str | None = None
     answer: int = 0
@@ -203,6 +205,12 @@ class EngineStats:
     prompt_tokens: int = 0
     prompt_cells: int = 0
     """Positions computed for these prompts, padding included."""
+    images_encoded: int = 0
+    """Images, or rows of images where a family encodes these together, that were encoded."""
+    vision_s: float = 0.0
+    """Seconds in the image encoder; on a GPU only until its work is launched, as below."""
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
     row_steps: int = 0
     """Decode steps summed over the rows that took part, finished rows included."""
 

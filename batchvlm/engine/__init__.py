@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from batchvlm.config import JobConfig
+from batchvlm.engine.protocol import Engine, SampleStream
 
-from batchvlm.config import EngineName, JobConfig
-from batchvlm.records import Completion, EngineStats, Failure, Sample
-
-
-class Engine(Protocol):
-    """What the pipeline needs of an engine."""
-
-    stats: EngineStats
-
-    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
-        """Answer every sample exactly once, in any order, by its `row_index`.
-
-        An engine takes the stream and does its own batching, so that it may take up a sample
-        whenever it has room for one. A `SampleStream` tells it when taking one would wait.
-        """
-        ...
-
-
-@runtime_checkable
-class SampleStream(Protocol):
-    """Samples that become ready one by one."""
-
-    def __iter__(self) -> Iterator[Sample]: ...
-
-    def is_ready(self) -> bool:
-        """Whether the next sample, or the end, is there without waiting."""
-        ...
+__all__ = ["Engine", "SampleStream", "open_engine"]
 
 
 def open_engine(cfg: JobConfig, *, device: str) -> Engine:
     """Load the model and choose the engine that it allows.
 
     Raises:
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or the engine that was asked for cannot run it.
     """
-    match cfg.engine.name:
-        case EngineName.auto | EngineName.generate:
-            from batchvlm.engine.generate import GenerateEngine
+    # torch takes seconds to import, and a job is checked without it.
+    from batchvlm.engine.select import select_engine
 
-            return GenerateEngine.load(cfg.model, cfg.batching, device=device)
+    return select_engine(cfg, device=device)

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from batchvlm.engine import SampleStream
+from batchvlm.engine.protocol import SampleStream
 from batchvlm.records import Completion, Failure, Sample
 
 

@@ -73,11 +73,12 @@ def collate(samples: Sequence[Sample], *, pad_id: int) -> dict[str, Tensor]:
             ]
             batch[name], _ = left_pad(rows, pad_id=0)
         else:
-            batch[name] = _concatenate([s.features[name] for s in samples if name in s.features])
+            batch[name] = concatenate([s.features[name] for s in samples if name in s.features])
     return batch
 
 
-def _concatenate(arrays: Sequence[Array]) -> Tensor:
+def concatenate(arrays: Sequence[Array]) -> Tensor:
+    """Join arrays on the first dimension, zero-padded to the largest trailing sizes."""
     trailing = [max(sizes) for sizes in zip(*(a.shape[1:] for a in arrays), strict=True)]
     out = np.zeros((sum(len(a) for a in arrays), *trailing), dtype=arrays[0].dtype)
     start = 0

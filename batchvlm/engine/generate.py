@@ -17,9 +17,10 @@ from batchvlm.batching import group_by_length
 from batchvlm.config import BatchingConfig, ModelConfig
 from batchvlm.engine.answers import expand, join
 from batchvlm.engine.collate import collate
+from batchvlm.engine.faults import device_error, failure_of
 from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
-from batchvlm.errors import DeviceError, ErrorType, ModelError
+from batchvlm.errors import ModelError
 from batchvlm.loading import load_model, load_processor
 from batchvlm.records import (
     Completion,
@@ -94,13 +95,9 @@ class GenerateEngine:
         try:
             outcomes = self._generate(samples)
         except torch.AcceleratorError as error:
-            # After this every call fails, so every row would: none of them is at fault.
-            raise DeviceError(
-                f"the accelerator failed: {_one_line(error)}",
-                hint="run the same command again: it goes on from the last finished rows",
-            ) from error
+            raise device_error(error) from error
         except Exception as error:
-            failure = _failure(error)
+            failure = failure_of(error)
         else:
             yield from zip(samples, outcomes, strict=True)
             return
@@ -225,19 +222,3 @@ class RowStops(StoppingCriteria):
                 self.failures[i] = not_finite(stop.num_tokens)
                 self._is_done[i] = True
         return torch.tensor(self._is_done, device=input_ids.device)
-
-
-def _failure(error: Exception) -> Failure:
-    text = _one_line(error)
-    # torch's CPU allocator raises RuntimeError.
-    is_oom = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        "can't allocate memory" in text
-    )
-    return Failure(
-        error_type=ErrorType.OOM if is_oom else ErrorType.ENGINE,
-        message=text,
-    )
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

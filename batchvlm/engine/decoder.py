@@ -1,0 +1,219 @@
+"""A transformers model as the slot engine drives it: packed prompts in, one step for slots.
+
+Positions, token types and image features are given to the model row by row, so that a prompt reads
+the same to it whatever lies beside it. What differs between families is here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from batchvlm.engine import attention
+from batchvlm.engine.attention import Packed, Slots
+from batchvlm.engine.cache import PackedCache, RowCache, SlotCache
+from batchvlm.records import Sample
+
+# Shape legend: as in attention.py; R rope axes (3 for Qwen-VL's kind, else 1), V vocabulary.
+
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row's prompt as the decoder takes it."""
+
+    ids_T: Tensor
+    """int64 [T]."""
+    positions_RT: Tensor
+    """int64 [R, T]: rotary positions."""
+    rope_delta: int
+    """What a later token's rotary position is ahead of its place."""
+    types: Mapping[str, Tensor]
+    """Token types by name, int64 [T] each, as the family takes them."""
+
+    def __len__(self) -> int:
+        return len(self.ids_T)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens `start` to `stop` of a prompt, to be computed together."""
+
+    prompt: Prompt
+    start: int
+    stop: int
+    past: RowCache | None = None
+    """What was computed of the prompt before `start`."""
+
+
+class Decoder:
+    """Runs a model's decoder over packed prompts and over slots.
+
+    Args:
+        model: a transformers model for image-text-to-text, in evaluation mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._config = model.get_decoder().config
+        self._num_layers = self._config.num_hidden_layers
+        self._own_attention = self._config._attn_implementation
+        self._rope_index = getattr(model.base_model, "get_rope_index", None)
+        # Some take keyword arguments that their signature does not show.
+        shown = inspect.signature(model.forward).parameters
+        inner = inspect.signature(model.base_model.forward).parameters
+        self._types = [name for name in _TOKEN_TYPES if name in shown or name in inner]
+        self.device: torch.device = model.device
+        token_id = getattr(model.config, "image_token_id", None)
+        if token_id is None:
+            token_id = getattr(model.config, "image_token_index", None)
+        self._image_token_id: int | None = token_id
+        self.sees_ahead: bool | None = None
+        """Whether tokens of a prompt attend to later ones; None until a prompt with images ran."""
+
+    def prompt(self, sample: Sample) -> Prompt:
+        """A sample's prompt, with the positions that the model would give it alone."""
+        features = {n: torch.from_numpy(a) for n, a in sample.features.items()}
+        ids_1T = features["input_ids"]
+        num_tokens = ids_1T.shape[1]
+        none_1T = torch.zeros_like(ids_1T)
+        positions_RT, delta = torch.arange(num_tokens)[None], 0
+        if self._rope_index is not None:
+            known = inspect.signature(self._rope_index).parameters
+            given = {n: f for n, f in features.items() if n in known}
+            if "mm_token_type_ids" in known:
+                given.setdefault("mm_token_type_ids", none_1T)
+            given.pop("attention_mask", None)
+            positions_R1T, delta_1 = self._rope_index(**given)
+            positions_RT, delta = positions_R1T[:, 0], int(delta_1)
+        return Prompt(
+            ids_T=self.to_device(ids_1T[0]),
+            positions_RT=self.to_device(positions_RT),
+            rope_delta=delta,
+            types={n: self.to_device(features.get(n, none_1T)[0]) for n in self._types},
+        )
+
+    @torch.inference_mode()
+    def prefill(
+        self, pieces: Sequence[Piece], images: Any, *, ends: Sequence[int]
+    ) -> tuple[Tensor, PackedCache]:
+        """Compute pieces of prompts behind one another, without padding.
+
+        Args:
+            pieces: at most one of each prompt.
+            images: the encoder's output for the images in them, in order; None without any.
+            ends: indices of the pieces that end their prompt.
+
+        Returns:
+            logits_EV: [E, V], what comes after each of `ends`.
+            cache: keys and values of all pieces, behind one another.
+        """
+        spans = [slice(p.start, p.stop) for p in pieces]
+        ids_T = torch.cat([p.prompt.ids_T[s] for p, s in zip(pieces, spans, strict=True)])
+        positions_RT = torch.cat(
+            [p.prompt.positions_RT[:, s] for p, s in zip(pieces, spans, strict=True)], dim=1
+        )
+        inputs: dict[str, Any] = {
+            name: torch.cat([p.prompt.types[name][s] for p, s in zip(pieces, spans, strict=True)])[
+                None
+            ]
+            for name in self._types
+        }
+        if images is not None:
+            inputs["mm_encoder_outputs"] = {"image": images}
+        bounds = [0, *np.cumsum([p.stop - p.start for p in pieces]).tolist()]
+        # One position at least: a model does not take an empty list of them.
+        last_E = [bounds[i + 1] - 1 for i in ends] or [0]
+        cache = PackedCache(self._num_layers)
+        form = Packed(
+            bounds=tuple(bounds),
+            past=tuple(p.past.layers if p.past is not None else None for p in pieces),
+        )
+        with attention.attending(form), self._attending_by_row():
+            out = self._model(
+                input_ids=ids_T[None],
+                position_ids=self._axes(positions_RT[:, None]),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(last_E, device=self.device),
+                **inputs,
+            )
+        if images is not None:
+            self.sees_ahead = bool(self.sees_ahead) or form.sees_ahead
+        return out.logits[0, : len(ends)], cache
+
+    def image_places(self, sample: Sample) -> npt.NDArray[np.intp] | None:
+        """Where a prompt's image tokens lie, [image tokens]; None where they cannot be told."""
+        if self._image_token_id is None:
+            return None
+        return np.flatnonzero(sample.features["input_ids"][0] == self._image_token_id)
+
+    @torch.inference_mode()
+    def step(
+        self,
+        cache: SlotCache,
+        ids_N: Tensor,
+        positions_N: Tensor,
+        deltas_N: Tensor,
+        spans: Sequence[attention.Span],
+    ) -> Tensor:
+        """Compute one token for neighbouring slots.
+
+        Args:
+            cache: keys and values of N slots.
+            ids_N: int64 [N], each slot's newest token.
+            positions_N: int64 [N], where that token lies.
+            deltas_N: int64 [N], what its rotary position is ahead of that.
+            spans: the slots, B in all, grouped for attention; their starts count from the first.
+
+        Returns:
+            logits_BV: [B, V], what comes after it.
+        """
+        first, stop = spans[0].start, spans[-1].stop
+        cache.use(first, stop, positions_N)
+        positions_B = positions_N[first:stop]
+        form = Slots(
+            positions_B,
+            tuple(attention.Span(s.start - first, s.stop - first, s.length) for s in spans),
+        )
+        rope_1B1 = (positions_B + deltas_N[first:stop])[None, :, None]
+        with attention.attending(form), self._attending_by_row():
+            out = self._model(
+                input_ids=ids_N[first:stop, None],
+                position_ids=self._axes(rope_1B1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy to the model's device without waiting for it."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def _axes(self, positions: Tensor) -> Tensor:
+        """[R, B, T] as the model takes it: [B, T], or [3, B, T] with rotary axes."""
+        if self._rope_index is None:
+            return positions[0]
+        return positions.expand(3, -1, -1)
+
+    @contextmanager
+    def _attending_by_row(self) -> Iterator[None]:
+        # Only while this engine runs it: the model may be another's too.
+        self._config._attn_implementation = attention.NAME
+        try:
+            yield
+        finally:
+            self._config._attn_implementation = self._own_attention

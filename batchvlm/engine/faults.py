@@ -1,0 +1,38 @@
+"""What an exception in the engine means: for its rows, or for the whole process."""
+
+from __future__ import annotations
+
+import torch
+
+from batchvlm.errors import DeviceError, ErrorType
+from batchvlm.records import Failure
+
+
+def is_oom(error: BaseException) -> bool:
+    """Whether memory was short, on the device or on the host."""
+    # torch's CPU allocator raises RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "can't allocate memory" in str(error)
+    )
+
+
+def failure_of(error: BaseException) -> Failure:
+    """The failure of a row that raised this by itself."""
+    return Failure(
+        error_type=ErrorType.OOM if is_oom(error) else ErrorType.ENGINE, message=_one_line(error)
+    )
+
+
+def device_error(error: BaseException) -> DeviceError:
+    """What ends the process after a `torch.AcceleratorError`.
+
+    After it every call fails, so every row would: none of them is at fault.
+    """
+    return DeviceError(
+        f"the accelerator failed: {_one_line(error)}",
+        hint="run the same command again: it goes on from the last finished rows",
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

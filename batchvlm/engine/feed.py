@@ -1,0 +1,54 @@
+"""Samples on their way into an engine: gathered while it works, never waited for while it can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from batchvlm.config import BatchingConfig
+from batchvlm.engine.protocol import SampleStream
+from batchvlm.records import Sample
+
+
+class Feed:
+    """Gathers samples from a stream into windows that can be sorted.
+
+    Args:
+        samples: the stream; one that is no `SampleStream` counts as always ready.
+        cfg: how many samples, and how many bytes of them, may be gathered.
+    """
+
+    def __init__(self, samples: Iterable[Sample], cfg: BatchingConfig) -> None:
+        self._samples = iter(samples)
+        self._is_ready = samples.is_ready if isinstance(samples, SampleStream) else lambda: True
+        self._max_items, self._max_bytes = cfg.sort_window, cfg.max_window_bytes
+        self._gathered: list[Sample] = []
+        self._size_bytes = 0
+        self.is_done = False
+        """Whether the stream has ended; gathered samples may be left."""
+
+    def __len__(self) -> int:
+        return len(self._gathered)
+
+    def gather(self, *, wait: bool) -> None:
+        """Take what is ready, as far as there is room.
+
+        Args:
+            wait: wait for one sample where none is there.
+        """
+        while not self.is_done and self._has_room():
+            if not self._is_ready() and not (wait and not self._gathered):
+                return
+            sample = next(self._samples, None)
+            if sample is None:
+                self.is_done = True
+                return
+            self._gathered.append(sample)
+            self._size_bytes += sample.size_bytes
+
+    def take_window(self) -> list[Sample]:
+        """Everything gathered, in the order of the stream."""
+        window, self._gathered, self._size_bytes = self._gathered, [], 0
+        return window
+
+    def _has_room(self) -> bool:
+        return len(self._gathered) < self._max_items and self._size_bytes < self._max_bytes

@@ -1,0 +1,105 @@
+"""How much goes through the model at once: sized from free memory, lowered where it fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from batchvlm.config import EngineConfig
+
+log = logging.getLogger(__name__)
+
+_MAX_SLOTS = {"cpu": 32, "cuda": 256}
+_PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Prompt tokens in one pack. Past these, a pack is no more efficient: it only takes memory."""
+_VISION_CELLS = {"cpu": 4 << 20, "cuda": 64 << 20}
+"""Numbers in the pixel arrays of one batch of images."""
+_CACHE_SHARE = 0.6
+"""Share of the free memory that keys and values may take; the rest is for activations, for image
+features, and for prompts that wait for a slot."""
+
+
+class MemoryPlan:
+    """Limits of slots, packs and image batches.
+
+    Args:
+        cfg: a limit that is not null counts as it is.
+        device: where the model is, its weights loaded.
+    """
+
+    def __init__(self, cfg: EngineConfig, device: torch.device) -> None:
+        kind = "cuda" if device.type == "cuda" else "cpu"
+        self.max_slots = cfg.max_slots or _MAX_SLOTS[kind]
+        """Rows decoded at once."""
+        self.max_step_rows = self.max_slots
+        """Rows in one forward of a decode step."""
+        self.pack_tokens = cfg.max_prefill_tokens or _PACK_TOKENS[kind]
+        """Prompt tokens in one forward."""
+        self.vision_cells = _VISION_CELLS[kind]
+        """Numbers in the pixel arrays of one forward of the image encoder."""
+        self._cache_bytes = int(cfg.memory_fraction * _CACHE_SHARE * free_bytes(device))
+
+    def num_slots(self, bytes_per_token: int, length: int) -> int:
+        """Slots of `length` tokens that there is memory for; one at least."""
+        return max(1, min(self.max_slots, self._cache_bytes // (bytes_per_token * length)))
+
+    def lower_slots(self, num_slots: int) -> None:
+        """Remember that there was no memory for more than this many slots."""
+        self.max_slots = max(1, num_slots)
+
+    def lower_pack(self, num_tokens: int) -> None:
+        """Remember that there was no memory for a pack of this many prompt tokens."""
+        self.pack_tokens = max(1, num_tokens // 2)
+        log.warning("no memory for %d prompt tokens at once; %d", num_tokens, self.pack_tokens)
+
+    def lower_vision(self, num_cells: int) -> None:
+        """Remember that there was no memory for images of this many numbers."""
+        self.vision_cells = max(1, num_cells // 2)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that new tensors on a device may take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch has reserved and does not use is there for it too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_available_bytes(), _group_bytes())
+
+
+def _available_bytes() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no Linux
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _group_bytes() -> int:
+    """What a container's limit leaves (cgroup v2, then v1); no limit is a very large number."""
+    names = (
+        ("memory.max", "memory.current", "memory.stat"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+        ),
+    )
+    for limit, used, stat in names:
+        try:
+            most, now, details = (
+                (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii").strip()
+                for name in (limit, used, stat)
+            )
+        except OSError:
+            continue
+        if most != "max":
+            counts = dict(line.split() for line in details.splitlines())
+            # Files that were read fill the cache and go when memory is asked for.
+            cached = int(counts.get("inactive_file", 0))
+            return max(0, int(most) - int(now) + cached)
+    return 1 << 62

@@ -1,0 +1,89 @@
+"""Which engine a model gets."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+from batchvlm.config import EngineName, JobConfig
+from batchvlm.engine.generate import GenerateEngine, eos_ids
+from batchvlm.engine.protocol import Engine
+from batchvlm.engine.slots import SlotEngine
+from batchvlm.errors import ModelError
+from batchvlm.loading import load_model, load_processor
+
+log = logging.getLogger(__name__)
+
+_VERIFIED = frozenset(
+    {
+        "aya_vision",
+        "gemma3",
+        "glm4v",
+        "idefics2",
+        "idefics3",
+        "internvl",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "paligemma",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3_vl",
+        "smolvlm",
+    }
+)
+"""Model types whose answers over slots were seen to be those of `generate()`."""
+
+
+def select_engine(cfg: JobConfig, *, device: str) -> Engine:
+    """Load the model and choose its engine; see `open_engine`."""
+    # The processor first: whatever is wrong with it is known before the weights are read.
+    tokenizer = load_processor(cfg.model).tokenizer
+    model = load_model(cfg.model, device=device)
+    reason = why_not_slots(model, is_asked_for=cfg.engine.name is EngineName.slots)
+    match cfg.engine.name:
+        case EngineName.slots if reason:
+            raise ModelError(
+                f"engine=slots cannot run {type(model).__name__}: {reason}",
+                hint="engine=auto or engine=generate runs it by transformers' generate()",
+            )
+        case EngineName.auto if reason:
+            log.info("%s runs by generate(): %s", type(model).__name__, reason)
+            return GenerateEngine(model, tokenizer, cfg.batching)
+        case EngineName.generate:
+            return GenerateEngine(model, tokenizer, cfg.batching)
+    return SlotEngine(
+        model,
+        tokenizer,
+        cfg.batching,
+        cfg.engine,
+        eos_ids=eos_ids(model, tokenizer),
+        suppress_ids=tuple(model.generation_config.suppress_tokens or ()),
+    )
+
+
+def why_not_slots(model: Any, *, is_asked_for: bool = False) -> str:
+    """Why a model cannot be run over slots, in a few words; empty if it can.
+
+    Args:
+        model: a transformers model.
+        is_asked_for: leave out doubts that the canary would settle.
+    """
+    config = model.config
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if not hasattr(model.base_model, "get_image_features"):
+        return "it gives no image features of its own"
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        return "it takes no image features from outside"
+    text = config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        return f"it has layers of {', '.join(sorted(other))}"
+    never = ("begin_suppress_tokens", "bad_words_ids")
+    if named := [name for name in never if getattr(model.generation_config, name, None)]:
+        return f"its repository sets {' and '.join(named)}"
+    if not is_asked_for and config.model_type not in _VERIFIED:
+        return f"model type {config.model_type} was not tried over slots; engine=slots tries it"
+    return ""

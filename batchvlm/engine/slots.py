@@ -1,0 +1,389 @@
+"""The engine that wastes nothing: continuous batching over slots.
+
+Prompts are computed in packs, one behind the other without padding; their keys and values wait
+until a slot is free. Every decode step computes one token for each slot in use and nothing else: a
+row that ends leaves its slot to the next one at once, or to the last one where none is waiting.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchvlm.config import BatchingConfig, EngineConfig
+from batchvlm.engine.answers import expand, join
+from batchvlm.engine.attention import Span
+from batchvlm.engine.cache import RowCache, SlotCache
+from batchvlm.engine.decoder import Decoder
+from batchvlm.engine.faults import device_error, failure_of, is_oom
+from batchvlm.engine.feed import Feed
+from batchvlm.engine.memory import MemoryPlan
+from batchvlm.engine.prefill import Prefill, PreparedRow
+from batchvlm.engine.sampling import Choice, RowSampler
+from batchvlm.engine.stops import RowStop, not_finite
+from batchvlm.errors import ErrorType
+from batchvlm.records import Completion, EngineStats, Failure, Sample
+
+log = logging.getLogger(__name__)
+
+# Shape legend: N slots of the cache, B <= N of them in use.
+
+Outcome = tuple[Sample, Completion | Failure]
+
+_LENGTH_STEP = 64
+_NEIGHBOURS = 8
+"""Slots whose attention is computed together on a CPU, as far as the longest of them goes."""
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A row whose prompt is computed."""
+
+    prepared: PreparedRow
+    stop: RowStop
+    num_chosen: int = 0
+    """Tokens chosen for it, read by the host or not."""
+    is_over: bool = False
+    """Whether its last token is chosen, so that it needs no slot."""
+    is_answered: bool = False
+
+    @property
+    def sample(self) -> Sample:
+        return self.prepared.sample
+
+    @property
+    def length(self) -> int:
+        """Tokens that its slot must hold."""
+        return self.sample.prompt_tokens + self.sample.generation.max_new_tokens
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens whose keys and values are computed: all but the newest chosen one."""
+        return self.sample.prompt_tokens + max(0, self.num_chosen - 1)
+
+
+class _Chosen:
+    """Tokens on their way to the host, one for each of some rows."""
+
+    def __init__(self, rows: Sequence[_Row], choice: Choice) -> None:
+        self.rows = rows
+        tensors = [choice.ids_B, choice.is_finite_B]
+        if choice.logprobs_B is not None:
+            tensors.append(choice.logprobs_B)
+        self._event: torch.cuda.Event | None = None
+        if choice.ids_B.is_cuda:
+            # Into pinned memory, or the copy would wait for the device.
+            pinned = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
+            for target, tensor in zip(pinned, tensors, strict=True):
+                target.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+            tensors = pinned
+        self._tensors = tensors
+
+    def read(self) -> list[tuple[_Row, int, bool, float | None]]:
+        """Row, token, whether its logit is a finite number, and its log-probability if asked."""
+        if self._event is not None:
+            self._event.synchronize()
+        ids, is_finite, *logprobs = (tensor.tolist() for tensor in self._tensors)
+        by_row = logprobs[0] if logprobs else [None] * len(ids)
+        return list(zip(self.rows, ids, is_finite, by_row, strict=True))
+
+
+class SlotEngine:
+    """Answers samples by continuous batching.
+
+    Args:
+        model: a transformers model of a family that allows it.
+        tokenizer: the tokenizer that decodes its answers.
+        batching: how many samples are gathered and sorted.
+        cfg: limits; what is null sizes itself.
+        eos_ids: ids that end an answer.
+        suppress_ids: ids that the model must never say.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batching: BatchingConfig,
+        cfg: EngineConfig,
+        *,
+        eos_ids: Sequence[int],
+        suppress_ids: Sequence[int] = (),
+    ) -> None:
+        self.stats = EngineStats()
+        self._tokenizer = tokenizer
+        self._batching = batching
+        self._eos_ids = frozenset(eos_ids)
+        self._decoder = Decoder(model)
+        self._device = self._decoder.device
+        self._plan = MemoryPlan(cfg, self._device)
+        self._prefill = Prefill(model, self._decoder, self._plan, cfg, self.stats)
+        num_slots = self._plan.max_slots
+        self._sampler = RowSampler(
+            num_slots,
+            eos_ids=tuple(eos_ids),
+            device=self._device,
+            suppress_ids=tuple(suppress_ids),
+        )
+        # int64 [N] each: a slot's newest token, where it lies, and what its rotary position is
+        # ahead of that.
+        self._ids_N, self._positions_N, self._deltas_N = (
+            torch.zeros(num_slots, dtype=torch.long, device=self._device) for _ in range(3)
+        )
+        self._cache: SlotCache | None = None
+        self._rows: list[_Row] = []
+        """Rows in slots 0 to B - 1, in this order."""
+        self._parked: deque[_Row] = deque()
+        """Rows whose prompts are computed, waiting for a slot."""
+        self._on_the_way: deque[_Chosen] = deque()
+        self._ready: deque[Outcome] = deque()
+        # On a GPU the next step is launched before the tokens of the last one are read.
+        self._lag = 1 if self._device.type == "cuda" else 0
+
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+        """Answer every sample exactly once; see `Engine.run`."""
+        yield from join(self._answer(expand(samples)))
+
+    def _answer(self, samples: Iterable[Sample]) -> Iterator[Outcome]:
+        feed = Feed(samples, self._batching)
+        while True:
+            feed.gather(wait=not self._is_busy())
+            if not self._prefill.num_waiting and len(feed):
+                self._prefill.add(feed.take_window())
+            if not self._is_busy() and feed.is_done and not len(feed):
+                break
+            self._park()
+            self._admit()
+            if self._rows:
+                self._step()
+            while len(self._on_the_way) > (self._lag if self._rows else 0):
+                self._read(self._on_the_way.popleft())
+            while self._ready:
+                yield self._ready.popleft()
+        self._cache = None
+
+    def _is_busy(self) -> bool:
+        return bool(
+            self._prefill.num_waiting
+            or self._parked
+            or self._rows
+            or self._on_the_way
+            or self._ready
+        )
+
+    def _park(self) -> None:
+        """Compute prompts until every free slot has one waiting for it."""
+        num_slots = self._cache.num_slots if self._cache is not None else self._plan.max_slots
+        while self._prefill.num_waiting and len(self._parked) < num_slots - len(self._rows):
+            for prepared in self._prefill.next_pack(is_alone=not self._rows):
+                if isinstance(prepared, PreparedRow):
+                    settings = prepared.sample.generation
+                    stop = RowStop(settings, self._eos_ids, self._tokenizer)
+                    self._parked.append(_Row(prepared, stop))
+                else:
+                    self._ready.append(prepared)
+
+    def _admit(self) -> None:
+        """Give free slots to rows that wait for one, and let each choose its first token."""
+        first = len(self._rows)
+        while self._parked and self._has_slot_for(self._parked[0]):
+            assert self._cache is not None
+            row = self._parked.popleft()
+            slot = len(self._rows)
+            self._cache.put(slot, row.prepared.pieces)
+            sample = row.sample
+            self._sampler.admit(slot, sample.generation, sample.features["input_ids"][0])
+            self._rows.append(row)
+        rows = self._rows[first:]
+        if not rows:
+            return
+        stop = len(self._rows)
+        prompts = [row.prepared.prompt for row in rows]
+        # The first chosen token lies behind the prompt; choosing moves positions on by one.
+        before_B = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        self._positions_N[first:stop] = self._decoder.to_device(before_B)
+        deltas_B = torch.tensor([prompt.rope_delta for prompt in prompts])
+        self._deltas_N[first:stop] = self._decoder.to_device(deltas_B)
+        logits_BV = torch.stack([row.prepared.logits_V for row in rows])
+        for row in rows:
+            row.prepared.forget()
+        self._choose(first, stop, logits_BV)
+        self._compact()
+
+    def _has_slot_for(self, row: _Row) -> bool:
+        """See to it that there is a free slot, long enough for this row; else False."""
+        needed = max(other.length for other in (*self._parked, *self._rows))
+        length = -(-needed // _LENGTH_STEP) * _LENGTH_STEP
+        cache, num_rows = self._cache, len(self._rows)
+        num_slots = self._plan.num_slots(row.prepared.bytes_per_token, length)
+        if cache is not None and length <= cache.length:
+            if num_rows < cache.num_slots:
+                return True
+            # Shorter slots leave room for more of them: worth a copy once the long rows are done.
+            if 2 * length > cache.length:
+                return False
+            num_rows = cache.num_slots
+        if num_slots <= num_rows:
+            return False
+        failure = self._resize(row.prepared.pieces[0], num_slots, length)
+        if failure is None:
+            return len(self._rows) < num_slots
+        if self._rows:
+            return False  # again when these are done
+        self._parked.remove(row)
+        self._ready.append((row.sample, failure))
+        return False
+
+    def _resize(self, like: RowCache, num_slots: int, length: int) -> Failure | None:
+        """Slots of another number or length, with the rows in them that are in some.
+
+        Returns:
+            Why there is no room for that; the slots are then as they were.
+        """
+        before = self._cache
+        kept: list[RowCache] = []
+        shapes = [(num_slots, length)]
+        if before is not None:
+            # The old buffers go before the new ones come: there may be no room for both.
+            kept = [before.row(i, row.num_cached) for i, row in enumerate(self._rows)]
+            shapes.append((before.num_slots, before.length))
+            like = before.row(0, 0)
+            self._cache = before = None
+        failure: Failure | None = None
+        while shapes:
+            num_slots, length = shapes[0]
+            try:
+                self._cache = SlotCache(like, num_slots=num_slots, length=length)
+                break
+            except Exception as error:
+                if not is_oom(error):
+                    raise
+                failure = failure_of(error)
+            self._free_memory()
+            num_slots //= 2
+            if num_slots > len(kept):
+                log.warning("no memory for %d slots of %d tokens", *shapes[0])
+                self._plan.lower_slots(num_slots)
+                shapes[0] = (num_slots, length)
+                failure = None
+            else:
+                shapes.pop(0)
+        if self._cache is not None:
+            for slot, piece in enumerate(kept):
+                self._cache.put(slot, [piece])
+        return failure
+
+    def _step(self) -> None:
+        """Compute one token for every slot in use."""
+        start_s = time.perf_counter()
+        num_rows = len(self._rows)
+        most = self._plan.max_step_rows
+        for start in range(0, num_rows, most):
+            self._step_range(start, min(start + most, num_rows))
+        self._compact()
+        self.stats.decode_s += time.perf_counter() - start_s
+
+    def _step_range(self, start: int, stop: int) -> None:
+        assert self._cache is not None
+        try:
+            logits_BV = self._decoder.step(
+                self._cache,
+                self._ids_N,
+                self._positions_N,
+                self._deltas_N,
+                self._spans(start, stop),
+            )
+        except torch.AcceleratorError as error:
+            raise device_error(error) from error
+        except Exception as error:
+            failure = failure_of(error)
+        else:
+            self.stats.row_steps += stop - start
+            self._choose(start, stop, logits_BV)
+            return
+        self._free_memory()
+        if stop - start == 1:
+            row = self._rows[start]
+            row.is_over = row.is_answered = True
+            self._ready.append((row.sample, failure))
+            return
+        log.warning("a step of %d rows failed (%s); halving it", stop - start, failure.message)
+        middle = (start + stop) // 2
+        if failure.error_type is ErrorType.OOM:
+            self._plan.max_step_rows = middle - start
+        self._step_range(start, middle)
+        self._step_range(middle, stop)
+
+    def _spans(self, start: int, stop: int) -> list[Span]:
+        """Slots whose attention is computed together, each span as far as its longest row goes."""
+        width = _NEIGHBOURS if self._device.type == "cpu" else stop - start
+        spans = []
+        for first in range(start, stop, width):
+            behind = min(first + width, stop)
+            length = 1 + max(row.num_cached for row in self._rows[first:behind])
+            spans.append(Span(first, behind, length))
+        return spans
+
+    def _choose(self, start: int, stop: int, logits_BV: Tensor) -> None:
+        """Choose the next token of slots `start` to `stop`."""
+        choice = self._sampler.choose(logits_BV, slice(start, stop))
+        self._ids_N[start:stop] = choice.ids_B
+        self._positions_N[start:stop] += 1
+        rows = self._rows[start:stop]
+        self._on_the_way.append(_Chosen(rows, choice))
+        for row in rows:
+            row.num_chosen += 1
+            # Known without its last token: a slot is not kept to wait for it.
+            row.is_over |= row.num_chosen >= row.sample.generation.max_new_tokens
+
+    def _read(self, chosen: _Chosen) -> None:
+        """Take note of tokens that have come to the host; rows that end with one are done."""
+        for row, token, is_finite, logprob in chosen.read():
+            if row.is_answered:
+                continue  # a token beyond its end, chosen before that was known
+            if not is_finite:
+                outcome: Completion | Failure = not_finite(row.stop.num_tokens)
+            elif row.stop.push(token, logprob):
+                latency_s = time.perf_counter() - row.prepared.start_s
+                outcome = row.stop.completion(row.sample.row_index, latency_s)
+            else:
+                continue
+            row.is_over = row.is_answered = True
+            self._ready.append((row.sample, outcome))
+        self._compact()
+
+    def _compact(self) -> None:
+        """Close the gaps that rows leave: the last row goes into the first gap."""
+        slot = 0
+        while slot < len(self._rows):
+            if not self._rows[slot].is_over:
+                slot += 1
+                continue
+            last = len(self._rows) - 1
+            while last > slot and self._rows[last].is_over:
+                self._rows.pop()
+                last -= 1
+            row = self._rows.pop()
+            if last == slot:
+                break
+            assert self._cache is not None
+            self._cache.move(last, slot, row.num_cached)
+            self._sampler.move(last, slot)
+            for values_N in (self._ids_N, self._positions_N, self._deltas_N):
+                values_N[slot] = values_N[last]
+            self._rows[slot] = row
+
+    def _free_memory(self) -> None:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()

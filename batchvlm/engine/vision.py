@@ -1,0 +1,205 @@
+"""Image features, each image encoded once for all rows of the window that show it.
+
+A *unit* is what can be encoded by itself: one image where the family's processor keeps images
+apart, else all images of a row. The encoder runs over batches of units of like size, and what it
+says of each is kept until the last row that needs it is prefilled.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchvlm.engine.collate import concatenate
+from batchvlm.records import Array, EngineStats, Failure, Sample
+
+# Families whose processors put a row's tiles on the second dimension, behind one for the row.
+_ROWS_OF_TILES = frozenset({"idefics2", "idefics3", "smolvlm"})
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the encoder says of one image, or of one tile."""
+
+    pooled_PD: Tensor
+    """[P, D]: a vector for each of its P image tokens."""
+    deep: tuple[Tensor, ...] = ()
+    """Likewise for deeper layers of the decoder, [P, D] each (Qwen3-VL)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Images that are encoded together, from one row."""
+
+    key: str
+    """The same for the same content."""
+    arrays: Mapping[str, Array]
+    """The processor's arrays for it, as `get_image_features` takes them."""
+
+    @property
+    def num_entries(self) -> int:
+        """Entries that the encoder gives back for it: one an image, or one a tile."""
+        grid = self.arrays.get("image_grid_thw")
+        return len(grid) if grid is not None else len(self.arrays["pixel_values"])
+
+    @property
+    def num_cells(self) -> int:
+        """Numbers of its pixel array: what encoding it costs, roughly."""
+        return int(self.arrays["pixel_values"].size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Units of one shape are joined without padding."""
+        return self.arrays["pixel_values"].shape[1:]
+
+
+class ImageFeatures:
+    """Encodes units and keeps what rows still need.
+
+    Args:
+        model: a transformers model with `get_image_features`.
+        stats: counts what was encoded.
+        is_shared: whether rows that show the same image share it; off only to measure.
+    """
+
+    def __init__(self, model: Any, stats: EngineStats, *, is_shared: bool = True) -> None:
+        self._encode = model.base_model.get_image_features
+        self._names = frozenset(inspect.signature(self._encode).parameters)
+        self._model_type = model.config.model_type
+        self._device, self._dtype = model.device, model.dtype
+        self.stats = stats
+        self._is_shared = is_shared
+        self._users: dict[str, int] = {}
+        self._entries: dict[str, Sequence[Entry]] = {}
+        self._failures: dict[str, Failure] = {}
+        self._output_type: Any = None
+        self._is_stacked = False
+        """Whether the family gives one tensor for all images rather than one for each."""
+
+    def units(self, sample: Sample) -> tuple[Unit, ...]:
+        """What a row needs encoded, in the order of its images; empty for text alone."""
+        arrays = {n: a for n, a in sample.features.items() if n in self._names}
+        if "pixel_values" not in arrays:
+            return ()
+        if self._model_type in _ROWS_OF_TILES:
+            arrays = {n: a.reshape(-1, 1, *a.shape[2:]) for n, a in arrays.items()}
+        keys = sample.image_keys
+        if not self._is_shared or not keys:
+            return (Unit(f"{sample.row_index}", arrays),)
+        parts = _by_image(arrays, len(keys)) if len(keys) > 1 else None
+        if parts is None:
+            return (Unit("+".join(keys), arrays),)
+        return tuple(Unit(key, part) for key, part in zip(keys, parts, strict=True))
+
+    def retain(self, units: Iterable[Unit]) -> None:
+        """Count one more row that needs these units."""
+        for unit in units:
+            self._users[unit.key] = self._users.get(unit.key, 0) + 1
+
+    def release(self, units: Iterable[Unit]) -> None:
+        """Count one row less; a unit that nobody needs is forgotten."""
+        for unit in units:
+            self._users[unit.key] -= 1
+            if not self._users[unit.key]:
+                del self._users[unit.key]
+                self._entries.pop(unit.key, None)
+                self._failures.pop(unit.key, None)
+
+    def missing(self, units: Iterable[Unit]) -> list[Unit]:
+        """Those that were not tried yet, each content once."""
+        found = {u.key: u for u in units}
+        return [u for k, u in found.items() if k not in self._entries and k not in self._failures]
+
+    def fail(self, unit: Unit, failure: Failure) -> None:
+        """Note that a unit cannot be encoded."""
+        self._failures[unit.key] = failure
+
+    def failure(self, units: Iterable[Unit]) -> Failure | None:
+        """Why one of these could not be encoded, if so."""
+        return next((self._failures[u.key] for u in units if u.key in self._failures), None)
+
+    @torch.inference_mode()
+    def encode(self, units: Sequence[Unit]) -> None:
+        """Encode units of one shape in one forward of the encoder."""
+        inputs = {
+            name: self._to_device(concatenate([unit.arrays[name] for unit in units]))
+            for name in units[0].arrays
+        }
+        output = self._encode(**inputs, return_dict=True)
+        pooled = output.pooler_output
+        layers = getattr(output, "deepstack_features", None) or ()
+        self._output_type, self._is_stacked = type(output), isinstance(pooled, Tensor)
+        counts = [unit.num_entries for unit in units]
+        if len(pooled) != sum(counts):
+            raise ValueError(f"{len(pooled)} image features for {sum(counts)} images")
+        # Copies: a view would keep the whole batch's features alive for the last row of it.
+        entries = [
+            Entry(vectors_PD.clone(), tuple(layer[i].clone() for layer in layers))
+            for i, vectors_PD in enumerate(pooled)
+        ]
+        for unit, count in zip(units, counts, strict=True):
+            self._entries[unit.key], entries = entries[:count], entries[count:]
+        self.stats.images_encoded += len(units)
+
+    def entries(self, units: Iterable[Unit]) -> list[Entry]:
+        """What the encoder said of these units, in order."""
+        return [entry for unit in units for entry in self._entries[unit.key]]
+
+    def joined(self, entries: Sequence[Entry]) -> Any:
+        """The encoder's output for these entries, as the model takes it; None for none."""
+        if not entries:
+            return None
+
+        def join(tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+            return torch.stack(list(tensors)) if self._is_stacked else tuple(tensors)
+
+        output = self._output_type(pooler_output=join([entry.pooled_PD for entry in entries]))
+        if entries[0].deep:
+            by_layer = zip(*(entry.deep for entry in entries), strict=True)
+            output.deepstack_features = [join(layer) for layer in by_layer]
+        return output
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        dtype = self._dtype if tensor.is_floating_point() else None
+        return tensor.to(self._device, dtype)
+
+
+def batches(units: Sequence[Unit], max_cells: int) -> list[list[Unit]]:
+    """Units in groups of one shape and at most `max_cells`, largest first; a larger one alone."""
+    groups: list[list[Unit]] = []
+    cells = 0
+    for unit in sorted(units, key=lambda u: (u.shape, u.num_cells), reverse=True):
+        is_full = not groups or cells + unit.num_cells > max_cells
+        if is_full or groups[-1][0].shape != unit.shape:
+            groups.append([])
+            cells = 0
+        groups[-1].append(unit)
+        cells += unit.num_cells
+    return groups
+
+
+def _by_image(arrays: Mapping[str, Array], num_images: int) -> list[dict[str, Array]] | None:
+    """The arrays of each image, or None where they cannot be told apart."""
+    grid = arrays.get("image_grid_thw")
+    if grid is not None and len(grid) == num_images:
+        ends = np.cumsum(grid.prod(-1))
+        if ends[-1] != len(arrays["pixel_values"]) or set(arrays) != {
+            "pixel_values",
+            "image_grid_thw",
+        }:
+            return None
+        pixels = np.split(arrays["pixel_values"], ends[:-1])
+        return [
+            {"pixel_values": p, "image_grid_thw": grid[i : i + 1]} for i, p in enumerate(pixels)
+        ]
+    # Where the number of images counts, an image alone is not encoded as one of several.
+    is_counted = "batch_num_images" in arrays
+    if not is_counted and all(len(array) == num_images for array in arrays.values()):
+        return [{n: a[i : i + 1] for n, a in arrays.items()} for i in range(num_images)]
+    return None
