@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
@@ -38,6 +38,8 @@ class Packed:
     bounds: tuple[int, ...]
     past: tuple[Sequence[KeysValues] | None, ...]
     """For each row, by layer, what was computed of its prompt before; None: it starts here."""
+    last_E: Tensor | None = None
+    """int64 [E]: the tokens whose logits are asked for; None: all count."""
     sees_ahead: bool = False
     """Set by a forward in which some token attends to a later one, as in PaliGemma's prompts."""
 
@@ -79,6 +81,26 @@ class Slots:
 
 
 _form: Packed | Slots | None = None
+
+
+class OnlyLast(nn.Module):
+    """A module of the last layer that works token by token, for the tokens that count.
+
+    What the last layer makes of the other tokens of a prompt is read by nobody: their keys and
+    values are taken before. Theirs is 0 here.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_1TD: Tensor) -> Tensor:
+        if not isinstance(_form, Packed) or _form.last_E is None:
+            return cast(Tensor, self.inner(hidden_1TD))
+        some_1ED = self.inner(hidden_1TD[:, _form.last_E])
+        out_1TD: Tensor = some_1ED.new_zeros(1, hidden_1TD.shape[1], some_1ED.shape[2])
+        out_1TD[:, _form.last_E] = some_1ED
+        return out_1TD
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchvlm.engine import attention
 from batchvlm.engine.attention import Packed, Slots
@@ -73,6 +73,7 @@ class Decoder:
         inner = inspect.signature(model.base_model.forward).parameters
         self._types = [name for name in _TOKEN_TYPES if name in shown or name in inner]
         self.device: torch.device = model.device
+        _trim_last_layer(model.get_decoder())
         token_id = getattr(model.config, "image_token_id", None)
         if token_id is None:
             token_id = getattr(model.config, "image_token_index", None)
@@ -134,9 +135,11 @@ class Decoder:
         # One position at least: a model does not take an empty list of them.
         last_E = [bounds[i + 1] - 1 for i in ends] or [0]
         cache = PackedCache(self._num_layers)
+        last = self.to_device(torch.tensor(last_E))
         form = Packed(
             bounds=tuple(bounds),
             past=tuple(p.past.layers if p.past is not None else None for p in pieces),
+            last_E=last,
         )
         with attention.attending(form), self._attending_by_row():
             out = self._model(
@@ -144,7 +147,7 @@ class Decoder:
                 position_ids=self._axes(positions_RT[:, None]),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=torch.tensor(last_E, device=self.device),
+                logits_to_keep=last,
                 **inputs,
             )
         if images is not None:
@@ -217,3 +220,13 @@ class Decoder:
             yield
         finally:
             self._config._attn_implementation = self._own_attention
+
+
+def _trim_last_layer(decoder: Any) -> None:
+    """Let the last layer's feed-forward part and output projection skip tokens nobody asks for."""
+    layer = decoder.layers[-1]
+    parts = [(layer, "mlp"), (getattr(layer, "self_attn", None), "o_proj")]
+    for parent, name in parts:
+        inner: Any = getattr(parent, name, None)
+        if isinstance(inner, nn.Linear) or type(inner).__name__.endswith("MLP"):
+            setattr(parent, name, attention.OnlyLast(inner))

@@ -8,6 +8,7 @@ from typing import Any
 
 from batchvlm.config import EngineName, JobConfig
 from batchvlm.engine.generate import GenerateEngine, eos_ids
+from batchvlm.engine.kernels import tune
 from batchvlm.engine.protocol import Engine
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.errors import ModelError
@@ -41,6 +42,7 @@ def select_engine(cfg: JobConfig, *, device: str) -> Engine:
     # The processor first: whatever is wrong with it is known before the weights are read.
     tokenizer = load_processor(cfg.model).tokenizer
     model = load_model(cfg.model, device=device)
+    tune(model)
     reason = why_not_slots(model, is_asked_for=cfg.engine.name is EngineName.slots)
     match cfg.engine.name:
         case EngineName.slots if reason:

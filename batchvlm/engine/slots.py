@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from batchvlm.config import BatchingConfig, EngineConfig
+from batchvlm.engine import canary
 from batchvlm.engine.answers import expand, join
 from batchvlm.engine.attention import Span
 from batchvlm.engine.cache import RowCache, SlotCache
@@ -29,7 +30,7 @@ from batchvlm.engine.memory import MemoryPlan
 from batchvlm.engine.prefill import Prefill, PreparedRow
 from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
-from batchvlm.errors import ErrorType
+from batchvlm.errors import ErrorType, ModelError
 from batchvlm.records import Completion, EngineStats, Failure, Sample
 
 log = logging.getLogger(__name__)
@@ -121,11 +122,13 @@ class SlotEngine:
         suppress_ids: Sequence[int] = (),
     ) -> None:
         self.stats = EngineStats()
+        self._model = model
         self._tokenizer = tokenizer
         self._batching = batching
         self._eos_ids = frozenset(eos_ids)
         self._decoder = Decoder(model)
         self._device = self._decoder.device
+        self._is_checked = not cfg.canary
         self._plan = MemoryPlan(cfg, self._device)
         self._prefill = Prefill(model, self._decoder, self._plan, cfg, self.stats)
         num_slots = self._plan.max_slots
@@ -159,7 +162,9 @@ class SlotEngine:
         while True:
             feed.gather(wait=not self._is_busy())
             if not self._prefill.num_waiting and len(feed):
-                self._prefill.add(feed.take_window())
+                window = feed.take_window()
+                self._check(window)
+                self._prefill.add(window)
             if not self._is_busy() and feed.is_done and not len(feed):
                 break
             self._park()
@@ -171,6 +176,22 @@ class SlotEngine:
             while self._ready:
                 yield self._ready.popleft()
         self._cache = None
+
+    def _check(self, window: Sequence[Sample]) -> None:
+        """Hold the first rows against `generate()`, once."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        try:
+            canary.check(self._model, self._decoder, window)
+        except torch.AcceleratorError as error:
+            raise device_error(error) from error
+        except (ModelError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            # Most likely a row that nobody can answer, or memory; each row will say so itself.
+            log.warning("the canary could not run: %s", failure_of(error).message)
+            self._free_memory()
 
     def _is_busy(self) -> bool:
         return bool(

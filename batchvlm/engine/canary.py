@@ -1,0 +1,120 @@
+"""A few rows, answered twice: by the slot engine's own forwards and by plain `generate()`.
+
+A family that transformers changed, a kernel that is wrong on this device: either shows here, before
+the first row is answered, rather than in a million answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchvlm.engine.attention import Span
+from batchvlm.engine.cache import SlotCache
+from batchvlm.engine.collate import collate
+from batchvlm.engine.decoder import Decoder, Piece
+from batchvlm.engine.generate import without_defaults
+from batchvlm.engine.vision import ImageFeatures, batches
+from batchvlm.errors import ModelError
+from batchvlm.records import EngineStats, Sample
+
+log = logging.getLogger(__name__)
+
+# Shape legend: B rows, V vocabulary.
+
+_NUM_ROWS = 2
+_MAX_ERROR = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
+"""Length of the difference of two rows of logits over that of the logits about their mean. Rounding
+stays an order of magnitude below; a wrong position or image gives 0.5 and more."""
+
+
+def check(model: Any, decoder: Decoder, samples: Sequence[Sample]) -> None:
+    """Hold the first two tokens of the shortest rows against `generate()`.
+
+    Args:
+        model: a transformers model.
+        decoder: the same model as the slot engine drives it.
+        samples: rows to choose from; the shortest are taken, together in one pack.
+
+    Raises:
+        ModelError: the two differ by more than rounding.
+    """
+    start_s = time.perf_counter()
+    # Rows with images first: they have more that could go wrong.
+    rows = sorted(samples, key=lambda s: (not s.image_sizes, s.prompt_tokens))[:_NUM_ROWS]
+    expected = [_generated(model, row) for row in rows]
+    first_BV = torch.stack([logits_V for logits_V, _ in expected])
+    mine = _over_slots(model, decoder, rows, first_BV.argmax(-1))
+    for step, logits_BV in enumerate(mine):
+        for row, logits_V, pair in zip(rows, logits_BV, expected, strict=True):
+            error = relative_error(logits_V, pair[step])
+            # Logits that are no numbers are the model's own, and an error of their rows.
+            if error > _MAX_ERROR.get(model.dtype, 0.3):
+                raise ModelError(
+                    f"{type(model).__name__} ({model.config.model_type}) answers differently over "
+                    f"slots: the logits of token {step + 1} of row {row.row_index} are off by "
+                    f"{error:.0%}",
+                    hint="engine=generate runs it by transformers' generate(); please report this",
+                )
+    log.debug("canary: %d rows in %.2f s", len(rows), time.perf_counter() - start_s)
+
+
+def relative_error(mine_V: Tensor, its_V: Tensor) -> float:
+    """Length of the difference over the length of `its_V` about its mean; NaN if not finite."""
+    mine_V, its_V = mine_V.float(), its_V.float()
+    return float((mine_V - its_V).norm() / (its_V - its_V.mean()).norm())
+
+
+@torch.inference_mode()
+def _generated(model: Any, row: Sample) -> tuple[Tensor, Tensor]:
+    """The logits of a row's first two tokens by `generate()`, [V] each."""
+    inputs = {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in collate([row], pad_id=0).items()
+    }
+    config = without_defaults(model.generation_config, pad_id=0)
+    # Nothing may be kept from being said, or its logit would be missing.
+    config.update(
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        bad_words_ids=None,
+        max_new_tokens=2,
+        min_new_tokens=2,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    out = model.generate(**inputs, generation_config=config)
+    return out.logits[0][0], out.logits[1][0]
+
+
+def _over_slots(
+    model: Any, decoder: Decoder, rows: Sequence[Sample], first_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The logits of the first token, and of the second where the first is `first_B`, [B, V]."""
+    images = ImageFeatures(model, EngineStats())
+    units = [images.units(row) for row in rows]
+    for batch in batches(images.missing(u for own in units for u in own), max_cells=1 << 62):
+        images.encode(batch)
+    prompts = [decoder.prompt(row) for row in rows]
+    features = images.joined(images.entries(u for own in units for u in own))
+    pieces = [Piece(prompt, 0, len(prompt)) for prompt in prompts]
+    first_BV, packed = decoder.prefill(pieces, features, ends=range(len(rows)))
+    lengths = [len(prompt) for prompt in prompts]
+    cache = SlotCache(packed.row(0, 1), num_slots=len(rows), length=max(lengths) + 1)
+    start = 0
+    for slot, length in enumerate(lengths):
+        cache.put(slot, [packed.row(start, start + length)])
+        start += length
+    second_BV = decoder.step(
+        cache,
+        first_B,
+        torch.tensor(lengths, device=decoder.device),
+        torch.tensor([prompt.rope_delta for prompt in prompts], device=decoder.device),
+        [Span(0, len(rows), max(lengths) + 1)],
+    )
+    return first_BV, second_BV
