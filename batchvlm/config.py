@@ -83,8 +83,11 @@ class DataConfig:
     """The only folder that image paths in rows may point into; null: the input's own folder."""
     max_rows: int | None = None
     """Take only the first rows of the input; null: all."""
+    max_image_bytes: int = 1 << 28
+    """An image of more bytes is refused; its file is not read further than that."""
     max_source_pixels: int = 178_956_970
-    """An image whose header claims more pixels is refused undecoded (Pillow's own limit)."""
+    """An image whose header claims more pixels is refused undecoded (Pillow's own limit). Decoding
+    takes up to 28 bytes of memory a pixel, by format."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,8 @@ class ErrorType(StrEnum):
     DECODE = "decode"
     """The bytes are no image, or only part of one."""
     TOO_LARGE = "too_large"
-    """The image header claims more pixels than `data.max_source_pixels`."""
+    """The image has more bytes than `data.max_image_bytes`, or its header claims more pixels than
+    `data.max_source_pixels`."""
     FORBIDDEN = "forbidden"
     """The row asks for a file or an address that the configuration does not allow."""
     TIMEOUT = "timeout"

@@ -46,6 +46,7 @@ def answer_identity(cfg: JobConfig, files: Sequence[InputFile]) -> dict[str, Any
             "columns": to_plain(cfg.data.columns),
             # Paths in rows mean other files below another root.
             "image_root": cfg.data.image_root,
+            "max_image_bytes": cfg.data.max_image_bytes,
             "max_source_pixels": cfg.data.max_source_pixels,
         },
         "task": _task_identity(cfg.task),

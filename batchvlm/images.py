@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.records import ImageRef
@@ -18,28 +21,60 @@ from batchvlm.records import ImageRef
 # Ours is checked against the header before a pixel is decoded, and names the limit.
 Image.MAX_IMAGE_PIXELS = None
 
+# It logs what it finds wrong with a TIFF, line by line; the row's error says that it is broken.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
 # Pillow opens more, EPS by running Ghostscript on it.
 Image.init()
 _WANTED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 _WHITE = (255, 255, 255)
+_BITS_PER_SAMPLE = 258
+_STRIP_PIXELS = 1 << 20
+"""Converted at once where the whole image would take too much memory."""
+# What brings a picture of each EXIF orientation upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(
-    ref: ImageRef, *, image_root: str | None, max_source_pixels: int, max_pixels: int
+    ref: ImageRef,
+    *,
+    image_root: str | None,
+    max_image_bytes: int,
+    max_source_pixels: int,
+    max_pixels: int,
 ) -> Image.Image:
-    """Decode one image wholly: upright, RGB, at most `max_pixels`.
+    """Decode one image wholly: upright, RGB, at most `max_pixels`, without metadata.
+
+    What a decoder needs apart, memory is bounded by the decoded image, 4 bytes a pixel, and the
+    result: an image that is to be shrunk is converted strip by strip.
 
     Args:
         ref: bytes, or a path below `image_root`.
         image_root: the only folder that paths may point into; None allows no path.
+        max_image_bytes: a file of more bytes is refused unread.
         max_source_pixels: a header that claims more is refused undecoded.
         max_pixels: a larger image is shrunk to this, keeping its shape.
 
     Raises:
         RowError: `missing_image`, `forbidden`, `too_large` or `decode`.
     """
-    data = ref.data if ref.data is not None else _read_file(ref.path, image_root)
+    data = ref.data
+    if data is None:
+        data = _read_file(ref.path, image_root, max_image_bytes)
+    if len(data) > max_image_bytes:
+        raise RowError(
+            ErrorType.TOO_LARGE,
+            f"the image has more bytes than data.max_image_bytes={max_image_bytes}",
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; the pixels decide
@@ -60,7 +95,8 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _read_file(path: str | None, image_root: str | None) -> bytes:
+def _read_file(path: str | None, image_root: str | None, max_bytes: int) -> bytes:
+    """A file's bytes; of one that is too long, one byte too many."""
     assert path is not None
     if image_root is None:
         raise RowError(ErrorType.FORBIDDEN, "the row names a path and data.image_root is not set")
@@ -75,7 +111,7 @@ def _read_file(path: str | None, image_root: str | None) -> bytes:
         with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise RowError(ErrorType.MISSING_IMAGE, "the path is no regular file")
-            return file.read()
+            return file.read(max_bytes + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a valid path"
         raise RowError(
@@ -94,18 +130,49 @@ def _decode(data: bytes, *, max_source_pixels: int, max_pixels: int) -> Image.Im
             f"the header claims {width} x {height} pixels, more than "
             f"data.max_source_pixels={max_source_pixels}",
         )
+    if image.format == "PNG":
+        # Pillow decodes pixels whose checksum is wrong, browsers do not.
+        Image.open(io.BytesIO(data), formats=("PNG",)).verify()
     if image.format == "JPEG" and width * height > max_pixels:
         # A JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work; Pillow picks the smallest
         # scale that still covers the size asked for.
         image.draft(None, capped_size(image.size, max_pixels))
     image.load()  # open() alone accepts half a file
+    turn = None
     with contextlib.suppress(Exception):  # broken metadata: the pixels are still good
-        image = ImageOps.exif_transpose(image)
-    image = to_rgb(image)
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    image = _shrunk_to_rgb(image, max_pixels)
+    if turn is not None:
+        image = image.transpose(turn)
+    # A new object: whoever finds the orientation in its metadata might turn it once more.
+    picture = Image.new("RGB", image.size)
+    picture.paste(image)
+    return picture
+
+
+def _shrunk_to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+    """As RGB at most `max_pixels` large; the whole is never there twice in full size."""
     size = capped_size(image.size, max_pixels)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    return image
+    image = _to_8_bits(image)
+    if size == image.size:
+        return to_rgb(image)
+    # As resize(reducing_gap=3) does it: by whole numbers first, then exactly.
+    by_x, by_y = (
+        max(1, int(whole / part / 3.0)) for whole, part in zip(image.size, size, strict=True)
+    )
+    box = (0.0, 0.0, image.width / by_x, image.height / by_y)
+    reduced = Image.new("RGB", (math.ceil(box[2]), math.ceil(box[3])))
+    for strip in _strips(image, by_y):
+        piece = to_rgb(image.crop(strip)).reduce((by_x, by_y))
+        reduced.paste(piece, (0, strip[1] // by_y))
+    return reduced.resize(size, Image.Resampling.BICUBIC, box)
+
+
+def _strips(image: Image.Image, step: int = 1) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes from top to bottom, each a multiple of `step` rows high but for the last."""
+    num_rows = step * max(1, _STRIP_PIXELS // (image.width * step))
+    for top in range(0, image.height, num_rows):
+        yield (0, top, image.width, min(top + num_rows, image.height))
 
 
 def capped_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
@@ -120,25 +187,42 @@ def capped_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB: transparency over white, 16-bit and float grey scaled to 8 bits."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return _grey_to_rgb(image)
+    """Any mode as RGB: transparency over white, wide grey scaled to 8 bits."""
+    image = _to_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGBA", rgba.size, (*_WHITE, 255))
         return Image.alpha_composite(canvas, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _grey_to_rgb(image: Image.Image) -> Image.Image:
-    # convert() clips these to 255, which turns a 16-bit scan white.
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    high = float(values.max(initial=0))
-    if image.mode == "F" and high <= 1:
-        scale = 255.0
-    else:
-        scale = 255 / 65535 if image.mode.startswith("I;16") or high > 255 else 1.0
-    grey = np.clip(values * scale + 0.5, 0, 255).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 and more bits as L, where convert() would clip at 255; all else as it is."""
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
+    white = _white_level(image)
+    grey = Image.new("L", image.size)
+    for strip in _strips(image):
+        values = np.asarray(image.crop(strip), dtype=np.float32)
+        values = np.nan_to_num(values, nan=0.0, posinf=white, neginf=0.0)
+        scaled = np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8)
+        grey.paste(Image.fromarray(scaled), strip[:2])
+    return grey
+
+
+def _white_level(image: Image.Image) -> float:
+    """The value that is white: by the format where it says so, else the least that would fit."""
+    if image.mode.startswith("I;16"):
+        tags: Any = getattr(image, "tag_v2", {})  # a TIFF of 9 to 16 bits
+        bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+        return float((1 << bits) - 1) if 8 < bits <= 16 else 65535.0
+    if image.format == "PPM":
+        return 65535.0  # Pillow scales to this
+    high = 0.0
+    for strip in _strips(image):
+        values = np.asarray(image.crop(strip))
+        high = max(high, float(values.max(initial=0, where=np.isfinite(values))))
+    for white in (1.0, 255.0, 65535.0):
+        if high <= white and not (white == 1.0 and image.mode == "I"):
+            return white
+    return high

@@ -226,6 +226,7 @@ def _open_pool(job: Job) -> WorkerPool:
             generation=cfg.generation,
             image_root=job.source.image_root,
             max_source_pixels=cfg.data.max_source_pixels,
+            max_image_bytes=cfg.data.max_image_bytes,
         ),
         num_workers=default_num_workers() if num_workers is None else num_workers,
         timeout_s=cfg.runtime.sample_timeout_s,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from batchvlm.config import ColumnsConfig, GenerationConfig, ModelConfig, TaskConfig
+from batchvlm.config import ColumnsConfig, DataConfig, GenerationConfig, ModelConfig, TaskConfig
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.images import load_image
 from batchvlm.loading import ModelLimits, load_limits, load_processor
@@ -32,6 +32,7 @@ class PreprocessSpec:
     generation: GenerationConfig
     image_root: str | None
     max_source_pixels: int
+    max_image_bytes: int = DataConfig.max_image_bytes
 
 
 class Preprocessor:
@@ -60,6 +61,7 @@ class Preprocessor:
                 load_image(
                     ref,
                     image_root=self._spec.image_root,
+                    max_image_bytes=self._spec.max_image_bytes,
                     max_source_pixels=self._spec.max_source_pixels,
                     max_pixels=self._spec.model.max_image_pixels,
                 )

@@ -22,7 +22,12 @@ from tests.conftest import encode
 
 
 def load(data: bytes | None = None, path: str | None = None, **options: Any) -> Image.Image:
-    defaults = {"image_root": None, "max_source_pixels": 10**8, "max_pixels": 10**6}
+    defaults = {
+        "image_root": None,
+        "max_image_bytes": 1 << 20,
+        "max_source_pixels": 10**8,
+        "max_pixels": 10**6,
+    }
     return load_image(ImageRef(data=data, path=path), **(defaults | options))
 
 
@@ -209,6 +214,23 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     options = {"image_root": str(tmp_path)}
     for path in ("no.png", "folder", "pipe", "a\0b", "x" * 5000):
         assert refused(path=path, **options).error_type is ErrorType.MISSING_IMAGE, path[:20]
+
+
+def test_a_file_is_read_no_further_than_its_limit(tmp_path: Path) -> None:
+    data = encode(halves())
+    (tmp_path / "a.png").write_bytes(data)
+    with open(tmp_path / "long.png", "wb") as file:
+        file.truncate(1 << 40)
+    options = {"image_root": str(tmp_path), "max_image_bytes": len(data)}
+    assert load(path="a.png", **options).size == (40, 20)
+    assert load(data, max_image_bytes=len(data)).size == (40, 20)
+    for error in (
+        refused(path="long.png", **options),
+        refused(path="a.png", **options | {"max_image_bytes": len(data) - 1}),
+        refused(data, max_image_bytes=len(data) - 1),
+    ):
+        assert error.error_type is ErrorType.TOO_LARGE
+        assert "more bytes than data.max_image_bytes=" in error.message
 
 
 def test_an_animation_shows_its_first_frame() -> None:
