@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,9 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from batchvlm.errors import ConfigError
+
+MAX_CHECK_S = 2.0
+"""Checking one answer may take this long, in seconds; most take a thousandth of one."""
 
 
 class InvalidSchemaError(ValueError):
@@ -72,9 +80,16 @@ def compile_schema(text: str) -> Validator:
 
 
 def why_invalid(value: Any, schema: str) -> str | None:
-    """One line on how a value breaks a schema, or None where it fits."""
+    """One line on how a value breaks a schema, or None where it fits.
+
+    A schema that takes longer than `MAX_CHECK_S` counts as broken: a pattern like `^(a+)+$` on a
+    long text, or definitions that refer to one another, can take longer than anybody waits.
+    """
     try:
-        error: ValidationError | None = best_match(compile_schema(schema).iter_errors(value))
+        with _time_limit(MAX_CHECK_S):
+            error: ValidationError | None = best_match(compile_schema(schema).iter_errors(value))
+    except _TooLongError:
+        return f"the schema cannot be applied: it takes longer than {MAX_CHECK_S:g} s"
     except Unresolvable as unresolvable:
         return f"the schema refers to {unresolvable.ref!r}, which is not in it"
     # A schema may hold a pattern that Python's re refuses, or recurse without end.
@@ -82,4 +97,46 @@ def why_invalid(value: Any, schema: str) -> str | None:
         return f"the schema cannot be applied: {type(broken).__name__}"
     if error is None:
         return None
-    return f"{error.json_path}: {' '.join(error.message.split())[:200]}"
+    reason = f"{error.json_path}: {' '.join(error.message.split())[:200]}"
+    # JSON can name a key by half a surrogate pair, which no text column can hold.
+    return reason.encode("utf-8", "backslashreplace").decode()
+
+
+class _TooLongError(BaseException):
+    """Not an `Exception`, which a library might catch."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise `_TooLongError` out of what takes longer, in the main thread; elsewhere do nothing.
+
+    By the alarm clock of the process, which also interrupts Python's `re` in the middle of a match.
+    One that somebody else had set goes on afterwards.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(
+        signal, "setitimer"
+    ):
+        yield
+        return
+    start = time.monotonic()
+
+    def ring(*_: object) -> None:
+        raise _TooLongError
+
+    def switch_off() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    # Again and again: one that rings while an object is being freed is lost.
+    others, others_interval = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
+    try:
+        try:
+            yield
+        finally:
+            switch_off()
+    finally:
+        switch_off()  # it may have rung in the middle of the first time
+        if others:
+            left = max(1e-3, others - (time.monotonic() - start))
+            signal.setitimer(signal.ITIMER_REAL, left, others_interval)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from batchvlm import schemas
 from batchvlm.errors import ConfigError
 from batchvlm.schemas import InvalidSchemaError, compile_schema, read_schema, why_invalid
 
@@ -58,3 +63,55 @@ def test_a_schema_that_cannot_be_applied_is_an_answer_too() -> None:
     assert "cannot be applied" in str(why_invalid("a", '{"pattern": "(?<bad"}'))
     endless = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
     assert "cannot be applied" in str(why_invalid(1, json.dumps(endless)))
+
+
+SLOW_PATTERN = {"pattern": "^(a+)+$"}
+# Each definition asks for the next one twice: 2^40 questions about one value.
+SLOW_REFERENCES = {
+    "$defs": {
+        **{f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)},
+        "d40": {"type": "null"},
+    },
+    "$ref": "#/$defs/d0",
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"), [(SLOW_PATTERN, "a" * 60 + "b"), (SLOW_REFERENCES, "x")]
+)
+def test_a_schema_that_takes_ages_is_given_up(
+    schema: dict[str, Any], value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row's own schema must not stop the run: it would stop there again after each restart."""
+    monkeypatch.setattr(schemas, "MAX_CHECK_S", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    reason = why_invalid(value, json.dumps(schema))
+    assert reason == "the schema cannot be applied: it takes longer than 0.2 s"
+    assert why_invalid({"x": 1}, json.dumps(POINT)) is None
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_clock_that_was_running_goes_on() -> None:
+    rung = threading.Event()
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.set())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        assert why_invalid({"x": 1}, json.dumps(POINT)) is None
+        assert not rung.is_set()
+        end = time.monotonic() + 10
+        while not rung.is_set() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert rung.is_set()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_thread_checks_too() -> None:
+    """Signals reach the main thread alone; elsewhere there is no limit, and no error either."""
+    found: list[str | None] = []
+    thread = threading.Thread(target=lambda: found.append(why_invalid({}, json.dumps(POINT))))
+    thread.start()
+    thread.join()
+    assert "required" in str(found[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from batchvlm.config import TaskOutputConfig
@@ -12,7 +11,7 @@ from batchvlm.records import Failure
 from batchvlm.schemas import read_schema, why_invalid
 from batchvlm.tasks import Reading
 
-_FENCE = re.compile(r"\A```(?:json|JSON)?\s*\n(.*?)\n?```\Z", re.DOTALL)
+_FENCE = "```"
 
 
 class Extract:
@@ -35,7 +34,7 @@ class Extract:
         """Parse and validate; see `Task.read`."""
         try:
             value = json.loads(_without_fence(text), parse_constant=_refuse_constant)
-            parsed = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            parsed = _canonical(value)
         except (ValueError, RecursionError) as error:
             return _invalid(f"the answer is no JSON: {_reason(error)}")
         schema = json_schema or self._schema
@@ -44,11 +43,23 @@ class Extract:
         return Reading(parsed=parsed, json_valid=True)
 
 
+def _canonical(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Half a surrogate pair, which JSON can say and no text column can hold, stays escaped.
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text
+
+
 def _without_fence(text: str) -> str:
     # Many models wrap JSON in a Markdown code block, whatever the prompt says.
     text = text.strip()
-    fenced = _FENCE.match(text)
-    return fenced.group(1) if fenced else text
+    first, _, rest = text.partition("\n")
+    if first.rstrip() in (_FENCE, f"{_FENCE}json", f"{_FENCE}JSON") and rest.endswith(_FENCE):
+        return rest.removesuffix(_FENCE)
+    return text
 
 
 def _refuse_constant(name: str) -> Any:

@@ -61,6 +61,28 @@ def test_an_answer_that_does_not(text: str, message: str) -> None:
     assert message in reading.failure.message
 
 
+def test_a_fence_that_never_ends_takes_no_time() -> None:
+    """Quadratic matching would take minutes here."""
+    for text in ("```" + "\n" * 200_000 + "x", "```json" + " \n" * 100_000, "`" * 200_000):
+        assert read(text).json_valid is False
+    lines = "\n" * 100_000
+    assert read(f'```json{lines}{{"name": "a"}}{lines}```').parsed == '{"name":"a"}'
+
+
+def test_half_a_surrogate_pair_stays_escaped() -> None:
+    """JSON can say it and no text column can hold it: written out, it would become another text."""
+    reading = read('{"name": "\\ud800"}')
+    assert (reading.parsed, reading.json_valid) == ('{"name":"\\ud800"}', True)
+    assert read('{"name": "\\ud83d\\ude00"}').parsed == '{"name":"\N{GRINNING FACE}"}'
+
+
+def test_a_message_can_be_stored_whatever_the_answer_holds() -> None:
+    for text in ('{"\\ud800": 1}', '{"name": {"\\udfff": 1}}', '{"name": "a", "n": "\\ud800"}'):
+        failure = read(text).failure
+        assert failure is not None
+        failure.message.encode()
+
+
 def test_a_rows_own_schema_comes_first() -> None:
     own = json.dumps({"type": "array"})
     assert read("[1]", own).json_valid is True
