@@ -177,7 +177,7 @@ def _stored_type(field: pa.Field) -> pa.DataType:
     """
     sink = pa.BufferOutputStream()
     try:
-        pq.write_table(pa.table({field.name: pa.nulls(1, field.type)}), sink)
+        pq.write_table(pa.table({field.name: pa.nulls(1, _without_views(field.type))}), sink)
         return pq.read_schema(pa.BufferReader(sink.getvalue())).field(0).type
     except pa.ArrowException as error:
         # Better now than when the first shard is done.
@@ -185,6 +185,24 @@ def _stored_type(field: pa.Field) -> pa.DataType:
             f"output.keep_columns: Parquet cannot hold {field.name!r}, which is {field.type}",
             hint="leave it out",
         ) from error
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    """The same type without views, which pyarrow cannot write within a struct."""
+    match kind:
+        case pa.StructType():
+            return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
+        case pa.MapType():
+            return pa.map_(_without_views(kind.key_type), _without_views(kind.item_type))
+        case pa.FixedSizeListType():
+            return pa.list_(_without_views(kind.value_type), kind.list_size)
+        case pa.ListType() | pa.ListViewType():
+            return pa.list_(kind.value_field.with_type(_without_views(kind.value_type)))
+        case pa.LargeListType() | pa.LargeListViewType():
+            return pa.large_list(kind.value_field.with_type(_without_views(kind.value_type)))
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    return pa.binary() if pa.types.is_binary_view(kind) else kind
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:

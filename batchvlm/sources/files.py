@@ -15,6 +15,8 @@ from fsspec.implementations.local import LocalFileSystem
 from batchvlm.errors import InputError
 from batchvlm.sources.rows import one_line
 
+HAS_CHANGED = "the file has changed since the plan was made"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
@@ -26,6 +28,17 @@ class Listing:
     """The folder that the names are relative to, as `fs` takes it."""
     paths: Mapping[str, str]
     """Name relative to `root` -> path as `fs` takes it, in the input's order."""
+
+    def stamp(self, name: str) -> tuple[int, ...]:
+        """What changes when a local file is written or replaced; nothing for a remote one.
+
+        Raises:
+            OSError: the file is not there any more.
+        """
+        if not isinstance(self.fs, LocalFileSystem):
+            return ()
+        found = os.stat(self.paths[name])
+        return (found.st_ino, found.st_size, found.st_mtime_ns)
 
     @property
     def local_root(self) -> str | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 from array import array
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from typing import Any, BinaryIO
@@ -21,7 +22,7 @@ from batchvlm.config import DataConfig
 from batchvlm.errors import InputError
 from batchvlm.records import InputFile, Record, Shard
 from batchvlm.sources.cursor import BrokenStreamError, Cursors
-from batchvlm.sources.files import Listing, image_root_of, is_text, list_files
+from batchvlm.sources.files import HAS_CHANGED, Listing, image_root_of, is_text, list_files
 from batchvlm.sources.rows import ShardRows, one_line
 
 SUFFIXES = tuple(f".{kind}{end}" for kind in ("jsonl", "ndjson") for end in ("", ".gz"))
@@ -65,6 +66,7 @@ class JsonlSource:
         self._listing = listing
         self._id_column = id_column
         self._lines: dict[str, _Lines] = {}
+        self._changed: dict[str, tuple[int, ...]] = {}
         self._cursors = Cursors(self._chunks)
 
     @cached_property
@@ -135,12 +137,33 @@ class JsonlSource:
         if mark < len(marks):
             with self._open(name) as file:
                 file.seek(marks[mark])
-                yield from islice(_rows(file), num_before, num_before + shard.num_rows)
+                for line in islice(_rows(file), num_before, num_before + shard.num_rows):
+                    self._check_unchanged(name)
+                    yield line
 
     def _chunks(self, name: str) -> Iterator[list[bytes]]:
         lines = self._all_lines(name)
         while chunk := list(islice(lines, CHUNK_ROWS)):
+            self._check_unchanged(name)
             yield chunk
+
+    def _check_unchanged(self, name: str) -> None:
+        """See that what was just read is the planned file's, not what somebody wrote meanwhile.
+
+        Raises:
+            Exception: it is not, or the file is gone.
+        """
+        planned, stamp = self._scanned(name), self._listing.stamp(name)
+        if stamp == planned.stamp:
+            return
+        if stamp != self._changed.get(name):
+            with self._open(name) as file:
+                # Lines that were added behind the planned ones change nothing.
+                if _scan(file, planned.num_bytes).digest == planned.digest:
+                    self._lines[name] = replace(planned, stamp=stamp)
+                    return
+            self._changed[name] = stamp
+        raise ValueError(HAS_CHANGED)
 
     def _all_lines(self, name: str) -> Iterator[bytes]:
         with self._open(name) as file:
@@ -149,8 +172,9 @@ class JsonlSource:
     def _scanned(self, name: str) -> _Lines:
         if name not in self._lines:
             try:
+                stamp = self._listing.stamp(name)
                 with self._open(name) as file:
-                    self._lines[name] = _scan(file)
+                    self._lines[name] = replace(_scan(file), stamp=stamp)
             except Exception as error:  # as above
                 raise _unreadable(name, error) from error
         return self._lines[name]
@@ -181,17 +205,21 @@ class _Lines:
     num_rows: int
     marks: array[int]
     """Byte offset of every `ROWS_PER_MARK`-th row."""
+    num_bytes: int
+    """Length of the text."""
     digest: str
     """Of the whole text."""
+    stamp: tuple[int, ...] = ()
+    """The file's when the pass began."""
 
 
-def _scan(file: BinaryIO) -> _Lines:
+def _scan(file: BinaryIO, max_bytes: int = sys.maxsize) -> _Lines:
     """Count the rows, in memory that does not grow with a line."""
     digest = hashlib.sha256()
     marks = array("q")
     num_rows = offset = line_start = 0
     has_text = False
-    while piece := file.readline(CHUNK_BYTES):
+    while piece := file.readline(min(CHUNK_BYTES, max_bytes - offset)):
         digest.update(piece)
         if not has_text and piece.strip(BLANK):
             has_text = True
@@ -201,7 +229,7 @@ def _scan(file: BinaryIO) -> _Lines:
         offset += len(piece)
         if piece.endswith(b"\n"):
             line_start, has_text = offset, False
-    return _Lines(num_rows=num_rows, marks=marks, digest=digest.hexdigest())
+    return _Lines(num_rows=num_rows, marks=marks, num_bytes=offset, digest=digest.hexdigest())
 
 
 def _rows(file: BinaryIO) -> Iterator[bytes]:

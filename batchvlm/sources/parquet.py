@@ -20,7 +20,7 @@ from batchvlm.config import DataConfig
 from batchvlm.errors import InputError
 from batchvlm.records import InputFile, Record, Shard
 from batchvlm.sources.cursor import BrokenStreamError, Cursors
-from batchvlm.sources.files import Listing, image_root_of, list_files
+from batchvlm.sources.files import HAS_CHANGED, Listing, image_root_of, list_files
 from batchvlm.sources.rows import ShardRows, one_line
 
 TAIL_BYTES = 1 << 16
@@ -147,9 +147,12 @@ class ParquetSource:
         # A reader of its own: pyarrow's iterators over one file share their batch size.
         with checked.open() as file:
             # pyarrow takes "a.b" for the field b of a struct as well, and reads both.
-            yield from file.iter_batches(
+            for batch in file.iter_batches(
                 batch_size=num_rows, row_groups=[stream.group], columns=list(stream.columns)
-            )
+            ):
+                # What was read while somebody wrote must not pass for the planned file's.
+                self._checked_file(stream.name)
+                yield batch
 
     def _checked_file(self, name: str) -> _File:
         """The file, found to be the one that was planned.
@@ -158,15 +161,17 @@ class ParquetSource:
             Exception: it is not, is not there or cannot be read.
         """
         # Kept for the next shard, which is likely to be of the same file.
-        if self._last_file is None or self._last_file.name != name:
-            if name not in self._footers:
-                raise FileNotFoundError("no such file in the input")
+        if name not in self._footers:
+            raise FileNotFoundError("no such file in the input")
+        stamp = self._listing.stamp(name)
+        last = self._last_file
+        if last is None or (last.name, last.stamp) != (name, stamp):
             path = self._listing.paths[name]
             footer, metadata = _read_footer(self._listing.fs, name, path)
             if footer.file.identity != self._footers[name].file.identity:
-                raise ValueError("the file has changed since the plan was made")
-            self._last_file = _File(self._listing.fs, path, metadata, footer)
-        return self._last_file
+                raise ValueError(HAS_CHANGED)
+            last = self._last_file = _File(self._listing.fs, path, metadata, footer, stamp)
+        return last
 
 
 class _Stream(NamedTuple):
@@ -190,8 +195,11 @@ class _Footer:
 class _File:
     """A Parquet file whose footer is known."""
 
-    def __init__(self, fs: Any, path: str, metadata: Any, footer: _Footer) -> None:
+    def __init__(
+        self, fs: Any, path: str, metadata: Any, footer: _Footer, stamp: tuple[int, ...]
+    ) -> None:
         self.name = footer.file.name
+        self.stamp = stamp
         self.schema = footer.schema
         self.bounds = [0, *accumulate(footer.file.row_groups)]
         self._fs = fs

@@ -314,10 +314,10 @@ def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
 
-@pytest.mark.parametrize(("change", "num_good"), [(shorten, 4), (Path.unlink, 0)])
+@pytest.mark.parametrize("change", [shorten, Path.unlink])
 @pytest.mark.parametrize("rows_per_shard", [3, 100])
-def test_rows_that_went_away_since_the_plan_fail(
-    tmp_path: Path, change: Callable[[Path], None], num_good: int, rows_per_shard: int
+def test_a_file_that_changed_since_the_plan_fails_its_rows(
+    tmp_path: Path, change: Callable[[Path], None], rows_per_shard: int
 ) -> None:
     path = write_lines(tmp_path / "a.jsonl", *numbered(12))
     source = open_path("jsonl", path)
@@ -327,8 +327,7 @@ def test_rows_that_went_away_since_the_plan_fail(
     for shard in shards:
         records = list(source.read_shard(shard, ["n"]))
         check_positions(records, shard)
-        rows = [shard.first_row + r.row for r in records if r.failure is None]
-        assert rows == [r for r in range(num_good) if r - shard.first_row in range(shard.num_rows)]
+        assert all(r.failure and "a.jsonl" in r.failure.message for r in records)
         skipped = list(source.read_shard(shard, ["n"], skip={0, 1}))
         check_positions(skipped, shard, skip={0, 1})
 
@@ -352,15 +351,19 @@ def test_a_damaged_archive_is_an_early_error(tmp_path: Path) -> None:
             read()
 
 
-def test_an_archive_damaged_since_the_plan_fails_the_rest(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl.gz"
+def test_an_archive_damaged_since_the_plan_fails_the_rest() -> None:
+    """Elsewhere than on a disk, where a change is not seen before the damage is."""
+    fs = fsspec.filesystem("memory")
     lines = [json.dumps({"n": n, "noise": os.urandom(99).hex()}) for n in range(3000)]
-    path.write_bytes(gzip.compress("\n".join(lines).encode()))
-    source = open_path("jsonl", path)
+    data = gzip.compress("\n".join(lines).encode())
+    fs.pipe("/damage/a.jsonl.gz", data)
+    source = open_path("jsonl", "memory://damage")
     shards = plan(source, 500)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-    records = [r for s in shards for r in source.read_shard(s, ["n"])]
+    fs.pipe("/damage/a.jsonl.gz", data[: len(data) // 2])
+    try:
+        records = [r for s in shards for r in source.read_shard(s, ["n"])]
+    finally:
+        fs.rm("/damage", recursive=True)
 
     num_good = sum(r.failure is None for r in records)
     assert 1000 < num_good < 2000
