@@ -100,9 +100,16 @@ def read_messages(value: Any, where: str) -> list[Message]:
         RowError: the cell is null or is not chat messages (`prompt`).
     """
     if isinstance(value, str):
+        text = value
         try:
-            value = json.loads(value)
-        except ValueError as error:
+            value = json.loads(text)
+            if "\\u" in text:
+                json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise RowError(
+                ErrorType.PROMPT, f"{where} holds half a surrogate pair, which is no text"
+            ) from error
+        except (ValueError, RecursionError) as error:
             raise RowError(ErrorType.PROMPT, f"{where} is text that is no JSON") from error
     if not isinstance(value, list) or not value:
         raise RowError(ErrorType.PROMPT, f"{where} holds no list of messages")
