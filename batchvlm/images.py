@@ -144,7 +144,9 @@ def _decode(data: bytes, *, max_source_pixels: int, max_pixels: int) -> Image.Im
     image = _shrunk_to_rgb(image, max_pixels)
     if turn is not None:
         image = image.transpose(turn)
-    # A new object: whoever finds the orientation in its metadata might turn it once more.
+    if not image.info:
+        return image
+    # Without metadata: whoever finds the orientation there might turn the picture once more.
     picture = Image.new("RGB", image.size)
     picture.paste(image)
     return picture

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -178,14 +179,13 @@ class ChatTemplate:
         return {"type": "text", "text": text}
 
 
-def _joined(parts: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _joined(parts: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     # Two neighbouring texts could each hold half of a control token.
-    joined: list[Mapping[str, Any]] = []
-    for part in parts:
-        if part["type"] == "text" and joined and joined[-1]["type"] == "text":
-            part = {"type": "text", "text": joined.pop()["text"] + part["text"]}
-        joined.append(part)
-    return joined
+    for is_text, group in groupby(parts, key=lambda part: part["type"] == "text"):
+        if is_text:
+            yield {"type": "text", "text": "".join(part["text"] for part in group)}
+        else:
+            yield from group
 
 
 def pixel_digest(image: Image.Image) -> str:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,7 +26,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from results import environment, write_section
 
-from batchvlm.pipeline import run_job
+from batchvlm.pipeline import Summary, run_job
 from batchvlm.records import Completion, EngineStats, FinishReason, Sample
 from batchvlm.settings import compose
 
@@ -39,17 +41,31 @@ def resident_mib(pid: int) -> float:
     return 0.0
 
 
-def children_of(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task")
-    return [int(c) for task in tasks.iterdir() for c in (task / "children").read_text().split()]
+def workers_of(pid: int) -> list[int]:
+    """The worker processes of a process."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    children = [int(c) for task in tasks for c in (task / "children").read_text().split()]
+    return [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the job holds at one moment."""
+
+    num_rows: int
+    own_mib: float
+    workers_mib: tuple[float, ...]
+    num_threads: int
+    num_files: int
+    """Open file descriptors of this process."""
 
 
 class FakeEngine:
-    """Answers every sample at once and notes the memory at every tenth of the job."""
+    """Answers every sample at once and takes a reading at every tenth of the job."""
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
-        self.readings: list[tuple[int, float, float, int]] = []
+        self.readings: list[Reading] = []
         self.done = 0
         self.stats = EngineStats()
 
@@ -70,9 +86,15 @@ class FakeEngine:
                 self.note()
 
     def note(self) -> None:
-        workers = sum(resident_mib(child) for child in children_of(os.getpid()))
+        pid = os.getpid()
         self.readings.append(
-            (self.done, resident_mib(os.getpid()), workers, threading.active_count())
+            Reading(
+                num_rows=self.done,
+                own_mib=resident_mib(pid),
+                workers_mib=tuple(resident_mib(child) for child in workers_of(pid)),
+                num_threads=threading.active_count(),
+                num_files=len(os.listdir(f"/proc/{pid}/fd")),
+            )
         )
 
 
@@ -88,24 +110,42 @@ def write_input(path: Path, num_rows: int) -> None:
         writer.write_table(pa.table({"image": pa.chunked_array([image] * num_rows)}))
 
 
+def run_long_job(folder: Path, num_rows: int, *overrides: str) -> tuple[Summary, list[Reading]]:
+    """Caption `num_rows` images with the demo model's processor and no model.
+
+    Args:
+        folder: where the input and the output go.
+        num_rows: rows of the input.
+        overrides: settings, as on the command line.
+    """
+    engine = FakeEngine(num_rows)
+    write_input(folder / "in.parquet", num_rows)
+    paths = [f"data.path={folder}/in.parquet", f"output.dir={folder}/out"]
+    summary = run_job(compose("run", ["data=parquet", *paths, *overrides]), engine=engine)
+    return summary, engine.readings
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
+    parser.add_argument("--workers", default="null", help="runtime.num_workers")
+    parser.add_argument("--folder", type=Path, help="keep the input, the output and readings.json")
     args = parser.parse_args()
-    engine = FakeEngine(args.rows)
-    with tempfile.TemporaryDirectory() as folder:
-        write_input(Path(folder) / "in.parquet", args.rows)
-        cfg = compose(
-            "run",
-            ["data=parquet", f"data.path={folder}/in.parquet", f"output.dir={folder}/out"],
-        )
-        summary = run_job(cfg, engine=engine)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        overrides = [f"runtime.num_workers={args.workers}"]
+        summary, readings = run_long_job(folder, args.rows, *overrides)
+        (folder / "readings.json").write_text(json.dumps([asdict(r) for r in readings]))
     assert summary.metrics.num_success == args.rows
     lines = [
-        "| rows done | this process, MiB | its workers, MiB | threads |",
-        "|---:|---:|---:|---:|",
-        *(f"| {n:,} | {own:.0f} | {kids:.0f} | {t} |" for n, own, kids, t in engine.readings),
+        "| rows done | this process, MiB | its workers, MiB | threads | open files |",
+        "|---:|---:|---:|---:|---:|",
+        *(
+            f"| {r.num_rows:,} | {r.own_mib:.0f} | {sum(r.workers_mib):.0f} | {r.num_threads} |"
+            f" {r.num_files} |"
+            for r in readings
+        ),
         "",
         f"{summary.metrics.num_rows / summary.metrics.run_s:.0f} rows/s through reading, "
         "preprocessing, batching and writing.",
