@@ -6,20 +6,21 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError, ValidationError, best_match
+from jsonschema.exceptions import SchemaError, best_match
 from jsonschema.protocols import Validator
 from jsonschema.validators import validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from batchvlm.errors import ConfigError
+
+T = TypeVar("T")
 
 MAX_CHECK_S = 2.0
 """Checking one answer may take this long, in seconds; most take a thousandth of one."""
@@ -86,8 +87,7 @@ def why_invalid(value: Any, schema: str) -> str | None:
     long text, or definitions that refer to one another, can take longer than anybody waits.
     """
     try:
-        with _time_limit(MAX_CHECK_S):
-            error: ValidationError | None = best_match(compile_schema(schema).iter_errors(value))
+        error = _within(MAX_CHECK_S, lambda: best_match(compile_schema(schema).iter_errors(value)))
     except _TooLongError:
         return f"the schema cannot be applied: it takes longer than {MAX_CHECK_S:g} s"
     except Unresolvable as unresolvable:
@@ -106,37 +106,34 @@ class _TooLongError(BaseException):
     """Not an `Exception`, which a library might catch."""
 
 
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise `_TooLongError` out of what takes longer, in the main thread; elsewhere do nothing.
+def _within(seconds: float, check: Callable[[], T]) -> T:
+    """Do a check; in the main thread, raise `_TooLongError` out of one that takes longer.
 
     By the alarm clock of the process, which also interrupts Python's `re` in the middle of a match.
     One that somebody else had set goes on afterwards.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(
-        signal, "setitimer"
-    ):
-        yield
-        return
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not hasattr(signal, "setitimer"):
+        return check()
     start = time.monotonic()
+    is_over = False
 
     def ring(*_: object) -> None:
-        raise _TooLongError
-
-    def switch_off() -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        if not is_over:
+            raise _TooLongError
 
     before = signal.signal(signal.SIGALRM, ring)
     # Again and again: one that rings while an object is being freed is lost.
-    others, others_interval = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
+    others, others_interval = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         try:
-            yield
+            return check()
         finally:
-            switch_off()
+            is_over = True
     finally:
-        switch_off()  # it may have rung in the middle of the first time
+        is_over = True  # it may have rung just before the first time
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
         if others:
             left = max(1e-3, others - (time.monotonic() - start))
             signal.setitimer(signal.ITIMER_REAL, left, others_interval)
