@@ -20,7 +20,11 @@ from batchvlm.errors import ErrorType, RowError
 from batchvlm.images import load_image
 from batchvlm.loading import ModelLimits, load_limits, load_processor
 from batchvlm.prompts import PromptBuilder
-from batchvlm.records import Array, Failure, Prompt, Record, Sample
+from batchvlm.recent import KEY, Recent, RecentImageProcessor
+from batchvlm.records import Array, Failure, ImageRef, Prompt, Record, Sample
+
+_RECENT_BYTES = 32 << 20
+"""Of pictures, and of what the processor made of them, that a worker keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,10 @@ class Preprocessor:
             task=spec.task, columns=spec.columns, generation=spec.generation
         )
         self._processor = load_processor(spec.model)
+        self._recent: Recent[Image.Image] = Recent(_RECENT_BYTES)
+        self._processor.image_processor = RecentImageProcessor(
+            self._processor.image_processor, _RECENT_BYTES
+        )
         self._limits = load_limits(spec.model)
         self._chat = ChatTemplate(self._processor)
 
@@ -58,17 +66,7 @@ class Preprocessor:
             return record.failure
         try:
             prompt = self._prompts.build(record)
-            images = [
-                load_image(
-                    ref,
-                    image_root=self._spec.image_root,
-                    max_image_bytes=self._spec.max_image_bytes,
-                    max_source_pixels=self._spec.max_source_pixels,
-                    max_pixels=self._spec.model.max_image_pixels,
-                )
-                for ref in prompt.images
-            ]
-            return self._sample(prompt, images)
+            return self._sample(prompt, [self._picture(ref) for ref in prompt.images])
         except RowError as error:
             return Failure(error_type=error.error_type, message=error.message)
         # A processor can raise anything on an image that it did not expect.
@@ -77,6 +75,23 @@ class Preprocessor:
             return Failure(
                 error_type=ErrorType.PREPROCESS, message=f"{type(error).__name__}: {text}"
             )
+
+    def _picture(self, ref: ImageRef) -> Image.Image:
+        """The picture of a reference, marked by what it shows."""
+
+        def load() -> Image.Image:
+            picture = load_image(
+                ref,
+                image_root=self._spec.image_root,
+                max_image_bytes=self._spec.max_image_bytes,
+                max_source_pixels=self._spec.max_source_pixels,
+                max_pixels=self._spec.model.max_image_pixels,
+            )
+            picture.info[KEY] = pixel_digest(picture)
+            return picture
+
+        key = ref.path if ref.data is None else hashlib.blake2b(ref.data, digest_size=16).digest()
+        return self._recent.get(key, load, lambda picture: 3 * picture.width * picture.height)
 
     def _sample(self, prompt: Prompt, images: Sequence[Image.Image]) -> Sample:
         features = self._chat.encode(prompt.messages, images)
@@ -106,7 +121,7 @@ class Preprocessor:
             features=features,
             image_tokens=num_image_tokens,
             image_sizes=image_sizes(features, [image.size for image in images], self._limits),
-            image_keys=tuple(pixel_digest(image) for image in images),
+            image_keys=tuple(image.info[KEY] for image in images),
             generation=generation,
             json_schema=prompt.json_schema,
         )

@@ -1,0 +1,109 @@
+"""The engine alone on a Parquet file: what `peers.py` runs as a process of its own.
+
+    python benchmarks/answer.py --model FOLDER --work FILE --rows 64 --dtype float32 --threads 1
+
+Rows hold `image` {bytes, path}, `prompt` and `max_new_tokens`; EOS is ignored. Samples are prepared
+in this process, one by one as the engine asks for them, so that nothing is done before the clock
+starts. Prints one line of JSON: seconds, load excluded, and where they went; token ids by row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from batchvlm.config import EngineName
+from batchvlm.engine import open_engine
+from batchvlm.preprocess import Preprocessor, PreprocessSpec
+from batchvlm.records import Completion, Record, Sample
+from batchvlm.settings import compose
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    cfg = compose(
+        "run",
+        [
+            "data=parquet",
+            f"data.path={args.work}",
+            "task=vqa",
+            "task.prompt='{{ prompt }}'",
+            "model=hub",
+            f"model.path={args.model}",
+            f"model.dtype={args.dtype}",
+            "generation.ignore_eos=true",
+            "generation.columns.max_new_tokens=max_new_tokens",
+            f"engine={args.engine}",
+            f"engine.share_images={str(not args.no_sharing).lower()}",
+        ],
+    )
+    preprocessor = Preprocessor(
+        PreprocessSpec(
+            model=cfg.model,
+            task=cfg.task,
+            columns=cfg.data.columns,
+            generation=cfg.generation,
+            image_root=None,
+            max_source_pixels=cfg.data.max_source_pixels,
+        )
+    )
+    engine = open_engine(cfg, device="cpu")
+    rows = pq.read_table(args.work).to_pylist()[: args.rows]
+    prepare_s = 0.0
+
+    def samples() -> Iterator[Sample]:
+        nonlocal prepare_s
+        for i, row in enumerate(rows):
+            start = time.perf_counter()
+            record = Record(row=i, row_index=i, source_file=args.work, id=row["id"], values=row)
+            sample = preprocessor.prepare(record)
+            assert isinstance(sample, Sample), sample
+            prepare_s += time.perf_counter() - start
+            yield sample
+
+    start, cpu_start = time.perf_counter(), time.process_time()
+    answers: dict[str, Any] = {}
+    for row_index, outcome in engine.run(samples()):
+        assert isinstance(outcome, Completion), outcome
+        answers[rows[row_index]["id"]] = outcome.token_ids
+    stats = engine.stats
+    print(
+        json.dumps(
+            {
+                "wall_s": time.perf_counter() - start,
+                "cpu_s": time.process_time() - cpu_start,
+                "preprocess_s": prepare_s,
+                "vision_s": stats.vision_s,
+                "prefill_s": stats.prefill_s,
+                "decode_s": stats.decode_s,
+                "images_encoded": stats.images_encoded,
+                "prompt_tokens": stats.prompt_tokens,
+                "padding_share": stats.padding_share,
+                "row_steps": stats.row_steps,
+                "answers": answers,
+            }
+        )
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--engine", default="slots", choices=[str(name) for name in EngineName])
+    parser.add_argument("--no-sharing", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
