@@ -23,8 +23,8 @@ Message = dict[str, Any]
 
 _INLINE = ("image", "path", "url", "bytes", "image_url")
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
-# A scheme is two letters or more, so that C:\images stays a path.
-_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):")
+# A colon alone makes no address: photo:1.png and C:/images are paths.
+_ADDRESS = re.compile(r"(file|https?|[a-z][a-z0-9+.\-]+(?=://)):/", re.IGNORECASE)
 
 
 def image_refs(value: Any, where: str) -> list[ImageRef]:
@@ -65,16 +65,15 @@ def _image_ref(value: Any, where: str) -> ImageRef:
         )
     if not value.strip():
         raise RowError(ErrorType.MISSING_IMAGE, f"{where} is an empty path")
-    scheme = _SCHEME.match(value)
-    if scheme is None:
-        return ImageRef(path=value)
-    if scheme.group(1).lower() == "data":
+    if value[:5].lower() == "data:":
         return ImageRef(data=_decode_data_uri(value, where))
-    raise RowError(
-        ErrorType.FORBIDDEN,
-        f"{where} is a {scheme.group(1).lower()}: address; "
-        "images come from bytes, data: URIs, or paths below data.image_root",
-    )
+    if address := _ADDRESS.match(value):
+        raise RowError(
+            ErrorType.FORBIDDEN,
+            f"{where} is a {address.group(1).lower()}: address; "
+            "images come from bytes, data: URIs, or paths below data.image_root",
+        )
+    return ImageRef(path=value)
 
 
 def _decode_data_uri(uri: str, where: str) -> bytes:

@@ -102,7 +102,9 @@ class FolderSource:
                 # Neither the output nor JSON can hold such a name.
                 name = ascii(name)[1:-1]
                 message = "the file name is not UTF-8"
-            image = {"bytes": None, "path": os.path.join(self._prefix, name)}
+            # Elsewhere "data:x.png" is a broken data: URI; here it is a file's name.
+            prefix = self._prefix or (os.curdir if ":" in name else "")
+            image = {"bytes": None, "path": os.path.join(prefix, name)}
             read = {"image": image, "file_name": name}
             yield Record(
                 row=row,

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from batchvlm.errors import ErrorType, InputError
+from batchvlm.images import load_image
+from batchvlm.messages import image_refs
+from tests.conftest import picture
 from tests.sources.make import check_all_ways, check_positions, open_path, plan, read_all
 
 
@@ -57,6 +60,26 @@ def test_paths_are_whole_where_another_root_is_set(tmp_path: Path) -> None:
 
     assert record.values["image"]["path"] == str(tmp_path / "in" / "a.png")
     assert record.id == "a.png"
+
+
+@pytest.mark.parametrize(
+    "name", ["photo:1.png", "data:x.png", "data:,x.png", "http:.png", "file:/a.png", "C:/a.png"]
+)
+@pytest.mark.parametrize("root", [None, "."])
+def test_a_name_that_looks_like_an_address_is_a_file(
+    tmp_path: Path, name: str, root: str | None
+) -> None:
+    touch(tmp_path, f"in/{name}", data=picture(size=(7, 5)))
+
+    settings = {} if root is None else {"image_root": str(tmp_path)}
+    source = open_path("folder", tmp_path / "in", **settings)
+    (record,) = read_all(source, ["image"])
+    (ref,) = image_refs(record.values["image"], "image")
+
+    limits = {"max_source_pixels": 99, "max_pixels": 99, "max_image_bytes": 9999}
+    image = load_image(ref, image_root=source.image_root, **limits)
+    assert image.size == (7, 5)
+    assert record.id == name
 
 
 def test_identity_is_that_of_names_and_sizes(tmp_path: Path) -> None:
