@@ -25,10 +25,18 @@ _INLINE = ("image", "path", "url", "bytes", "image_url")
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
 # A colon alone makes no address: photo:1.png and C:/images are paths.
 _ADDRESS = re.compile(r"(file|https?|[a-z][a-z0-9+.\-]+(?=://)):/", re.IGNORECASE)
+# How the files that `images` opens begin; nothing so short that a path could begin like it.
+_IMAGE_FILE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF....WEBP|BM.{4}\0{4}|II\*\0|MM\0\*"
+    rb"|.{4}ftypavi[fs]|\0{3}\x0cjP  ",
+    re.DOTALL,
+)
+_MIN_BASE64_CHARS = 40
+"""The smallest image file has some 30 bytes."""
 
 
 def image_refs(value: Any, where: str) -> list[ImageRef]:
-    """The images of one cell: a struct, bytes, a path, a `data:` URI, or a list of these.
+    """The images of one cell: a struct, bytes, a path, a `data:` URI, base64, or a list of these.
 
     Args:
         value: the cell as Python.
@@ -60,7 +68,7 @@ def _image_ref(value: Any, where: str) -> ImageRef:
     if not isinstance(value, str):
         raise RowError(
             ErrorType.PROMPT,
-            f"{where} is {type(value).__name__}; an image is bytes, a path, a data: URI, "
+            f"{where} is {type(value).__name__}; an image is bytes, a path, a data: URI, base64, "
             "a struct of bytes and path, or a list of these",
         )
     if not value.strip():
@@ -73,7 +81,20 @@ def _image_ref(value: Any, where: str) -> ImageRef:
             f"{where} is a {address.group(1).lower()}: address; "
             "images come from bytes, data: URIs, or paths below data.image_root",
         )
-    return ImageRef(path=value)
+    data = _decode_image(value)
+    return ImageRef(path=value) if data is None else ImageRef(data=data)
+
+
+def _decode_image(text: str) -> bytes | None:
+    """The image that a text is the base64 of, without a `data:` before it; None: it is a path."""
+    try:
+        # 20 characters tell most paths apart before all of the text is looked at.
+        head = base64.b64decode(text.lstrip()[:20], validate=True)
+        if len(text) < _MIN_BASE64_CHARS or not _IMAGE_FILE.match(head):
+            return None
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        return None
 
 
 def _decode_data_uri(uri: str, where: str) -> bytes:

@@ -7,10 +7,12 @@ import json
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.messages import fill_slots, image_refs, read_messages
 from batchvlm.records import ImageRef
+from tests.conftest import encode, picture
 
 PNG = b"\x89PNG..."
 URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
@@ -74,6 +76,32 @@ def test_image_refs(value: Any, expected: list[ImageRef]) -> None:
 )
 def test_image_refs_refuse(value: Any, expected: ErrorType) -> None:
     assert error_type(image_refs, value, "image") is expected
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("width", [16, 17, 18])
+def test_base64_alone_is_an_image_where_it_decodes_to_one(kind: str, width: int) -> None:
+    data = encode(Image.new("RGB", (width, 4), "red"), kind)
+    text = base64.b64encode(data).decode()
+    wrapped = base64.encodebytes(data).decode()
+    for value in (text, wrapped, {"bytes": text}, {"url": text}, {"bytes": None, "path": text}):
+        assert image_refs(value, "image") == [ImageRef(data=data)]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        base64.b64encode(b"a note, and no picture").decode(),
+        base64.b64encode(picture()).decode() + ".png",
+        base64.b64encode(picture()).decode()[:-1],
+        "/9j/photos/red",
+        "iVBORw0KGgo",
+        "Qk12",
+        "R0lGODlh",
+    ],
+)
+def test_other_text_stays_a_path(value: str) -> None:
+    assert image_refs(value, "image") == [ImageRef(path=value)]
 
 
 def test_a_message_never_repeats_the_payload() -> None:
