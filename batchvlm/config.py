@@ -55,7 +55,8 @@ class ColumnsConfig:
     id: str | None = None
     """Column with the row's own key; null: `source_file:row`."""
     image: Any = None
-    """Column with the image or a list of images, or a list of such columns; null: text only."""
+    """Column with the image or a list of images, or a list of such columns; null: no column holds
+    images. With `task.prompt` each must hold one at least; messages say how many they show."""
     messages: str | None = None
     """Column with chat messages; replaces `task.prompt`."""
 

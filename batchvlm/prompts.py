@@ -71,9 +71,13 @@ class PromptBuilder:
             RowError: what the row holds cannot become a prompt.
         """
         values = record.values
-        images = [
-            ref for column in self._image_columns for ref in image_refs(values[column], column)
-        ]
+        images: list[ImageRef] = []
+        for column in self._image_columns:
+            refs = image_refs(values[column], column)
+            # Messages say themselves how many images they show; a prompt is about an image.
+            if not refs and self._messages_column is None:
+                raise RowError(ErrorType.MISSING_IMAGE, f"{column} holds no image")
+            images += refs
         messages, filled = self._messages(values, images)
         return Prompt(
             row_index=record.row_index,

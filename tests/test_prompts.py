@@ -119,8 +119,25 @@ def test_images_of_several_columns_come_first_and_in_order() -> None:
     assert set(build.needed_columns()) == {"left", "right"}
 
 
+@pytest.mark.parametrize("empty", [[], [[]], ()])
+def test_a_column_without_an_image_is_a_missing_image(empty: Any) -> None:
+    for columns in ("a", ["a"], ["b", "a"]):
+        with pytest.raises(RowError, match="a holds no image") as caught:
+            builder(image=columns).build(record(a=empty, b="b.png"))
+        assert caught.value.error_type is ErrorType.MISSING_IMAGE
+
+
+def test_messages_say_themselves_how_many_images_they_show() -> None:
+    build = builder(image="images", messages="chat")
+    text = [{"role": "user", "content": "Hello."}]
+    assert build.build(record(images=[], chat=text)).images == ()
+    slot = [{"role": "user", "content": [{"type": "image"}, "What is this?"]}]
+    with pytest.raises(RowError, match="holds 1 image slots and the row brings 0") as caught:
+        build.build(record(images=[], chat=slot))
+    assert caught.value.error_type is ErrorType.MISSING_IMAGE
+
+
 def test_a_row_of_text_alone() -> None:
-    assert builder(image="images").build(record(images=[])).images == ()
     assert builder().build(record()).images == ()
 
 

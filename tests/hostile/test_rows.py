@@ -53,7 +53,7 @@ ROWS: list[tuple[dict[str, Any], str | None]] = [
     (dict.fromkeys(GOOD), "missing_image"),
     ({"question": ""}, None),
     ({"key": ""}, None),
-    ({"image": []}, None),
+    ({"image": []}, "missing_image"),
     ({"image": [None]}, "missing_image"),
     ({"image": [{"bytes": b"", "path": None}]}, "missing_image"),
     ({"image": [{"bytes": None, "path": ""}]}, "missing_image"),
