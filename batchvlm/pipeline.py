@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -185,7 +185,7 @@ def _compute(
     with ExitStack() as stack:
         ready = stack.enter_context(
             Prefetcher(
-                _prepare(job, _read(job, todo, collector), pool),
+                _prepare(_read(job, todo, collector), pool),
                 max_items=cfg.batching.sort_window,
                 max_bytes=cfg.batching.max_window_bytes,
                 size_of=lambda item: item.size_bytes,
@@ -234,10 +234,10 @@ def _open_pool(job: Job) -> WorkerPool:
 
 
 def _read(job: Job, shards: Sequence[Shard], collector: Collector) -> Iterator[Record]:
-    columns = list(dict.fromkeys((*job.prompt_columns, *job.cfg.output.keep_columns)))
+    kept = job.cfg.output.keep_columns
     for shard in shards:
         finished = collector.open_shard(shard)
-        yield from job.source.read_shard(shard, columns, skip=finished)
+        yield from job.source.read_shard(shard, job.prompt_columns, kept=kept, skip=finished)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,27 +249,23 @@ class _Prepared:
 
     @property
     def size_bytes(self) -> int:
-        kept_bytes = size_of_value(self.record.values)
+        kept_bytes = size_of_value(self.record.kept)
         sample_bytes = self.outcome.size_bytes if isinstance(self.outcome, Sample) else 0
         return _ROW_BYTES + kept_bytes + sample_bytes
 
 
-def _prepare(job: Job, records: Iterable[Record], pool: WorkerPool) -> Iterator[_Prepared]:
+def _prepare(records: Iterable[Record], pool: WorkerPool) -> Iterator[_Prepared]:
     # Kept columns stay on this side of the process border, prompt columns on the other.
-    kept: dict[int, dict[str, Any]] = {}
+    kept: dict[int, Mapping[str, Any]] = {}
 
     def stripped() -> Iterator[Record]:
         for record in records:
-            values = record.values
-            kept[record.row_index] = {
-                name: values.get(name) for name in job.cfg.output.keep_columns
-            }
-            wanted = {name: values[name] for name in job.prompt_columns if name in values}
-            yield replace(record, values=wanted)
+            kept[record.row_index] = record.kept
+            yield replace(record, kept={})
 
     for record, outcome in pool.prepare(stripped()):
-        values = kept.pop(record.row_index)
-        yield _Prepared(record=replace(record, values=values), outcome=outcome)
+        ours = replace(record, values={}, kept=kept.pop(record.row_index))
+        yield _Prepared(record=ours, outcome=outcome)
 
 
 @dataclass(frozen=True)
@@ -415,7 +411,7 @@ def _result(record: Record, failure: Failure | None, sample: Sample | None = Non
         row_index=record.row_index,
         source_file=record.source_file,
         id=record.id,
-        kept=record.values,
+        kept=record.kept,
         status=Status.SUCCESS if failure is None else Status.ERROR,
         failure=failure,
         prompt_tokens=sample.prompt_tokens if sample else None,

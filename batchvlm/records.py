@@ -30,7 +30,8 @@ def size_of_value(value: Any) -> int:
             return sum(size_of_value(item) for item in value.values())
         case list() | tuple():
             return sum(size_of_value(item) for item in value)
-    return 0
+    # Arrow values know.
+    return int(getattr(value, "nbytes", 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +81,11 @@ class Record:
     id: str
     values: Mapping[str, Any]
     """Column name to Python value."""
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    """Name to value of each of `output.keep_columns`: a Python value, or an Arrow array of one row
+    where Python's would not be the same."""
     failure: Failure | None = None
-    """Set where the row itself could not be read; `values` is then empty."""
+    """Set where the row itself could not be read; `values` and `kept` are then empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +240,7 @@ class Result:
     source_file: str
     id: str
     kept: Mapping[str, Any] = field(default_factory=dict)
-    """Values of `output.keep_columns`."""
+    """Values of `output.keep_columns`, as a record has them."""
     status: Status
     failure: Failure | None = None
     attempts: int = 1

@@ -155,9 +155,11 @@ def test_several_answers_are_a_column_where_asked_for(
 
 
 def test_the_output_opens_with_every_reader(tmp_path: Path, write_parquet: Writer) -> None:
-    source = write_parquet([picture()] * 12, n=pa.array(range(12), pa.int16()))
-    run(tmp_path / "out", source, "output.keep_columns=[n,image]", "output.token_ids=true")
+    times = pa.array(range(12), pa.time64("ns"))
+    source = write_parquet([picture()] * 12, n=pa.array(range(12), pa.int16()), t=times)
+    run(tmp_path / "out", source, "output.keep_columns=[n,image,t]", "output.token_ids=true")
     table = ds.dataset(tmp_path / "out" / "data").to_table()
+    assert table["t"].combine_chunks().equals(times)
     assert table.schema.field("n").type == pa.int16()
     assert table.column_names[:5] == ["id", "row_index", "source_file", "n", "image"]
     loaded = datasets.load_dataset(

@@ -218,6 +218,8 @@ def _sizes(sizes: Sequence[tuple[int, int]] | None) -> list[dict[str, int]] | No
 
 
 def _encode(values: list[Any], field: pa.Field) -> pa.Array | pa.ChunkedArray:
+    if any(isinstance(value, pa.Array) for value in values):
+        return _join(values, field)
     # pyarrow cuts 1.5 to 1 without a word where integers are asked for.
     may_be_cut = pa.types.is_integer(field.type) and any(isinstance(v, float) for v in values)
     if not may_be_cut:
@@ -239,6 +241,28 @@ def _encode(values: list[Any], field: pa.Field) -> pa.Array | pa.ChunkedArray:
             _warn_unfit(field.name, str(field.type))
             chunks.append(pa.nulls(1, field.type))
     return pa.chunked_array(chunks, type=field.type)
+
+
+def _join(values: list[Any], field: pa.Field) -> pa.Array | pa.ChunkedArray:
+    """Arrow arrays of one row each, None for a null, as one."""
+    kind = next(value.type for value in values if value is not None)
+    rows = [pa.nulls(1, kind) if value is None else value for value in values]
+    joined = pa.chunked_array(rows, kind)
+    if kind != field.type:
+        try:
+            joined = joined.cast(field.type)
+        except _UNFIT:
+            return pa.chunked_array([_cast(row, field) for row in rows], field.type)
+    # Thousands of chunks are slow to write.
+    return joined.combine_chunks()
+
+
+def _cast(row: pa.Array, field: pa.Field) -> pa.Array:
+    try:
+        return row.cast(field.type)
+    except _UNFIT:
+        _warn_unfit(field.name, str(field.type))
+        return pa.nulls(1, field.type)
 
 
 def _without_surrogates(value: Any) -> Any:

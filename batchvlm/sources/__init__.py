@@ -44,13 +44,19 @@ class Source(Protocol):
         """
 
     def read_shard(
-        self, shard: Shard, columns: Sequence[str], *, skip: Container[int] = ()
+        self,
+        shard: Shard,
+        columns: Sequence[str],
+        *,
+        kept: Sequence[str] = (),
+        skip: Container[int] = (),
     ) -> Iterator[Record]:
         """Yield each row of the shard once, in order; an unreadable one with its `failure`.
 
         Args:
             shard: rows of this input, from `plan_shards`.
             columns: names of the columns that `Record.values` shall hold.
+            kept: those that `Record.kept` shall hold, exactly as they are.
             skip: offsets in the shard that are left out.
         """
 

@@ -87,7 +87,12 @@ class FolderSource:
         ]
 
     def read_shard(
-        self, shard: Shard, columns: Sequence[str], *, skip: Container[int] = ()
+        self,
+        shard: Shard,
+        columns: Sequence[str],
+        *,
+        kept: Sequence[str] = (),
+        skip: Container[int] = (),
     ) -> Iterator[Record]:
         """Yield a record for each image; its path is its key. No image is opened."""
         for row in range(shard.num_rows):
@@ -112,6 +117,7 @@ class FolderSource:
                 source_file=name or shard.source_file,
                 id=name or f"{shard.source_file}:{place}",
                 values={} if message else {column: read.get(column) for column in columns},
+                kept={} if message else {column: read.get(column) for column in kept},
                 failure=Failure(error_type=ErrorType.INPUT, message=message) if message else None,
             )
 

@@ -159,10 +159,17 @@ class DatasetSource:
         return [_input_file(self._name, len(self._dataset), self._identity)]
 
     def read_shard(
-        self, shard: Shard, columns: Sequence[str], *, skip: Container[int] = ()
+        self,
+        shard: Shard,
+        columns: Sequence[str],
+        *,
+        kept: Sequence[str] = (),
+        skip: Container[int] = (),
     ) -> Iterator[Record]:
         """Yield every row of the shard."""
-        rows = ShardRows(shard=shard, columns=columns, id_column=self._id_column, skip=skip)
+        rows = ShardRows(
+            shard=shard, columns=columns, kept=kept, id_column=self._id_column, skip=skip
+        )
         names = [name for name in rows.columns_read if name in self.schema.names]
         table = self._dataset.select_columns(names or self.schema.names[:1]).with_format("arrow")
         for first in range(0, shard.num_rows, CHUNK_ROWS):
@@ -236,10 +243,17 @@ class StreamSource:
             ) from error
 
     def read_shard(
-        self, shard: Shard, columns: Sequence[str], *, skip: Container[int] = ()
+        self,
+        shard: Shard,
+        columns: Sequence[str],
+        *,
+        kept: Sequence[str] = (),
+        skip: Container[int] = (),
     ) -> Iterator[Record]:
         """Yield every row of the shard; all rows from where the stream breaks as failures."""
-        rows = ShardRows(shard=shard, columns=columns, id_column=self._id_column, skip=skip)
+        rows = ShardRows(
+            shard=shard, columns=columns, kept=kept, id_column=self._id_column, skip=skip
+        )
         names = tuple(name for name in rows.columns_read if name in self.schema.names)
         wanted = rows.wanted(0, shard.num_rows)
         row = wanted.start

@@ -108,10 +108,17 @@ class JsonlSource:
         ]
 
     def read_shard(
-        self, shard: Shard, columns: Sequence[str], *, skip: Container[int] = ()
+        self,
+        shard: Shard,
+        columns: Sequence[str],
+        *,
+        kept: Sequence[str] = (),
+        skip: Container[int] = (),
     ) -> Iterator[Record]:
         """Yield every row of the shard; a line that is no JSON object as a failure."""
-        rows = ShardRows(shard=shard, columns=columns, id_column=self._id_column, skip=skip)
+        rows = ShardRows(
+            shard=shard, columns=columns, kept=kept, id_column=self._id_column, skip=skip
+        )
         row = 0
         message = "the file ends before this row"
         try:

@@ -93,10 +93,17 @@ class ParquetSource:
         return [footer.file for footer in self._footers.values()]
 
     def read_shard(
-        self, shard: Shard, columns: Sequence[str], *, skip: Container[int] = ()
+        self,
+        shard: Shard,
+        columns: Sequence[str],
+        *,
+        kept: Sequence[str] = (),
+        skip: Container[int] = (),
     ) -> Iterator[Record]:
         """Yield every row of the shard; from a corrupt page to its row group's end as failures."""
-        rows = ShardRows(shard=shard, columns=columns, id_column=self._id_column, skip=skip)
+        rows = ShardRows(
+            shard=shard, columns=columns, kept=kept, id_column=self._id_column, skip=skip
+        )
         name = shard.source_file
         try:
             file = self._checked_file(name)

@@ -22,13 +22,19 @@ class ShardRows:
     shard: Shard
     columns: Sequence[str]
     """Columns that `Record.values` holds."""
+    kept: Sequence[str] = ()
+    """Columns that `Record.kept` holds."""
     id_column: str | None
     skip: Container[int]
     """Offsets in the shard that are left out."""
 
     @property
     def columns_read(self) -> tuple[str, ...]:
-        """The columns for values and key, each once."""
+        """The columns for values, key and output, each once."""
+        return tuple(dict.fromkeys((*self._columns_of_values, *self.kept)))
+
+    @property
+    def _columns_of_values(self) -> tuple[str, ...]:
         key = () if self.id_column is None else (self.id_column,)
         return tuple(dict.fromkeys((*self.columns, *key)))
 
@@ -37,9 +43,18 @@ class ShardRows:
         rows = [r for r in range(first_row, first_row + num_rows) if r not in self.skip]
         return range(rows[0], rows[-1] + 1) if rows else range(0)
 
-    def record(self, row: int, read: Mapping[str, Any]) -> Record:
-        """The record of a row whose `columns_read` are at hand; an absent column is null."""
-        return self._record(row, {name: read.get(name) for name in self.columns}, self._key(read))
+    def record(
+        self, row: int, read: Mapping[str, Any], kept: Mapping[str, Any] | None = None
+    ) -> Record:
+        """The record of a row whose `columns_read` are at hand; an absent column is null.
+
+        Args:
+            kept: where the values to keep are others than those in `read`.
+        """
+        values = {name: read.get(name) for name in self.columns}
+        if kept is None:
+            kept = {name: read.get(name) for name in self.kept}
+        return self._record(row, values, self._key(read), kept=kept)
 
     def failed(self, rows: Iterable[int], message: str) -> Iterator[Record]:
         """Records of rows that cannot be read."""
@@ -58,15 +73,20 @@ class ShardRows:
             schema: the input's schema; files that differ from it are converted.
         """
         columns = {name: _Column(batch, name, schema) for name in self.columns_read}
+        values = self._columns_of_values
         for place in range(batch.num_rows):
             row = first_row + place
             if row in self.skip:
                 continue
             read: dict[str, Any] = {}
+            kept: dict[str, Any] = {}
             message = ""
             for name, column in columns.items():
                 try:
-                    read[name] = column.value(place)
+                    if name in values:
+                        read[name] = column.value(place)
+                    if name in self.kept:
+                        kept[name] = column.kept(place)
                 except Exception as error:  # Arrow, Unicode, date and overflow errors
                     # Not the error's own text, which may quote the value.
                     kind = column.description[:MAX_ERROR_CHARS]
@@ -74,14 +94,20 @@ class ShardRows:
             if message:
                 yield self._record(row, {}, self._key(read), message)
             else:
-                yield self.record(row, read)
+                yield self.record(row, read, kept)
 
     def _key(self, read: Mapping[str, Any]) -> str | None:
         value = None if self.id_column is None else read.get(self.id_column)
         return None if value is None else str(value)
 
     def _record(
-        self, row: int, values: Mapping[str, Any], key: str | None, message: str | None = None
+        self,
+        row: int,
+        values: Mapping[str, Any],
+        key: str | None,
+        message: str | None = None,
+        *,
+        kept: Mapping[str, Any] | None = None,
     ) -> Record:
         return Record(
             row=row,
@@ -89,6 +115,7 @@ class ShardRows:
             source_file=self.shard.source_file,
             id=f"{self.shard.source_file}:{self.shard.first_row + row}" if key is None else key,
             values=values,
+            kept=kept or {},
             failure=None
             if message is None
             else Failure(error_type=ErrorType.INPUT, message=message),
@@ -115,12 +142,45 @@ class _Column:
             except (pa.ArrowException, ValueError):
                 # Some value does not convert: find out which, row by row.
                 self._type = wanted
+        self._is_exact = _is_exact(wanted)
 
     def value(self, place: int) -> Any:
         if self._values is None:
             raise KeyError
         scalar = self._values[place]
         return (scalar if self._type is None else scalar.cast(self._type)).as_py()
+
+    def kept(self, place: int) -> Any:
+        """The value for the output: as Python where that is exact, else an array of one row."""
+        if self._values is None or self._is_exact:
+            return self.value(place)
+        try:
+            # Copied: a slice would hold the whole batch in memory.
+            row = self._values.take(pa.array([place]))
+        except pa.ArrowNotImplementedError:  # string_view
+            row = self._values.slice(place, 1)
+        if isinstance(row, pa.ChunkedArray):
+            row = row.combine_chunks()
+        return row if self._type is None else row.cast(self._type)
+
+
+def _is_exact(kind: pa.DataType) -> bool:
+    """Whether Python's values of a type become the same Arrow values again.
+
+    Python's times end at microseconds and in the year 9999, its dicts have each name once.
+    """
+    if pa.types.is_dictionary(kind):
+        return _is_exact(kind.value_type)
+    if pa.types.is_struct(kind):
+        fields = [kind.field(i) for i in range(kind.num_fields)]
+        return len({f.name for f in fields}) == len(fields) and all(
+            _is_exact(f.type) for f in fields
+        )
+    if pa.types.is_map(kind):
+        return _is_exact(kind.key_type) and _is_exact(kind.item_type)
+    if pa.types.is_nested(kind):
+        return hasattr(kind, "value_type") and _is_exact(kind.value_type)
+    return not pa.types.is_temporal(kind) and not isinstance(kind, pa.BaseExtensionType)
 
 
 def one_line(error: BaseException) -> str:
