@@ -75,7 +75,7 @@ class DataConfig:
     subset: str | None = None
     """hf: the dataset's configuration name."""
     split: str = "train"
-    """hf: the split."""
+    """hf: the split, or a slice of one such as `train[:100]`."""
     revision: str | None = None
     """hf: commit, tag or branch of the dataset repository."""
     streaming: bool = False

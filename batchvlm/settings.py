@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from batchvlm import demo
-from batchvlm.config import GENERATION_LIMITS, JobConfig, SourceKind, TaskName
+from batchvlm.config import GENERATION_LIMITS, DataConfig, JobConfig, SourceKind, TaskName
 from batchvlm.errors import ConfigError
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -250,6 +250,14 @@ def _check_choices(cfg: JobConfig) -> None:
             f"not {type(schema).__name__}"
         )
 
+    for key, value, meaning in (
+        ("data.path", cfg.data.path, "name the input"),
+        ("data.image_root", cfg.data.image_root, "name a folder, or null: the input's own"),
+        ("model.path", cfg.model.path, "name a model of the Hub or a folder"),
+        ("output.dir", cfg.output.dir, "name a folder"),
+    ):
+        if value is not None and not value.strip():
+            raise ConfigError(f"{key} is empty", hint=meaning)
     if "" in cfg.generation.stop:
         raise ConfigError("generation.stop holds an empty string, which ends every answer")
     for key, column in to_plain(cfg.generation.columns).items():
@@ -278,8 +286,8 @@ def _check_combinations(cfg: JobConfig) -> None:
             hint="set generation.temperature above 0",
         )
     if cfg.data.source is not SourceKind.hf:
-        for key in ("subset", "revision", "streaming"):
-            if getattr(cfg.data, key):
+        for key in ("subset", "split", "revision", "streaming"):
+            if getattr(cfg.data, key) != getattr(DataConfig, key):
                 raise ConfigError(
                     f"data.{key} has no effect with data.source={cfg.data.source.value}",
                     hint="it belongs to data=hf",

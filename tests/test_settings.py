@@ -82,6 +82,11 @@ REFUSED = {
     "engine.device=gpu": "engine.device=gpu must be auto, cpu, cuda",
     "data.columns.image={a: 1}": "data.columns.image",
     "data.streaming=true": "data.streaming has no effect with data.source=parquet",
+    "data.split=test": "data.split has no effect with data.source=parquet; it belongs to data=hf",
+    "data.path=": "data.path is empty",
+    "data.image_root=": "data.image_root is empty",
+    "output.dir=": "output.dir is empty",
+    "model.path=": "model.path is empty",
     "task.output.json_schema=s.json": "has no effect with task=caption; choose task=extract",
 }
 
@@ -93,6 +98,10 @@ def test_a_mistake_is_refused_in_one_line(override: str) -> None:
     assert REFUSED[override] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code is ExitCode.USAGE
+
+
+def test_a_default_may_be_repeated() -> None:
+    compose("run", ["data.split=train", "data.streaming=false", "data.subset=null"])
 
 
 def test_the_processors_own_settings_pass_through() -> None:

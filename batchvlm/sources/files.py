@@ -107,9 +107,21 @@ def listing_of(fs: Any, paths: list[str]) -> Listing:
 
 
 def image_root_of(setting: str | None, own_folder: str | None) -> str | None:
-    """The folder for image paths: `data.image_root`, else the input's own folder."""
+    """The folder for image paths: `data.image_root`, else the input's own folder.
+
+    Raises:
+        InputError: `data.image_root` is no folder.
+    """
     root = setting if setting is not None else own_folder
-    return None if root is None else os.path.abspath(os.path.expanduser(root))
+    if root is None:
+        return None
+    root = os.path.abspath(os.path.expanduser(root))
+    if setting is not None and not os.path.isdir(root):
+        raise InputError(
+            f"data.image_root: no such folder: {setting}",
+            hint="name a folder of this machine that holds the images",
+        )
+    return root
 
 
 def _fixed_prefix(pattern: str) -> str:

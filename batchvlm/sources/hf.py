@@ -47,7 +47,7 @@ def open_hf(cfg: DataConfig) -> DatasetSource | StreamSource | ParquetSource:
         try:
             folder = os.path.abspath(os.path.expanduser(cfg.path))
             if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-                return _open_saved(cfg, _split_folder(cfg, folder))
+                return _open_saved(cfg, _split_folder(cfg, folder), cfg.split)
             if os.path.isfile(os.path.join(folder, "state.json")):
                 return _open_saved(cfg, folder)
             return _open_builder(cfg, folder)
@@ -68,13 +68,18 @@ def _split_folder(cfg: DataConfig, folder: str) -> str:
     return os.path.join(folder, cfg.split)
 
 
-def _open_saved(cfg: DataConfig, folder: str) -> DatasetSource:
+def _open_saved(cfg: DataConfig, folder: str, split: str | None = None) -> DatasetSource:
+    _refuse_ineffective(cfg, ("subset", "revision", "streaming"), "a folder made by save_to_disk")
     with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
         state = json.load(file)
+    name = state.get("_split") or split or DataConfig.split
+    # A split that was saved alone is the one that is read, whatever it is called.
+    if split is None and cfg.split not in (name, DataConfig.split, os.path.basename(folder)):
+        raise _no_split(cfg, [name])
     dataset = datasets.load_from_disk(folder)
     return DatasetSource(
         dataset,
-        name=state.get("_split") or cfg.split,
+        name=name,
         identity=_digest("saved", state["_fingerprint"], len(dataset), dataset.features),
         id_column=cfg.columns.id,
         image_root=image_root_of(cfg.image_root, os.path.abspath(os.path.expanduser(cfg.path))),
@@ -93,6 +98,8 @@ def _open_builder(cfg: DataConfig, folder: str) -> DatasetSource | StreamSource 
             f"data.path: no such folder: {cfg.path}",
             hint="name a dataset of the hub, a folder of data files or one made by save_to_disk",
         )
+    if is_local:
+        _refuse_ineffective(cfg, ("revision",), "a folder of this machine")
     builder = datasets.load_dataset_builder(
         folder if is_local else cfg.path, name=cfg.subset, revision=cfg.revision
     )
@@ -293,6 +300,15 @@ class StreamSource:
 
 def _input_file(name: str, num_rows: int, identity: str) -> InputFile:
     return InputFile(name=name, num_rows=num_rows, row_groups=(num_rows,), identity=identity)
+
+
+def _refuse_ineffective(cfg: DataConfig, settings: Sequence[str], what: str) -> None:
+    for key in settings:
+        if getattr(cfg, key):
+            raise InputError(
+                f"data.{key} has no effect: data.path={cfg.path} is {what}",
+                hint=f"leave data.{key} out",
+            )
 
 
 def _no_split(cfg: DataConfig, splits: Sequence[str]) -> InputError:

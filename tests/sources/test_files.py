@@ -14,6 +14,15 @@ from batchvlm.sources.files import image_root_of, list_files, listing_of
 SUFFIXES = (".parquet",)
 
 
+def test_a_root_for_images_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").touch()
+    for name in ("none", "a.parquet"):
+        with pytest.raises(InputError, match=r"data\.image_root: no such folder: .*" + name):
+            image_root_of(str(tmp_path / name), "/own")
+    # The own folder of a stream of the hub is no place of this machine.
+    assert image_root_of(None, "/own") == "/own"
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     names = "b.parquet", "a.PARQUET", "sub/c.parquet", "sub/deep/d.parquet", "e.txt"
@@ -116,5 +125,6 @@ def test_the_image_root_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.chdir(tmp_path)
 
     assert image_root_of(None, "x") == str(tmp_path / "x")
+    (tmp_path / "y").mkdir()
     assert image_root_of("y", "x") == str(tmp_path / "y")
     assert image_root_of(None, None) is None

@@ -87,6 +87,45 @@ def test_a_saved_dataset_dict_has_splits(tmp_path: Path) -> None:
         open_path("hf", tmp_path / "saved", split="test")
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("subset", "en"), ("streaming", True), ("revision", "v1")]
+)
+@pytest.mark.parametrize("is_dict", [False, True])
+def test_a_setting_without_effect_is_refused(
+    tmp_path: Path, setting: str, value: Any, is_dict: bool
+) -> None:
+    saved = datasets.DatasetDict({"train": dataset(3)}) if is_dict else dataset(3)
+    saved.save_to_disk(tmp_path / "saved")
+
+    with pytest.raises(
+        InputError, match=rf"data\.{setting} has no effect.* save_to_disk"
+    ) as caught:
+        open_path("hf", tmp_path / "saved", **{setting: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saved_split_is_the_only_one(tmp_path: Path) -> None:
+    datasets.DatasetDict({"dev": dataset(3)}).save_to_disk(tmp_path / "saved")
+    datasets.load_from_disk(tmp_path / "saved")["dev"].save_to_disk(tmp_path / "dev")
+    dataset(3).save_to_disk(tmp_path / "nameless")
+
+    for source in (
+        open_path("hf", tmp_path / "saved" / "dev"),
+        open_path("hf", tmp_path / "dev"),
+        open_path("hf", tmp_path / "dev", split="dev"),
+    ):
+        assert numbers(source) == [0, 1, 2]
+    for name in ("dev", "nameless"):
+        with pytest.raises(InputError, match=r"has no split 'test'; its splits: (dev|train)"):
+            open_path("hf", tmp_path / name, split="test")
+
+
+def test_a_folder_of_files_has_no_revision(tmp_path: Path) -> None:
+    write_json(tmp_path, train=2)
+    with pytest.raises(InputError, match=r"data\.revision has no effect"):
+        open_path("hf", tmp_path, revision="v1")
+
+
 def test_rows_that_were_chosen_and_reordered_before_saving(tmp_path: Path) -> None:
     dataset(20).select([7, 3, 11]).save_to_disk(tmp_path / "saved")
 
