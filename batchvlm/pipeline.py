@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from batchvlm.config import JobConfig
+from batchvlm.config import JobConfig, SourceKind
 from batchvlm.engine import Engine, open_engine
 from batchvlm.errors import BatchvlmError, ErrorType, InputError
 from batchvlm.identity import (
@@ -101,6 +101,8 @@ def open_job(cfg: JobConfig) -> Job:
     kept = {name: "output.keep_columns" for name in cfg.output.keep_columns}
     named = {cfg.data.columns.id: "data.columns.id"} if cfg.data.columns.id else {}
     check_columns(source.schema, kept | named | needed)
+    if cfg.data.source is not SourceKind.jsonl:  # whose types are a guess
+        prompts.check_types(source.schema)
     schema = output_schema(
         kept_fields(source.schema, cfg.output.keep_columns),
         generated_texts=cfg.generation.num_return_sequences > 1,

@@ -19,7 +19,7 @@ from batchvlm.config import (
     GenerationConfig,
     TaskConfig,
 )
-from batchvlm.errors import ConfigError, ErrorType, RowError
+from batchvlm.errors import ConfigError, ErrorType, InputError, RowError
 from batchvlm.messages import Message, fill_slots, image_refs, read_messages
 from batchvlm.records import Generation, ImageRef, Prompt, Record
 from batchvlm.schemas import InvalidSchemaError, compile_schema
@@ -63,6 +63,24 @@ class PromptBuilder:
             if template is not None:
                 needed |= {name: template.setting for name in template.columns}
         return needed
+
+    def check_types(self, schema: Any) -> None:
+        """Refuse a column of an Arrow type that never holds the setting it is named for.
+
+        Args:
+            schema: the input's `pyarrow.Schema`, with every needed column.
+
+        Raises:
+            InputError: names the setting, the column and what it should hold.
+        """
+        for key, column in _generation_columns(self._generation.columns).items():
+            kind = schema.field(column).type
+            wanted = _TAKES[type(getattr(self._generation, key))]
+            if not _may_hold(wanted, kind):
+                raise InputError(
+                    f"generation.columns.{key} names column {column!r}, which is {kind}",
+                    hint=f"generation.{key} takes {wanted}",
+                )
 
     def build(self, record: Record) -> Prompt:
         """Build one row's prompt.
@@ -192,6 +210,24 @@ def _refuse_null(value: Any) -> Any:
 def _generation_columns(columns: GenerationColumnsConfig) -> dict[str, str]:
     named = {f.name: getattr(columns, f.name) for f in fields(columns)}
     return {key: column for key, column in named.items() if column}
+
+
+_TAKES = {int: "a number", float: "a number", bool: "true or false", list: "strings"}
+
+
+def _may_hold(wanted: str, kind: Any) -> bool:
+    """Whether some value of an Arrow type is one that `_read_setting` takes."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind) or (wanted == "strings" and types.is_nested(kind)):
+        kind = getattr(kind, "value_type", kind)
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    fits = {
+        "a number": types.is_integer(kind) or types.is_floating(kind),
+        "true or false": types.is_boolean(kind),
+        "strings": is_text,
+    }
+    return bool(types.is_null(kind) or fits[wanted])
 
 
 def resolve_generation(

@@ -155,20 +155,16 @@ def test_several_answers_are_a_column_where_asked_for(
 
 
 def test_the_output_opens_with_every_reader(tmp_path: Path, write_parquet: Writer) -> None:
-    times = pa.array(range(12), pa.time64("ns"))
-    source = write_parquet([picture()] * 12, n=pa.array(range(12), pa.int16()), t=times)
+    n, times = pa.array(range(12), pa.int16()), pa.array(range(12), pa.time64("ns"))
+    source = write_parquet([picture()] * 12, n=n, t=times)
     run(tmp_path / "out", source, "output.keep_columns=[n,image,t]", "output.token_ids=true")
     table = ds.dataset(tmp_path / "out" / "data").to_table()
     assert table["t"].combine_chunks().equals(times)
     assert table.schema.field("n").type == pa.int16()
     assert table.column_names[:5] == ["id", "row_index", "source_file", "n", "image"]
-    loaded = datasets.load_dataset(
-        "parquet",
-        data_dir=str(tmp_path / "out" / "data"),
-        split="train",
-        cache_dir=str(tmp_path / "cache"),
-    )
-    assert loaded["n"] == list(range(12)) or list(loaded["n"]) == list(range(12))
+    data, cache = str(tmp_path / "out" / "data"), str(tmp_path / "cache")
+    loaded = datasets.load_dataset("parquet", data_dir=data, split="train", cache_dir=cache)
+    assert list(loaded["n"]) == list(range(12))
     assert list(loaded["token_ids"])[5] == [1, 2, 5]
 
 
@@ -383,6 +379,8 @@ def test_a_missing_column_is_named_with_those_there_are(
             run(tmp_path / "out", source, override)
         assert override.split("=")[0] in str(caught.value)
         assert "image" in str(caught.value) and "question" in str(caught.value)
+    with pytest.raises(InputError, match=r"'question', which is string; .* takes a number"):
+        run(tmp_path / "out", source, "generation.columns.seed=question")
     assert not (tmp_path / "out").exists()
 
 

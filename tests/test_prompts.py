@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from batchvlm.config import (
@@ -14,7 +15,7 @@ from batchvlm.config import (
     TaskName,
     TaskOutputConfig,
 )
-from batchvlm.errors import ConfigError, ErrorType, RowError
+from batchvlm.errors import ConfigError, ErrorType, InputError, RowError
 from batchvlm.prompts import PromptBuilder, Template
 from batchvlm.records import Prompt, Record
 
@@ -190,6 +191,32 @@ def test_a_bad_setting_is_the_rows_error(setting: str, value: Any) -> None:
         build.build(record(column=value))
     assert caught.value.error_type is ErrorType.PROMPT
     assert "column" in caught.value.message
+
+
+INTEGERS = [pa.int8(), pa.uint64(), pa.float32(), pa.null(), pa.dictionary(pa.int8(), pa.int64())]
+TEXTS = [pa.string(), pa.large_string(), pa.string_view(), pa.null()]
+LISTS = [pa.list_(pa.string()), pa.large_list(pa.string()), pa.list_(pa.null())]
+
+
+@pytest.mark.parametrize(
+    ("setting", "fit", "unfit"),
+    [
+        ("max_new_tokens", INTEGERS, [*TEXTS[:3], *LISTS, pa.bool_(), pa.decimal128(3)]),
+        ("temperature", INTEGERS, [pa.string(), pa.binary(), pa.date32(), pa.struct([])]),
+        ("seed", INTEGERS, [pa.bool_(), pa.timestamp("s")]),
+        ("stop", [*TEXTS, *LISTS], [pa.int64(), pa.binary(), pa.list_(pa.int8())]),
+        ("ignore_eos", [pa.bool_(), pa.null()], [pa.int8(), pa.string()]),
+    ],
+)
+def test_a_column_of_a_type_without_a_setting_is_refused(
+    setting: str, fit: list[Any], unfit: list[Any]
+) -> None:
+    build = builder(generation=GenerationConfig(columns=GenerationColumnsConfig(**{setting: "c"})))
+    for kind in fit:
+        build.check_types(pa.schema([("c", kind), ("other", pa.string())]))
+    for kind in unfit:
+        with pytest.raises(InputError, match=rf"generation\.columns\.{setting} names column 'c'"):
+            build.check_types(pa.schema([("c", kind)]))
 
 
 def test_rows_draw_differently_and_each_always_the_same() -> None:
