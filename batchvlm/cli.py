@@ -9,9 +9,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import NoReturn
 
 from batchvlm import __version__
-from batchvlm.errors import BatchvlmError, ExitCode
+from batchvlm.errors import BatchvlmError, ConfigError, ExitCode
 
 _USAGE = """\
 batchvlm: run a vision-language model over a whole dataset, one output row for every input row.
@@ -111,6 +112,7 @@ def _run_hydra(config_name: str) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
+    _check_flags()
     register_schema()
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
     try:
@@ -120,6 +122,32 @@ def _run_hydra(config_name: str) -> int:
             raise
         raise explain(error) from error
     return max(codes)
+
+
+def _check_flags() -> None:
+    """Refuse flags that Hydra would answer with a page of usage.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> NoReturn:
+        what = message.partition("unrecognized arguments: ")[2].split(" ")[0]
+        if not what:
+            hint = "batchvlm run --help lists the flags"
+        elif what.startswith("-"):
+            message, hint = f"{what} is no flag", "batchvlm run --help lists the flags"
+            if "." in what or "=" in what:
+                hint = f"settings have no dashes: {what.lstrip('-')}"
+        else:
+            message = f"{what} stands behind a flag, other settings before it"
+            hint = "write the flags after all settings"
+        raise ConfigError(message, hint=hint)
+
+    parser = get_args_parser()
+    setattr(parser, "error", refuse)  # noqa: B010
+    parser.parse_args()
 
 
 def _set_up_process() -> None:

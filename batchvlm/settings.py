@@ -19,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from batchvlm import demo
 from batchvlm.config import GENERATION_LIMITS, DataConfig, JobConfig, SourceKind, TaskName
@@ -91,13 +92,13 @@ def read_config(node: DictConfig) -> JobConfig:
     """Turn a composed node into the checked, frozen `JobConfig`."""
     with flag_override(node, "struct", False):
         node.pop("hydra", None)
-    _refuse_unknown(node, JobConfig)
-    missing = sorted(OmegaConf.missing_keys(node))
-    if missing:
-        raise ConfigError(
-            f"{missing[0]} is required and not set", hint=f"add {missing[0]}=... to the command"
-        )
     try:
+        _refuse_unknown(node, JobConfig)
+        missing = sorted(OmegaConf.missing_keys(node))
+        if missing:
+            raise ConfigError(
+                f"{missing[0]} is required and not set", hint=f"add {missing[0]}=... to the command"
+            )
         cfg = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise explain(error) from error
@@ -119,7 +120,8 @@ def _refuse_unknown(node: DictConfig, cls: type, prefix: str = "") -> None:
 
 def is_mistake(error: Exception) -> bool:
     """Whether Hydra or OmegaConf found something wrong with what the user asked for."""
-    return isinstance(error, HydraException | OmegaConfBaseException) or (
+    broken = HydraException | OmegaConfBaseException | YAMLError | UnicodeDecodeError
+    return isinstance(error, broken) or (
         # Hydra's word for `group=null`.
         str(error).startswith("Config group override must be")
     )
@@ -127,11 +129,10 @@ def is_mistake(error: Exception) -> bool:
 
 def explain(error: Exception) -> ConfigError:
     """Say in one line what Hydra or OmegaConf found wrong."""
+    if isinstance(error, YAMLError | UnicodeDecodeError):
+        return _broken_file(error)
     if isinstance(error, OverrideParseException):
-        return ConfigError(
-            f"cannot read the override {error.override}",
-            hint="quote a value with spaces, braces or commas twice: 'task.prompt=\"Is it red?\"'",
-        )
+        return _unreadable(error.override)
     chain = list(_causes(error))
     override = re.search(r"Could not override '([^']+)'", " ".join(map(str, chain)))
     cause = next((e for e in chain if isinstance(e, OmegaConfBaseException)), None)
@@ -140,6 +141,11 @@ def explain(error: Exception) -> ConfigError:
         reason = str(cause.msg or cause).splitlines()[0]
         if key and "not in" in reason:
             return _unknown_key(key)
+        if "is not Optional" in reason:
+            return ConfigError(f"{key} cannot be null", hint=f"give it a value: {key}=...")
+        if "is not a ListConfig" in reason:
+            value = getattr(cause, "value", None)
+            return ConfigError(f"{key}={value} is no list", hint=f"write '{key}=[{value}]'")
         return ConfigError(f"{key}: {reason}" if key else reason)
     if override:
         return _unknown_key(override.group(1))
@@ -149,6 +155,21 @@ def explain(error: Exception) -> ConfigError:
         options = itertools.takewhile(lambda line: not line.startswith("Config search"), lines[2:])
         return ConfigError(lines[0], hint=f"there are {', '.join(options)}")
     return ConfigError(lines[0] if lines else type(error).__name__, hint="; ".join(lines[1:3]))
+
+
+def _unreadable(override: str) -> ConfigError:
+    key, _, value = override.partition("=")
+    hint = "quote a value with spaces, braces or commas twice: 'task.prompt=\"Is it red?\"'"
+    if value.startswith("[") != value.endswith("]"):
+        hint = f"write a list as '{key}=[{value.strip('[]')}]'"
+    return ConfigError(f"cannot read the override {override}", hint=hint)
+
+
+def _broken_file(error: YAMLError | UnicodeDecodeError) -> ConfigError:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    place = "a file of your configuration" if mark is None else f"{mark.name}, line {mark.line + 1}"
+    return ConfigError(f"{place}: no YAML that can be read: {problem}", hint="mend that file")
 
 
 def _causes(error: BaseException | None) -> Iterable[BaseException]:

@@ -91,6 +91,11 @@ def test_the_job_scripts(tmp_path: Path, task: str) -> None:
         (["run", "output.dir=s3://bucket/out"], "output.dir"),
         (["run", "output.dir=/dev/null/out"], "output.dir=/dev/null/out cannot be written: Not a"),
         (["jump"], "jump is no command"),
+        (["run", "--foo"], "--foo is no flag; batchvlm run --help lists the flags"),
+        (["run", "--output.dir=x"], "--output.dir=x is no flag; settings have no dashes: output.d"),
+        (["run", "task=vqa", "--cfg", "job", "data.max_rows=3"], "data.max_rows=3 stands behind a"),
+        (["run", "--cfg", "nope"], "argument --cfg/-c: invalid choice: 'nope'"),
+        (["run", "output.dir=${oc.env:NO_SUCH}"], "Environment variable 'NO_SUCH' not found"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(tmp_path: Path, args: list[str], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -69,7 +70,12 @@ REFUSED = {
     "generation.temperature=nan": "generation.temperature=nan must lie between",
     "generation.top_p=0": "generation.top_p=0.0 must lie",
     "generation.seed=-1": "generation.seed=-1 must lie",
-    "generation.stop=x": "generation.stop",
+    "generation.stop=x": "generation.stop=x is no list; write 'generation.stop=[x]'",
+    "output.keep_columns=id": "write 'output.keep_columns=[id]'",
+    "data.columns.image=[image": "write a list as 'data.columns.image=[image]'",
+    "data.columns.image=a,b]": "write a list as 'data.columns.image=[a,b]'",
+    "data.path=null": "data.path cannot be null; give it a value: data.path=...",
+    "output.dir=${oc.env:NO_SUCH}": "output.dir: KeyError raised while resolving interpolation",
     "generation.stop=['']": "generation.stop holds an empty string",
     "generation.columns.seed=''": "generation.columns.seed is empty",
     "batching.max_batch_tokens=0": "batching.max_batch_tokens=0 must be at least 1",
@@ -102,6 +108,24 @@ def test_a_mistake_is_refused_in_one_line(override: str) -> None:
 
 def test_a_default_may_be_repeated() -> None:
     compose("run", ["data.split=train", "data.streaming=false", "data.subset=null"])
+
+
+BROKEN = {
+    b"path: [a\nb: {\n": "my.yaml, line 2: no YAML that can be read: expected ',' or ']'",
+    b"path: a\npath: b\n": "my.yaml, line 2: no YAML that can be read: found duplicate key path",
+    b"path: \xff\n": "a file of your configuration: no YAML that can be read: 'utf-8' codec",
+    b"- path\n": "list is not a subclass of ModelConfig",
+}
+
+
+@pytest.mark.parametrize("content", list(BROKEN))
+def test_a_broken_preset_of_ones_own_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "my.yaml").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        compose("run", [f"hydra.searchpath=[file://{tmp_path}]", "model=my"])
+    assert BROKEN[content] in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_processors_own_settings_pass_through() -> None:
