@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import textwrap
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchvlm.errors import OutputError
 from batchvlm.pipeline import Summary
 
 _NUM_ANSWERS = 5
@@ -17,7 +18,11 @@ _NUM_ERRORS = 5
 
 
 def print_summary(summary: Summary) -> None:
-    """Print to stdout what a person wants to know at the end of a run."""
+    """Print to stdout what a person wants to know at the end of a run.
+
+    Raises:
+        OutputError: a part among those shown cannot be read.
+    """
     metrics = summary.metrics
     print()
     print(_headline(summary))
@@ -77,14 +82,26 @@ def _read_rows(summary: Summary) -> Any:
     columns = ["id", "status", "error_type", "error_message", "generated_text"]
     for index in sorted(summary.folder.finished_shards(summary.num_shards)):
         part = summary.folder.part(index, summary.num_shards)
-        for batch in pq.ParquetFile(part).iter_batches(batch_size=64, columns=columns):
-            yield from batch.to_pylist()
+        try:
+            for batch in pq.ParquetFile(part).iter_batches(batch_size=64, columns=columns):
+                yield from batch.to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise OutputError(
+                f"{part} cannot be read: {' '.join(str(error).split())[:200]}",
+                hint="if it is damaged, delete it and run the same command again: "
+                "its rows are computed again",
+            ) from error
 
 
 def _print_row(name: str, text: str, width: int) -> None:
     room = max(20, shutil.get_terminal_size((100, 24)).columns - width - 4)
-    shown = textwrap.shorten(_printable(text), room, placeholder=" ...")
-    print(f"  {textwrap.shorten(_printable(name), width, placeholder='...'):<{width}}  {shown}")
+    print(f"  {_shorten(name, width):<{width}}  {_shorten(text, room)}")
+
+
+def _shorten(text: str, width: int) -> str:
+    """One line of at most `width` characters."""
+    line = " ".join(_printable(text).split())
+    return line if len(line) <= width else f"{line[: width - 3].rstrip()}..."
 
 
 def _printable(text: str) -> str:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchvlm.errors import OutputError
 from batchvlm.output.folder import OutputFolder
 from batchvlm.pipeline import Summary
 from batchvlm.runtime.metrics import Metrics
@@ -45,6 +46,32 @@ def test_names_of_any_length(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     out = shown(tmp_path, capsys, [name, name], "A cat.")
     assert out.count("A cat.") == 2
     assert "rows     2: 2 answered, 0 errors" in out
+
+
+@pytest.mark.parametrize(
+    "text", ['{"color":"red"}' * 30, "word " * 100, "x" * 17 + " " + "y" * 500]
+)
+def test_long_texts_are_cut_by_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    out = shown(tmp_path, capsys, ["an/id/without/any/space/that/is/long.png"], text)
+    (line,) = (line for line in out.splitlines() if line.startswith("  an/id"))
+    assert line.startswith(f"  an/id/without/any/space/that/...  {text[:50]}")
+    assert line.endswith("...") and 90 < len(line) <= 100
+
+
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_a_damaged_part_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keep: float
+) -> None:
+    shown(tmp_path, capsys, ["a"], "A cat.")
+    folder = OutputFolder(tmp_path)
+    content = folder.part(0, 1).read_bytes()
+    folder.part(0, 1).write_bytes(content[: int(len(content) * keep)])
+    summary = Summary(folder=folder, num_rows=1, num_shards=1, num_mine=1, num_found=1)
+    with pytest.raises(OutputError, match=r"part-00000-of-00001\.parquet cannot be read") as caught:
+        print_summary(summary)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_answer_cannot_steer_the_terminal(
