@@ -7,7 +7,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -100,6 +101,8 @@ def _run_hydra(config_name: str) -> int:
             # Not raised through Hydra: of a sweep, the other jobs shall still run.
             print(f"batchvlm: error: {error}", file=sys.stderr)
             codes.append(error.exit_code)
+        except BrokenPipeError as error:
+            raise RuntimeError("a pipe within the job broke") from error
 
     def _run_job(node: DictConfig) -> None:
         cfg = read_config(node)
@@ -107,7 +110,9 @@ def _run_hydra(config_name: str) -> int:
         from batchvlm.summary import print_summary
 
         _set_up_process()
-        print_summary(run_job(cfg))
+        summary = run_job(cfg)
+        with _reader_may_leave():
+            print_summary(summary)
         # All is written: a signal from here on would only be raised in somebody's clean-up.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
@@ -116,12 +121,24 @@ def _run_hydra(config_name: str) -> int:
     register_schema()
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
     try:
-        app(task)()
+        with _reader_may_leave():
+            app(task)()
     except Exception as error:
         if not is_mistake(error):
             raise
         raise explain(error) from error
     return max(codes)
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Let `batchvlm run | head` end quietly: what nobody reads is no failure."""
+    try:
+        yield
+        print(end="", flush=True)
+    except BrokenPipeError:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_flags() -> None:

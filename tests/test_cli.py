@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchvlm import demo
+from batchvlm.cli import main
 from batchvlm.errors import ExitCode
 
 ROOT = Path(__file__).parents[1]
@@ -92,9 +93,6 @@ def test_the_job_scripts(tmp_path: Path, task: str) -> None:
         (["run", "output.dir=/dev/null/out"], "output.dir=/dev/null/out cannot be written: Not a"),
         (["jump"], "jump is no command"),
         (["run", "--foo"], "--foo is no flag; batchvlm run --help lists the flags"),
-        (["run", "--output.dir=x"], "--output.dir=x is no flag; settings have no dashes: output.d"),
-        (["run", "task=vqa", "--cfg", "job", "data.max_rows=3"], "data.max_rows=3 stands behind a"),
-        (["run", "--cfg", "nope"], "argument --cfg/-c: invalid choice: 'nope'"),
         (["run", "output.dir=${oc.env:NO_SUCH}"], "Environment variable 'NO_SUCH' not found"),
     ],
 )
@@ -107,6 +105,28 @@ def test_a_mistake_is_one_line_and_exit_2(tmp_path: Path, args: list[str], messa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--output.dir=x"], "--output.dir=x is no flag; settings have no dashes: output.dir=x"),
+        (["a=b", "--foo", "--bar"], "--foo is no flag; batchvlm run --help lists the flags"),
+        (["a=b", "--cfg", "job", "c=d", "e=f"], "c=d stands behind a flag, other settings before"),
+        (["--cfg", "nope"], "argument --cfg/-c: invalid choice: 'nope'"),
+        (["--config-dir"], "argument --config-dir/-cd: expected one argument"),
+    ],
+)
+def test_a_flag_that_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    assert main(["run", *args]) == ExitCode.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"batchvlm: error: {message}")
+
+
 def test_help(tmp_path: Path) -> None:
     for args in (["--help"], []):
         assert "batchvlm run" in command(*args, cwd=tmp_path).stdout
@@ -116,6 +136,18 @@ def test_help(tmp_path: Path) -> None:
     assert "max_new_tokens: 256" in config
     assert command("--version", cwd=tmp_path).stdout.startswith("batchvlm 0.")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args", [["--cfg", "job"], ["data.max_rows=2"]])
+def test_a_reader_that_leaves_is_no_failure(tmp_path: Path, args: list[str]) -> None:
+    with subprocess.Popen(
+        [*BATCHVLM, "run", *args], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        lines = process.stderr.read().decode().splitlines()
+    assert process.returncode == ExitCode.DONE, lines
+    assert all(" INFO " in line for line in lines)
 
 
 def test_tab_completion(tmp_path: Path) -> None:
