@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from batchvlm.config import JobConfig, ModelConfig, TaskConfig
+from batchvlm.errors import ModelError
 from batchvlm.loading import explained, resolve_backend
 from batchvlm.records import InputFile
 from batchvlm.schemas import read_schema
@@ -38,7 +39,8 @@ def answer_identity(cfg: JobConfig, files: Sequence[InputFile]) -> dict[str, Any
 
     Raises:
         ConfigError: the schema cannot be read.
-        ModelError: the image backend asked for does not work here.
+        ModelError: the image backend asked for does not work here, or the model's files cannot be
+            read.
     """
     return {
         "input": _input_identity(files),
@@ -87,6 +89,11 @@ def pin_model(cfg: ModelConfig) -> ModelConfig:
     """
     if os.path.isdir(cfg.path):
         return cfg
+    if os.path.exists(cfg.path) or cfg.path.startswith((".", "~", os.sep)):
+        raise ModelError(
+            f"model.path={cfg.path}: no such folder",
+            hint="check the spelling; a model of the Hub is named user/model",
+        )
     from transformers import AutoConfig
 
     with explained(cfg, "config"):
@@ -133,7 +140,8 @@ def _model_identity(cfg: ModelConfig) -> dict[str, Any]:
     }
     if os.path.isdir(cfg.path):
         # The folder may lie elsewhere on the next machine; what is in it must not differ.
-        return identity | {"files": _folder_digest(Path(cfg.path))}
+        with explained(cfg, "files"):
+            return identity | {"files": _folder_digest(Path(cfg.path))}
     return identity | {"path": cfg.path, "commit": cfg.revision}
 
 

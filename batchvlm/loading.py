@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 from batchvlm.config import ImageBackend, ModelConfig
-from batchvlm.errors import ModelError
+from batchvlm.errors import BatchvlmError, ModelError
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +151,14 @@ def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
     """Turn whatever loading raises into one line that names the model."""
     try:
         yield
-    except (OSError, ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    except BatchvlmError:
+        raise
+    # The libraries' own kinds among them: safetensors' derives from nothing but Exception.
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        if isinstance(error, KeyError | AttributeError):
+            reason = f"{type(error).__name__}: {reason}"
         if "trust_remote_code" in str(error) and not cfg.trust_remote_code:
             raise ModelError(
                 f"model.path={cfg.path} needs Python code that comes with its repository",
