@@ -108,9 +108,16 @@ def check_columns(schema: pa.Schema, needed: Mapping[str, str]) -> None:
             names = ", ".join(schema.names[:MAX_COLUMNS_NAMED]) or "none"
             if len(schema.names) > MAX_COLUMNS_NAMED:
                 names += f" and {len(schema.names) - MAX_COLUMNS_NAMED} more"
-            near = difflib.get_close_matches(column, schema.names, n=1)
+            others = [name for name in schema.names if name not in needed]
+            near = difflib.get_close_matches(column, others, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"set {setting} to one of them"
+            if setting in ("task.prompt", "task.system") and not near:
+                hint = f"{setting} is a template: name one of them in it, or write plain text"
+            if setting == "data.columns.image":
+                hint += " or" if near else ", or"
+                hint += f" {setting}=null if no column holds images"
             raise InputError(
                 f"{setting} names column {column!r}, which the input does not have"
                 f" (its columns: {names})",
-                hint=f"did you mean {near[0]!r}?" if near else f"set {setting} to one of them",
+                hint=hint,
             )

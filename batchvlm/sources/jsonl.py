@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import sys
 from array import array
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ CHUNK_ROWS = 64
 """Lines of a compressed file read at once."""
 SCHEMA_ROWS = 1000
 """Rows that the columns and their types are taken from."""
+_ARRAY = re.compile(rb"\[\s*(\{|$)")
+"""How a JSON array of objects begins, on one line or on many."""
 BLANK = b" \t\r\n\xef\xbb\xbf"
 """White space, and the mark that some editors put first."""
 
@@ -74,18 +77,25 @@ class JsonlSource:
         """The keys of the first 1,000 rows; a key that only comes later is no column.
 
         Raises:
-            InputError: a file cannot be read.
+            InputError: a file cannot be read, holds JSON of another form, or all are empty.
         """
         kinds: dict[str, set[str]] = {}
         lines = chain.from_iterable(map(self._all_lines, self._listing.paths))
+        start = b""
+        num_lines = num_objects = 0
         try:
             for line in islice(lines, SCHEMA_ROWS):
-                row, _ = _parse(line)
+                row, message = _parse(line)
+                start = start or line.strip(BLANK)[:80]
+                num_lines += 1
+                num_objects += not message
                 for key, value in row.items():
                     if is_text(key):
                         kinds.setdefault(key, set()).update(_kind(value))
         except Exception as error:  # each file system and each compression raises its own
             raise _unreadable(self._listing.root, error) from error
+        if num_objects == 0 or _ARRAY.match(start):
+            raise _not_json_lines(next(iter(self._listing.paths)), start, num_lines)
         return pa.schema([(key, _arrow_type(found)) for key, found in kinds.items()])
 
     def files(self, columns: Sequence[str] = ()) -> list[InputFile]:
@@ -196,6 +206,18 @@ class JsonlSource:
             is_buffered = isinstance(text, io.BufferedIOBase)
             with text if is_buffered else io.BufferedReader(text, CHUNK_BYTES) as file:
                 yield file
+
+
+def _not_json_lines(name: str, start: bytes, num_lines: int) -> InputError:
+    if not num_lines:
+        return InputError("data.path holds no rows: every line is empty")
+    problem = f"none of its first {num_lines} lines is a JSON object"
+    if _ARRAY.match(start):
+        problem = "it holds a JSON array"
+    return InputError(
+        f"data.path: {name} is no JSON lines: {problem}",
+        hint=f"write one object a line, as jq -c '.[]' {name} does of an array",
+    )
 
 
 def _unreadable(name: str, error: Exception) -> InputError:

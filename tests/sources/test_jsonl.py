@@ -160,6 +160,31 @@ def test_the_schema_is_found_in_the_rows(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}, {"a": 2}]', "a.jsonl is no JSON lines: it holds a JSON array; write one obj"),
+        ('[\n {"a": 1},\n {"a": 2}\n]', "it holds a JSON array"),
+        ('[\n  {\n    "a": 1\n  }\n]', "it holds a JSON array"),
+        ('{\n"a": 1\n}', "none of its first 3 lines is a JSON object; write one object a line"),
+        ("a,b\n1,2", "none of its first 2 lines is a JSON object"),
+        ("", "data.path holds no rows"),
+        ("\n \n", "data.path holds no rows"),
+    ],
+)
+def test_json_of_another_form_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = write_lines(tmp_path / "a.jsonl", text)
+    with pytest.raises(InputError) as caught:
+        assert open_path("jsonl", path).schema
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_first_line_that_holds_a_list_is_a_row(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", "[1]", '{"a": 1}')
+    assert open_path("jsonl", path).schema.names == ["a"]
+    assert [r.failure is None for r in read_all(open_path("jsonl", path), ["a"])] == [False, True]
+
+
 def test_the_schema_is_taken_from_the_first_rows_over_all_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

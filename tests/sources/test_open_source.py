@@ -37,6 +37,36 @@ def test_a_missing_column_like_no_other_has_another_hint() -> None:
         check_columns(SCHEMA, {"xyz": "data.columns.id"})
 
 
+@pytest.mark.parametrize(
+    ("needed", "hint"),
+    [
+        (
+            {"xyz": "data.columns.image"},
+            "set data.columns.image to one of them, or data.columns.image=null if no column holds "
+            "images",
+        ),
+        (
+            {"imag": "data.columns.image"},
+            "did you mean 'image'? or data.columns.image=null if no column holds images",
+        ),
+        # Like the name of another setting's column, which is no other name for images.
+        (
+            {"qestion": "data.columns.image", "question": "data.columns.messages"},
+            "set data.columns.image to one of them, or data.columns.image=null if no column holds "
+            "images",
+        ),
+        (
+            {"xyz": "task.prompt"},
+            "task.prompt is a template: name one of them in it, or write plain text",
+        ),
+    ],
+)
+def test_a_hint_fits_its_setting(needed: dict[str, str], hint: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_columns(SCHEMA, needed)
+    assert caught.value.hint == hint
+
+
 def test_many_columns_are_cut_short() -> None:
     schema = pa.schema([(f"column_{i}", pa.int8()) for i in range(1000)])
 
