@@ -87,7 +87,8 @@ def _show(value: Any) -> str:
         # With a double quote in it, repr always takes single ones: else one apostrophe more
         # would make two values differ from their first character on.
         return repr(value + '"')[:-2] + "'"
-    return repr(value)
+    # As it is written on the command line: null, true, false.
+    return repr(value) if value is _ABSENT else json.dumps(value)
 
 
 def _shorten(old: str, new: str) -> tuple[str, str]:
