@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from batchvlm.errors import FingerprintError, OutputError
+from batchvlm.errors import ConfigError, FingerprintError, OutputError
 from batchvlm.output.fingerprint import differences, fingerprint
 from batchvlm.output.folder import OutputFolder
 from batchvlm.records import Shard
@@ -59,7 +59,8 @@ def find_run(
 
     Raises:
         FingerprintError: the folder's run has another identity or layout.
-        OutputError: the folder cannot be read, or holds something that is not ours.
+        ConfigError: the folder holds something that is not ours, or is of a newer release.
+        OutputError: the folder cannot be read, or its run.json is damaged.
     """
     assert all(shard.index == index for index, shard in enumerate(plan))
     ours = RunFile(
@@ -81,7 +82,7 @@ def find_run(
         folder.remove_leftovers(len(run.plan))
         return run
     if has_data:
-        raise OutputError(
+        raise ConfigError(
             f"{folder.data} holds Parquet files, but {folder.run_json} is missing: "
             "they are no output of batchvlm",
             hint="name another output.dir",
@@ -129,7 +130,8 @@ def read_run(folder: OutputFolder) -> RunFile | None:
     """The run in `folder`; None where there is none.
 
     Raises:
-        OutputError: the file cannot be read, is damaged, not ours, or of a newer release.
+        ConfigError: the file is not ours, or of a newer release.
+        OutputError: the file cannot be read, or is damaged.
     """
     text = folder.read_bytes(folder.run_json)
     return None if text is None else _decode(text, folder.run_json)
@@ -145,14 +147,14 @@ def _encode(run: RunFile) -> bytes:
 def _decode(text: bytes, path: Path) -> RunFile:
     try:
         content = json.loads(text)
-        if content.pop("program") != "batchvlm":
-            raise ValueError("another program")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise OutputError(
             f"{path} is damaged, or no run of batchvlm", hint="name another output.dir"
         ) from error
+    if not isinstance(content, dict) or content.pop("program", None) != "batchvlm":
+        raise ConfigError(f"{path} is no run of batchvlm", hint="name another output.dir")
     if isinstance(content.get("format"), int) and content["format"] > _FORMAT:
-        raise OutputError(
+        raise ConfigError(
             f"{path} is of a newer batchvlm (format {content['format']}, here {_FORMAT})",
             hint="update batchvlm, or name another output.dir",
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from batchvlm.errors import FingerprintError, OutputError
+from batchvlm.errors import ConfigError, FingerprintError, OutputError
 from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import RunFile, find_run, read_run, save_run
@@ -93,8 +93,6 @@ def test_a_truncated_file_is_named_and_kept(tmp_path: Path, keep: float) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"program": "other"}, "is damaged, or no run of batchvlm"),
-        ({"format": 2, "novelty": 1}, r"newer batchvlm \(format 2, here 1\)"),
         ({"format": "1"}, "is damaged"),
         ({"format": None}, "is damaged"),
         ({"identity": {"task": {"prompt": "edited"}}}, "is damaged"),
@@ -104,7 +102,7 @@ def test_a_truncated_file_is_named_and_kept(tmp_path: Path, keep: float) -> None
         ({"unknown": 1}, "is damaged"),
     ],
 )
-def test_a_file_that_is_not_ours_is_refused(
+def test_a_file_that_was_damaged_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     open_here(tmp_path)
@@ -114,18 +112,36 @@ def test_a_file_that_is_not_ours_is_refused(
         open_here(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"program": "other"}, "is no run of batchvlm"),
+        ({"format": 2, "novelty": 1}, r"newer batchvlm \(format 2, here 1\)"),
+    ],
+)
+def test_a_file_that_is_not_ours_is_the_users_mistake(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    open_here(tmp_path)
+    path = tmp_path / "_batchvlm/run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=message):
+        open_here(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"[]", b"3", b"null", b"\xff\xfe", b'{"a": 1}'])
 def test_json_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "_batchvlm").mkdir()
     (tmp_path / "_batchvlm/run.json").write_bytes(content)
-    with pytest.raises(OutputError, match="no run of batchvlm"):
+    kind = OutputError if content == b"\xff\xfe" else ConfigError  # half of ours looks so, too
+    with pytest.raises(kind, match="no run of batchvlm"):
         open_here(tmp_path)
 
 
 def test_somebody_elses_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train-00000-of-00001.parquet").write_bytes(b"precious")
-    with pytest.raises(OutputError, match=r"data holds Parquet files.*no output of batchvlm"):
+    with pytest.raises(ConfigError, match=r"data holds Parquet files.*no output of batchvlm"):
         open_here(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "train-00000-of-00001.parquet"]
 
