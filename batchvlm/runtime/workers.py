@@ -6,14 +6,18 @@ A worker that hangs or dies costs the row it was at; the pool replaces it and go
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import CancelledError, TimeoutError
+from concurrent.futures import CancelledError, ThreadPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnContext
+from multiprocessing.synchronize import RLock
 from types import TracebackType
 from typing import Self
 
@@ -59,25 +63,35 @@ class WorkerPool:
         self._under_way = num_workers * _UNDER_WAY_PER_WORKER
         self._local = Preprocessor(spec) if num_workers == 0 else None
         self._pool: ProcessPool | None = None
+        self._context: _LastingLocks | None = None
         self._num_breaks = 0
         self._has_prepared = False
         self._is_left = False
 
     def __enter__(self) -> Self:
         if self._local is None:
-            self._open_pool()
+            try:
+                # In another thread than that which signals interrupt: a pool that is half started
+                # cannot be stopped, and its processes would find nobody.
+                with ThreadPoolExecutor(1) as starter:
+                    starter.submit(self._open_pool).result()
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
         return self
 
     def _open_pool(self) -> None:
         # Not forked: the parent has threads, which a fork would leave in the middle of a lock.
+        self._context = _LastingLocks()
         self._pool = ProcessPool(
             max_workers=self._num_workers,
-            context=multiprocessing.get_context("spawn"),
+            context=self._context,
             initializer=_start_worker,
             initargs=(self._spec, os.getpid()),
         )
         # The pool starts its processes with the first task: let them load their libraries.
-        self._pool.schedule(_do_nothing)
+        with _deaf_children():
+            self._pool.schedule(_do_nothing)
 
     def __exit__(
         self,
@@ -169,6 +183,39 @@ class WorkerPool:
             return Failure(
                 error_type=ErrorType.PREPROCESS, message=f"{type(error).__name__}: {text}"
             )
+
+
+class _LastingLocks(SpawnContext):
+    """Spawns processes, and keeps the locks that it made for them as long as itself.
+
+    Pebble drops its locks before it stops its processes: one that is still loading would not find
+    them any more and print a traceback.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._locks: list[RLock] = []
+
+    def RLock(self) -> RLock:
+        lock = super().RLock()
+        self._locks.append(lock)
+        return lock
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Keep Ctrl-C from the processes that are started here, and by threads that are started here.
+
+    A terminal sends it to all, and one that is loading its libraries would print a traceback; the
+    parent, whose threads from before still take it, tells them when to stop.
+    """
+    # Started now: it would let the signal through again when it starts in between.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(spec: PreprocessSpec, parent: int) -> None:

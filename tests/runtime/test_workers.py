@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pebble.pool.process import WorkerManager
 
 from batchvlm.errors import BatchvlmError, ErrorType
 from batchvlm.preprocess import PreprocessSpec
@@ -134,6 +136,67 @@ def test_workers_that_never_start_end_the_run_and_cost_no_row(
 
 def start_nothing(spec: PreprocessSpec, parent: int) -> None:
     pass
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_terminals_ctrl_c_passes_the_workers_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_start_worker", start_nothing)
+
+    def blocked(pid: int) -> int:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(status.partition("SigBlk:")[2].split()[0], 16)
+
+    with WorkerPool(spec(), num_workers=2, timeout_s=60) as pool:
+        wait_until(lambda: len(workers_alive()) == 2)
+        assert all(blocked(pid) & 1 << signal.SIGINT - 1 for pid in workers_alive())
+        # Those that take the place of dead ones, too.
+        for pid in workers_alive():
+            os.kill(pid, signal.SIGKILL)
+        list(pool.prepare(records(1, image=b"no image")))
+        assert all(blocked(pid) & 1 << signal.SIGINT - 1 for pid in workers_alive())
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_workers_that_are_still_loading_end_quietly(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workers, "_start_worker", start_nothing)
+    stop_workers = WorkerManager.force_stop_workers
+
+    def stop_late(manager: WorkerManager) -> None:
+        for worker in manager.workers.values():
+            worker.join(60)
+        stop_workers(manager)
+
+    monkeypatch.setattr(WorkerManager, "force_stop_workers", stop_late)
+    with WorkerPool(spec(), num_workers=2, timeout_s=60):
+        pass  # as if interrupted at once
+    assert capfd.readouterr().err == ""
+
+
+def test_a_pool_that_is_interrupted_while_it_starts_leaves_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted
+
+    open_pool = WorkerPool._open_pool
+
+    def interrupted(pool: WorkerPool) -> None:
+        open_pool(pool)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(WorkerPool, "_open_pool", interrupted)
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(Interrupted):
+            WorkerPool(spec(), num_workers=2, timeout_s=60).__enter__()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not multiprocessing.active_children()
 
 
 def children_of(pid: int) -> set[int]:
