@@ -233,11 +233,12 @@ class BatchingConfig:
     """How samples become batches. Changes speed and memory, never an answer's meaning."""
 
     max_batch_tokens: int = 16_384
-    """Rows times (longest prompt + longest possible answer); a longer row goes alone."""
+    """engine=generate: rows times (longest prompt + longest possible answer) in a batch; a longer
+    row goes alone."""
     max_batch_size: int = 64
-    """Rows in a batch at most."""
+    """engine=generate: rows in a batch at most."""
     sort_window: int = 512
-    """Samples gathered and sorted by length before they are cut into batches."""
+    """Samples gathered and sorted by length before the engine takes them up."""
     max_window_bytes: int = 1 << 30
     """A window also ends when its samples hold this many bytes."""
 

@@ -90,7 +90,14 @@ def test_a_row_alone_and_in_mixed_batches(
 ) -> None:
     some = [item for item in items if item.scene_index < NUM_SCENES_ALONE]
     assert {len(item.images) for item in some} == {1, 2}
-    mixed = answer(some, tmp_path / "mixed", "batching.max_batch_size=24")
-    alone = answer(some, tmp_path / "alone", "batching.max_batch_size=1")
-    assert mixed == alone
-    assert mixed == answers[: len(some)]
+    one_by_one = ("engine.max_slots=1", "engine.max_prefill_tokens=1", "engine.share_images=false")
+    assert answer(some, tmp_path / "alone", *one_by_one) == answers[: len(some)]
+    assert answer(some, tmp_path / "few", "engine.max_slots=7") == answers[: len(some)]
+
+
+def test_both_engines_say_the_same(
+    items: list[HeldOutItem], answers: list[str], tmp_path: Path
+) -> None:
+    some = [item for item in items if item.scene_index < NUM_SCENES_ALONE]
+    padded = answer(some, tmp_path / "padded", "engine=generate", "batching.max_batch_size=24")
+    assert padded == answers[: len(some)]
