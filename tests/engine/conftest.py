@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 from batchvlm.engine.generate import GenerateEngine
 from batchvlm.records import Generation, Sample
 
-from .families import llava
+from .families import FAMILIES, llava
+from .loaded import Loaded, load
 from .tiny import save
 
 QUESTIONS = (
@@ -24,6 +25,12 @@ QUESTIONS = (
     "how is the lazy dog today?",
     "a cat or a dog",
 )
+
+
+@pytest.fixture(scope="session", params=FAMILIES, ids=lambda family: family.name)
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """Each family in turn."""
+    return load(request.param, tmp_path_factory.mktemp(request.param.name))
 
 
 @pytest.fixture(scope="package")

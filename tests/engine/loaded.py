@@ -1,0 +1,196 @@
+"""A family, loaded as the package loads it, and what transformers answers to its questions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from batchvlm.config import (
+    BatchingConfig,
+    ColumnsConfig,
+    EngineConfig,
+    GenerationConfig,
+    ImageBackend,
+    ModelConfig,
+    TaskConfig,
+)
+from batchvlm.engine.collate import collate
+from batchvlm.engine.generate import GenerateEngine, eos_ids
+from batchvlm.engine.slots import SlotEngine
+from batchvlm.loading import load_processor
+from batchvlm.preprocess import Preprocessor, PreprocessSpec
+from batchvlm.records import Completion, Record, Sample
+
+from ..conftest import encode
+from .families import Family
+from .tiny import save
+
+NUM_NEW_TOKENS = 8
+MOST_NEW_TOKENS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a row asks, and about which pictures."""
+
+    text: str
+    sizes: tuple[tuple[int, int], ...]
+    """(width, height) of each picture."""
+
+
+ABOUT_ONE = Question(text="what is this?", sizes=((90, 60),))
+ABOUT_ONE_LONGER = Question(
+    text="describe the image in one word and then explain it in detail", sizes=((70, 150),)
+)
+ABOUT_TWO = Question(text="compare these two images", sizes=((48, 48), (130, 100)))
+ABOUT_NONE = Question(text="how is the lazy dog today?", sizes=())
+
+
+def noise(size: tuple[int, int], seed: int) -> Image.Image:
+    width, height = size
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def pictures(question: Question, seed: int = 0) -> list[Image.Image]:
+    return [noise(size, 10 * seed + i) for i, size in enumerate(question.sizes)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """One family, loaded as the package loads it and, apart from that, as transformers does."""
+
+    family: Family
+    questions: tuple[Question, ...]
+    preprocessor: Preprocessor
+    engine: GenerateEngine
+    processor: Any
+    model: Any
+    _samples: dict[tuple[Question, int], Sample] = field(default_factory=dict)
+    _references: dict[tuple[Question, int], list[int]] = field(default_factory=dict)
+
+    def slots(
+        self, *, sort_window: int = 512, eos: Sequence[int] | None = None, **cfg: Any
+    ) -> SlotEngine:
+        """An engine over slots, with these settings of `EngineConfig`."""
+        tokenizer = self.processor.tokenizer
+        return SlotEngine(
+            self.model,
+            tokenizer,
+            BatchingConfig(sort_window=sort_window),
+            EngineConfig(**cfg),
+            eos_ids=eos_ids(self.model, tokenizer) if eos is None else eos,
+        )
+
+    def ask(self, row_index: int, question: Question, seed: int = 0, **generation: Any) -> Sample:
+        """`sample`, with settings of its own; each prompt is prepared once."""
+        if (question, seed) not in self._samples:
+            self._samples[question, seed] = self.sample(0, question, seed)
+        sample = self._samples[question, seed]
+        return replace(
+            sample, row_index=row_index, generation=replace(sample.generation, **generation)
+        )
+
+    def known(self, question: Question, seed: int = 0) -> list[int]:
+        """`reference`, `MOST_NEW_TOKENS` long whatever ends it; each prompt is answered once."""
+        if (question, seed) not in self._references:
+            self._references[question, seed] = self.reference(
+                question, seed, max_new_tokens=MOST_NEW_TOKENS, eos_token_id=None
+            )
+        return self._references[question, seed]
+
+    def sample(self, row_index: int, question: Question, seed: int = 0) -> Sample:
+        images = [{"bytes": encode(image)} for image in pictures(question, seed)]
+        record = Record(
+            row=row_index,
+            row_index=row_index,
+            source_file="in.parquet",
+            id=str(row_index),
+            values={"question": question.text, "image": images},
+        )
+        sample = self.preprocessor.prepare(record)
+        assert isinstance(sample, Sample), sample
+        return sample
+
+    def samples(self) -> list[Sample]:
+        return [self.sample(i, question) for i, question in enumerate(self.questions)]
+
+    def answers(self, samples: Sequence[Sample]) -> list[Completion]:
+        done = dict(self.engine.run(samples))
+        completions = [done[sample.row_index] for sample in samples]
+        assert all(isinstance(c, Completion) for c in completions), completions
+        return completions
+
+    def first_logits(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """What the model thinks of each row's first token, [B, V]."""
+        inputs = collate(samples, pad_id=self.processor.tokenizer.pad_token_id)
+        with torch.inference_mode():
+            out = self.model.generate(
+                **inputs,
+                max_new_tokens=1,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        return out.logits[0]
+
+    def reference(self, question: Question, seed: int = 0, **changes: Any) -> list[int]:
+        """The answer of transformers by itself, end of sequence included."""
+        images = pictures(question, seed)
+        if self.processor.chat_template is None:
+            slots = "<image>" * len(images)
+            inputs = self.processor(
+                text=[slots + question.text], images=[images], return_tensors="pt"
+            )
+        else:
+            parts = [{"type": "image", "image": image} for image in images]
+            content = [*parts, {"type": "text", "text": question.text}]
+            inputs = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        plain = copy.copy(self.model)
+        plain.generation_config = copy.deepcopy(self.model.generation_config)
+        plain.generation_config.update(
+            **{"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False, **changes}
+        )
+        with torch.inference_mode():
+            ids_BT = plain.generate(**inputs)
+        return ids_BT[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def load(family: Family, folder: Path) -> Loaded:
+    """Save a family's tiny model in a folder and load it from there."""
+    save(folder, *family.build())
+    cfg = ModelConfig(path=str(folder), dtype="float32", image_backend=ImageBackend.pil)
+    spec = PreprocessSpec(
+        model=cfg,
+        task=TaskConfig(prompt="{{ question }}"),
+        columns=ColumnsConfig(image="image"),
+        generation=GenerationConfig(max_new_tokens=NUM_NEW_TOKENS),
+        image_root=None,
+        max_source_pixels=1 << 20,
+    )
+    # A row without images comes early, so that rows behind it would notice a shift.
+    early = (ABOUT_NONE,) if family.takes_text_alone else ()
+    return Loaded(
+        family=family,
+        questions=(ABOUT_ONE, *early, ABOUT_TWO, ABOUT_ONE_LONGER),
+        preprocessor=Preprocessor(spec),
+        engine=GenerateEngine.load(cfg, BatchingConfig(), device="cpu"),
+        processor=load_processor(cfg),
+        model=transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.float32
+        ).eval(),
+    )
