@@ -44,11 +44,12 @@ class Family:
         return self.build.__name__
 
 
-def llava() -> Built:
+def llava(**text: Any) -> Built:
+    """LLaVA over a decoder of these settings."""
     vocabulary = tokenizer(["<image>"], image_token="<image>")
     config = tf.LlavaConfig(
         vision_config=CLIP_VISION,
-        text_config=text_config(vocabulary, model_type="llama"),
+        text_config=text_config(vocabulary, **{"model_type": "llama", **text}),
         image_token_index=token_id(vocabulary, "<image>"),
         image_seq_length=16,
     )
@@ -294,7 +295,7 @@ def paligemma() -> Built:
     return model_of(config), tf.PaliGemmaProcessor(image_processor, vocabulary)
 
 
-def gemma3() -> Built:
+def gemma3(sliding_window: int = 32) -> Built:
     vocabulary = tokenizer(
         ["<start_of_image>", "<end_of_image>", "<image_soft_token>"],
         image_token="<image_soft_token>",
@@ -306,7 +307,7 @@ def gemma3() -> Built:
         text_config=text_config(
             vocabulary,
             head_dim=16,
-            sliding_window=32,
+            sliding_window=sliding_window,
             layer_types=["sliding_attention", "full_attention"],
             query_pre_attn_scalar=16,
         ),
