@@ -142,7 +142,11 @@ class SlotCache(Cache):
             layer.slots_B, layer.positions_B = slots_B, positions_N[start:stop]
 
     def put(self, slot: int, pieces: Sequence[RowCache]) -> None:
-        """Copy a row, in one or several pieces behind one another, into a slot."""
+        """Copy a row, in one or several pieces behind one another, into a slot.
+
+        The rest of the slot is zeros: attention weighs what lies ahead of a row with zero, but NaN
+        or infinity that another row has left there would still be NaN.
+        """
         start = 0
         for piece in pieces:
             stop = start + piece.length
@@ -150,6 +154,9 @@ class SlotCache(Cache):
                 for mine, its in zip(layer.slots, row, strict=True):
                     mine[slot, :, start:stop] = its
             start = stop
+        for layer in self._slotted:
+            for mine in layer.slots:
+                mine[slot, :, start:] = 0
 
     def row(self, slot: int, length: int) -> RowCache:
         """A copy of the first `length` tokens of a slot."""
@@ -159,7 +166,8 @@ class SlotCache(Cache):
         )
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one slot into another."""
+        """Copy the first `length` tokens of one slot into another; the rest is zeros, as above."""
         for layer in self._slotted:
             for values in layer.slots:
                 values[target, :, :length] = values[source, :, :length]
+                values[target, :, length:] = 0

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from batchvlm.engine.generate import GenerateEngine
 from batchvlm.records import Generation, Sample
 
-from .families import FAMILIES, llava
+from .families import FAMILIES, Family, llava
 from .loaded import Loaded, load
 from .tiny import save
 
@@ -31,6 +31,19 @@ QUESTIONS = (
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     """Each family in turn."""
     return load(request.param, tmp_path_factory.mktemp(request.param.name))
+
+
+@pytest.fixture(scope="package")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """One family, for what does not depend on it."""
+    family = Family(build=llava, image_tokens=(16, 16, 32))
+    return load(family, tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full garbage collection for each failure would take most of a test's time."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
 
 
 @pytest.fixture(scope="package")

@@ -46,7 +46,7 @@ def gemma3_of_short_sight() -> Built:
     params=[gemma2_in_llava, as_many_key_heads_as_query_heads, qwen2_vl, gemma3_of_short_sight],
     ids=lambda build: build.__name__,
 )
-def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     family = Family(build=request.param, image_tokens=(0, 0, 0))
     return load(family, tmp_path_factory.mktemp(family.name))
 
@@ -69,18 +69,18 @@ ROWS = st.tuples(st.sampled_from(QUESTIONS), st.integers(0, 1), st.integers(1, M
     place=st.integers(0, MOST_NEW_TOKENS - 1),
 )
 def test_every_row_once_and_as_alone(
-    small: Loaded, rows: list[Any], cfg: dict[str, Any], lag: int, place: int
+    variant: Loaded, rows: list[Any], cfg: dict[str, Any], lag: int, place: int
 ) -> None:
     # The first row ends at this place, and whoever else says that token.
-    eos = small.known(*rows[0][:2])[place]
+    eos = variant.known(*rows[0][:2])[place]
     expected = []
     for question, seed, limit in rows:
-        ids = small.known(question, seed)[:limit]
+        ids = variant.known(question, seed)[:limit]
         expected.append(ids[: ids.index(eos) + 1] if eos in ids else ids)
-    engine = small.slots(eos=[eos], **cfg)
+    engine = variant.slots(eos=[eos], **cfg)
     engine._lag = lag
     samples = [
-        small.ask(i, question, seed, max_new_tokens=limit)
+        variant.ask(i, question, seed, max_new_tokens=limit)
         for i, (question, seed, limit) in enumerate(rows)
     ]
     assert [list(outcome.token_ids) for outcome in run(engine, samples)] == expected
