@@ -155,7 +155,11 @@ class SlotEngine:
 
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
         """Answer every sample exactly once; see `Engine.run`."""
-        yield from join(self._answer(expand(samples)))
+        try:
+            yield from join(self._answer(expand(samples)))
+        except torch.AcceleratorError as error:
+            # It shows wherever the device is waited for, not where it happened.
+            raise device_error(error) from error
 
     def _answer(self, samples: Iterable[Sample]) -> Iterator[Outcome]:
         feed = Feed(samples, self._batching)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchvlm.engine.decoder import Decoder
+from batchvlm.engine.sampling import RowSampler
 from batchvlm.engine.vision import ImageFeatures
-from batchvlm.errors import ErrorType
+from batchvlm.errors import DeviceError, ErrorType, ExitCode
 from batchvlm.records import Failure, Sample
 
 from .faulty import (
@@ -125,3 +127,45 @@ class TestRowsAtFault:
         with refusing(small, small.known(QUESTIONS[0])[0], RuntimeError("no")):
             assert any(isinstance(o, Failure) for o in run(engine, asked(small, rows)))
         check(run(engine, asked(small, rows)), answers(small, rows), [False] * len(rows))
+
+
+class TestProcess:
+    """What is no row's fault ends the run, wherever it shows."""
+
+    PLACES = (
+        (ImageFeatures, "encode"),
+        (Decoder, "prefill"),
+        (Decoder, "step"),
+        # A GPU says so late: where its answer is waited for.
+        (RowSampler, "choose"),
+    )
+
+    @pytest.mark.parametrize(("owner", "name"), PLACES, ids=lambda value: str(value))
+    def test_a_failed_accelerator(self, small: Loaded, owner: Any, name: str) -> None:
+        engine = small.slots(max_slots=2, eos=[])
+        samples = asked(small, [(question, 0, 3) for question in QUESTIONS])
+        error = torch.AcceleratorError("device-side assert")
+        with (
+            failing(owner, name, lambda *args, **kwargs: True, error),
+            pytest.raises(DeviceError, match="the accelerator failed") as caught,
+        ):
+            list(engine.run(samples))
+        assert caught.value.exit_code is ExitCode.INTERRUPTED
+
+    @pytest.mark.parametrize(("owner", "name"), PLACES, ids=lambda value: str(value))
+    def test_an_interrupt(self, small: Loaded, owner: Any, name: str) -> None:
+        engine = small.slots(max_slots=2, eos=[])
+        samples = asked(small, [(question, 0, 3) for question in QUESTIONS])
+        with (
+            failing(owner, name, lambda *args, **kwargs: True, KeyboardInterrupt()),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            list(engine.run(samples))
+
+    def test_an_error_of_the_source_is_not_the_accelerators(self, small: Loaded) -> None:
+        def samples() -> Iterator[Sample]:
+            yield from asked(small, [(QUESTIONS[0], 0, 3)])
+            raise OSError("the disk is gone")
+
+        with pytest.raises(OSError, match="the disk is gone"):
+            list(small.slots().run(samples()))
