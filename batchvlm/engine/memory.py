@@ -46,18 +46,22 @@ class MemoryPlan:
         """Slots of `length` tokens that there is memory for; one at least."""
         return max(1, min(self.max_slots, self._cache_bytes // (bytes_per_token * length)))
 
-    def lower_slots(self, num_slots: int) -> None:
-        """Remember that there was no memory for more than this many slots."""
-        self.max_slots = max(1, num_slots)
+    def lower_cache(self, num_bytes: int) -> None:
+        """Remember that there was no memory for keys and values of this many bytes."""
+        self._cache_bytes = min(self._cache_bytes, num_bytes // 2)
+
+    def lower_step(self, num_rows: int) -> None:
+        """Remember that there was no memory to decode more than this many rows at once."""
+        self.max_step_rows = max(1, min(self.max_step_rows, num_rows))
 
     def lower_pack(self, num_tokens: int) -> None:
         """Remember that there was no memory for a pack of this many prompt tokens."""
-        self.pack_tokens = max(1, num_tokens // 2)
+        self.pack_tokens = max(1, min(self.pack_tokens, num_tokens // 2))
         log.warning("no memory for %d prompt tokens at once; %d", num_tokens, self.pack_tokens)
 
     def lower_vision(self, num_cells: int) -> None:
         """Remember that there was no memory for images of this many numbers."""
-        self.vision_cells = max(1, num_cells // 2)
+        self.vision_cells = max(1, min(self.vision_cells, num_cells // 2))
 
 
 def free_bytes(device: torch.device) -> int:

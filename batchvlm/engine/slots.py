@@ -210,7 +210,10 @@ class SlotEngine:
         """Compute prompts until every free slot has one waiting for it."""
         num_slots = self._cache.num_slots if self._cache is not None else self._plan.max_slots
         while self._prefill.num_waiting and len(self._parked) < num_slots - len(self._rows):
-            for prepared in self._prefill.next_pack(is_alone=not self._rows):
+            pack = self._prefill.next_pack(is_alone=not self._rows and not self._parked)
+            if not pack:
+                return  # the rows left wait for memory
+            for prepared in pack:
                 if isinstance(prepared, PreparedRow):
                     settings = prepared.sample.generation
                     stop = RowStop(settings, self._eos_ids, self._tokenizer)
@@ -260,63 +263,81 @@ class SlotEngine:
             num_rows = cache.num_slots
         if num_slots <= num_rows:
             return False
+        is_alone = not self._rows
         failure = self._resize(row.prepared.pieces[0], num_slots, length)
         if failure is None:
-            return len(self._rows) < num_slots
-        if self._rows:
-            return False  # again when these are done
-        self._parked.remove(row)
-        self._ready.append((row.sample, failure))
-        return False
+            assert self._cache is not None
+            return len(self._rows) < self._cache.num_slots
+        if is_alone:
+            # Not one slot for the longest.
+            longest = max(self._parked, key=lambda other: other.length)
+            self._parked.remove(longest)
+            self._ready.append((longest.sample, failure))
+        return False  # again when rows are done
 
     def _resize(self, like: RowCache, num_slots: int, length: int) -> Failure | None:
         """Slots of another number or length, with the rows in them that are in some.
 
         Returns:
-            Why there is no room for that; the slots are then as they were.
+            Why there is no room for one row more; the rows are then in slots as they were, or have
+            failed where there is no memory for these any more.
         """
         before = self._cache
         kept: list[RowCache] = []
-        shapes = [(num_slots, length)]
         if before is not None:
             # The old buffers go before the new ones come: there may be no room for both.
             kept = [before.row(i, row.num_cached) for i, row in enumerate(self._rows)]
-            shapes.append((before.num_slots, before.length))
             like = before.row(0, 0)
-            self._cache = before = None
+        shape_before = (before.num_slots, before.length) if before is not None else None
+        self._cache = before = None
         failure: Failure | None = None
-        while shapes:
-            num_slots, length = shapes[0]
-            try:
-                self._cache = SlotCache(like, num_slots=num_slots, length=length)
+        while num_slots > len(kept):
+            failure = self._make_slots(like, num_slots, length)
+            if failure is None:
                 break
-            except Exception as error:
-                if not is_oom(error):
-                    raise
-                failure = failure_of(error)
-            self._free_memory()
             num_slots //= 2
-            if num_slots > len(kept):
-                log.warning("no memory for %d slots of %d tokens", *shapes[0])
-                self._plan.lower_slots(num_slots)
-                shapes[0] = (num_slots, length)
-                failure = None
-            else:
-                shapes.pop(0)
-        if self._cache is not None:
+        if failure is not None and shape_before is not None:
+            for shape in (shape_before, (len(kept), shape_before[1])):
+                if shape[0] and self._make_slots(like, *shape) is None:
+                    break
+        if self._cache is None:
+            assert failure is not None
+            for row in self._rows:
+                row.is_over = row.is_answered = True
+                self._ready.append((row.sample, failure))
+            self._rows.clear()
+        else:
             for slot, piece in enumerate(kept):
                 self._cache.put(slot, [piece])
+        return failure
+
+    def _make_slots(self, like: RowCache, num_slots: int, length: int) -> Failure | None:
+        """Make the cache; why there is no memory for it, if so."""
+        try:
+            self._cache = SlotCache(like, num_slots=num_slots, length=length)
+            return None
+        except Exception as error:
+            if not is_oom(error):
+                raise
+            failure = failure_of(error)
+        self._free_memory()
+        log.warning("no memory for %d slots of %d tokens", num_slots, length)
+        self._plan.lower_cache(num_slots * length * like.bytes_per_token)
         return failure
 
     def _step(self) -> None:
         """Compute one token for every slot in use."""
         start_s = time.perf_counter()
-        num_rows = len(self._rows)
-        most = self._plan.max_step_rows
-        for start in range(0, num_rows, most):
-            self._step_range(start, min(start + most, num_rows))
+        self._step_in_parts(0, len(self._rows))
         self._compact()
         self.stats.decode_s += time.perf_counter() - start_s
+
+    def _step_in_parts(self, start: int, stop: int) -> None:
+        while start < stop:
+            # Read anew each time: a part may lower it.
+            behind = min(start + self._plan.max_step_rows, stop)
+            self._step_range(start, behind)
+            start = behind
 
     def _step_range(self, start: int, stop: int) -> None:
         assert self._cache is not None
@@ -345,9 +366,9 @@ class SlotEngine:
         log.warning("a step of %d rows failed (%s); halving it", stop - start, failure.message)
         middle = (start + stop) // 2
         if failure.error_type is ErrorType.OOM:
-            self._plan.max_step_rows = middle - start
-        self._step_range(start, middle)
-        self._step_range(middle, stop)
+            self._plan.lower_step(middle - start)
+        self._step_in_parts(start, middle)
+        self._step_in_parts(middle, stop)
 
     def _spans(self, start: int, stop: int) -> list[Span]:
         """Slots whose attention is computed together, each span as far as its longest row goes."""

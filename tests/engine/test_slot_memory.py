@@ -1,0 +1,143 @@
+"""Memory that is short is halved work for an engine over slots, and ends no run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchvlm.engine import slots
+from batchvlm.engine.decoder import Decoder
+from batchvlm.engine.vision import ImageFeatures
+from batchvlm.errors import ErrorType
+from batchvlm.records import Failure
+
+from .faulty import (
+    OUT_OF_MEMORY,
+    QUESTIONS,
+    ROWS,
+    Row,
+    answers,
+    asked,
+    check,
+    failing,
+)
+from .loaded import Loaded
+from .outcomes import run
+
+pytestmark = pytest.mark.usefixtures("no_collection")
+
+
+def rounded(num_tokens: int) -> int:
+    """Slots come in multiples of this many tokens."""
+    return -(-num_tokens // slots._LENGTH_STEP) * slots._LENGTH_STEP
+
+
+class TestMemory:
+    @settings(max_examples=40, deadline=None)
+    @given(
+        rows=ROWS,
+        max_slots=st.integers(1, 8),
+        window=st.integers(1, 12),
+        most_tokens=st.integers(110, 400) | st.none(),
+        most_rows=st.integers(1, 8) | st.none(),
+        most_images=st.integers(1, 3) | st.none(),
+        most_cache=st.integers(1, 8) | st.none(),
+    )
+    def test_too_much_at_once_is_halved(
+        self,
+        small: Loaded,
+        rows: list[Row],
+        max_slots: int,
+        window: int,
+        most_tokens: int | None,
+        most_rows: int | None,
+        most_images: int | None,
+        most_cache: int | None,
+    ) -> None:
+        def too_many_tokens(self: Any, pieces: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
+            num_tokens = sum(piece.stop - piece.start for piece in pieces)
+            return most_tokens is not None and num_tokens > most_tokens
+
+        def too_many_rows(self: Any, cache: Any, ids: Any, at: Any, ahead: Any, spans: Any) -> bool:
+            num_rows = spans[-1].stop - spans[0].start
+            return most_rows is not None and num_rows > most_rows
+
+        def too_many_images(self: Any, units: Sequence[Any]) -> bool:
+            num_images = sum(len(unit.arrays["pixel_values"]) for unit in units)
+            return most_images is not None and num_images > most_images
+
+        def too_many_slots(like: Any, *, num_slots: int, length: int) -> bool:
+            return most_cache is not None and num_slots * length > 64 * most_cache
+
+        samples = asked(small, rows)
+        lengths = [rounded(s.prompt_tokens + s.generation.max_new_tokens) for s in samples]
+        never_fits = [most_cache is not None and length > 64 * most_cache for length in lengths]
+        engine = small.slots(max_slots=max_slots, sort_window=window, eos=[])
+        with (
+            failing(Decoder, "prefill", too_many_tokens, OUT_OF_MEMORY) as packs,
+            failing(Decoder, "step", too_many_rows, OUT_OF_MEMORY) as steps,
+            failing(ImageFeatures, "encode", too_many_images, OUT_OF_MEMORY) as images,
+            failing(slots, "SlotCache", too_many_slots, OUT_OF_MEMORY) as caches,
+        ):
+            outcomes = run(engine, samples)
+        check(outcomes, answers(small, rows), never_fits)
+        assert all(o.error_type is ErrorType.OOM for o in outcomes if isinstance(o, Failure))
+        # What failed once is not tried again and again.
+        assert len(packs) <= 6
+        assert len(steps) <= 3
+        assert len(images) <= 5
+        assert len(caches) <= 5 + sum(never_fits)
+
+    def test_a_prompt_that_fits_only_alone_waits_for_the_others(self, small: Loaded) -> None:
+        long, short = QUESTIONS[11], QUESTIONS[0]
+        rows = [(short, 0, 12), (short, 1, 10), (long, 0, 3), (short, 0, 2)]
+        samples = asked(small, rows)
+        engine = small.slots(max_slots=4, sort_window=2, eos=[])
+
+        def is_too_much(self: Any, pieces: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
+            is_long = any(len(piece.prompt) == samples[2].prompt_tokens for piece in pieces)
+            return bool(is_long and (engine._rows or engine._parked))
+
+        with failing(Decoder, "prefill", is_too_much, OUT_OF_MEMORY) as raised:
+            order = dict(engine.run(samples))
+        check([order[i] for i in range(4)], answers(small, rows), [False] * 4)
+        assert list(order)[-1] == 2
+        assert 1 <= len(raised) <= 3
+
+    def test_no_memory_for_longer_slots_costs_no_row_in_the_shorter_ones(
+        self, small: Loaded
+    ) -> None:
+        long, short = QUESTIONS[11], QUESTIONS[0]
+        rows = [(short, 0, 12), (short, 1, 12), (long, 0, 3), (short, 0, 12)]
+        samples = asked(small, rows)
+        lengths = {rounded(s.prompt_tokens + s.generation.max_new_tokens) for s in samples}
+        assert len(lengths) == 2
+
+        def is_long(like: Any, *, num_slots: int, length: int) -> bool:
+            return length == max(lengths)
+
+        engine = small.slots(max_slots=2, sort_window=2, eos=[])
+        with failing(slots, "SlotCache", is_long, OUT_OF_MEMORY) as raised:
+            outcomes = run(engine, samples)
+        check(outcomes, answers(small, rows), [False, False, True, False])
+        assert len(raised) <= 3
+
+    def test_rows_whose_slots_are_lost_fail_and_the_next_are_answered(self, small: Loaded) -> None:
+        rows = [(QUESTIONS[0], 0, 12), (QUESTIONS[0], 1, 12), (QUESTIONS[11], 0, 3)]
+        samples = asked(small, rows)
+        made: list[int] = []
+
+        def is_lost(like: Any, *, num_slots: int, length: int) -> bool:
+            made.append(length)
+            # The first buffers are there; while rows are in them, there is no room for any.
+            return 1 < len(made) < 5
+
+        engine = small.slots(max_slots=3, sort_window=2, eos=[])
+        with failing(slots, "SlotCache", is_lost, OUT_OF_MEMORY):
+            outcomes = run(engine, samples)
+        check(outcomes, answers(small, rows), [True, True, False])
+        assert [outcome.error_type for outcome in outcomes[:2]] == [ErrorType.OOM] * 2
