@@ -171,8 +171,9 @@ class Prefill:
             self._find_prefixes()
         pack: list[_Waiting] = []
         num_tokens = 0
+        begun: set[int] = set()
         while self._waiting:
-            num_tokens += self._waiting[-1].num_new_tokens
+            num_tokens += _num_new_tokens(self._waiting[-1], begun)
             if pack and num_tokens > self._plan.pack_tokens:
                 break
             pack.append(self._waiting.pop())
@@ -267,7 +268,8 @@ class Prefill:
             return
         log.warning("a pack of %d prompts failed (%s); halving it", len(able), failure.message)
         if is_oom:
-            self._plan.lower_pack(sum(row.num_new_tokens for row in able))
+            begun: set[int] = set()
+            self._plan.lower_pack(sum(_num_new_tokens(row, begun) for row in able))
         middle = len(able) // 2
         yield from self._compute_or_split(able[:middle], is_alone=is_alone)
         yield from self._compute_or_split(able[middle:], is_alone=False)
@@ -353,6 +355,20 @@ class Prefill:
         gc.collect()
         if self._decoder.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _num_new_tokens(row: _Waiting, begun: set[int]) -> int:
+    """Tokens that one row more adds to a pack.
+
+    Args:
+        row: the row.
+        begun: beginnings that rows before it in the pack share, by `id`; its own is added.
+    """
+    prefix = row.prefix
+    if prefix is None or prefix.cache is not None or id(prefix) in begun:
+        return row.num_new_tokens
+    begun.add(id(prefix))
+    return row.sample.prompt_tokens
 
 
 def _common_length(rows: Sequence[npt.NDArray[Any]]) -> int:

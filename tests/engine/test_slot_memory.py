@@ -25,7 +25,7 @@ from .faulty import (
     check,
     failing,
 )
-from .loaded import Loaded
+from .loaded import Loaded, Question
 from .outcomes import run
 
 pytestmark = pytest.mark.usefixtures("no_collection")
@@ -141,3 +141,27 @@ class TestMemory:
             outcomes = run(engine, samples)
         check(outcomes, answers(small, rows), [True, True, False])
         assert [outcome.error_type for outcome in outcomes[:2]] == [ErrorType.OOM] * 2
+
+
+def test_shared_beginnings_count_towards_a_pack(
+    small: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packs: list[int] = []
+
+    def noted(self: Any, pieces: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
+        packs.append(sum(piece.stop - piece.start for piece in pieces))
+        return False
+
+    # Little of a prompt is its row's own.
+    texts = ("compare " * 12 + word for word in ("a cat", "a dog"))
+    questions = [Question(text=text, sizes=((90, 60),)) for text in texts]
+    rows = [(question, seed, 2) for seed in range(5) for question in questions]
+    samples = asked(small, rows)
+    budget = 150
+    assert max(sample.prompt_tokens for sample in samples) <= budget
+    engine = small.slots(max_prefill_tokens=budget, eos=[])
+    with failing(Decoder, "prefill", noted, OUT_OF_MEMORY):
+        outcomes = run(engine, samples)
+    check(outcomes, answers(small, rows), [False] * len(rows))
+    assert max(packs) <= budget
+    assert sum(packs) < sum(sample.prompt_tokens for sample in samples)
