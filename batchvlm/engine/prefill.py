@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # Shape legend: as in attention.py; E prompts that end in a pack.
 
+_MIN_PIECE_TOKENS = 64
+"""Pieces that are not cut further where memory is short: they take next to none."""
 _MIN_SHARED_TOKENS = 16
 """A shorter beginning costs less to compute again than to look after."""
 
@@ -177,7 +179,7 @@ class Prefill:
             if pack and num_tokens > self._plan.pack_tokens:
                 break
             pack.append(self._waiting.pop())
-        self._encode([*pack, *self._waiting[::-1]], num_needed=len(pack))
+        self._encode([*pack, *self._waiting[::-1]], num_needed=len(pack), is_alone=is_alone)
         return list(self._compute_or_split(pack, is_alone=is_alone))
 
     def _find_prefixes(self) -> None:
@@ -198,7 +200,7 @@ class Prefill:
                 for row in rows:
                     row.prefix = prefix
 
-    def _encode(self, rows: Sequence[_Waiting], *, num_needed: int) -> None:
+    def _encode(self, rows: Sequence[_Waiting], *, num_needed: int, is_alone: bool) -> None:
         """Encode the images of the first rows, and of the next ones as far as a batch has room."""
         start = time.perf_counter()
         units = self._images.missing(u for row in rows[:num_needed] for u in row.units)
@@ -212,10 +214,10 @@ class Prefill:
                 break
             units += self._images.missing(more)
         for batch in batches(units, self._plan.vision_cells):
-            self._encode_or_split(batch)
+            self._encode_or_split(batch, is_alone=is_alone)
         self._stats.vision_s += time.perf_counter() - start
 
-    def _encode_or_split(self, units: Sequence[Unit]) -> None:
+    def _encode_or_split(self, units: Sequence[Unit], *, is_alone: bool) -> None:
         try:
             self._images.encode(units)
             return
@@ -225,23 +227,27 @@ class Prefill:
             failure = failure_of(error)
         self._free_memory()
         if len(units) == 1:
-            self._images.fail(units[0], failure)
+            # Else its rows wait until there may be memory for it.
+            if is_alone or failure.error_type is not ErrorType.OOM:
+                self._images.fail(units[0], failure)
             return
         if failure.error_type is ErrorType.OOM:
             self._plan.lower_vision(sum(unit.num_cells for unit in units))
         middle = len(units) // 2
-        self._encode_or_split(units[:middle])
-        self._encode_or_split(units[middle:])
+        self._encode_or_split(units[:middle], is_alone=is_alone)
+        self._encode_or_split(units[middle:], is_alone=is_alone)
 
     def _compute_or_split(self, rows: Sequence[_Waiting], *, is_alone: bool) -> Iterator[Prepared]:
         start = time.perf_counter()
         able = []
         for row in rows:
             failure = self._images.failure(row.units)
-            if failure is None:
-                able.append(row)
-            else:
+            if failure is not None:
                 yield self._given_up(row, failure)
+            elif self._images.missing(row.units):
+                self._postponed.append(row)
+            else:
+                able.append(row)
         if not able:
             return
         try:
@@ -263,6 +269,9 @@ class Prefill:
         if len(able) == 1:
             if is_oom and not is_alone:
                 self._postponed.append(able[0])
+            elif is_oom and (smaller := self._compute_smaller(able[0])):
+                self._leave(able[0])
+                yield smaller
             else:
                 yield self._given_up(able[0], failure)
             return
@@ -274,13 +283,34 @@ class Prefill:
         yield from self._compute_or_split(able[:middle], is_alone=is_alone)
         yield from self._compute_or_split(able[middle:], is_alone=False)
 
+    def _compute_smaller(self, row: _Waiting) -> PreparedRow | None:
+        """A row for which memory was short, in smaller and smaller pieces; None: not even so."""
+        before = self._plan.pack_tokens
+        num_tokens = min(before, _num_new_tokens(row, set()))
+        while self._decoder.sees_ahead is False and num_tokens > _MIN_PIECE_TOKENS:
+            self._plan.lower_pack(num_tokens)
+            num_tokens = self._plan.pack_tokens
+            try:
+                return self._compute([row])[0]
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                log.warning("not in pieces of %d tokens either: %s", num_tokens, type(error))
+            self._free_memory()
+        # It was not for the pack.
+        self._plan.pack_tokens = before
+        return None
+
     def _compute(self, rows: Sequence[_Waiting]) -> list[PreparedRow]:
         start_s = time.perf_counter()
         for row in rows:
             row.prompt = row.prompt or self._decoder.prompt(row.sample)
         self._compute_prefixes(rows)
         if len(rows) == 1 and self._decoder.sees_ahead is False:
-            return [self._compute_in_pieces(rows[0], start_s)]
+            row = rows[0]
+            assert row.prompt is not None
+            cache, logits_EV = self._compute_up_to(row, len(row.prompt))
+            return [PreparedRow(row.sample, row.prompt, [cache], logits_EV[0], start_s)]
         pieces = [self._piece(row, row.prefix.length if row.prefix else 0) for row in rows]
         entries = [e for row in rows if not row.prefix for e in self._images.entries(row.units)]
         logits_EV, caches = self._forward(pieces, entries, ends=range(len(rows)))
@@ -296,7 +326,13 @@ class Prefill:
     def _compute_prefixes(self, rows: Sequence[_Waiting]) -> None:
         """Compute the beginnings that rows share, each once."""
         first = {id(r.prefix): r for r in reversed(rows) if r.prefix and r.prefix.cache is None}
-        owners = list(first.values())
+        owners = []
+        for row in first.values():
+            assert row.prefix is not None
+            if row.prefix.length > self._plan.pack_tokens:
+                row.prefix.cache, _ = self._compute_up_to(row, row.prefix.length)
+            else:
+                owners.append(row)
         if not owners:
             return
         pieces = [self._piece(row, 0, row.prefix.length) for row in owners if row.prefix]
@@ -306,21 +342,20 @@ class Prefill:
             assert row.prefix is not None
             row.prefix.cache = cache
 
-    def _compute_in_pieces(self, row: _Waiting, start_s: float) -> PreparedRow:
-        """One row, in one forward if it fits the budget."""
+    def _compute_up_to(self, row: _Waiting, stop: int) -> tuple[RowCache, Tensor]:
+        """The first `stop` tokens of one row: keys and values, and logits [1, V] at its end."""
         assert row.prompt is not None
         past = row.prefix.cache if row.prefix else None
         done = past.length if past else 0
         entries = self._images.entries(row.units) if done == 0 else []
         places = self._decoder.image_places(row.sample)
-        limit = self._plan.pack_tokens
-        for start, stop, here in _cut(done, len(row.prompt), limit, places, entries):
-            piece = self._piece(row, start, stop, past)
-            ends = (0,) if stop == len(row.prompt) else ()
+        for start, behind, here in _cut(done, stop, self._plan.pack_tokens, places, entries):
+            piece = self._piece(row, start, behind, past)
+            ends = (0,) if behind == len(row.prompt) else ()
             logits_EV, (cache,) = self._forward([piece], here, ends=ends)
             past = past.joined(cache) if past else cache
         assert past is not None
-        return PreparedRow(row.sample, row.prompt, [past], logits_EV[0], start_s)
+        return past, logits_EV
 
     def _forward(
         self, pieces: Sequence[Piece], entries: Sequence[Entry], *, ends: Sequence[int]
@@ -358,12 +393,7 @@ class Prefill:
 
 
 def _num_new_tokens(row: _Waiting, begun: set[int]) -> int:
-    """Tokens that one row more adds to a pack.
-
-    Args:
-        row: the row.
-        begun: beginnings that rows before it in the pack share, by `id`; its own is added.
-    """
+    """Tokens that a row adds to a pack; `begun` holds the `id` of beginnings already in it."""
     prefix = row.prefix
     if prefix is None or prefix.cache is not None or id(prefix) in begun:
         return row.num_new_tokens

@@ -19,6 +19,7 @@ from .faulty import (
     OUT_OF_MEMORY,
     QUESTIONS,
     ROWS,
+    TALE,
     Row,
     answers,
     asked,
@@ -165,3 +166,69 @@ def test_shared_beginnings_count_towards_a_pack(
     check(outcomes, answers(small, rows), [False] * len(rows))
     assert max(packs) <= budget
     assert sum(packs) < sum(sample.prompt_tokens for sample in samples)
+
+
+def test_an_image_that_fits_only_alone_waits_for_the_others(small: Loaded) -> None:
+    rows = [(QUESTIONS[0], 0, 12), (QUESTIONS[1], 0, 3), (QUESTIONS[4], 0, 2)]
+    engine = small.slots(max_slots=4, sort_window=1, eos=[])
+
+    def is_beside_others(self: Any, units: Any) -> bool:
+        return bool(engine._rows)
+
+    with failing(ImageFeatures, "encode", is_beside_others, OUT_OF_MEMORY) as raised:
+        outcomes = dict(engine.run(asked(small, rows)))
+    check([outcomes[i] for i in range(3)], answers(small, rows), [False] * 3)
+    assert 1 <= len(raised) <= 2
+
+
+@pytest.mark.parametrize("most_tokens", [120, 70, 40])
+def test_a_prompt_that_does_not_fit_is_computed_in_pieces(small: Loaded, most_tokens: int) -> None:
+    # One row that tells what the family allows, then long ones.
+    shown = Question(text=TALE.text, sizes=((90, 60), (48, 48)))
+    rows = [(QUESTIONS[1], 0, 3), (TALE, 0, 3), (shown, 0, 3)]
+    samples = asked(small, rows)
+    assert min(sample.prompt_tokens for sample in samples[1:]) > 120
+    engine = small.slots(max_prefill_tokens=2000, sort_window=1, eos=[])
+
+    def is_too_much(self: Any, pieces: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
+        return sum(piece.stop - piece.start for piece in pieces) > most_tokens
+
+    with failing(Decoder, "prefill", is_too_much, OUT_OF_MEMORY) as raised:
+        outcomes = run(engine, samples)
+    check(outcomes, answers(small, rows), [False] * 3)
+    assert 1 <= len(raised) <= 4
+
+
+def test_a_prompt_that_never_fits_leaves_packs_as_large_as_they_were(small: Loaded) -> None:
+    rows = [(QUESTIONS[1], 0, 3), (TALE, 0, 3), *[(QUESTIONS[0], seed, 3) for seed in range(6)]]
+    samples = asked(small, rows)
+    packs: list[int] = []
+
+    def is_long(self: Any, pieces: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
+        packs.append(len(pieces))
+        return any(len(piece.prompt) == samples[1].prompt_tokens for piece in pieces)
+
+    with failing(Decoder, "prefill", is_long, OUT_OF_MEMORY):
+        outcomes = run(small.slots(sort_window=2, eos=[]), samples)
+    check(outcomes, answers(small, rows), [i == 1 for i in range(len(rows))])
+    assert outcomes[1].error_type is ErrorType.OOM
+    assert packs[-3:] == [2, 2, 2]
+
+
+def test_a_shared_beginning_above_the_budget_is_computed_in_pieces(small: Loaded) -> None:
+    packs: list[int] = []
+
+    def noted(self: Any, pieces: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
+        packs.append(sum(piece.stop - piece.start for piece in pieces))
+        return False
+
+    texts = ("compare " * 12 + word for word in ("a cat", "a dog", "a fox"))
+    rows = [(Question(text=text, sizes=((90, 60),)), 0, 4) for text in texts]
+    samples = asked(small, rows)
+    engine = small.slots(max_prefill_tokens=25, eos=[])
+    with failing(Decoder, "prefill", noted, OUT_OF_MEMORY):
+        outcomes = run(engine, samples)
+    check(outcomes, answers(small, rows), [False] * 3)
+    assert max(packs[1:]) <= 25
+    # The first row was computed before it was known that the others may share; they do.
+    assert sum(packs) < 2.5 * samples[0].prompt_tokens
