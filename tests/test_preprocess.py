@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from batchvlm.errors import ErrorType
 from batchvlm.loading import ModelLimits
-from batchvlm.preprocess import Preprocessor, PreprocessSpec, image_sizes
+from batchvlm.preprocess import Preprocessor, PreprocessSpec, image_sizes, pixel_digest
 from batchvlm.records import Failure, Record, Sample
 from batchvlm.settings import compose
-from tests.conftest import picture
+from tests.conftest import encode, picture
 
 
 def preprocessor(*overrides: str) -> Preprocessor:
@@ -146,3 +147,34 @@ def test_image_sizes_as_the_model_sees_them() -> None:
     assert image_sizes(tiles, [(90, 50)], limits) == ((90, 50),)
     fixed = {"pixel_values": np.zeros((2, 3, 24, 32), np.float32)}
     assert image_sizes(fixed, [(90, 50), (30, 30)], limits) == ((32, 24), (32, 24))
+
+
+class TestImageKeys:
+    def keys(self, maker: Preprocessor, *images: Image.Image) -> tuple[str, ...]:
+        files = [encode(image) for image in images]
+        return prepared(maker, "How many shapes are there?", *files).image_keys
+
+    def test_the_same_pixels_have_the_same_key_whatever_the_file(self, vqa: Preprocessor) -> None:
+        image = Image.effect_noise((40, 30), 50).convert("RGB")
+        files = [encode(image), encode(image, "BMP"), encode(image, compress_level=0)]
+        assert len({*files}) == 3
+        keys = prepared(vqa, "?", *files).image_keys
+        assert len(keys) == 3 and len({*keys}) == 1
+        assert prepared(vqa, "another question", files[0]).image_keys == keys[:1]
+
+    def test_other_pixels_have_another_key(self, vqa: Preprocessor) -> None:
+        image = Image.new("RGB", (40, 30), "red")
+        other = image.copy()
+        other.putpixel((39, 29), (255, 0, 1))
+        assert len({*self.keys(vqa, image, other)}) == 2
+
+    def test_the_same_bytes_in_another_shape_have_another_key(self) -> None:
+        image = Image.new("RGB", (40, 30), "red")
+        images = [image, Image.new("RGB", (30, 40), "red"), image.convert("RGBA")]
+        images.append(Image.frombytes("L", (120, 30), image.tobytes()))
+        assert len({pixel_digest(image) for image in images}) == 4
+
+    def test_they_are_in_the_order_of_the_images(self, vqa: Preprocessor) -> None:
+        red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+        assert self.keys(vqa, red, blue) == self.keys(vqa, blue, red)[::-1]
+        assert self.keys(vqa) == ()
