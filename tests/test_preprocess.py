@@ -49,7 +49,8 @@ def prepared(maker: Preprocessor, question: str, *images: Any) -> Sample:
 def test_what_a_sample_holds(vqa: Preprocessor) -> None:
     one = prepared(vqa, "How many shapes are there?", picture())
     two = prepared(vqa, "How many shapes are there?", picture(), picture("blue", (90, 60)))
-    none = prepared(vqa, "How many shapes are there?")
+    text = preprocessor("task=vqa", "data.columns.image=null")
+    none = prepared(text, "How many shapes are there?")
     assert [s.image_tokens for s in (none, one, two)] == [0, 36, 72]
     assert [s.image_sizes for s in (none, one, two)] == [(), ((96, 96),), ((96, 96),) * 2]
     assert none.prompt_tokens < one.prompt_tokens < two.prompt_tokens
@@ -177,4 +178,5 @@ class TestImageKeys:
     def test_they_are_in_the_order_of_the_images(self, vqa: Preprocessor) -> None:
         red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
         assert self.keys(vqa, red, blue) == self.keys(vqa, blue, red)[::-1]
-        assert self.keys(vqa) == ()
+        text = preprocessor("task=vqa", "data.columns.image=null")
+        assert self.keys(text) == ()

@@ -71,6 +71,8 @@ class Loaded:
     family: Family
     questions: tuple[Question, ...]
     preprocessor: Preprocessor
+    text_preprocessor: Preprocessor
+    """For rows without images: where there is a column of them, each row must have one."""
     engine: GenerateEngine
     processor: Any
     model: Any
@@ -80,13 +82,13 @@ class Loaded:
     def slots(
         self, *, sort_window: int = 512, eos: Sequence[int] | None = None, **cfg: Any
     ) -> SlotEngine:
-        """An engine over slots, with these settings of `EngineConfig`."""
+        """An engine over slots, with these settings of `EngineConfig`; without a canary."""
         tokenizer = self.processor.tokenizer
         return SlotEngine(
             self.model,
             tokenizer,
             BatchingConfig(sort_window=sort_window),
-            EngineConfig(**cfg),
+            EngineConfig(**{"canary": False, **cfg}),
             eos_ids=eos_ids(self.model, tokenizer) if eos is None else eos,
         )
 
@@ -116,7 +118,8 @@ class Loaded:
             id=str(row_index),
             values={"question": question.text, "image": images},
         )
-        sample = self.preprocessor.prepare(record)
+        maker = self.preprocessor if images else self.text_preprocessor
+        sample = maker.prepare(record)
         assert isinstance(sample, Sample), sample
         return sample
 
@@ -188,6 +191,7 @@ def load(family: Family, folder: Path) -> Loaded:
         family=family,
         questions=(ABOUT_ONE, *early, ABOUT_TWO, ABOUT_ONE_LONGER),
         preprocessor=Preprocessor(spec),
+        text_preprocessor=Preprocessor(replace(spec, columns=ColumnsConfig())),
         engine=GenerateEngine.load(cfg, BatchingConfig(), device="cpu"),
         processor=load_processor(cfg),
         model=transformers.AutoModelForImageTextToText.from_pretrained(

@@ -68,7 +68,7 @@ class TestFamilies:
     @pytest.mark.parametrize(
         ("lag", "settings"),
         [
-            (0, {}),
+            (0, {"canary": True}),
             (0, {"max_slots": 3, "max_prefill_tokens": 24, "sort_window": 5}),
             (0, {"max_slots": 1, "share_images": False}),
             (1, {"max_slots": 2, "max_prefill_tokens": 100}),
@@ -169,7 +169,7 @@ def slots_with(model: Any, tokenizer: Any) -> Any:
             model,
             tokenizer,
             BatchingConfig(sort_window=sort_window),
-            EngineConfig(**cfg),
+            EngineConfig(**{"canary": False, **cfg}),
             eos_ids=eos,
             suppress_ids=suppress,
         )
