@@ -6,6 +6,7 @@ the first row is answered, rather than in a million answers.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Sequence
@@ -48,8 +49,8 @@ def check(model: Any, decoder: Decoder, samples: Sequence[Sample]) -> None:
     # Rows with images first: they have more that could go wrong.
     rows = sorted(samples, key=lambda s: (not s.image_sizes, s.prompt_tokens))[:_NUM_ROWS]
     expected = [_generated(model, row) for row in rows]
-    first_BV = torch.stack([logits_V for logits_V, _ in expected])
-    mine = _over_slots(model, decoder, rows, first_BV.argmax(-1))
+    first_B = torch.stack([token for _, _, token in expected])
+    mine = _over_slots(model, decoder, rows, first_B)
     for step, logits_BV in enumerate(mine):
         for row, logits_V, pair in zip(rows, logits_BV, expected, strict=True):
             error = relative_error(logits_V, pair[step])
@@ -71,25 +72,24 @@ def relative_error(mine_V: Tensor, its_V: Tensor) -> float:
 
 
 @torch.inference_mode()
-def _generated(model: Any, row: Sample) -> tuple[Tensor, Tensor]:
-    """The logits of a row's first two tokens by `generate()`, [V] each."""
+def _generated(model: Any, row: Sample) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits of a row's first two tokens by `generate()`, [V] each, and the first token."""
     inputs = {
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
         for name, tensor in collate([row], pad_id=0).items()
     }
-    config = without_defaults(model.generation_config, pad_id=0)
-    # Nothing may be kept from being said, or its logit would be missing.
-    config.update(
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-        bad_words_ids=None,
+    # generate() fills what a config leaves open from the model's own, so that one is replaced.
+    plain = copy.copy(model)
+    plain.generation_config = without_defaults(model.generation_config, pad_id=0)
+    plain.generation_config.update(
         max_new_tokens=2,
         min_new_tokens=2,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    out = model.generate(**inputs, generation_config=config)
-    return out.logits[0][0], out.logits[1][0]
+    out = plain.generate(**inputs)
+    # Ids may be kept from being said, so the first token need not be the likeliest.
+    return out.logits[0][0], out.logits[1][0], out.sequences[0, -2]
 
 
 def _over_slots(

@@ -1,0 +1,69 @@
+"""The canary is silent for whatever a repository sets, and not for a wrong answer."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import GenerationConfig
+
+from batchvlm.config import BatchingConfig, EngineConfig
+from batchvlm.engine.cache import SlotCache
+from batchvlm.engine.slots import SlotEngine
+from batchvlm.errors import ExitCode, ModelError
+from batchvlm.records import Failure
+
+from .loaded import Loaded
+from .outcomes import run
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {},
+        {"repetition_penalty": 20.0},
+        {"suppress_tokens": list(range(0, 320, 2))},
+        {"eos_token_id": list(range(1, 320))},
+        {"do_sample": True, "temperature": 9.0},
+        {"num_beams": 3},
+        {"no_repeat_ngram_size": 1},
+    ],
+    ids=str,
+)
+def test_defaults_of_the_repository_are_no_difference(
+    defaults: dict[str, Any], model: Any, tokenizer: Any, make_samples: Any
+) -> None:
+    changed = copy.copy(model)
+    changed.generation_config = GenerationConfig(**defaults)
+    engine = SlotEngine(changed, tokenizer, BatchingConfig(), EngineConfig(), eos_ids=[])
+    run(engine, make_samples({}, {}, {}, {}))
+
+
+def test_a_wrong_answer_ends_the_run_by_the_name_of_the_family(
+    small: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = SlotCache.put
+
+    def forgetful(self: SlotCache, slot: int, pieces: Any) -> None:
+        put(self, slot, pieces)
+        for layer in self._slotted:
+            layer.slots[1][slot] = 0
+
+    monkeypatch.setattr(SlotCache, "put", forgetful)
+    engine = small.slots(canary=True)
+    with pytest.raises(ModelError, match=r"LlavaFor.*token 2 of row") as caught:
+        list(engine.run(small.samples()))
+    assert caught.value.exit_code is ExitCode.USAGE
+    assert "engine=generate" in caught.value.hint
+
+
+def test_a_row_that_breaks_it_is_that_rows_failure(small: Loaded) -> None:
+    samples = small.samples()
+    features = dict(samples[0].features)
+    features["pixel_values"] = np.zeros((1, 3, 2, 2), np.float32)
+    bad = replace(samples[0], row_index=9, features=features, image_keys=("bad",))
+    outcomes = run(small.slots(canary=True), [bad, *samples])
+    assert [isinstance(outcome, Failure) for outcome in outcomes] == [True] + [False] * 4
