@@ -254,7 +254,7 @@ class TestSettings:
                 torch.tensor(outcome.logprobs), torch.tensor(other.logprobs), atol=1e-4, rtol=0
             )
 
-    def test_answers_of_one_row_share_its_prompt(
+    def test_answers_of_one_row_differ(
         self, slots_with: Any, make_samples: Any, tokenizer: Any
     ) -> None:
         samples = make_samples({"num_return_sequences": 4, "temperature": 1.0})
