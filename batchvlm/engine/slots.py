@@ -130,7 +130,7 @@ class SlotEngine:
         self._device = self._decoder.device
         self._is_checked = not cfg.canary
         self._plan = MemoryPlan(cfg, self._device)
-        self._prefill = Prefill(model, self._decoder, self._plan, cfg, self.stats)
+        self._cfg = cfg
         num_slots = self._plan.max_slots
         self._sampler = RowSampler(
             num_slots,
@@ -143,6 +143,13 @@ class SlotEngine:
         self._ids_N, self._positions_N, self._deltas_N = (
             torch.zeros(num_slots, dtype=torch.long, device=self._device) for _ in range(3)
         )
+        # On a GPU the next step is launched before the tokens of the last one are read.
+        self._lag = 1 if self._device.type == "cuda" else 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget rows that a run which was broken off has left."""
+        self._prefill = Prefill(self._model, self._decoder, self._plan, self._cfg, self.stats)
         self._cache: SlotCache | None = None
         self._rows: list[_Row] = []
         """Rows in slots 0 to B - 1, in this order."""
@@ -150,8 +157,6 @@ class SlotEngine:
         """Rows whose prompts are computed, waiting for a slot."""
         self._on_the_way: deque[_Chosen] = deque()
         self._ready: deque[Outcome] = deque()
-        # On a GPU the next step is launched before the tokens of the last one are read.
-        self._lag = 1 if self._device.type == "cuda" else 0
 
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
         """Answer every sample exactly once; see `Engine.run`."""
@@ -162,6 +167,7 @@ class SlotEngine:
             raise device_error(error) from error
 
     def _answer(self, samples: Iterable[Sample]) -> Iterator[Outcome]:
+        self._begin()
         feed = Feed(samples, self._batching)
         while True:
             feed.gather(wait=not self._is_busy())
@@ -171,8 +177,7 @@ class SlotEngine:
                 self._prefill.add(window)
             if not self._is_busy() and feed.is_done and not len(feed):
                 break
-            self._park()
-            self._admit()
+            self._fill()
             if self._rows:
                 self._step()
             while len(self._on_the_way) > (self._lag if self._rows else 0):
@@ -206,10 +211,15 @@ class SlotEngine:
             or self._ready
         )
 
-    def _park(self) -> None:
-        """Compute prompts until every free slot has one waiting for it."""
-        num_slots = self._cache.num_slots if self._cache is not None else self._plan.max_slots
-        while self._prefill.num_waiting and len(self._parked) < num_slots - len(self._rows):
+    def _fill(self) -> None:
+        """Give every free slot a row, computing prompts pack by pack."""
+        while True:
+            self._admit()
+            # How many slots there is memory for is known from the first prompts on.
+            num_slots = self._cache.num_slots if self._cache is not None else 1
+            num_free = num_slots - len(self._rows) - len(self._parked)
+            if num_free <= 0 or not self._prefill.num_waiting:
+                return
             pack = self._prefill.next_pack(is_alone=not self._rows and not self._parked)
             if not pack:
                 return  # the rows left wait for memory

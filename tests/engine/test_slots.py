@@ -404,3 +404,14 @@ class TestStream:
         assert tokens(run(engine, samples)) == expected
         assert list(engine.run([])) == []
         assert tokens(run(engine, samples[::-1]))[::-1] == expected
+
+
+def test_a_run_that_was_broken_off_leaves_nothing_behind(
+    slots_with: Any, make_samples: Any
+) -> None:
+    samples = make_samples(*({} for _ in range(6)))
+    expected = [answer.token_ids for answer in run(slots_with(), samples)]
+    engine = slots_with(max_slots=2)
+    first, _ = next(iter(engine.run(samples)))
+    rest = run(engine, [sample for sample in samples if sample.row_index != first])
+    assert [a.token_ids for a in rest] == [expected[a.row_index] for a in rest]
