@@ -3,12 +3,13 @@
 Each sample was processed alone, so that it can be regrouped with any other. What the processor
 returned for one row joins that of the others by one rule: token rows are padded on the left, the
 rest is zero-padded in its trailing dimensions and concatenated on the first. The rule is exact for
-the families that keep images, patches, tiles or rows on the first dimension.
+the families that keep images, patches, tiles or rows on the first dimension; `join_features` knows
+the two that do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -54,15 +55,13 @@ def collate(samples: Sequence[Sample], *, pad_id: int) -> dict[str, Tensor]:
     """Join samples into the keyword arguments of the model's `generate`.
 
     Returns:
-        `input_ids` and `attention_mask` [B, T] on the left padded; every other feature
-        concatenated on its first dimension over the samples that have it.
+        `input_ids` and `attention_mask` [B, T] on the left padded; every other feature joined
+        by `join_features` over the samples that have it.
     """
     ids_BT, mask_BT = left_pad([s.features["input_ids"][0] for s in samples], pad_id=pad_id)
     batch = {"input_ids": ids_BT, "attention_mask": mask_BT}
     names = dict.fromkeys(name for sample in samples for name in sample.features)
     for name in names:
-        if name in _NOT_COLLATED:
-            continue
         if name in _PER_TOKEN:
             # A row of text alone may lack the feature that marks image tokens.
             rows = [
@@ -72,12 +71,39 @@ def collate(samples: Sequence[Sample], *, pad_id: int) -> dict[str, Tensor]:
                 for s in samples
             ]
             batch[name], _ = left_pad(rows, pad_id=0)
-        else:
-            batch[name] = concatenate([s.features[name] for s in samples if name in s.features])
-    return batch
+    joined = {*names} - {*_NOT_COLLATED, *_PER_TOKEN}
+    rest = [{n: a for n, a in s.features.items() if n in joined} for s in samples]
+    return batch | join_features(rest)
 
 
-def concatenate(arrays: Sequence[Array]) -> Tensor:
+def join_features(rows: Sequence[Mapping[str, Array]]) -> dict[str, Tensor]:
+    """Join what the processor made of several rows' images.
+
+    Args:
+        rows: arrays by name; a row may have none.
+
+    Returns:
+        Each feature over the rows that have it, concatenated on its first dimension; patches of
+        MiniCPM-V on their last.
+    """
+    names = dict.fromkeys(name for row in rows for name in row)
+    joined = {}
+    for name in names:
+        arrays = [row[name] for row in rows if name in row]
+        if name == "pixel_values" and "target_sizes" in names:
+            joined[name] = torch.from_numpy(np.concatenate(arrays, axis=-1))
+            continue
+        if name == "image_token_pooling":
+            # Molmo 2: the patches [crops, patches, ..] that each token is made of, by their places
+            # among all patches; -1 for none.
+            counts = [row["pixel_values"].shape[:2] for row in rows if name in row]
+            first = np.cumsum([0, *(crops * patches for crops, patches in counts)])
+            arrays = [np.where(a < 0, a, a + n) for a, n in zip(arrays, first, strict=False)]
+        joined[name] = _concatenate(arrays)
+    return joined
+
+
+def _concatenate(arrays: Sequence[Array]) -> Tensor:
     """Join arrays on the first dimension, zero-padded to the largest trailing sizes."""
     trailing = [max(sizes) for sizes in zip(*(a.shape[1:] for a in arrays), strict=True)]
     out = np.zeros((sum(len(a) for a in arrays), *trailing), dtype=arrays[0].dtype)

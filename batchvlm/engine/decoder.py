@@ -78,6 +78,8 @@ class Decoder:
         if token_id is None:
             token_id = getattr(model.config, "image_token_index", None)
         self._image_token_id: int | None = token_id
+        # Ovis2: the encoder embeds the tokens around an image too, so they stay with it.
+        self._mark_ids = getattr(model.config, "visual_indicator_token_ids", None) or []
         self.sees_ahead: bool | None = None
         """Whether tokens of a prompt attend to later ones; None until a prompt with images ran."""
 
@@ -155,10 +157,14 @@ class Decoder:
         return out.logits[0, : len(ends)], cache
 
     def image_places(self, sample: Sample) -> npt.NDArray[np.intp] | None:
-        """Where a prompt's image tokens lie, [image tokens]; None where they cannot be told."""
+        """Where a prompt's image tokens lie, [image tokens]; None where they cannot be told.
+
+        With them the tokens around them, where these depend on the encoder (Ovis2).
+        """
         if self._image_token_id is None:
             return None
-        return np.flatnonzero(sample.features["input_ids"][0] == self._image_token_id)
+        ids_T = sample.features["input_ids"][0]
+        return np.flatnonzero(np.isin(ids_T, [self._image_token_id, *self._mark_ids]))
 
     @torch.inference_mode()
     def step(

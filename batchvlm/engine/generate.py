@@ -7,11 +7,12 @@ import gc
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from batchvlm.batching import group_by_length
 from batchvlm.config import BatchingConfig, ModelConfig
@@ -34,9 +35,10 @@ log = logging.getLogger(__name__)
 # Shape legend: B rows of the batch, T padded prompt length plus tokens generated so far,
 # V vocabulary.
 
-# Families whose features do not follow the rule of `collate`: cross-attention masks (Mllama),
-# absolute indices (Molmo 2), patches on the last dimension (MiniCPM-V).
-_ALONE = frozenset({"mllama", "molmo2", "minicpmv4_6"})
+# Families that are right only where every row has the same number of images.
+_ALONE = frozenset({"mllama"})
+# Families whose own generate() loses logits processors; it can also draw images, which nobody asks.
+_OWN_GENERATE = frozenset({"janus"})
 _KEPT_DEFAULTS = ("bos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 
 
@@ -134,7 +136,10 @@ class GenerateEngine:
         ends = frozenset(self._eos_ids)
         stops = [RowStop(sample.generation, ends, self._tokenizer) for sample in samples]
         criterion = RowStops(stops, chosen, self._eos_ids)
-        ids_BT = self._model.generate(
+        generate = self._model.generate
+        if self._model.config.model_type in _OWN_GENERATE:
+            generate = partial(GenerationMixin.generate, self._model)
+        ids_BT = generate(
             **inputs,
             max_new_tokens=max(sample.generation.max_new_tokens for sample in samples),
             logits_processor=LogitsProcessorList([chosen]),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchvlm.engine.collate import concatenate
+from batchvlm.engine.collate import join_features
 from batchvlm.records import Array, EngineStats, Failure, Sample
 
 # Families whose processors put a row's tiles on the second dimension, behind one for the row.
@@ -45,8 +45,10 @@ class Unit:
     @property
     def num_entries(self) -> int:
         """Entries that the encoder gives back for it: one an image, or one a tile."""
-        grid = self.arrays.get("image_grid_thw")
-        return len(grid) if grid is not None else len(self.arrays["pixel_values"])
+        for name in ("image_grid_thw", "image_grids"):
+            if name in self.arrays:
+                return len(self.arrays[name])
+        return len(self.arrays["pixel_values"])
 
     @property
     def num_cells(self) -> int:
@@ -81,6 +83,8 @@ class ImageFeatures:
         self._output_type: Any = None
         self._is_stacked = False
         """Whether the family gives one tensor for all images rather than one for each."""
+        self._marks: Tensor | None = None
+        """Embeddings of the tokens around an image, the same for all (Ovis2)."""
 
     def units(self, sample: Sample) -> tuple[Unit, ...]:
         """What a row needs encoded, in the order of its images; empty for text alone."""
@@ -127,14 +131,13 @@ class ImageFeatures:
     @torch.inference_mode()
     def encode(self, units: Sequence[Unit]) -> None:
         """Encode units of one shape in one forward of the encoder."""
-        inputs = {
-            name: self._to_device(concatenate([unit.arrays[name] for unit in units]))
-            for name in units[0].arrays
-        }
+        joined = join_features([unit.arrays for unit in units])
+        inputs = {name: self._to_device(tensor) for name, tensor in joined.items()}
         output = self._encode(**inputs, return_dict=True)
         pooled = output.pooler_output
         layers = getattr(output, "deepstack_features", None) or ()
         self._output_type, self._is_stacked = type(output), isinstance(pooled, Tensor)
+        self._marks = getattr(output, "visual_indicator_features", None)
         counts = [unit.num_entries for unit in units]
         if len(pooled) != sum(counts):
             raise ValueError(f"{len(pooled)} image features for {sum(counts)} images")
@@ -163,6 +166,8 @@ class ImageFeatures:
         if entries[0].deep:
             by_layer = zip(*(entry.deep for entry in entries), strict=True)
             output.deepstack_features = [join(layer) for layer in by_layer]
+        if self._marks is not None:
+            output.visual_indicator_features = self._marks
         return output
 
     def _to_device(self, tensor: Tensor) -> Tensor:

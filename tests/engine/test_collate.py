@@ -132,3 +132,36 @@ def test_what_only_training_needs_is_left_out() -> None:
     # PaliGemma's processor returns them for every prompt; a model given labels computes a loss.
     batch = collate([sample(1, 2, labels=[[-100, -100]]), sample(3, labels=[[-100]])], pad_id=0)
     assert "labels" not in batch
+
+
+def test_patches_on_the_last_dimension_are_joined_there() -> None:
+    # MiniCPM-V: all images' patches behind one another, and how many rows and columns of them.
+    first, second = pixels(1, 3, 2, 8), pixels(1, 3, 2, 12, start=500)
+    batch = collate(
+        [
+            sample(1, pixel_values=first, target_sizes=[[2, 2]]),
+            sample(3),
+            sample(2, pixel_values=second, target_sizes=[[1, 2], [2, 2]]),
+        ],
+        pad_id=0,
+    )
+    values = batch["pixel_values"].numpy()
+    assert values.shape == (1, 3, 2, 20)
+    assert np.array_equal(values[..., :8], first) and np.array_equal(values[..., 8:], second)
+    assert batch["target_sizes"].tolist() == [[2, 2], [1, 2], [2, 2]]
+
+
+def test_places_of_patches_are_those_in_the_batch() -> None:
+    # Molmo 2: 2 crops of 4 patches, then 1 crop of 4; -1 is no patch.
+    batch = collate(
+        [
+            sample(1, pixel_values=pixels(2, 4, 6), image_token_pooling=[[0, 1], [7, -1]]),
+            sample(3),
+            sample(2, pixel_values=pixels(1, 4, 6), image_token_pooling=[[0, 3], [-1, -1]]),
+            sample(4, pixel_values=pixels(1, 4, 6), image_token_pooling=[[2, -1]]),
+        ],
+        pad_id=0,
+    )
+    assert batch["pixel_values"].shape == (4, 4, 6)
+    assert batch["image_token_pooling"].tolist() == [[0, 1], [7, -1], [8, 11], [-1, -1], [14, -1]]
+    assert batch["image_token_pooling"].dtype == torch.int64
