@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,16 @@ QUESTIONS = (
 )
 
 
+@pytest.fixture(scope="session")
+def load_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Loaded]:
+    """Loads a family where that was not done before; skips where it cannot be."""
+    return cache(lambda family: load(family, tmp_path_factory.mktemp(family.name)))
+
+
 @pytest.fixture(scope="session", params=FAMILIES, ids=lambda family: family.name)
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def loaded(request: pytest.FixtureRequest, load_once: Callable[[Family], Loaded]) -> Loaded:
     """Each family in turn."""
-    return load(request.param, tmp_path_factory.mktemp(request.param.name))
+    return load_once(request.param)
 
 
 @pytest.fixture(scope="package")

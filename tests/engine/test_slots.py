@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,22 @@ from batchvlm.engine.decoder import Decoder, Piece
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.records import Completion, FinishReason, Sample
 
+from .families import FAMILIES, Family
 from .loaded import ABOUT_ONE, MOST_NEW_TOKENS, Loaded, Question
 from .outcomes import run
 
-SEES_AHEAD = {"gemma3", "paligemma"}
-"""Families whose image tokens attend to later ones: a prompt is computed in one piece."""
-
 Row = tuple[Question, int, int]
 """What a row asks, of which pictures, and how many tokens it may answer."""
+
+
+@pytest.fixture(
+    scope="session",
+    params=[family for family in FAMILIES if not family.why_not_slots],
+    ids=lambda family: family.name,
+)
+def loaded(request: pytest.FixtureRequest, load_once: Callable[[Family], Loaded]) -> Loaded:
+    """Each family that runs over slots."""
+    return load_once(request.param)
 
 
 def about_one_picture(loaded: Loaded) -> list[Question]:
@@ -114,7 +122,7 @@ class TestFamilies:
         assert apart.stats.images_encoded == len(rows)
         assert apart.stats.prompt_tokens == total
         assert sharing.stats.images_encoded == 2
-        if loaded.family.name in SEES_AHEAD:
+        if loaded.family.sees_ahead:
             assert sharing.stats.prompt_tokens == total
         else:
             # Of twelve rows one came too early, and one of each picture is the first.
@@ -138,8 +146,12 @@ class TestFamilies:
         engine = loaded.slots(max_prefill_tokens=budget, eos=[])
         assert tokens(run(engine, samples)) == [loaded.known(q, 0)[:6] for q, _, _ in rows]
         assert sum(sum(pack) for pack in packs) == sum(s.prompt_tokens for s in samples)
-        if loaded.family.name in SEES_AHEAD:
+        if loaded.family.sees_ahead:
             assert sorted(len(pack) for pack in packs) == [1] * len(rows)
+            return
+        if not loaded.family.is_cut:
+            whole = {length for pack in packs for length in pack}
+            assert {s.prompt_tokens for s in samples if s.image_sizes} <= whole
             return
         # The first prompt, whole, says what the family allows.
         pieces = [length for pack in packs[1:] for length in pack]

@@ -11,6 +11,11 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
+from batchvlm.loading import has_torchvision
+
+Built = tuple[Any, Any]
+"""Model and processor."""
+
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 CORPUS = (
@@ -93,8 +98,12 @@ def token_id(vocabulary: PreTrainedTokenizerFast, token: str) -> int:
     return int(vocabulary.convert_tokens_to_ids(token))
 
 
-def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """The same processor class, made without a video processor: that needs torchvision."""
+def processor_of(
+    processor_class: type[ProcessorMixin], video_processor: str, **parts: Any
+) -> ProcessorMixin:
+    """A processor with its video processor, named by its class, where torchvision is here."""
+    if has_torchvision():
+        return processor_class(video_processor=getattr(transformers, video_processor)(), **parts)
 
     class WithoutVideo(processor_class):  # type: ignore[valid-type,misc]
         @classmethod
@@ -103,7 +112,7 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
             return [name for name in names if name != "video_processor"]
 
     WithoutVideo.__name__ = processor_class.__name__
-    return WithoutVideo
+    return WithoutVideo(**parts)
 
 
 def model_of(config: Any) -> PreTrainedModel:
@@ -119,6 +128,8 @@ def model_of(config: Any) -> PreTrainedModel:
                 weight.mul_(10.0)
             if name.endswith("mm_input_projection_weight"):
                 weight.normal_(0, 0.3)  # Gemma 3 initialises it to zero
+            if "gate" in name and weight.dim() <= 1:
+                weight.fill_(0.5)  # as does Mllama
     return model
 
 

@@ -1,0 +1,234 @@
+"""Tiny random models with full processors, one for each family that the engines must get right.
+
+A family is a function that returns (model, processor) and an entry in `FAMILIES`; what stands there
+is asserted by the tests, and `docs/models.md` is made of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import transformers
+from packaging.version import Version
+
+from batchvlm.loading import has_torchvision
+
+from ..tiny import Built
+from .gemma import gemma3, paligemma
+from .idefics import idefics2, idefics3, smolvlm
+from .llava import llava, llava_next, llava_onevision, mistral3, pixtral
+from .others import blip_2, deepseek_vl, florence2, janus, mllama
+from .qwen import glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
+from .tiles import aya_vision, internvl, minicpmv4_6, molmo2, ovis2
+
+LINEAR = "it has layers of linear_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family, and what it makes of the test's pictures."""
+
+    build: Callable[[], Built]
+    title: str = ""
+    """What people call it."""
+    model_class: str = ""
+    image_tokens: tuple[int, int, int]
+    """Image tokens of a picture of 90 x 60 pixels, one of 70 x 150, and of two in one prompt, of
+    48 x 48 and 130 x 100."""
+    takes_text_alone: bool = True
+    """Whether prompts without an image are allowed."""
+    takes_several_images: bool = True
+    sees_ahead: bool = False
+    """Whether image tokens attend to later ones: no prompt is cut, none shares a beginning."""
+    is_cut: bool = True
+    """Whether a prompt with images may be computed in pieces."""
+    why_not_slots: str = ""
+    """Why `engine=auto` gives it to `generate()`, as `why_not_slots` says it."""
+    is_alone: bool = False
+    """Whether `generate()` takes its rows one by one."""
+    needs: tuple[str, ...] = ()
+    """Modules without which its processor does not load."""
+    needs_torchvision_before: str = ""
+    """A version of transformers, from which on it does without."""
+
+    @property
+    def name(self) -> str:
+        return self.build.__name__
+
+    @property
+    def missing(self) -> list[str]:
+        """Modules that it needs and that are not here."""
+        needs = list(self.needs)
+        before = self.needs_torchvision_before
+        if before and Version(transformers.__version__) < Version(before):
+            needs.append("torchvision")
+        return [name for name in needs if not _has(name)]
+
+
+def _has(module: str) -> bool:
+    if module == "torchvision":
+        return has_torchvision()
+    return importlib.util.find_spec(module) is not None
+
+
+FAMILIES = (
+    Family(
+        build=aya_vision,
+        title="Aya Vision",
+        model_class="AyaVisionForConditionalGeneration",
+        image_tokens=(12, 12, 24),
+    ),
+    Family(
+        build=deepseek_vl,
+        title="DeepSeek-VL",
+        model_class="DeepseekVLForConditionalGeneration",
+        image_tokens=(16, 16, 32),
+    ),
+    Family(
+        build=gemma3,
+        title="Gemma 3",
+        model_class="Gemma3ForConditionalGeneration",
+        image_tokens=(4, 4, 8),
+        sees_ahead=True,
+    ),
+    Family(
+        build=glm4v,
+        title="GLM-4V",
+        model_class="Glm4vForConditionalGeneration",
+        image_tokens=(6, 10, 24),
+    ),
+    Family(
+        build=idefics2,
+        title="Idefics2",
+        model_class="Idefics2ForConditionalGeneration",
+        image_tokens=(8, 8, 16),
+        needs_torchvision_before="5.18",
+    ),
+    Family(
+        build=idefics3,
+        title="Idefics3",
+        model_class="Idefics3ForConditionalGeneration",
+        image_tokens=(20, 12, 40),
+        needs_torchvision_before="5.18",
+    ),
+    Family(
+        build=internvl,
+        title="InternVL",
+        model_class="InternVLForConditionalGeneration",
+        image_tokens=(12, 12, 24),
+    ),
+    Family(
+        build=janus,
+        title="Janus",
+        model_class="JanusForConditionalGeneration",
+        image_tokens=(16, 16, 32),
+    ),
+    Family(
+        build=llava,
+        title="LLaVA",
+        model_class="LlavaForConditionalGeneration",
+        image_tokens=(16, 16, 32),
+    ),
+    Family(
+        build=llava_next,
+        title="LLaVA-NeXT",
+        model_class="LlavaNextForConditionalGeneration",
+        image_tokens=(70, 56, 106),
+    ),
+    Family(
+        build=llava_onevision,
+        title="LLaVA-OneVision",
+        model_class="LlavaOnevisionForConditionalGeneration",
+        image_tokens=(70, 56, 34),
+    ),
+    Family(
+        build=minicpmv4_6,
+        title="MiniCPM-V 4.6",
+        model_class="MiniCPMV4_6ForConditionalGeneration",
+        image_tokens=(4, 3, 16),
+        why_not_slots=LINEAR,
+        needs=("torchvision",),
+    ),
+    Family(
+        build=mistral3,
+        title="Mistral Small 3",
+        model_class="Mistral3ForConditionalGeneration",
+        image_tokens=(12, 8, 20),
+        needs=("torchvision",),
+    ),
+    Family(
+        build=mllama,
+        title="Llama 3.2 Vision",
+        model_class="MllamaForConditionalGeneration",
+        image_tokens=(1, 1, 2),
+        why_not_slots="it gives no image features of its own",
+        is_alone=True,
+    ),
+    Family(
+        build=molmo2,
+        title="Molmo 2",
+        model_class="Molmo2ForConditionalGeneration",
+        image_tokens=(10, 10, 18),
+        sees_ahead=True,
+        needs=("torchvision",),
+    ),
+    Family(
+        build=ovis2,
+        title="Ovis2",
+        model_class="Ovis2ForConditionalGeneration",
+        image_tokens=(20, 16, 24),
+        is_cut=False,
+    ),
+    Family(
+        build=paligemma,
+        title="PaliGemma",
+        model_class="PaliGemmaForConditionalGeneration",
+        image_tokens=(16, 16, 32),
+        takes_text_alone=False,
+        sees_ahead=True,
+    ),
+    Family(
+        build=pixtral,
+        title="Pixtral",
+        model_class="LlavaForConditionalGeneration",
+        image_tokens=(35, 32, 72),
+        needs=("torchvision",),
+    ),
+    Family(
+        build=qwen2_vl,
+        title="Qwen2-VL",
+        model_class="Qwen2VLForConditionalGeneration",
+        image_tokens=(6, 10, 24),
+    ),
+    Family(
+        build=qwen2_5_vl,
+        title="Qwen2.5-VL",
+        model_class="Qwen2_5_VLForConditionalGeneration",
+        image_tokens=(6, 10, 24),
+    ),
+    Family(
+        build=qwen3_vl,
+        title="Qwen3-VL",
+        model_class="Qwen3VLForConditionalGeneration",
+        image_tokens=(6, 10, 16),
+    ),
+    Family(
+        build=qwen3_5,
+        title="Qwen3.5",
+        model_class="Qwen3_5ForConditionalGeneration",
+        image_tokens=(6, 10, 16),
+        why_not_slots=LINEAR,
+    ),
+    Family(
+        build=smolvlm,
+        title="SmolVLM",
+        model_class="SmolVLMForConditionalGeneration",
+        image_tokens=(20, 12, 40),
+        needs=("torchvision", "num2words"),
+    ),
+)
+
+REFUSED = (blip_2, florence2)
+"""Families that neither engine runs."""

@@ -1,0 +1,183 @@
+"""Families with an image processor and a layout of their own each."""
+
+from __future__ import annotations
+
+import transformers as tf
+
+from ..tiny import (
+    SIGLIP_VISION,
+    VISION,
+    Built,
+    chat_template,
+    model_of,
+    text_config,
+    token_id,
+    tokenizer,
+)
+
+
+def deepseek_vl() -> Built:
+    image = "<image_placeholder>"
+    vocabulary = tokenizer([image], image_token=image)
+    config = tf.DeepseekVLConfig(
+        vision_config=SIGLIP_VISION,
+        text_config=text_config(vocabulary, model_type="llama"),
+        image_token_id=token_id(vocabulary, image),
+        tie_word_embeddings=False,
+    )
+    processor = tf.DeepseekVLProcessor(
+        tf.DeepseekVLImageProcessorPil(size={"height": 56, "width": 56}, min_size=14),
+        vocabulary,
+        chat_template=chat_template(image),
+        num_image_tokens=16,
+    )
+    return model_of(config), processor
+
+
+def janus() -> Built:
+    named = {
+        "image_token": "<image_placeholder>",
+        "boi_token": "<begin_of_image>",
+        "eoi_token": "<end_of_image>",
+    }
+    vocabulary = tokenizer(list(named.values()), **named)
+    config = tf.JanusConfig(
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 56,
+            "patch_size": 14,
+            "mlp_ratio": 2,
+            "projection_dim": 64,
+            "num_image_tokens": 16,
+            "depth": 2,
+        },
+        # It also draws images; nothing here asks it to.
+        vq_config={
+            "embed_dim": 8,
+            "num_embeddings": 32,
+            "latent_channels": 32,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "num_patches": 4,
+            "projection_dim": 64,
+            "image_token_embed_dim": 64,
+            "num_hidden_layers": 1,
+        },
+        text_config=text_config(vocabulary, model_type="llama"),
+        image_token_id=token_id(vocabulary, "<image_placeholder>"),
+        tie_word_embeddings=False,
+    )
+    processor = tf.JanusProcessor(
+        tf.JanusImageProcessorPil(size={"height": 56, "width": 56}, min_size=14),
+        vocabulary,
+        chat_template=chat_template("<image_placeholder>"),
+        num_image_tokens=16,
+    )
+    return model_of(config), processor
+
+
+def mllama() -> Built:
+    """Images are attended to in layers of their own."""
+    vocabulary = tokenizer(["<|image|>"])
+    config = tf.MllamaConfig(
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "intermediate_size": 64,
+            "vision_output_dim": 64,
+            "image_size": 56,
+            "patch_size": 14,
+            "intermediate_layers_indices": [0],
+        },
+        text_config=text_config(
+            vocabulary,
+            # The image token is the last one, and has an embedding but no logit.
+            vocab_size=len(vocabulary) - 1,
+            num_hidden_layers=3,
+            cross_attention_layers=[1],
+        ),
+        image_token_index=token_id(vocabulary, "<|image|>"),
+    )
+    processor = tf.MllamaProcessor(
+        tf.MllamaImageProcessorPil(size={"height": 56, "width": 56}, max_image_tiles=4),
+        vocabulary,
+        chat_template=chat_template("<|image|>"),
+    )
+    return model_of(config), processor
+
+
+def blip_2() -> Built:
+    vocabulary = tokenizer(["<image>"])
+    config = tf.Blip2Config(
+        vision_config=VISION,
+        qformer_config={
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "encoder_hidden_size": 32,
+        },
+        text_config={
+            "model_type": "opt",
+            "vocab_size": len(vocabulary),
+            "hidden_size": 64,
+            "ffn_dim": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 512,
+            "word_embed_proj_dim": 64,
+            "pad_token_id": vocabulary.pad_token_id,
+            "bos_token_id": vocabulary.eos_token_id,
+            "eos_token_id": vocabulary.eos_token_id,
+        },
+        num_query_tokens=8,
+        image_token_index=token_id(vocabulary, "<image>"),
+    )
+    image_processor = tf.BlipImageProcessorPil(size={"height": 56, "width": 56})
+    return model_of(config), tf.Blip2Processor(image_processor, vocabulary, num_query_tokens=8)
+
+
+def florence2() -> Built:
+    vocabulary = tokenizer(["<image>"], image_token="<image>")
+    config = tf.Florence2Config(
+        vision_config={
+            "depths": [1, 1],
+            "patch_size": [7, 3],
+            "patch_stride": [4, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "embed_dim": [16, 32],
+            "num_heads": [2, 4],
+            "num_groups": [2, 4],
+            "window_size": 7,
+            "projection_dim": 64,
+        },
+        text_config={
+            "model_type": "bart",
+            "vocab_size": len(vocabulary),
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128,
+            "max_position_embeddings": 512,
+            "pad_token_id": vocabulary.pad_token_id,
+            "bos_token_id": vocabulary.bos_token_id,
+            "eos_token_id": vocabulary.eos_token_id,
+            "decoder_start_token_id": vocabulary.eos_token_id,
+        },
+        image_token_id=token_id(vocabulary, "<image>"),
+    )
+    image_processor = tf.CLIPImageProcessorPil(
+        size={"height": 56, "width": 56}, do_center_crop=False
+    )
+    image_processor.image_seq_length = 50
+    return model_of(config), tf.Florence2Processor(image_processor, vocabulary)
