@@ -103,7 +103,7 @@ def load_processor(cfg: ModelConfig) -> Any:
     backend = resolve_backend(cfg.image_backend)
     from transformers import AutoProcessor
 
-    with explained(cfg, "processor"), _without_video():
+    with explained(cfg, "processor"), _video_apart():
         processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             cfg.path, backend=backend.value, **_hub_kwargs(cfg), **cfg.processor_kwargs
         )
@@ -172,22 +172,39 @@ def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_video() -> Iterator[None]:
-    # Video processors exist for torchvision alone, and processors of Qwen-VL's kind refuse to load
-    # without theirs. No row here is a video, so leave it out where it could not be loaded.
+def _video_apart() -> Iterator[None]:
+    """Keep what concerns images alone from breaking on video processors."""
     if has_torchvision():
-        yield
+        from transformers.video_processing_utils import BaseVideoProcessor
+
+        # transformers 5.17 and 5.18 hand the image backend on to them, who raise.
+        with _replaced(BaseVideoProcessor, "from_dict") as from_dict:
+
+            def without_backend(cls: type, values: Any, /, **kwargs: Any) -> Any:
+                kwargs.pop("backend", None)
+                return from_dict(cls, values, **kwargs)
+
+            setattr(BaseVideoProcessor, "from_dict", classmethod(without_backend))  # noqa: B010
+            yield
         return
     from transformers import ProcessorMixin
 
-    original = inspect.getattr_static(ProcessorMixin, "get_attributes")
+    # They exist for torchvision alone, and processors of Qwen-VL's kind refuse to load without
+    # theirs. No row here is a video, so leave it out where it could not be loaded.
+    with _replaced(ProcessorMixin, "get_attributes") as get_attributes:
 
-    def get_attributes(cls: type) -> list[str]:
-        names: list[str] = original.__func__(cls)
-        return [name for name in names if name != "video_processor"]
+        def without_video(cls: type) -> list[str]:
+            return [name for name in get_attributes(cls) if name != "video_processor"]
 
-    setattr(ProcessorMixin, "get_attributes", classmethod(get_attributes))  # noqa: B010
-    try:
+        setattr(ProcessorMixin, "get_attributes", classmethod(without_video))  # noqa: B010
         yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: type, name: str) -> Iterator[Any]:
+    """Give a class method's function, and set the class method back at the end."""
+    original = inspect.getattr_static(owner, name)
+    try:
+        yield original.__func__
     finally:
-        setattr(ProcessorMixin, "get_attributes", original)  # noqa: B010
+        setattr(owner, name, original)

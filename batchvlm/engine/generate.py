@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 
 # Families that are right only where every row has the same number of images.
 _ALONE = frozenset({"mllama"})
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
+    # There all images of a batch are merged by the rows and columns of the first.
+    _ALONE |= {"minicpmv4_6"}
 # Families whose own generate() loses logits processors; it can also draw images, which nobody asks.
 _OWN_GENERATE = frozenset({"janus"})
 _KEPT_DEFAULTS = ("bos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")

@@ -23,7 +23,7 @@ from batchvlm.config import (
     TaskConfig,
 )
 from batchvlm.engine.collate import collate
-from batchvlm.engine.generate import GenerateEngine, eos_ids
+from batchvlm.engine.generate import _ALONE, GenerateEngine, eos_ids
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.loading import load_processor
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
@@ -134,7 +134,7 @@ class Loaded:
 
     def first_logits(self, samples: Sequence[Sample]) -> torch.Tensor:
         """What the model thinks of each row's first token, [B, V]."""
-        if self.family.is_alone and len(samples) > 1:
+        if self.model.config.model_type in _ALONE and len(samples) > 1:
             return torch.cat([self.first_logits([sample]) for sample in samples])
         inputs = collate(samples, pad_id=self.processor.tokenizer.pad_token_id)
         with torch.inference_mode():

@@ -13,7 +13,7 @@ from batchvlm.errors import ModelError
 from batchvlm.loading import load_processor
 from batchvlm.records import FinishReason
 
-from .families import idefics3
+from .families import llava
 from .loaded import ABOUT_NONE, ABOUT_ONE, ABOUT_ONE_LONGER, ABOUT_TWO, NUM_NEW_TOKENS, Loaded
 from .tiny import save
 
@@ -66,9 +66,9 @@ def test_image_tokens_are_counted(loaded: Loaded) -> None:
 
 @pytest.mark.skipif(is_torchvision_available(), reason="with torchvision it may load")
 def test_a_processor_that_needs_its_video_part_is_refused_by_name(tmp_path: Path) -> None:
-    save(tmp_path, *idefics3())
+    save(tmp_path, *llava())
     for name in ("processor_config.json", "tokenizer_config.json"):
-        config = (tmp_path / name).read_text().replace("Idefics3Processor", "SmolVLMProcessor")
+        config = (tmp_path / name).read_text().replace("LlavaProcessor", "SmolVLMProcessor")
         (tmp_path / name).write_text(config)
     with pytest.raises(ModelError, match=f"cannot load the processor of model.path={tmp_path}"):
         load_processor(ModelConfig(path=str(tmp_path)))

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import transformers
-from packaging.version import Version
 
 from batchvlm.loading import has_torchvision
 
@@ -50,8 +49,10 @@ class Family:
     """Whether `generate()` takes its rows one by one."""
     needs: tuple[str, ...] = ()
     """Modules without which its processor does not load."""
-    needs_torchvision_before: str = ""
-    """A version of transformers, from which on it does without."""
+    needs_torchvision_before: tuple[int, int] = (0, 0)
+    """The version of transformers from which on it does without."""
+    since: tuple[int, int] = (5, 17)
+    """The version of transformers that brought it."""
 
     @property
     def name(self) -> str:
@@ -59,12 +60,17 @@ class Family:
 
     @property
     def missing(self) -> list[str]:
-        """Modules that it needs and that are not here."""
-        needs = list(self.needs)
-        before = self.needs_torchvision_before
-        if before and Version(transformers.__version__) < Version(before):
+        """What it needs and is not here."""
+        needs = [*self.needs]
+        if self.needs_torchvision_before > VERSION:
             needs.append("torchvision")
-        return [name for name in needs if not _has(name)]
+        missing = [name for name in needs if not _has(name)]
+        if self.since > VERSION:
+            missing.append(f"transformers {'.'.join(map(str, self.since))}")
+        return missing
+
+
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 
 def _has(module: str) -> bool:
@@ -104,14 +110,14 @@ FAMILIES = (
         title="Idefics2",
         model_class="Idefics2ForConditionalGeneration",
         image_tokens=(8, 8, 16),
-        needs_torchvision_before="5.18",
+        needs_torchvision_before=(5, 18),
     ),
     Family(
         build=idefics3,
         title="Idefics3",
         model_class="Idefics3ForConditionalGeneration",
         image_tokens=(20, 12, 40),
-        needs_torchvision_before="5.18",
+        needs_torchvision_before=(5, 18),
     ),
     Family(
         build=internvl,
@@ -168,6 +174,7 @@ FAMILIES = (
     ),
     Family(
         build=molmo2,
+        since=(5, 20),
         title="Molmo 2",
         model_class="Molmo2ForConditionalGeneration",
         image_tokens=(10, 10, 18),
@@ -176,6 +183,7 @@ FAMILIES = (
     ),
     Family(
         build=ovis2,
+        needs_torchvision_before=(5, 18),
         title="Ovis2",
         model_class="Ovis2ForConditionalGeneration",
         image_tokens=(20, 16, 24),
