@@ -41,6 +41,8 @@ _ALONE = frozenset({"mllama"})
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
     # There all images of a batch are merged by the rows and columns of the first.
     _ALONE |= {"minicpmv4_6"}
+# Families that ignore all images of a row but the first.
+_ONE_IMAGE = frozenset({"blip-2"})
 # Families whose own generate() loses logits processors; it can also draw images, which nobody asks.
 _OWN_GENERATE = frozenset({"janus"})
 _KEPT_DEFAULTS = ("bos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
@@ -63,10 +65,7 @@ class GenerateEngine:
         self._eos_ids = eos_ids(model, tokenizer)
         pad_id = tokenizer.pad_token_id
         self._pad_id = pad_id if pad_id is not None else next(iter(self._eos_ids), 0)
-        if model.config.is_encoder_decoder:
-            raise ModelError(
-                f"{type(model).__name__} is an encoder-decoder; only decoder-only models run yet"
-            )
+        refuse_unable(model)
         model.generation_config = without_defaults(model.generation_config, pad_id=self._pad_id)
 
     @classmethod
@@ -163,6 +162,22 @@ class GenerateEngine:
         if tensor.is_floating_point():
             return tensor.to(self._model.device, self._model.dtype)
         return tensor.to(self._model.device)
+
+
+def refuse_unable(model: Any) -> None:
+    """Refuse a model that neither engine runs.
+
+    Raises:
+        ModelError: it is an encoder-decoder, or shows the images of a row wrongly.
+    """
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder; only decoder-only models run yet")
+    if model.config.model_type in _ONE_IMAGE:
+        raise ModelError(
+            f"{name} takes one image a row, and would answer about the first of several as if "
+            "there were no others; it does not run yet"
+        )
 
 
 def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -6,8 +6,10 @@ import inspect
 import logging
 from typing import Any
 
+import transformers
+
 from batchvlm.config import EngineName, JobConfig
-from batchvlm.engine.generate import GenerateEngine, eos_ids
+from batchvlm.engine.generate import GenerateEngine, eos_ids, refuse_unable
 from batchvlm.engine.kernels import tune
 from batchvlm.engine.protocol import Engine
 from batchvlm.engine.slots import SlotEngine
@@ -47,6 +49,7 @@ def select_engine(cfg: JobConfig, *, device: str) -> Engine:
     # The processor first: whatever is wrong with it is known before the weights are read.
     tokenizer = load_processor(cfg.model).tokenizer
     model = load_model(cfg.model, device=device)
+    refuse_unable(model)
     tune(model)
     reason = why_not_slots(model, is_asked_for=cfg.engine.name is EngineName.slots)
     match cfg.engine.name:
@@ -83,7 +86,8 @@ def why_not_slots(model: Any, *, is_asked_for: bool = False) -> str:
     if not hasattr(model.base_model, "get_image_features"):
         return "it gives no image features of its own"
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-        return "it takes no image features from outside"
+        # In no family before transformers 5.18.
+        return f"it takes no image features from outside in transformers {transformers.__version__}"
     text = config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if other := kinds - {"full_attention", "sliding_attention"}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from transformers import GenerationConfig
 
 from batchvlm.config import EngineConfig, EngineName, JobConfig, ModelConfig
 from batchvlm.engine import select
-from batchvlm.engine.generate import GenerateEngine
+from batchvlm.engine.generate import _ALONE, GenerateEngine
 from batchvlm.engine.select import select_engine, why_not_slots
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.errors import ExitCode, ModelError
 
+from .families import REFUSED, Built
 from .loaded import Loaded
 from .outcomes import run
+from .tiny import save
 
 
 def job(folder: Path, name: EngineName) -> JobConfig:
@@ -56,8 +59,22 @@ def test_a_family_that_was_tried(
     assert [list(outcome.token_ids) for outcome in outcomes] == [reference(0), reference(1)]
 
 
-def test_every_family_of_the_tests_runs_over_slots(loaded: Loaded) -> None:
-    assert why_not_slots(loaded.model) == ""
+def test_every_family_of_the_tests(loaded: Loaded) -> None:
+    family = loaded.family
+    assert type(loaded.model).__name__ == family.model_class
+    assert why_not_slots(loaded.model) == family.why_not_slots_here
+    assert (loaded.model.config.model_type in _ALONE) == family.is_alone
+
+
+@pytest.mark.parametrize("name", list(EngineName))
+@pytest.mark.parametrize("build", list(REFUSED), ids=lambda build: build.__name__)
+def test_a_family_that_neither_engine_runs(
+    build: Callable[[], Built], name: EngineName, tmp_path: Path
+) -> None:
+    save(tmp_path, *build())
+    with pytest.raises(ModelError, match=REFUSED[build]) as caught:
+        select_engine(job(tmp_path, name), device="cpu")
+    assert "\n" not in caught.value.message
 
 
 class TestTypesThatWereNotTried:

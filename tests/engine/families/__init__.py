@@ -22,6 +22,10 @@ from .others import blip_2, deepseek_vl, florence2, janus, mllama
 from .qwen import glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from .tiles import aya_vision, internvl, minicpmv4_6, molmo2, ovis2
 
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+SLOTS_SINCE = (5, 18)
+"""The version of transformers from which on models take image features from outside."""
+
 LINEAR = "it has layers of linear_attention"
 
 
@@ -59,6 +63,13 @@ class Family:
         return self.build.__name__
 
     @property
+    def why_not_slots_here(self) -> str:
+        """`why_not_slots` with the transformers that is here."""
+        if self.why_not_slots or VERSION >= SLOTS_SINCE:
+            return self.why_not_slots
+        return f"it takes no image features from outside in transformers {transformers.__version__}"
+
+    @property
     def missing(self) -> list[str]:
         """What it needs and is not here."""
         needs = [*self.needs]
@@ -68,9 +79,6 @@ class Family:
         if self.since > VERSION:
             missing.append(f"transformers {'.'.join(map(str, self.since))}")
         return missing
-
-
-VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 
 def _has(module: str) -> bool:
@@ -238,5 +246,8 @@ FAMILIES = (
     ),
 )
 
-REFUSED = (blip_2, florence2)
-"""Families that neither engine runs."""
+REFUSED = {
+    blip_2: "Blip2ForConditionalGeneration takes one image a row",
+    florence2: "Florence2ForConditionalGeneration is an encoder-decoder",
+}
+"""Families that neither engine runs, and why."""
