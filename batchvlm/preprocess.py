@@ -23,8 +23,9 @@ from batchvlm.prompts import PromptBuilder
 from batchvlm.recent import KEY, Recent, RecentImageProcessor
 from batchvlm.records import Array, Failure, ImageRef, Prompt, Record, Sample
 
-_RECENT_BYTES = 32 << 20
-"""Of pictures, and of what the processor made of them, that a worker keeps."""
+_RECENT_BYTES = 128 << 20
+"""Of what the processor made of pictures that a worker keeps: two of Qwen-VL's at the default
+`model.max_image_pixels`; and a quarter of that of the pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Preprocessor:
             task=spec.task, columns=spec.columns, generation=spec.generation
         )
         self._processor = load_processor(spec.model)
-        self._recent: Recent[Image.Image] = Recent(_RECENT_BYTES)
+        self._recent: Recent[Image.Image] = Recent(_RECENT_BYTES // 4)
         self._processor.image_processor = RecentImageProcessor(
             self._processor.image_processor, _RECENT_BYTES
         )

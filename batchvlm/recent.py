@@ -33,6 +33,8 @@ class Recent(Generic[V]):
             return self._kept[key][0]
         value = make()
         size_bytes = size_of(value)
+        if size_bytes > self._max_bytes:
+            return value
         self._kept[key] = value, size_bytes
         self._size_bytes += size_bytes
         while self._size_bytes > self._max_bytes:

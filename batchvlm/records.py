@@ -9,7 +9,7 @@ list. A row that fails carries a `Failure` from the stage where it failed straig
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -152,6 +152,10 @@ class Sample:
     def prompt_tokens(self) -> int:
         """Length of the prompt, image tokens included."""
         return int(self.features["input_ids"].shape[-1])
+
+    def without_images(self) -> Sample:
+        """What is needed of a sample whose prompt is computed: no pixels."""
+        return replace(self, features={"input_ids": self.features["input_ids"]})
 
     @cached_property
     def size_bytes(self) -> int:

@@ -36,7 +36,7 @@ def test_a_value_that_is_too_large_is_not_kept() -> None:
     recent, maker = Recent[str](3), Maker()
     for key, size in (("a", 1), ("big", 4), ("big", 4), ("a", 1)):
         maker.of(recent, key, size)
-    assert maker.made == ["a", "big", "big", "a"]
+    assert maker.made == ["a", "big", "big"]
 
 
 def test_an_error_is_raised_each_time() -> None:

@@ -162,6 +162,10 @@ class _Scores:
     ) -> Tensor:
         """[.., H, T, D] queries over [.., H or K, L, D] keys; `mask` bool, true where seen."""
         is_grouped = query.shape[-3] != key.shape[-3]
+        if is_grouped and mask is not None and query.is_cuda:
+            # There torch's fast kernels take a mask or grouped heads, not both.
+            key, value = (_repeated(x, query.shape[-3]) for x in (key, value))
+            is_grouped = False
         if self.softcap is None:
             return F.scaled_dot_product_attention(
                 query,
@@ -173,8 +177,7 @@ class _Scores:
                 enable_gqa=is_grouped,
             )
         if is_grouped:
-            groups = query.shape[-3] // key.shape[-3]
-            key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
+            key, value = (_repeated(x, query.shape[-3]) for x in (key, value))
         if is_causal:
             mask = torch.ones(query.shape[-2], key.shape[-2], device=query.device).tril().bool()
         scale = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
@@ -182,6 +185,10 @@ class _Scores:
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def _repeated(heads: Tensor, num_heads: int) -> Tensor:
+    return heads.repeat_interleave(num_heads // heads.shape[-3], dim=-3)
 
 
 def _packed(

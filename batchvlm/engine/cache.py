@@ -107,8 +107,9 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.slots[0].shape[2], 0
 
     def get_seq_length(self) -> int:
-        # Only asked for where a family makes positions of its own; ours are always given.
-        return int(self.positions_B.max())
+        # Asked at every step, for a mask that needs it and to know whether this is a prompt. Ours
+        # does not, and to look at the positions would wait for the device.
+        return 1
 
     def get_max_length(self) -> int:
         return self.slots[0].shape[2]
@@ -125,6 +126,7 @@ class SlotCache(Cache):
 
     def __init__(self, like: RowCache, *, num_slots: int, length: int) -> None:
         self.num_slots, self.length = num_slots, length
+        self.bytes_per_token = like.bytes_per_token
         self._slotted = [_SlotLayer(layer, num_slots, length) for layer in like.layers]
         super().__init__(layers=list(self._slotted))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from batchvlm.errors import DeviceError, ErrorType
@@ -10,9 +12,10 @@ from batchvlm.records import Failure
 
 def is_oom(error: BaseException) -> bool:
     """Whether memory was short, on the device or on the host."""
-    # torch's CPU allocator raises RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        "can't allocate memory" in str(error)
+    # torch's CPU allocator and cuBLAS raise RuntimeError.
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        word in str(error) for word in words
     )
 
 
@@ -32,6 +35,13 @@ def device_error(error: BaseException) -> DeviceError:
         f"the accelerator failed: {_one_line(error)}",
         hint="run the same command again: it goes on from the last finished rows",
     )
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what a failed attempt has left."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from batchvlm.batching import group_by_length
 from batchvlm.config import BatchingConfig, ModelConfig
 from batchvlm.engine.answers import expand, join
 from batchvlm.engine.collate import collate
-from batchvlm.engine.faults import device_error, failure_of
+from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
 from batchvlm.errors import ModelError
@@ -108,7 +107,7 @@ class GenerateEngine:
             return
         # Only here, behind the except clause, is the error gone, and with its traceback the tensors
         # of the failed attempt.
-        self._free_memory()
+        free_memory(self._model.device)
         if len(samples) == 1:
             yield samples[0], failure
             return
@@ -117,11 +116,6 @@ class GenerateEngine:
         middle = len(samples) // 2
         yield from self._run_or_split(samples[:middle])
         yield from self._run_or_split(samples[middle:])
-
-    def _free_memory(self) -> None:
-        gc.collect()
-        if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _generate(self, samples: Sequence[Sample]) -> list[Completion | Failure]:

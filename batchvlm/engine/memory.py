@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -22,6 +23,11 @@ _CACHE_SHARE = 0.6
 features, and for prompts that wait for a slot."""
 
 
+_TRY_AGAIN_STEPS = 256
+"""Memory may have been short for a moment, by somebody else's doing."""
+_UNLIMITED = 1 << 62
+
+
 class MemoryPlan:
     """Limits of slots, packs and image batches.
 
@@ -36,11 +42,20 @@ class MemoryPlan:
         """Rows decoded at once."""
         self.max_step_rows = self.max_slots
         """Rows in one forward of a decode step."""
+        self._num_good_steps = 0
         self.pack_tokens = cfg.max_prefill_tokens or _PACK_TOKENS[kind]
         """Prompt tokens in one forward."""
         self.vision_cells = _VISION_CELLS[kind]
         """Numbers in the pixel arrays of one forward of the image encoder."""
         self._cache_bytes = int(cfg.memory_fraction * _CACHE_SHARE * free_bytes(device))
+
+    def count_good_step(self) -> None:
+        """Note a decode step that went well: after many of them, more rows are tried again."""
+        if self.max_step_rows < self.max_slots:
+            self._num_good_steps += 1
+            if self._num_good_steps >= _TRY_AGAIN_STEPS:
+                self._num_good_steps = 0
+                self.max_step_rows = min(2 * self.max_step_rows, self.max_slots)
 
     def num_slots(self, bytes_per_token: int, length: int) -> int:
         """Slots of `length` tokens that there is memory for; one at least."""
@@ -53,6 +68,7 @@ class MemoryPlan:
     def lower_step(self, num_rows: int) -> None:
         """Remember that there was no memory to decode more than this many rows at once."""
         self.max_step_rows = max(1, min(self.max_step_rows, num_rows))
+        self._num_good_steps = 0
 
     def lower_pack(self, num_tokens: int) -> None:
         """Remember that there was no memory for a pack of this many prompt tokens."""
@@ -84,26 +100,37 @@ def _available_bytes() -> int:
 
 
 def _group_bytes() -> int:
-    """What a container's limit leaves (cgroup v2, then v1); no limit is a very large number."""
-    names = (
-        ("memory.max", "memory.current", "memory.stat"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-        ),
-    )
-    for limit, used, stat in names:
-        try:
-            most, now, details = (
-                (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii").strip()
-                for name in (limit, used, stat)
-            )
-        except OSError:
+    """What the limits of this process's control groups leave; without any, a very large number."""
+    return min((_left(*files) for files in _group_files()), default=_UNLIMITED)
+
+
+def _group_files() -> Iterator[tuple[Path, Path, Path]]:
+    """Limit, usage and details of each group that this process is in, from its own upwards."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return  # no Linux
+    for line in lines:
+        _, kinds, name = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
             continue
-        if most != "max":
-            counts = dict(line.split() for line in details.splitlines())
-            # Files that were read fill the cache and go when memory is asked for.
-            cached = int(counts.get("inactive_file", 0))
-            return max(0, int(most) - int(now) + cached)
-    return 1 << 62
+        # v2 has one tree for all kinds, v1 one for each.
+        root = Path("/sys/fs/cgroup") / ("memory" if kinds else "")
+        limit, used = ("limit_in_bytes", "usage_in_bytes") if kinds else ("max", "current")
+        own = PurePosixPath(name.lstrip("/"))
+        # Within a container the name may be that outside of it: then its root is what there is.
+        for group in dict.fromkeys((own, *own.parents, PurePosixPath())):
+            folder = root / group
+            yield tuple(folder / f"memory.{n}" for n in (limit, used, "stat"))  # type: ignore[misc]
+
+
+def _left(limit: Path, used: Path, stat: Path) -> int:
+    try:
+        most, now, details = (f.read_text(encoding="ascii").strip() for f in (limit, used, stat))
+    except OSError:
+        return _UNLIMITED
+    if most == "max":
+        return _UNLIMITED
+    counts = dict(line.split() for line in details.splitlines())
+    # Files that were read fill the cache and go when memory is asked for.
+    return max(0, int(most) - int(now) + int(counts.get("inactive_file", 0)))

@@ -52,6 +52,8 @@ def select_engine(cfg: JobConfig, *, device: str) -> Engine:
     refuse_unable(model)
     tune(model)
     reason = why_not_slots(model, is_asked_for=cfg.engine.name is EngineName.slots)
+    if cfg.model.attn_implementation not in (None, "sdpa"):
+        reason = f"model.attn_implementation={cfg.model.attn_implementation} is asked for"
     match cfg.engine.name:
         case EngineName.slots if reason:
             raise ModelError(

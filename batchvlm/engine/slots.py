@@ -7,12 +7,10 @@ row that ends leaves its slot to the next one at once, or to the last one where 
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +22,14 @@ from batchvlm.engine.answers import expand, join
 from batchvlm.engine.attention import Span
 from batchvlm.engine.cache import RowCache, SlotCache
 from batchvlm.engine.decoder import Decoder
-from batchvlm.engine.faults import device_error, failure_of, is_oom
+from batchvlm.engine.faults import device_error, failure_of, free_memory, is_oom
 from batchvlm.engine.feed import Feed
 from batchvlm.engine.memory import MemoryPlan
-from batchvlm.engine.prefill import Prefill, PreparedRow
-from batchvlm.engine.sampling import Choice, RowSampler
+from batchvlm.engine.prefill import Prefill
+from batchvlm.engine.rows import Chosen, Row
+from batchvlm.engine.sampling import RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
+from batchvlm.engine.waiting import PreparedRow
 from batchvlm.errors import ErrorType, ModelError
 from batchvlm.records import Completion, EngineStats, Failure, Sample
 
@@ -40,63 +40,9 @@ log = logging.getLogger(__name__)
 Outcome = tuple[Sample, Completion | Failure]
 
 _LENGTH_STEP = 64
+_MIN_SLOTS = 8
 _NEIGHBOURS = 8
 """Slots whose attention is computed together on a CPU, as far as the longest of them goes."""
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """A row whose prompt is computed."""
-
-    prepared: PreparedRow
-    stop: RowStop
-    num_chosen: int = 0
-    """Tokens chosen for it, read by the host or not."""
-    is_over: bool = False
-    """Whether its last token is chosen, so that it needs no slot."""
-    is_answered: bool = False
-
-    @property
-    def sample(self) -> Sample:
-        return self.prepared.sample
-
-    @property
-    def length(self) -> int:
-        """Tokens that its slot must hold."""
-        return self.sample.prompt_tokens + self.sample.generation.max_new_tokens
-
-    @property
-    def num_cached(self) -> int:
-        """Tokens whose keys and values are computed: all but the newest chosen one."""
-        return self.sample.prompt_tokens + max(0, self.num_chosen - 1)
-
-
-class _Chosen:
-    """Tokens on their way to the host, one for each of some rows."""
-
-    def __init__(self, rows: Sequence[_Row], choice: Choice) -> None:
-        self.rows = rows
-        tensors = [choice.ids_B, choice.is_finite_B]
-        if choice.logprobs_B is not None:
-            tensors.append(choice.logprobs_B)
-        self._event: torch.cuda.Event | None = None
-        if choice.ids_B.is_cuda:
-            # Into pinned memory, or the copy would wait for the device.
-            pinned = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
-            for target, tensor in zip(pinned, tensors, strict=True):
-                target.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-            tensors = pinned
-        self._tensors = tensors
-
-    def read(self) -> list[tuple[_Row, int, bool, float | None]]:
-        """Row, token, whether its logit is a finite number, and its log-probability if asked."""
-        if self._event is not None:
-            self._event.synchronize()
-        ids, is_finite, *logprobs = (tensor.tolist() for tensor in self._tensors)
-        by_row = logprobs[0] if logprobs else [None] * len(ids)
-        return list(zip(self.rows, ids, is_finite, by_row, strict=True))
 
 
 class SlotEngine:
@@ -128,7 +74,7 @@ class SlotEngine:
         self._eos_ids = frozenset(eos_ids)
         self._decoder = Decoder(model)
         self._device = self._decoder.device
-        self._is_checked = not cfg.canary
+        self._is_checked = self._has_checked_images = not cfg.canary
         self._plan = MemoryPlan(cfg, self._device)
         self._cfg = cfg
         num_slots = self._plan.max_slots
@@ -149,13 +95,14 @@ class SlotEngine:
 
     def _begin(self) -> None:
         """Forget rows that a run which was broken off has left."""
+        self._feed = Feed((), self._batching)
         self._prefill = Prefill(self._model, self._decoder, self._plan, self._cfg, self.stats)
         self._cache: SlotCache | None = None
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
         """Rows in slots 0 to B - 1, in this order."""
-        self._parked: deque[_Row] = deque()
+        self._parked: deque[Row] = deque()
         """Rows whose prompts are computed, waiting for a slot."""
-        self._on_the_way: deque[_Chosen] = deque()
+        self._on_the_way: deque[Chosen] = deque()
         self._ready: deque[Outcome] = deque()
 
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
@@ -168,7 +115,7 @@ class SlotEngine:
 
     def _answer(self, samples: Iterable[Sample]) -> Iterator[Outcome]:
         self._begin()
-        feed = Feed(samples, self._batching)
+        self._feed = feed = Feed(samples, self._batching)
         while True:
             feed.gather(wait=not self._is_busy())
             if not self._prefill.num_waiting and len(feed):
@@ -187,10 +134,12 @@ class SlotEngine:
         self._cache = None
 
     def _check(self, window: Sequence[Sample]) -> None:
-        """Hold the first rows against `generate()`, once."""
-        if self._is_checked:
+        """Hold the first rows against `generate()`, and the first with images."""
+        has_images = any(sample.image_sizes for sample in window)
+        if self._is_checked and (self._has_checked_images or not has_images):
             return
         self._is_checked = True
+        self._has_checked_images = has_images
         try:
             canary.check(self._model, self._decoder, window)
         except torch.AcceleratorError as error:
@@ -200,7 +149,7 @@ class SlotEngine:
         except Exception as error:
             # Most likely a row that nobody can answer, or memory; each row will say so itself.
             log.warning("the canary could not run: %s", failure_of(error).message)
-            self._free_memory()
+            free_memory(self._device)
 
     def _is_busy(self) -> bool:
         return bool(
@@ -215,9 +164,7 @@ class SlotEngine:
         """Give every free slot a row, computing prompts pack by pack."""
         while True:
             self._admit()
-            # How many slots there is memory for is known from the first prompts on.
-            num_slots = self._cache.num_slots if self._cache is not None else 1
-            num_free = num_slots - len(self._rows) - len(self._parked)
+            num_free = self._num_slots() - len(self._rows) - len(self._parked)
             if num_free <= 0 or not self._prefill.num_waiting:
                 return
             pack = self._prefill.next_pack(is_alone=not self._rows and not self._parked)
@@ -227,9 +174,22 @@ class SlotEngine:
                 if isinstance(prepared, PreparedRow):
                     settings = prepared.sample.generation
                     stop = RowStop(settings, self._eos_ids, self._tokenizer)
-                    self._parked.append(_Row(prepared, stop))
+                    length = prepared.sample.prompt_tokens + settings.max_new_tokens
+                    self._parked.append(Row(prepared, stop, length))
                 else:
                     self._ready.append(prepared)
+
+    def _num_slots(self) -> int:
+        """Slots that there are, or could be for the rows at hand."""
+        if self._cache is None:
+            return 1  # how many there is memory for is known from the first prompt on
+        could_be = self._plan.num_slots(self._cache.bytes_per_token, self._cache.length)
+        return max(self._cache.num_slots, min(could_be, self._num_wanted()))
+
+    def _num_wanted(self) -> int:
+        """Slots for the rows at hand, in powers of two: a short job takes little memory."""
+        num_rows = len(self._rows) + len(self._parked) + self._prefill.num_waiting
+        return max(_MIN_SLOTS, 1 << (num_rows + len(self._feed) - 1).bit_length())
 
     def _admit(self) -> None:
         """Give free slots to rows that wait for one, and let each choose its first token."""
@@ -258,17 +218,18 @@ class SlotEngine:
         self._choose(first, stop, logits_BV)
         self._compact()
 
-    def _has_slot_for(self, row: _Row) -> bool:
+    def _has_slot_for(self, row: Row) -> bool:
         """See to it that there is a free slot, long enough for this row; else False."""
         needed = max(other.length for other in (*self._parked, *self._rows))
         length = -(-needed // _LENGTH_STEP) * _LENGTH_STEP
         cache, num_rows = self._cache, len(self._rows)
         num_slots = self._plan.num_slots(row.prepared.bytes_per_token, length)
+        num_slots = min(num_slots, self._num_wanted())
         if cache is not None and length <= cache.length:
             if num_rows < cache.num_slots:
                 return True
-            # Shorter slots leave room for more of them: worth a copy once the long rows are done.
-            if 2 * length > cache.length:
+            # More slots, also for shorter rows once the long ones are done, are worth a copy.
+            if 2 * length > cache.length and num_slots < 2 * cache.num_slots:
                 return False
             num_rows = cache.num_slots
         if num_slots <= num_rows:
@@ -296,7 +257,12 @@ class SlotEngine:
         kept: list[RowCache] = []
         if before is not None:
             # The old buffers go before the new ones come: there may be no room for both.
-            kept = [before.row(i, row.num_cached) for i, row in enumerate(self._rows)]
+            try:
+                kept = [before.row(i, row.num_cached) for i, row in enumerate(self._rows)]
+            except Exception as error:
+                if not is_oom(error):
+                    raise
+                return failure_of(error)
             like = before.row(0, 0)
         shape_before = (before.num_slots, before.length) if before is not None else None
         self._cache = before = None
@@ -330,7 +296,7 @@ class SlotEngine:
             if not is_oom(error):
                 raise
             failure = failure_of(error)
-        self._free_memory()
+        free_memory(self._device)
         log.warning("no memory for %d slots of %d tokens", num_slots, length)
         self._plan.lower_cache(num_slots * length * like.bytes_per_token)
         return failure
@@ -365,9 +331,10 @@ class SlotEngine:
             failure = failure_of(error)
         else:
             self.stats.row_steps += stop - start
+            self._plan.count_good_step()
             self._choose(start, stop, logits_BV)
             return
-        self._free_memory()
+        free_memory(self._device)
         if stop - start == 1:
             row = self._rows[start]
             row.is_over = row.is_answered = True
@@ -396,24 +363,29 @@ class SlotEngine:
         self._ids_N[start:stop] = choice.ids_B
         self._positions_N[start:stop] += 1
         rows = self._rows[start:stop]
-        self._on_the_way.append(_Chosen(rows, choice))
+        self._on_the_way.append(Chosen(rows, choice))
         for row in rows:
             row.num_chosen += 1
             # Known without its last token: a slot is not kept to wait for it.
             row.is_over |= row.num_chosen >= row.sample.generation.max_new_tokens
 
-    def _read(self, chosen: _Chosen) -> None:
+    def _read(self, chosen: Chosen) -> None:
         """Take note of tokens that have come to the host; rows that end with one are done."""
         for row, token, is_finite, logprob in chosen.read():
             if row.is_answered:
                 continue  # a token beyond its end, chosen before that was known
-            if not is_finite:
-                outcome: Completion | Failure = not_finite(row.stop.num_tokens)
-            elif row.stop.push(token, logprob):
-                latency_s = time.perf_counter() - row.prepared.start_s
-                outcome = row.stop.completion(row.sample.row_index, latency_s)
-            else:
-                continue
+            outcome: Completion | Failure
+            try:
+                if not is_finite:
+                    outcome = not_finite(row.stop.num_tokens)
+                elif row.stop.push(token, logprob):
+                    latency_s = time.perf_counter() - row.prepared.start_s
+                    outcome = row.stop.completion(row.sample.row_index, latency_s)
+                else:
+                    continue
+            except Exception as error:
+                # A tokenizer can raise on an id that belongs to no token.
+                outcome = failure_of(error)
             row.is_over = row.is_answered = True
             self._ready.append((row.sample, outcome))
         self._compact()
@@ -438,8 +410,3 @@ class SlotEngine:
             for values_N in (self._ids_N, self._positions_N, self._deltas_N):
                 values_N[slot] = values_N[last]
             self._rows[slot] = row
-
-    def _free_memory(self) -> None:
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()

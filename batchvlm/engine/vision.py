@@ -2,12 +2,13 @@
 
 A *unit* is what can be encoded by itself: one image where the family's processor keeps images
 apart, else all images of a row. The encoder runs over batches of units of like size, and what it
-says of each is kept until the last row that needs it is prefilled.
+says of each is kept until the last row that needs it is prefilled, and a while longer.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from batchvlm.engine.collate import join_features
 from batchvlm.records import Array, EngineStats, Failure, Sample
 
+_IDLE_BYTES = 128 << 20
 # Families whose processors put a row's tiles on the second dimension, behind one for the row.
 _ROWS_OF_TILES = frozenset({"idefics2", "idefics3", "smolvlm"})
 
@@ -31,6 +33,10 @@ class Entry:
     """[P, D]: a vector for each of its P image tokens."""
     deep: tuple[Tensor, ...] = ()
     """Likewise for deeper layers of the decoder, [P, D] each (Qwen3-VL)."""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.pooled_PD, *self.deep))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,8 @@ class ImageFeatures:
         self.stats = stats
         self._is_shared = is_shared
         self._users: dict[str, int] = {}
+        self._idle: OrderedDict[str, int] = OrderedDict()
+        """Bytes of what no row needs at the moment, the least recently used first."""
         self._entries: dict[str, Sequence[Entry]] = {}
         self._failures: dict[str, Failure] = {}
         self._output_type: Any = None
@@ -105,15 +113,21 @@ class ImageFeatures:
         """Count one more row that needs these units."""
         for unit in units:
             self._users[unit.key] = self._users.get(unit.key, 0) + 1
+            self._idle.pop(unit.key, None)
 
     def release(self, units: Iterable[Unit]) -> None:
-        """Count one row less; a unit that nobody needs is forgotten."""
+        """Count one row less; of what nobody needs, the latest is kept: a row may come yet."""
         for unit in units:
             self._users[unit.key] -= 1
-            if not self._users[unit.key]:
-                del self._users[unit.key]
-                self._entries.pop(unit.key, None)
-                self._failures.pop(unit.key, None)
+            if self._users[unit.key]:
+                continue
+            del self._users[unit.key]
+            self._failures.pop(unit.key, None)
+            if unit.key in self._entries:
+                self._idle[unit.key] = sum(e.size_bytes for e in self._entries[unit.key])
+        while sum(self._idle.values()) > (_IDLE_BYTES if self._is_shared else 0):
+            key, _ = self._idle.popitem(last=False)
+            del self._entries[key]
 
     def missing(self, units: Iterable[Unit]) -> list[Unit]:
         """Those that were not tried yet, each content once."""
@@ -171,8 +185,9 @@ class ImageFeatures:
         return output
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        dtype = self._dtype if tensor.is_floating_point() else None
-        return tensor.to(self._device, dtype)
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
 
 def batches(units: Sequence[Unit], max_cells: int) -> list[list[Unit]]:

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import GenerationConfig
 
 from batchvlm.config import BatchingConfig, EngineConfig
+from batchvlm.engine import canary
 from batchvlm.engine.cache import SlotCache
+from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.errors import ExitCode, ModelError
 from batchvlm.records import Failure
@@ -67,3 +70,42 @@ def test_a_row_that_breaks_it_is_that_rows_failure(small: Loaded) -> None:
     bad = replace(samples[0], row_index=9, features=features, image_keys=("bad",))
     outcomes = run(small.slots(canary=True), [bad, *samples])
     assert [isinstance(outcome, Failure) for outcome in outcomes] == [True] + [False] * 4
+
+
+def over_slots_give_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda *args: step(*args) * torch.nan)
+
+
+def test_what_is_no_number_is_a_difference_too(
+    small: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over_slots_give_nan(monkeypatch)
+    with pytest.raises(ModelError, match="answers differently over slots"):
+        list(small.slots(canary=True).run(small.samples()))
+
+
+def test_rows_that_see_one_another_are_found_with_one_row(
+    small: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One row of all tokens rather than one for each prompt.
+    spans = property(lambda packed: [(0, packed.bounds[-1])])
+    monkeypatch.setattr("batchvlm.engine.attention.Packed.spans", spans)
+    with pytest.raises(ModelError, match="answers differently over slots"):
+        list(small.slots(canary=True).run(small.samples()[:1]))
+
+
+def test_the_first_rows_with_images_are_compared_though_text_came_before(
+    small: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[bool]] = []
+    monkeypatch.setattr(
+        canary,
+        "check",
+        lambda model, decoder, rows: seen.append([bool(r.image_sizes) for r in rows]),
+    )
+    by_kind = sorted(small.samples(), key=lambda sample: bool(sample.image_sizes))
+    engine = small.slots(canary=True)
+    engine._batching = BatchingConfig(sort_window=1)
+    list(engine.run(by_kind))
+    assert seen == [[False], [True]]

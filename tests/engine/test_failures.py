@@ -51,7 +51,7 @@ def failing(engine_with: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         engine = engine_with()
         monkeypatch.setattr(engine._model, "generate", generate, raising=False)
         # A full garbage collection for each failure would take most of the test's time.
-        monkeypatch.setattr(engine, "_free_memory", lambda: None)
+        monkeypatch.setattr("batchvlm.engine.generate.free_memory", lambda device: None)
         return engine
 
     return make

@@ -27,7 +27,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             path.write_text(text)
 
     def below(path: str) -> Path:
-        known = {"/proc/meminfo": "meminfo", "/sys/fs/cgroup": "cgroup"}
+        known = {
+            "/proc/meminfo": "meminfo",
+            "/proc/self/cgroup": "groups",
+            "/sys/fs/cgroup": "cgroup",
+        }
         return tmp_path / known[path]
 
     monkeypatch.setattr(memory, "Path", below)
@@ -48,6 +52,7 @@ class TestFreeBytes:
     def group_v2(self, machine: Any, most: str) -> None:
         machine(
             meminfo=MEMINFO,
+            groups="0::/\n",
             **{
                 "cgroup__memory.max": f"{most}\n",
                 "cgroup__memory.current": f"{3 * GIB}\n",
@@ -75,6 +80,7 @@ class TestFreeBytes:
     def test_a_container_of_version_1(self, machine: Any) -> None:
         machine(
             meminfo=MEMINFO,
+            groups="2:cpu,cpuacct:/\n5:memory:/outside/name\n0::/\n",
             **{
                 "cgroup__memory__memory.limit_in_bytes": f"{4 * GIB}\n",
                 "cgroup__memory__memory.usage_in_bytes": f"{3 * GIB}\n",
@@ -82,6 +88,19 @@ class TestFreeBytes:
             },
         )
         assert free_bytes(CPU) == 2 * GIB
+
+    def test_a_job_step_within_a_node(self, machine: Any) -> None:
+        # As SLURM and systemd make them: the limits are the groups' own, and the least counts.
+        machine(meminfo=MEMINFO, groups="0::/job_7/step_0\n")
+        for group, most in (("job_7", 6 * GIB), ("job_7__step_0", "max")):
+            machine(
+                **{
+                    f"cgroup__{group}__memory.max": f"{most}\n",
+                    f"cgroup__{group}__memory.current": f"{3 * GIB}\n",
+                    f"cgroup__{group}__memory.stat": "anon 5\n",
+                }
+            )
+        assert free_bytes(CPU) == 3 * GIB
 
 
 class TestPlan:
@@ -127,3 +146,11 @@ class TestPlan:
             plan.lower_cache(1)
         assert (plan.pack_tokens, plan.vision_cells, plan.max_step_rows) == (1, 1, 1)
         assert plan.num_slots(1000, 64) == 1
+
+    def test_a_step_that_was_too_large_once_is_tried_again(self, plan: MemoryPlan) -> None:
+        plan.lower_step(plan.max_slots // 4)
+        for most in (4, 2, 1):
+            assert plan.max_step_rows == plan.max_slots // most
+            for _ in range(memory._TRY_AGAIN_STEPS):
+                plan.count_good_step()
+        assert plan.max_step_rows == plan.max_slots

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchvlm.engine.prefill import _common_length, _cut
 from batchvlm.engine.vision import Entry
+from batchvlm.engine.waiting import common_length, cut
 
 from .loaded import ABOUT_ONE, Loaded, Question
 from .outcomes import run
@@ -43,7 +43,7 @@ def test_pieces_are_in_order_and_hold_whole_images(
     is_image, counts = prompt
     entries = [entry(num) for num in counts]
     places = np.flatnonzero(is_image)
-    pieces = list(_cut(0, len(is_image), max_tokens, places, entries))
+    pieces = list(cut(0, len(is_image), max_tokens, places, entries))
     assert [start for start, _, _ in pieces] == [0, *(stop for _, stop, _ in pieces[:-1])]
     assert pieces[-1][1] == len(is_image)
     shown = [one for _, _, here in pieces for one in here]
@@ -59,22 +59,22 @@ def test_pieces_are_in_order_and_hold_whole_images(
 def test_what_is_behind_the_images_is_cut_to_the_budget(
     start: int, num_tokens: int, max_tokens: int
 ) -> None:
-    pieces = list(_cut(start, start + num_tokens, max_tokens, np.array([0]), []))
+    pieces = list(cut(start, start + num_tokens, max_tokens, np.array([0]), []))
     lengths = [stop - begin for begin, stop, _ in pieces]
     assert pieces[0][0] == start and sum(lengths) == num_tokens
     assert all(length == max_tokens for length in lengths[:-1])
     assert lengths[-1] <= max_tokens
 
 
-def test_a_prompt_whose_image_tokens_cannot_be_told_is_not_cut() -> None:
+def test_a_prompt_whose_image_tokens_cannot_be_told_is_notcut() -> None:
     entries = [entry(4)]
     for places in (None, np.arange(3)):
-        assert list(_cut(0, 50, 10, places, entries)) == [(0, 50, entries)]
+        assert list(cut(0, 50, 10, places, entries)) == [(0, 50, entries)]
 
 
 @given(rows=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=4))
 def test_what_rows_have_in_common(rows: list[list[int]]) -> None:
-    length = _common_length([np.array(row) for row in rows])
+    length = common_length([np.array(row) for row in rows])
     most = min(len(row) for row in rows) - 1
     assert 0 <= length <= most
     assert len({tuple(row[:length]) for row in rows}) == 1
@@ -120,4 +120,4 @@ class TestBeginnings:
     def test_what_they_say_alike_is_shared_up_to_where_they_differ(self, small: Loaded) -> None:
         asks = self.asks(self.LONG + "a", self.LONG + "b", self.LONG + "c")
         ids = [small.ask(0, *ask).features["input_ids"][0] for ask in asks]
-        assert shared_tokens(small, asks) == 2 * _common_length(ids)
+        assert shared_tokens(small, asks) == 2 * common_length(ids)

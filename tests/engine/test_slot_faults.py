@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.sampling import RowSampler
+from batchvlm.engine.stops import RowStop
 from batchvlm.engine.vision import ImageFeatures
 from batchvlm.errors import DeviceError, ErrorType, ExitCode
 from batchvlm.records import Failure, Sample
@@ -169,3 +170,20 @@ class TestProcess:
 
         with pytest.raises(OSError, match="the disk is gone"):
             list(small.slots().run(samples()))
+
+
+def test_a_tokenizer_that_raises_costs_its_row(
+    small: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    completion = RowStop.completion
+
+    def fails(self: RowStop, row_index: int, latency_s: float) -> Any:
+        if row_index == 1:
+            raise KeyError(99999)
+        return completion(self, row_index, latency_s)
+
+    monkeypatch.setattr(RowStop, "completion", fails)
+    outcomes = run(small.slots(), small.samples())
+    assert [isinstance(outcome, Failure) for outcome in outcomes] == [
+        i == 1 for i in range(len(outcomes))
+    ]

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchvlm.config import BatchingConfig, EngineConfig
 from batchvlm.engine import slots
+from batchvlm.engine.cache import SlotCache
 from batchvlm.engine.decoder import Decoder, Piece
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.records import Completion, FinishReason, Sample
@@ -427,3 +429,46 @@ def test_a_run_that_was_broken_off_leaves_nothing_behind(
     first, _ = next(iter(engine.run(samples)))
     rest = run(engine, [sample for sample in samples if sample.row_index != first])
     assert [a.token_ids for a in rest] == [expected[a.row_index] for a in rest]
+
+
+class Counted(TorchDispatchMode):
+    """Notes the operations that wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in ("aten::_local_scalar_dense", "aten::item", "aten::nonzero"):
+            self.waits.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_wait_for_the_device(
+    slots_with: Any, make_samples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, counted = Decoder.step, Counted()
+
+    def watched(*args: Any) -> Any:
+        with counted:
+            return step(*args)
+
+    monkeypatch.setattr(Decoder, "step", watched)
+    run(slots_with(), make_samples({}, {}, {}))
+    assert counted.waits == []
+
+
+def test_a_short_job_takes_few_slots(slots_with: Any, make_samples: Any) -> None:
+    made: list[int] = []
+    init = SlotCache.__init__
+
+    def noted(self: SlotCache, like: Any, *, num_slots: int, length: int) -> None:
+        made.append(num_slots)
+        init(self, like, num_slots=num_slots, length=length)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(SlotCache, "__init__", noted)
+        run(slots_with(), make_samples({}, {}, {}))
+        assert made == [8]
+        run(slots_with(), make_samples(*({} for _ in range(20))))
+        assert made == [8, 32]

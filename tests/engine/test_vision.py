@@ -67,6 +67,9 @@ def pixels(*values: float, size: int = 2) -> Array:
     return np.stack([np.full((3, size, size), value, np.float32) for value in values])
 
 
+KEYS = ((0, "a"), (1, "b"), (2, "c"))
+
+
 def features(**cfg: Any) -> tuple[ImageFeatures, Encoder]:
     encoder = Encoder(cfg.pop("model_type", "llava"))
     return ImageFeatures(encoder, EngineStats(), **cfg), encoder
@@ -161,7 +164,26 @@ class TestEncoding:
                 assert torch.equal(layer, joined.pooler_output + 100 * i)
         assert images.joined([]) is None
 
-    def test_a_unit_is_forgotten_with_its_last_row(self) -> None:
+    def test_what_nobody_needs_is_kept_a_while(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        images, _ = features()
+        several = [images.units(sample(i, (key,), pixel_values=pixels(i))) for i, key in KEYS]
+        for (unit,) in several:
+            images.retain([unit])
+            images.encode([unit])
+        size_bytes = sum(entry.size_bytes for entry in images.entries(several[0]))
+        monkeypatch.setattr("batchvlm.engine.vision._IDLE_BYTES", 2 * size_bytes)
+        for units in several:
+            images.release(units)
+        assert [bool(images.missing(units)) for units in several] == [True, False, False]
+        # One that is needed again is not the next to go.
+        images.retain(several[1])
+        images.encode(several[0])
+        images.retain(several[0])
+        images.release(several[0])
+        assert not images.missing(several[1])
+
+    def test_a_unit_is_forgotten_with_its_last_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("batchvlm.engine.vision._IDLE_BYTES", 0)
         images, _ = features()
         (unit,) = images.units(sample(0, ("a",), pixel_values=pixels(1)))
         images.retain([unit])
