@@ -253,6 +253,8 @@ class OutputConfig:
     """Most rows of one part; fixed once an output folder exists."""
     flush_every_s: float = 30.0
     """Finished rows of an unfinished shard reach the disk at least this often, in seconds."""
+    flush_every_rows: int | None = None
+    """... and whenever this many rows of one shard are waiting; null: by the clock alone."""
     keep_columns: list[str] = field(default_factory=list)
     """Input columns copied to the output unchanged."""
     token_ids: bool = False

@@ -318,6 +318,7 @@ class Collector:
             self.job.schema,
             self._provenance,
             flush_every_s=self.job.cfg.output.flush_every_s,
+            flush_every_rows=self.job.cfg.output.flush_every_rows,
         )
         self._missing[shard.index] = shard.num_rows - len(writer.finished_rows)
         self.metrics.num_found += len(writer.finished_rows)

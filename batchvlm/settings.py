@@ -236,6 +236,7 @@ def _check_ranges(cfg: JobConfig) -> None:
     _at_least("batching.max_window_bytes", batching.max_window_bytes, 1)
     _at_least("output.rows_per_shard", cfg.output.rows_per_shard, 1)
     _at_least("output.flush_every_s", cfg.output.flush_every_s, 0)
+    _at_least("output.flush_every_rows", cfg.output.flush_every_rows, 1)
     _at_least("data.max_rows", cfg.data.max_rows, 1)
     _at_least("data.max_image_bytes", cfg.data.max_image_bytes, 1)
     _at_least("data.max_source_pixels", cfg.data.max_source_pixels, 1)

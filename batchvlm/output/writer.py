@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,7 @@ class ShardWriter:
         schema: from `output_schema`.
         provenance: its fingerprint decides which segments are of this run.
         flush_every_s: seconds between flushes; `add` looks at the clock.
+        flush_every_rows: rows that wait for a flush at most; None: any number.
         clock: seconds, never going backwards.
 
     Raises:
@@ -58,6 +60,7 @@ class ShardWriter:
         provenance: Provenance,
         *,
         flush_every_s: float,
+        flush_every_rows: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder = folder
@@ -68,6 +71,7 @@ class ShardWriter:
         )
         self._provenance = provenance
         self._flush_every_s = flush_every_s
+        self._flush_every_rows = flush_every_rows or sys.maxsize
         self._clock = clock
 
         self._is_finished = folder.exists(self._part)
@@ -101,7 +105,8 @@ class ShardWriter:
         self._pending.append(result)
         self._pending_bytes += size_of_value(result.kept)
         is_due = self._clock() - self._flushed_at_s >= self._flush_every_s
-        if is_due or self._pending_bytes >= _MAX_PENDING_BYTES:
+        is_full = len(self._pending) >= self._flush_every_rows
+        if is_due or is_full or self._pending_bytes >= _MAX_PENDING_BYTES:
             self.flush()
 
     def flush(self) -> None:

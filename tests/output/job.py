@@ -1,4 +1,4 @@
-"""A job in a process of its own, for the tests that kill it: `job.py OUT SHARDS ROWS SEED`.
+"""A job in a process of its own, for the tests that kill it: `job.py OUT SHARDS ROWS SEED [wait]`.
 
 It flushes after every second row or so, and then says in a line what is now promised.
 """
@@ -44,5 +44,8 @@ def run_job(folder: OutputFolder, num_shards: int, num_rows: int, seed: int) -> 
 
 
 if __name__ == "__main__":
-    out, num_shards, num_rows, seed = sys.argv[1:]
+    out, num_shards, num_rows, seed, *wait = sys.argv[1:]
+    if wait:
+        print("ready", flush=True)
+        sys.stdin.readline()
     run_job(OutputFolder(out), int(num_shards), int(num_rows), int(seed))

@@ -88,6 +88,14 @@ def test_flushes_when_the_clock_says_so(tmp_path: Path) -> None:
     assert open_writer(folder, PLAN, 0).finished_rows == {0, 1, 2, 3, 5}
 
 
+def test_flushes_when_enough_rows_wait(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path)
+    writer = open_writer(folder, PLAN, 0, flush_every_rows=3)
+    for row in range(8):
+        writer.add(make_result(SHARD, row))
+        assert len(folder.list_segments(0)) == (row + 1) // 3
+
+
 def test_large_kept_values_are_flushed_before_they_fill_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
