@@ -5,15 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import NoReturn
 
 from batchvlm import __version__
-from batchvlm.errors import BatchvlmError, ConfigError, ExitCode
+from batchvlm.errors import BatchvlmError, ConfigError, ExitCode, TooManyErrors
+from batchvlm.runtime.signals import Interrupted, catch_signals, ignore_signals
 
 _USAGE = """\
 batchvlm: run a vision-language model over a whole dataset, one output row for every input row.
@@ -29,10 +28,6 @@ batchvlm: run a vision-language model over a whole dataset, one output row for e
 Interrupted? Run the same command again: it goes on where it stopped.
 Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 75 interrupted, run me again.
 """
-
-
-class Interrupted(BaseException):
-    """A signal asked the process to stop. Not an `Exception`: no row may swallow it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,12 +69,13 @@ def run_app(
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # Hydra would print errors in its own words; this makes it raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    catch_signals()
     if overrides is not None:
         sys.argv = [program, *overrides]
     try:
         return _run_hydra(config_name)
     except BatchvlmError as error:
-        print(f"batchvlm: error: {error}", file=sys.stderr)
+        _say(error)
         return error.exit_code
     except (Interrupted, KeyboardInterrupt):
         print("batchvlm: interrupted; run the same command again to go on", file=sys.stderr)
@@ -99,7 +95,7 @@ def _run_hydra(config_name: str) -> int:
             _run_job(node)
         except BatchvlmError as error:
             # Not raised through Hydra: of a sweep, the other jobs shall still run.
-            print(f"batchvlm: error: {error}", file=sys.stderr)
+            _say(error)
             codes.append(error.exit_code)
         except BrokenPipeError as error:
             raise RuntimeError("a pipe within the job broke") from error
@@ -113,9 +109,7 @@ def _run_hydra(config_name: str) -> int:
         summary = run_job(cfg)
         with _reader_may_leave():
             print_summary(summary)
-        # All is written: a signal from here on would only be raised in somebody's clean-up.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
 
     _check_flags()
     register_schema()
@@ -167,23 +161,19 @@ def _check_flags() -> None:
     parser.parse_args()
 
 
+def _say(error: BatchvlmError) -> None:
+    print(f"batchvlm: error: {error}", file=sys.stderr)
+    if isinstance(error, TooManyErrors):
+        print("\n".join(error.causes), file=sys.stderr)
+
+
 def _set_up_process() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
     for name in ("accelerate", "fsspec", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a letter of an answer must not end a finished run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    # A launcher that passes a Ctrl-C on sends SIGTERM too: it must not stop the flush. A second
-    # Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    raise Interrupted

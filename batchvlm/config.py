@@ -40,6 +40,14 @@ class EngineName(StrEnum):
     generate = "generate"
 
 
+class OnMismatch(StrEnum):
+    """What happens where the output folder holds the answers to another question."""
+
+    error = "error"
+    new_folder = "new_folder"
+    overwrite = "overwrite"
+
+
 class ImageBackend(StrEnum):
     """Which library resizes and normalises images in the model's processor."""
 
@@ -255,10 +263,23 @@ class OutputConfig:
     """Finished rows of an unfinished shard reach the disk at least this often, in seconds."""
     flush_every_rows: int | None = None
     """... and whenever this many rows of one shard are waiting; null: by the clock alone."""
+    on_mismatch: OnMismatch = OnMismatch.error
+    """Where `dir` holds the answers to another question: `error` refuses, `new_folder` writes to
+    `dir-FINGERPRINT` beside it, `overwrite` gives up the old answers once the model has loaded."""
     keep_columns: list[str] = field(default_factory=list)
     """Input columns copied to the output unchanged."""
     token_ids: bool = False
     """Add the column `token_ids` with each answer's token ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryConfig:
+    """Which rows with an error are computed again (`retry=none|transient`)."""
+
+    errors: list[str] = field(default_factory=list)
+    """Error types; their rows in finished parts and segments are answered anew and superseded."""
+    max_attempts: int = 3
+    """A row that was tried this often is left as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +298,15 @@ class RuntimeConfig:
     """Preparing one row may take this long, in seconds; needs `num_workers` above 0."""
     log_every_s: float = 10.0
     """Seconds between progress lines where stderr is no terminal."""
+    max_error_rate: float | None = None
+    """A share of failed rows above this ends the run, exit code 3; null: never."""
+    max_error_rate_after: int = 100
+    """Rows that this process must have done before `max_error_rate` is looked at."""
+    stall_timeout_s: float | None = 1800.0
+    """Without a finished row for so long, in seconds, the run prints where every thread is, brings
+    finished rows to disk and exits with 75; null: wait forever."""
+    grace_s: float = 30.0
+    """From a signal to the exit, in seconds, whatever the model is doing then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,4 +320,5 @@ class JobConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    retry: RetryConfig = field(default_factory=RetryConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

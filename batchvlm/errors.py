@@ -6,6 +6,7 @@ A user's mistake ends the run with one line and a hint. A bad row never ends it:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum, StrEnum
 
 
@@ -18,8 +19,13 @@ class ExitCode(IntEnum):
     """Something broke that is neither the user's configuration nor a row."""
     USAGE = 2
     """The configuration or the input is wrong; nothing was computed."""
+    TOO_MANY_ERRORS = 3
+    """More rows failed than `runtime.max_error_rate` allows; finished rows are on disk."""
     INTERRUPTED = 75
-    """Stopped by a signal with all finished rows on disk; the same command goes on from there."""
+    """Stopped with all finished rows on disk, by a signal or because nothing got on; the same
+    command goes on from there."""
+    STOPPED = 130
+    """A second Ctrl-C: rows finished since the last flush are lost, and computed again."""
 
 
 class BatchvlmError(Exception):
@@ -73,6 +79,21 @@ class OutputError(BatchvlmError):
     """The output folder cannot be written, or holds something that is not ours."""
 
 
+class TooManyErrors(BatchvlmError):
+    """More rows failed than `runtime.max_error_rate` allows.
+
+    Args:
+        message, hint: as ever.
+        causes: a line for each error type: how many, and one example.
+    """
+
+    exit_code = ExitCode.TOO_MANY_ERRORS
+
+    def __init__(self, message: str, *, hint: str, causes: Sequence[str]) -> None:
+        super().__init__(message, hint=hint)
+        self.causes = tuple(causes)
+
+
 class ErrorType(StrEnum):
     """Why a row has no answer: the values of the output column `error_type`."""
 
@@ -84,6 +105,8 @@ class ErrorType(StrEnum):
     """The prompt with its image tokens exceeds what the model can read. Never truncated."""
     MISSING_IMAGE = "missing_image"
     """The row names an image that is null, empty, or not there."""
+    FETCH = "fetch"
+    """The image is there, but reading it failed: a network file system or a disk had a fault."""
     DECODE = "decode"
     """The bytes are no image, or only part of one."""
     TOO_LARGE = "too_large"

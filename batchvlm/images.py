@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import math
@@ -28,6 +29,11 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 Image.init()
 _WANTED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
+_FAULTS = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN),
+    *(errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET, errno.ENOTCONN),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS),
+}
 _WHITE = (255, 255, 255)
 _BITS_PER_SAMPLE = 258
 _STRIP_PIXELS = 1 << 20
@@ -65,7 +71,7 @@ def load_image(
         max_pixels: a larger image is shrunk to this, keeping its shape.
 
     Raises:
-        RowError: `missing_image`, `forbidden`, `too_large` or `decode`.
+        RowError: `missing_image`, `fetch`, `forbidden`, `too_large` or `decode`.
     """
     data = ref.data
     if data is None:
@@ -114,8 +120,11 @@ def _read_file(path: str | None, image_root: str | None, max_bytes: int) -> byte
             return file.read(max_bytes + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a valid path"
+        # A fault of the disk or the network may be gone with the next try; the file was named well.
+        is_fault = isinstance(error, OSError) and error.errno in _FAULTS
         raise RowError(
-            ErrorType.MISSING_IMAGE, f"the image file cannot be read: {reason}"
+            ErrorType.FETCH if is_fault else ErrorType.MISSING_IMAGE,
+            f"the image file cannot be read: {reason}",
         ) from error
 
 

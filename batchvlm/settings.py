@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 from batchvlm import demo
 from batchvlm.config import GENERATION_LIMITS, DataConfig, JobConfig, SourceKind, TaskName
-from batchvlm.errors import ConfigError
+from batchvlm.errors import ConfigError, ErrorType
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _ROOTS = tuple(f.name for f in fields(JobConfig))
@@ -237,6 +237,7 @@ def _check_ranges(cfg: JobConfig) -> None:
     _at_least("output.rows_per_shard", cfg.output.rows_per_shard, 1)
     _at_least("output.flush_every_s", cfg.output.flush_every_s, 0)
     _at_least("output.flush_every_rows", cfg.output.flush_every_rows, 1)
+    _at_least("retry.max_attempts", cfg.retry.max_attempts, 1)
     _at_least("data.max_rows", cfg.data.max_rows, 1)
     _at_least("data.max_image_bytes", cfg.data.max_image_bytes, 1)
     _at_least("data.max_source_pixels", cfg.data.max_source_pixels, 1)
@@ -247,6 +248,11 @@ def _check_ranges(cfg: JobConfig) -> None:
     _at_least("runtime.num_threads", runtime.num_threads, 1)
     _at_least("runtime.sample_timeout_s", runtime.sample_timeout_s, 0.1)
     _at_least("runtime.log_every_s", runtime.log_every_s, 0.1)
+    _at_least("runtime.max_error_rate_after", runtime.max_error_rate_after, 1)
+    _at_least("runtime.stall_timeout_s", runtime.stall_timeout_s, 1)
+    _at_least("runtime.grace_s", runtime.grace_s, 0.1)
+    if runtime.max_error_rate is not None:
+        _between("runtime.max_error_rate", runtime.max_error_rate, 0, 1)
     if not 0 <= runtime.task_id < runtime.num_tasks:
         raise ConfigError(
             f"runtime.task_id={runtime.task_id} must lie between 0 and "
@@ -280,6 +286,12 @@ def _check_choices(cfg: JobConfig) -> None:
     ):
         if value is not None and not value.strip():
             raise ConfigError(f"{key} is empty", hint=meaning)
+    for name in cfg.retry.errors:
+        if name not in list(ErrorType):
+            raise ConfigError(
+                f"retry.errors names {name!r}, which is no error type",
+                hint=f"there are {', '.join(ErrorType)}",
+            )
     if "" in cfg.generation.stop:
         raise ConfigError("generation.stop holds an empty string, which ends every answer")
     for key, column in to_plain(cfg.generation.columns).items():

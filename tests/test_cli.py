@@ -213,11 +213,20 @@ def num_on_disk(out: Path) -> int:
     return len(found)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_half_way_and_run_again(tmp_path: Path, number: signal.Signals) -> None:
-    job = long_job(tmp_path)
-    done = command(*job, f"output.dir={tmp_path / 'undisturbed'}", cwd=tmp_path)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the input of `long_job`, and in `undisturbed` what comes out of it."""
+    folder = tmp_path_factory.mktemp("long")
+    done = command(*long_job(folder), f"output.dir={folder / 'undisturbed'}", cwd=folder)
     assert done.returncode == ExitCode.DONE, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_killed_half_way_and_run_again(
+    tmp_path: Path, undisturbed: Path, number: signal.Signals
+) -> None:
+    job = long_job(undisturbed)
     out = tmp_path / "out"
     chance = random.Random(int(number))
     kills = 0
@@ -238,11 +247,74 @@ def test_killed_half_way_and_run_again(tmp_path: Path, number: signal.Signals) -
     done = command(*job, f"output.dir={out}", cwd=tmp_path)
     assert done.returncode == ExitCode.DONE, done.stderr
     assert "were there already" in done.stdout
-    assert settled(out) == settled(tmp_path / "undisturbed")
+    assert settled(out) == settled(undisturbed / "undisturbed")
     assert [row["id"] for row in rows_of(out)] == [f"row-{i}" for i in range(600)]
     last_run = max((out / "_batchvlm" / "metrics").iterdir())
     assert json.loads(last_run.read_text())["num_rows"] <= 600 - before
     assert not any((out / "_batchvlm" / "segments").iterdir())
+
+
+def children_of(pid: int) -> set[int]:
+    return {
+        int(stat.parent.name)
+        for stat in Path("/proc").glob("[0-9]*/stat")
+        if stat.exists() and int(stat.read_text().rsplit(")", 1)[1].split()[1]) == pid
+    }
+
+
+SLOW_FLUSH = """
+import sys, time
+from batchvlm import collector
+from batchvlm.cli import main
+close = collector.Collector.close
+def slow(self):
+    print("closing", file=sys.stderr, flush=True)
+    time.sleep(SECONDS)
+    close(self)
+collector.Collector.close = slow
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("is_impatient", [True, False])
+def test_a_flush_that_takes_too_long(tmp_path: Path, is_impatient: bool) -> None:
+    """A second Ctrl-C exits at once and says so; else the watchdog does, after `grace_s`."""
+    program = tmp_path / "slow.py"
+    program.write_text(SLOW_FLUSH.replace("SECONDS", "600"))
+    out = tmp_path / "out"
+    job = [*long_job(tmp_path), f"output.dir={out}", "runtime.grace_s=1"]
+    if is_impatient:
+        job[-1] = "runtime.grace_s=600"
+    with subprocess.Popen(
+        [sys.executable, str(program), *job], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and num_on_disk(out) < 30:
+            time.sleep(0.02)
+        children = children_of(process.pid)
+        assert children
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if line == "closing\n" and is_impatient:
+                process.send_signal(signal.SIGINT)
+        code = process.wait(60)
+    if is_impatient:
+        assert code == ExitCode.STOPPED == 130
+        assert "stopped at once; rows that were not on disk yet" in said
+    else:
+        assert code == ExitCode.INTERRUPTED, said
+        assert "still busy runtime.grace_s=1 after the signal" in said
+        assert "finished rows are on disk; run the same command again" in said
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < end, "a worker outlived the run"
+        time.sleep(0.05)
+    assert not list((out / "data").glob("*[!t]"))  # nothing but .parquet
+    assert num_on_disk(out) >= 30
 
 
 def test_two_ranks_share_the_shards(tmp_path: Path) -> None:

@@ -41,7 +41,10 @@ ALLOWED = {
     "batchvlm.runtime": {"batchvlm.preprocess"},
     "batchvlm.demo": set(),
 }
-TOP = {"batchvlm.pipeline", "batchvlm.summary", "batchvlm.cli", "batchvlm.__main__"}
+TOP = {
+    *("batchvlm.job", "batchvlm.collector", "batchvlm.pipeline", "batchvlm.summary"),
+    *("batchvlm.cli", "batchvlm.__main__"),
+}
 
 
 def module_name(path: Path) -> str:

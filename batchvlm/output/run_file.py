@@ -95,6 +95,7 @@ def save_run(folder: OutputFolder, run: RunFile) -> RunFile:
     """Put a run into its folder if none is there; any number of processes may at once.
 
     Call it when nothing but the rows can fail any more: a folder with a run refuses all others.
+    From then on `folder` writes nothing where that run is gone.
 
     Returns:
         The run that is there now, another process's where that was first.
@@ -105,15 +106,17 @@ def save_run(folder: OutputFolder, run: RunFile) -> RunFile:
     """
     text = _encode(run)
     folder.commit_file(lambda file: file.write(text), folder.run_json, replace=False)
-    there = read_run(folder)
-    if there is None:
+    stored = folder.read_bytes(folder.run_json)
+    if stored is None:
         raise OutputError(f"{folder.run_json} vanished just after it was written")
+    there = _decode(stored, folder.run_json)
     _check_same(folder, there, run)
     if there.plan != run.plan:
         raise OutputError(
             f"{folder.root}: another process has just started this job with another plan",
             hint="run the same command again to go on with that plan",
         )
+    folder.claim(stored)
     return there
 
 

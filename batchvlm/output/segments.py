@@ -1,14 +1,16 @@
 """Finished rows of unfinished shards: Parquet files of their own, and how they become one part.
 
 A segment is what one attempt finished between two flushes, sorted by row. Segments of several
-attempts may hold the same row (two writers of one shard can be alive at once): the one whose
-segment sorts first counts, so every reader of the same files agrees.
+attempts may hold the same row: a retry that was told to answer it again has counted its column
+`attempts` up, and the highest counts. Among equals (two writers of one shard can be alive at once)
+the one whose segment sorts first counts. So every reader of the same files agrees, and a segment
+that was left behind can never take a newer answer's place.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -46,6 +48,14 @@ class Segment:
     """In memory."""
     groups: tuple[tuple[int, int], ...]
     """First and last row of each row group."""
+    again: Mapping[int, int]
+    """Attempts of each row that was tried more than once."""
+    errors: Mapping[int, str]
+    """Error type of each row that failed."""
+
+    def attempts(self, row: int) -> int:
+        """How often a row of this segment was tried."""
+        return self.again.get(row, 1)
 
 
 def write_segment(folder: OutputFolder, path: Path, table: pa.Table, shard: Shard) -> Segment:
@@ -57,7 +67,10 @@ def write_segment(folder: OutputFolder, path: Path, table: pa.Table, shard: Shar
     folder.commit_file(lambda file: write_tables([table], file, table.schema), path)
     offsets = _row_offsets(table, shard)
     step = group_rows(table.nbytes, table.num_rows)
+    again, errors = _outcomes(table, offsets)
     return Segment(
+        again=again,
+        errors=errors,
         path=path,
         rows=frozenset(offsets.tolist()),
         size_bytes=table.nbytes,
@@ -86,7 +99,9 @@ def with_marks(schema: pa.Schema, *, fingerprint: str, shard_index: int) -> pa.S
     return schema.with_metadata((schema.metadata or {}) | marks)
 
 
-def read_segments(folder: OutputFolder, shard: Shard, schema: pa.Schema) -> list[Segment]:
+def read_segments(
+    folder: OutputFolder, shard: Shard, schema: pa.Schema, *, is_retry: bool = False
+) -> list[Segment]:
     """The shard's readable segments, by name. The others are left alone, with a warning each.
 
     `schema` is that of the part, with its marks.
@@ -95,9 +110,9 @@ def read_segments(folder: OutputFolder, shard: Shard, schema: pa.Schema) -> list
     is in memory at a time.
     """
     segments = []
-    for path in folder.list_segments(shard.index):
+    for path in folder.list_segments(shard.index, is_retry=is_retry):
         try:
-            segments.append(_inspect(folder, path, shard, schema))
+            segments.append(inspect(folder, path, shard, schema))
         except UnreadableSegment as error:
             logger.warning("ignoring %s, its rows are computed again: %s", path, error)
     return segments
@@ -113,7 +128,7 @@ def in_order(
     """Every row of the shard once, in input order, as tables of one row group each.
 
     Args:
-        segments: earlier ones count where a row is in several.
+        segments: of a row in several, the one tried most often counts, then the earliest.
         pending: rows that are in no segment yet.
         schema: that of the part, with its marks.
 
@@ -126,13 +141,31 @@ def in_order(
         stop = min(start + step, shard.num_rows)
         tables = [_read(folder, segment, start, stop, schema) for segment in segments]
         table = pa.concat_tables([*tables, pending])
-        rows, places = np.unique(_row_offsets(table, shard), return_index=True)
-        places = places[(start <= rows) & (rows < stop)]
+        offsets = _row_offsets(table, shard)
+        # Stable: among equals the earlier place stays ahead.
+        by_rank = np.lexsort((-table.column("attempts").to_numpy(), offsets))
+        rows, firsts = np.unique(offsets[by_rank], return_index=True)
+        places = by_rank[firsts][(start <= rows) & (rows < stop)]
         assert len(places) == stop - start, f"shard {shard.index} lacks rows in {start}:{stop}"
         yield _take(table, places)
 
 
-def _inspect(folder: OutputFolder, path: Path, shard: Shard, schema: pa.Schema) -> Segment:
+def newest(segments: Sequence[Segment]) -> dict[int, Segment]:
+    """Each row's segment that counts, by the rule of `in_order`."""
+    found: dict[int, Segment] = {}
+    for segment in segments:
+        for row in segment.rows:
+            if row not in found or segment.attempts(row) > found[row].attempts(row):
+                found[row] = segment
+    return found
+
+
+def inspect(folder: OutputFolder, path: Path, shard: Shard, schema: pa.Schema) -> Segment:
+    """Read a segment, or a shard's part, once and note what is in it.
+
+    Raises:
+        UnreadableSegment: it is damaged, gone, or not of this run and shard.
+    """
     try:
         with folder.open(path) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
@@ -142,18 +175,42 @@ def _inspect(folder: OutputFolder, path: Path, shard: Shard, schema: pa.Schema) 
                     raise UnreadableSegment(f"{key.decode()} is not that of this run and shard")
             rows: set[int] = set()
             groups = []
+            again: dict[int, int] = {}
+            errors: dict[int, str] = {}
             size_bytes = 0
             for group in range(parquet.num_row_groups):
                 table = _check_schema(parquet.read_row_group(group), schema)
-                offsets = _row_offsets(table, shard).tolist()
+                places = _row_offsets(table, shard)
+                offsets = places.tolist()
                 if not all(0 <= row < shard.num_rows for row in offsets):
                     raise UnreadableSegment("it holds rows of another shard")
                 rows.update(offsets)
+                group_again, group_errors = _outcomes(table, places)
+                again |= group_again
+                errors |= group_errors
                 groups.append((min(offsets, default=0), max(offsets, default=-1)))
                 size_bytes += table.nbytes
     except (OSError, pa.ArrowException) as error:
         raise UnreadableSegment(str(error)) from error
-    return Segment(path=path, rows=frozenset(rows), size_bytes=size_bytes, groups=tuple(groups))
+    return Segment(
+        path=path,
+        rows=frozenset(rows),
+        size_bytes=size_bytes,
+        groups=tuple(groups),
+        again=again,
+        errors=errors,
+    )
+
+
+def _outcomes(
+    table: pa.Table, offsets: npt.NDArray[np.int64]
+) -> tuple[dict[int, int], dict[int, str]]:
+    attempts = table.column("attempts").to_numpy()
+    errors = table.column("error_type").to_pylist()
+    return (
+        {int(offsets[i]): int(attempts[i]) for i in np.flatnonzero(attempts > 1)},
+        {int(offsets[i]): kind for i, kind in enumerate(errors) if kind is not None},
+    )
 
 
 def _read(

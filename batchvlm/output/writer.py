@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from batchvlm.config import RetryConfig
 from batchvlm.errors import OutputError
 from batchvlm.output.folder import OutputFolder, new_attempt
 from batchvlm.output.schema import Provenance, to_table
 from batchvlm.output.segments import (
+    Segment,
     UnreadableSegment,
     in_order,
+    inspect,
+    newest,
     read_segments,
     with_marks,
     write_segment,
@@ -24,6 +29,30 @@ from batchvlm.records import Result, Shard, size_of_value
 
 _MAX_PENDING_BYTES = 64 << 20
 """Kept columns may hold images: rows are flushed before these fill the memory."""
+
+NO_RETRY = RetryConfig()
+
+
+def is_retried(retry: RetryConfig, error_type: str | None, attempts: int) -> bool:
+    """Whether a row with this outcome is to be answered again."""
+    return error_type in retry.errors and attempts < retry.max_attempts
+
+
+def needs_retry(folder: OutputFolder, part: Path, index: int, retry: RetryConfig) -> bool:
+    """Whether a finished shard has rows to answer again, or rows that were and wait for the part.
+
+    Raises:
+        OutputError: the part cannot be read.
+    """
+    if folder.list_segments(index, is_retry=True):
+        return True
+    try:
+        with folder.open(part) as file:
+            table = pq.ParquetFile(file).read(columns=["error_type", "attempts"])
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"cannot read {part}: {error}", hint="see to the file") from error
+    outcomes = zip(table["error_type"].to_pylist(), table["attempts"].to_pylist(), strict=True)
+    return any(is_retried(retry, kind, attempts) for kind, attempts in outcomes)
 
 
 class ShardWriter:
@@ -42,14 +71,17 @@ class ShardWriter:
         provenance: its fingerprint decides which segments are of this run.
         flush_every_s: seconds between flushes; `add` looks at the clock.
         flush_every_rows: rows that wait for a flush at most; None: any number.
+        retry: which rows with an error count as not answered.
         clock: seconds, never going backwards.
 
     Raises:
-        OutputError: the folder cannot be read.
+        OutputError: the folder cannot be read, or the part is a merged one and has rows to retry.
     """
 
     finished_rows: frozenset[int]
     """Offsets of the rows that earlier attempts answered; all of them where the part is there."""
+    attempts: dict[int, int]
+    """Of rows that are to be answered again: how often they will have been tried."""
 
     def __init__(
         self,
@@ -61,10 +93,12 @@ class ShardWriter:
         *,
         flush_every_s: float,
         flush_every_rows: int | None = None,
+        retry: RetryConfig = NO_RETRY,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder = folder
         self._shard = shard
+        self._num_shards = num_shards
         self._part = folder.part(shard.index, num_shards)
         self._schema = with_marks(
             schema, fingerprint=provenance.fingerprint, shard_index=shard.index
@@ -72,18 +106,20 @@ class ShardWriter:
         self._provenance = provenance
         self._flush_every_s = flush_every_s
         self._flush_every_rows = flush_every_rows or sys.maxsize
+        self._retry = retry
         self._clock = clock
 
-        self._is_finished = folder.exists(self._part)
-        # Rows that a retry shall answer again would leave `finished_rows` here and nowhere else,
-        # with the part they are in as the last of the segments: earlier ones win.
-        if self._is_finished:
+        self._is_finished = folder.find_part(shard.index, num_shards) is not None
+        # Rows of a finished shard that are answered again wait in a folder of their own: whoever
+        # does not retry neither reads nor removes them.
+        self._is_retry = self._is_finished and bool(retry.errors)
+        self.attempts: dict[int, int] = {}
+        self._segments: list[Segment] = []
+        self.finished_rows = frozenset(range(shard.num_rows))
+        if self._is_finished and not self._is_retry:
             folder.remove_segments(shard.index)
-            self._segments = []
-            self.finished_rows = frozenset(range(shard.num_rows))
         else:
-            self._segments = read_segments(folder, shard, self._schema)
-            self.finished_rows = frozenset[int]().union(*(s.rows for s in self._segments))
+            self._find_rows()
 
         self._rows = set(self.finished_rows)
         self._pending: list[Result] = []
@@ -109,6 +145,15 @@ class ShardWriter:
         if is_due or is_full or self._pending_bytes >= _MAX_PENDING_BYTES:
             self.flush()
 
+    def flush_if_due(self) -> None:
+        """Flush if `flush_every_s` has passed since the last time.
+
+        Raises:
+            OutputError: the file system refuses; the rows stay, to be flushed later.
+        """
+        if self._clock() - self._flushed_at_s >= self._flush_every_s:
+            self.flush()
+
     def flush(self) -> None:
         """Bring every row added so far to disk.
 
@@ -117,7 +162,9 @@ class ShardWriter:
         """
         if self._pending:
             # Counted before it is written: a name is never used twice, even if writing fails.
-            path = self._folder.segment(self._shard.index, self._attempt, self._num_flushes)
+            path = self._folder.segment(
+                self._shard.index, self._attempt, self._num_flushes, is_retry=self._is_retry
+            )
             self._num_flushes += 1
             table = self._pending_table()
             self._segments.append(write_segment(self._folder, path, table, self._shard))
@@ -128,7 +175,8 @@ class ShardWriter:
     def commit(self) -> Path:
         """Write the part, of all rows in input order, and remove the shard's segments.
 
-        Where another writer finished the shard meanwhile, its part stands: both are right.
+        Where another writer finished the shard meanwhile, its part stands, unless rows here were
+        tried more often: those take their places in it.
 
         Returns:
             The part's path.
@@ -138,26 +186,83 @@ class ShardWriter:
         """
         num_missing = self._shard.num_rows - len(self._rows)
         assert num_missing == 0, f"shard {self._shard.index} lacks {num_missing} rows"
-        if self._is_finished or self._folder.exists(self._part):
+        part = self._folder.find_part(self._shard.index, self._num_shards)
+        if part is not None:
+            if self._is_retry or self.attempts:
+                self._renew()
             self._folder.remove_segments(self._shard.index)
-            return self._part
-        tables = in_order(
-            self._folder, self._segments, self._pending_table(), self._shard, self._schema
-        )
+            return part.path
         try:
-            self._folder.commit_file(
-                lambda file: write_tables(tables, file, self._schema), self._part
-            )
+            self._write_part(self._segments)
         except UnreadableSegment as error:
             # Whoever finishes a shard removes its segments, also those of other writers.
             if not self._folder.exists(self._part):
-                raise OutputError(
-                    f"cannot read a segment any more: {error}",
-                    hint="run the same command again: its rows are computed again",
-                ) from error
+                raise _lost_segment(error) from error
         self._folder.remove_segments(self._shard.index)
         return self._part
+
+    def _find_rows(self) -> None:
+        """Read what is on disk, and tell rows that count as answered from the others."""
+        self._segments = read_segments(
+            self._folder, self._shard, self._schema, is_retry=self._is_retry
+        )
+        rows = newest([*self._segments, *self._read_parts()])
+        for row, segment in rows.items():
+            if is_retried(self._retry, segment.errors.get(row), segment.attempts(row)):
+                self.attempts[row] = segment.attempts(row) + 1
+        self.finished_rows = frozenset(rows.keys() - self.attempts.keys())
+
+    def _read_parts(self) -> list[Segment]:
+        """The shard's part, as the last of the segments."""
+        part = self._folder.find_part(self._shard.index, self._num_shards)
+        if part is None:
+            return []
+        if part.path != self._part:
+            raise OutputError(
+                f"{part.path} holds rows to retry, and merged parts stay as they are",
+                hint="retry before compacting",
+            )
+        try:
+            return [inspect(self._folder, part.path, self._shard, self._schema)]
+        except UnreadableSegment as error:
+            raise OutputError(
+                f"cannot read {part.path}: {error}",
+                hint="delete the file and run the same command again: its rows are computed again",
+            ) from error
+
+    def _renew(self) -> None:
+        """Put rows that were answered again in their places in the part."""
+        # Two retries of one shard both read the part, then both replace it: one at a time.
+        with self._folder.lock():
+            parts = self._read_parts()
+            # All that wait, also another's: who puts them into the part removes them. Of ours, some
+            # may be in the part already for that reason.
+            waiting = read_segments(self._folder, self._shard, self._schema, is_retry=True)
+            known = {segment.path for segment in waiting}
+            for segment in self._segments:
+                if segment.path not in known and self._folder.exists(segment.path):
+                    if self._is_retry:
+                        raise _lost_segment(UnreadableSegment(str(segment.path)))
+                    waiting.append(segment)
+            rows = newest([*parts, *waiting])
+            if self._pending or any(segment is not parts[0] for segment in rows.values()):
+                try:
+                    self._write_part([*waiting, *parts])
+                except UnreadableSegment as error:
+                    raise _lost_segment(error) from error
+            self._folder.remove_segments(self._shard.index, is_retry=True, only=known)
+
+    def _write_part(self, segments: Sequence[Segment]) -> None:
+        tables = in_order(self._folder, segments, self._pending_table(), self._shard, self._schema)
+        self._folder.commit_file(lambda file: write_tables(tables, file, self._schema), self._part)
 
     def _pending_table(self) -> pa.Table:
         rows = sorted(self._pending, key=lambda result: result.row)
         return to_table(rows, self._schema, self._provenance)
+
+
+def _lost_segment(error: UnreadableSegment) -> OutputError:
+    return OutputError(
+        f"cannot read a segment any more: {error}",
+        hint="run the same command again: its rows are computed again",
+    )

@@ -18,6 +18,8 @@ class Metrics:
     """Rows that earlier runs had finished."""
     num_success: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    """Of each error type the first row that had it, and its message."""
     finish_reasons: Counter[str] = field(default_factory=Counter)
     image_tokens: int = 0
     completion_tokens: int = 0
@@ -43,11 +45,21 @@ class Metrics:
         self.num_rows += 1
         self.num_success += result.status is Status.SUCCESS
         if result.failure is not None:
-            self.errors[str(result.failure.error_type)] += 1
+            kind = str(result.failure.error_type)
+            self.errors[kind] += 1
+            self.examples.setdefault(kind, f"{result.id}: {result.failure.message}")
         if result.finish_reason is not None:
             self.finish_reasons[str(result.finish_reason)] += 1
         self.completion_tokens += result.completion_tokens or 0
         self.image_tokens += result.image_tokens or 0
+
+    def causes(self) -> list[str]:
+        """A line for each error type, the commonest first: how many, and one example."""
+        width = max(map(len, self.errors), default=0)
+        return [
+            f"{count:>8,}  {kind:<{width}}  {self.examples[kind]}"
+            for kind, count in self.errors.most_common()
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: every count, and the rates that follow from them."""

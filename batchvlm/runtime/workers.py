@@ -5,9 +5,11 @@ A worker that hangs or dies costs the row it was at; the pool replaces it and go
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -29,6 +31,9 @@ from batchvlm.records import Failure, Record, Sample
 
 # Enough that a worker never waits for the next record, few enough to bound memory.
 _UNDER_WAY_PER_WORKER = 16
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_TERMINATED = {signal.SIGTERM, -signal.SIGTERM}
+"""Exit codes of a worker that somebody told to end, by Pebble's handler and without it."""
 _MAX_BREAKS = 3
 """How often in a row the pool may break before any row is prepared."""
 
@@ -43,6 +48,10 @@ def default_num_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, (cores or 1) // num_ranks - 1))
+
+
+class _WorkerStopped(Exception):
+    """A worker was told to end, as SLURM tells all processes of a job: no row is at fault."""
 
 
 class WorkerPool:
@@ -132,6 +141,16 @@ class WorkerPool:
                 if future is None:
                     raise BrokenProcessPool("closed")
                 outcome = self._outcome(future)
+            except _WorkerStopped as error:
+                if self._num_breaks >= _MAX_BREAKS:
+                    raise BatchvlmError(
+                        f"worker processes were told to end {self._num_breaks + 1} times in a row",
+                        hint="see who sends SIGTERM to them, and run the same command again",
+                    ) from error
+                self._num_breaks += 1
+                future = self._schedule(record)
+                under_way[0] = (record, future)
+                continue
             except BrokenProcessPool as error:
                 self._mend(error, under_way)
                 record, future = under_way[0]
@@ -172,6 +191,8 @@ class WorkerPool:
                 f"runtime.sample_timeout_s={self._timeout_s:g}",
             )
         except ProcessExpired as error:
+            if error.exitcode in _TERMINATED:
+                raise _WorkerStopped from error
             return Failure(
                 error_type=ErrorType.PREPROCESS,
                 message=f"the worker process died on this row (exit code {error.exitcode})",
@@ -219,10 +240,10 @@ def _deaf_children() -> Iterator[None]:
 
 
 def _start_worker(spec: PreprocessSpec, parent: int) -> None:
+    _leave_with(parent)
     import torch
 
     torch.set_num_threads(1)  # the workers share the cores with the engine
-    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     global _preprocessor
     try:
         _preprocessor = Preprocessor(spec)
@@ -231,8 +252,18 @@ def _start_worker(spec: PreprocessSpec, parent: int) -> None:
         os._exit(1)
 
 
-def _exit_with(parent: int) -> None:
-    # A parent that is killed cannot stop its workers.
+def _leave_with(parent: int) -> None:
+    """Make this process end when its parent does: one that is killed cannot stop its workers."""
+    # Meant for the parent alone: SLURM sends it to every process of a step.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # The kernel sees to it, even where a decoder hangs with Python's lock held.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    # Where the kernel does not, and for a parent that died before it was asked.
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

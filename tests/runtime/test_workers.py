@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -71,7 +72,8 @@ def fail_on_odd_rows(record: Record) -> Any:
         case 1:
             os.kill(os.getpid(), signal.SIGKILL)
         case 3:
-            time.sleep(3600)
+            # As a decoder that hangs in C, with Python's lock held.
+            ctypes.PyDLL(None).sleep(3600)
     return Failure(error_type=ErrorType.PROMPT, message="reached")
 
 
@@ -89,6 +91,31 @@ def test_a_worker_that_dies_or_hangs_costs_its_row(monkeypatch: pytest.MonkeyPat
         ErrorType.PROMPT,
         ErrorType.PREPROCESS,
     ]
+
+
+def end_on_first_try(record: Record) -> Any:
+    """Is told to end, as all processes of a job are by SLURM, where nobody was told before."""
+    mark = Path(str(record.values["mark"]))
+    if record.row_index == 2 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3600)
+    return Failure(error_type=ErrorType.PROMPT, message="reached")
+
+
+def test_a_worker_that_is_told_to_end_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(workers, "_prepare", end_on_first_try)
+    monkeypatch.setattr(workers, "_start_worker", start_nothing)
+    rows = [
+        Record(row=i, row_index=i, source_file="f", id=str(i), values={"mark": tmp_path / "mark"})
+        for i in range(5)
+    ]
+    with WorkerPool(spec(), num_workers=1, timeout_s=600) as pool:
+        outcomes = [outcome for _, outcome in pool.prepare(rows)]
+    assert (tmp_path / "mark").exists()
+    assert [o.message for o in outcomes if isinstance(o, Failure)] == ["reached"] * 5
 
 
 def workers_alive() -> set[int]:
@@ -218,14 +245,20 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+def hang_with_the_lock(record: Record) -> Any:
+    ctypes.PyDLL(None).sleep(3600)
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-def test_workers_do_not_outlive_a_killed_parent() -> None:
+@pytest.mark.parametrize("is_hanging", [False, True])
+def test_workers_do_not_outlive_a_killed_parent(is_hanging: bool) -> None:
+    hang = "        pool._pool.schedule(hang_with_the_lock, args=(None,))\n" if is_hanging else ""
     code = (
         "from tests.runtime.test_workers import *\n"
+        "from tests.runtime.test_workers import hang_with_the_lock\n"
         "if __name__ == '__main__':\n"
         "    with WorkerPool(spec(), num_workers=2, timeout_s=60) as pool:\n"
-        "        list(pool.prepare(records(4)))\n"
-        "        print('ready', flush=True)\n"
+        "        list(pool.prepare(records(4)))\n" + hang + "        print('ready', flush=True)\n"
         "        time.sleep(3600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:

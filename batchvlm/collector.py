@@ -1,0 +1,235 @@
+"""Every row's way to its shard's writer, whichever stage it comes from, and its count."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from batchvlm.errors import BatchvlmError, ErrorType, OutputError, TooManyErrors
+from batchvlm.identity import model_name
+from batchvlm.job import Job
+from batchvlm.output.folder import new_attempt
+from batchvlm.output.schema import Provenance
+from batchvlm.output.writer import ShardWriter
+from batchvlm.records import (
+    Completion,
+    Failure,
+    Record,
+    Result,
+    Sample,
+    Shard,
+    Status,
+    size_of_value,
+)
+from batchvlm.runtime.metrics import Metrics
+from batchvlm.runtime.progress import Progress
+from batchvlm.runtime.ranks import Rank
+
+log = logging.getLogger(__name__)
+
+# What a row costs in the ready queue besides its arrays.
+_ROW_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A row that is ready for the engine, or has failed before it."""
+
+    record: Record
+    outcome: Sample | Failure
+
+    @property
+    def size_bytes(self) -> int:
+        kept_bytes = size_of_value(self.record.kept)
+        sample_bytes = self.outcome.size_bytes if isinstance(self.outcome, Sample) else 0
+        return _ROW_BYTES + kept_bytes + sample_bytes
+
+
+class Collector:
+    """Leads each row to its shard's writer, whichever stage it comes from, and counts it.
+
+    Shards are opened by the reading thread, rows come from the engine's, and a third one flushes
+    in time what a long batch would leave in memory: one of them at a time.
+
+    Args:
+        beat: called whenever the run got on.
+    """
+
+    def __init__(
+        self, job: Job, metrics: Metrics, rank: Rank, *, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        self.job = job
+        self.metrics = metrics
+        self.rank = rank
+        self.beat = beat
+        self._lock = threading.RLock()
+        self._starts = [shard.first_row_index for shard in job.run.plan]
+        self._provenance = Provenance(
+            model=model_name(job.cfg.model),
+            fingerprint=job.run.fingerprint,
+            run_id=new_attempt(),
+        )
+        self._writers: dict[int, ShardWriter] = {}
+        self._missing: dict[int, int] = {}
+        self._under_way: dict[int, tuple[Record, Sample]] = {}
+
+    def open_shard(self, shard: Shard) -> frozenset[int]:
+        """Make ready to take a shard's rows.
+
+        Returns:
+            Offsets of the rows that an earlier run has finished.
+        """
+        writer = ShardWriter(
+            self.job.folder,
+            shard,
+            len(self.job.run.plan),
+            self.job.schema,
+            self._provenance,
+            flush_every_s=self.job.cfg.output.flush_every_s,
+            flush_every_rows=self.job.cfg.output.flush_every_rows,
+            retry=self.job.cfg.retry,
+        )
+        with self._lock:
+            self._missing[shard.index] = shard.num_rows - len(writer.finished_rows)
+            self.metrics.num_found += len(writer.finished_rows)
+            self._writers[shard.index] = writer
+        self.beat()
+        return writer.finished_rows
+
+    def take(self, prepared: Iterable[Prepared], progress: Progress) -> Iterator[Sample]:
+        """Pass samples on to batching; write the rows that have failed already."""
+        for item in prepared:
+            if isinstance(item.outcome, Failure):
+                self._write(_result(item.record, item.outcome), progress)
+            else:
+                self._under_way[item.record.row_index] = (item.record, item.outcome)
+                yield item.outcome
+
+    def finish(self, row_index: int, outcome: Completion | Failure, progress: Progress) -> None:
+        """Write the row that the engine is done with."""
+        assert row_index in self._under_way, f"the engine answered row {row_index} twice"
+        record, sample = self._under_way.pop(row_index)
+        if isinstance(outcome, Failure):
+            self._write(_result(record, outcome, sample), progress)
+        else:
+            self._write(self._answered(record, sample, outcome), progress)
+
+    def finish_all(self, progress: Progress) -> None:
+        """Commit what is left when the engine has seen every sample.
+
+        Raises:
+            BatchvlmError: the source left rows out; the others are on disk.
+        """
+        for row_index in list(self._under_way):
+            lost = Failure(error_type=ErrorType.ENGINE, message="the engine gave no answer")
+            self.finish(row_index, lost, progress)
+        self.close()
+        for index, num_missing in self._missing.items():
+            raise BatchvlmError(
+                f"{num_missing} rows of shard {index} were never answered",
+                hint="run the same command again; if it says so again, please report it",
+            )
+
+    def close(self) -> None:
+        """Bring every finished row to disk; commit shards that were complete from the start."""
+        with self._lock:
+            for index, writer in list(self._writers.items()):
+                # Flushed first: a commit that failed for want of room may leave room for less.
+                writer.flush()
+                if self._missing[index] == 0:
+                    self._commit(index)
+
+    def flush(self) -> None:
+        """Bring every finished row to disk, and the counts."""
+        with self._lock:
+            for writer in self._writers.values():
+                writer.flush()
+            self.write_metrics()
+
+    def flush_if_due(self) -> None:
+        """Bring to disk what has waited for `output.flush_every_s`, and the counts."""
+        try:
+            with self._lock:
+                for writer in self._writers.values():
+                    writer.flush_if_due()
+                self.write_metrics()
+        except OutputError as error:
+            # The rows are kept, and the next one to be written tries again.
+            log.warning("%s", error)
+
+    def write_metrics(self) -> None:
+        """Leave this process's counts in the output folder."""
+        task_id = self.job.cfg.runtime.task_id
+        name = f"task-{task_id:05d}-rank-{self.rank.index:03d}-{self._provenance.run_id}.json"
+        text = json.dumps({"run_id": self._provenance.run_id} | self.metrics.as_dict(), indent=2)
+        folder = self.job.folder
+        folder.commit_file(lambda file: file.write(text.encode()), folder.metrics / name)
+
+    def _answered(self, record: Record, sample: Sample, completion: Completion) -> Result:
+        # With several answers the task judges the first; tokens are counted of all.
+        reading = self.job.task.read(completion.text, json_schema=sample.json_schema)
+        answers = (completion, *completion.alternatives)
+        return replace(
+            _result(record, reading.failure, sample),
+            generated_text=completion.text,
+            generated_texts=tuple(answer.text for answer in answers),
+            token_ids=completion.token_ids,
+            logprobs=completion.logprobs,
+            parsed=reading.parsed,
+            json_valid=reading.json_valid,
+            finish_reason=completion.finish_reason,
+            completion_tokens=sum(len(answer.token_ids) for answer in answers),
+            latency_s=completion.latency_s,
+        )
+
+    def _write(self, result: Result, progress: Progress) -> None:
+        index = bisect_right(self._starts, result.row_index) - 1
+        with self._lock:
+            attempts = self._writers[index].attempts.get(result.row, 1)
+            self._writers[index].add(replace(result, attempts=attempts))
+            self.metrics.count_result(result)
+            self._missing[index] -= 1
+            if self._missing[index] == 0:
+                self._commit(index)
+        self.beat()
+        progress.advance()
+        self._check_error_rate()
+
+    def _check_error_rate(self) -> None:
+        metrics, limits = self.metrics, self.job.cfg.runtime
+        if limits.max_error_rate is None or metrics.num_rows < limits.max_error_rate_after:
+            return
+        if metrics.num_errors > limits.max_error_rate * metrics.num_rows:
+            raise TooManyErrors(
+                f"{metrics.num_errors} of {metrics.num_rows} rows failed, more than "
+                f"runtime.max_error_rate={limits.max_error_rate:g}",
+                hint="mend the cause and run the same command again, with "
+                f"retry.errors=[{','.join(metrics.errors)}] for the rows that failed",
+                causes=metrics.causes(),
+            )
+
+    def _commit(self, index: int) -> None:
+        # Kept until the part is there: whatever ends the commit, `close` still has the rows.
+        self._writers[index].commit()
+        del self._writers[index], self._missing[index]
+
+
+def _result(record: Record, failure: Failure | None, sample: Sample | None = None) -> Result:
+    """The output row of a record as far as it is known without an answer."""
+    return Result(
+        row=record.row,
+        row_index=record.row_index,
+        source_file=record.source_file,
+        id=record.id,
+        kept=record.kept,
+        status=Status.SUCCESS if failure is None else Status.ERROR,
+        failure=failure,
+        prompt_tokens=sample.prompt_tokens if sample else None,
+        image_tokens=sample.image_tokens if sample else None,
+        num_images=len(sample.image_sizes) if sample else None,
+        image_sizes=sample.image_sizes if sample else None,
+    )

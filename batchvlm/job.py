@@ -1,0 +1,79 @@
+"""A job that was checked against its input and its output folder; nothing is loaded yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from batchvlm.config import JobConfig, SourceKind
+from batchvlm.errors import InputError
+from batchvlm.identity import answer_identity, output_layout, package_versions, pin_model
+from batchvlm.output.folder import OutputFolder
+from batchvlm.output.run_file import RunFile, find_run
+from batchvlm.output.schema import kept_fields, output_schema
+from batchvlm.plan import plan_shards
+from batchvlm.prompts import PromptBuilder
+from batchvlm.settings import to_plain
+from batchvlm.sources import Source, check_columns, open_source
+from batchvlm.tasks import Task, open_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a run needs to know before it loads a model."""
+
+    cfg: JobConfig
+    source: Source
+    prompt_columns: tuple[str, ...]
+    task: Task
+    folder: OutputFolder
+    run: RunFile
+    schema: Any
+    """Arrow schema of the output."""
+
+
+def open_job(cfg: JobConfig) -> Job:
+    """Check a job against its input and its output folder.
+
+    Raises:
+        ConfigError, InputError, OutputError: in one line, before anything is loaded.
+    """
+    source = open_source(cfg.data)
+    prompts = PromptBuilder(task=cfg.task, columns=cfg.data.columns, generation=cfg.generation)
+    needed = prompts.needed_columns()
+    kept = {name: "output.keep_columns" for name in cfg.output.keep_columns}
+    named = {cfg.data.columns.id: "data.columns.id"} if cfg.data.columns.id else {}
+    check_columns(source.schema, kept | named | needed)
+    if cfg.data.source is not SourceKind.jsonl:  # whose types are a guess
+        prompts.check_types(source.schema)
+    schema = output_schema(
+        kept_fields(source.schema, cfg.output.keep_columns),
+        generated_texts=cfg.generation.num_return_sequences > 1,
+        token_ids=cfg.output.token_ids,
+        logprobs=cfg.generation.logprobs,
+    )
+    task = open_task(cfg.task)
+    folder = OutputFolder(cfg.output.dir)
+    folder.check_writable()
+    files = source.files(list(kept | named | needed))
+    plan = plan_shards(files, rows_per_shard=cfg.output.rows_per_shard, max_rows=cfg.data.max_rows)
+    if not plan:
+        raise InputError(f"data.path={cfg.data.path} holds no rows")
+    cfg = replace(cfg, model=pin_model(cfg.model))
+    run = find_run(
+        folder,
+        identity=answer_identity(cfg, files),
+        layout=output_layout(cfg),
+        settings=to_plain(cfg),
+        packages=package_versions(),
+        plan=plan,
+    )
+    return Job(
+        cfg=cfg,
+        source=source,
+        prompt_columns=tuple(needed),
+        task=task,
+        folder=folder,
+        run=run,
+        schema=schema,
+    )

@@ -1,0 +1,60 @@
+"""Signals that ask the process to stop: the first one flushes, a second Ctrl-C does not wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+from batchvlm.errors import ExitCode
+
+# What SLURM sends before the time is up (`--signal=USR1@120`), what it sends then, and Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+_interrupted_at_s: float | None = None
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to stop. Not an `Exception`: no row may swallow it."""
+
+
+def catch_signals() -> None:
+    """From here on raise `Interrupted` in the main thread, wherever it is, on the first signal."""
+    global _interrupted_at_s
+    _interrupted_at_s = None
+    for number in STOP_SIGNALS:
+        signal.signal(number, _interrupt)
+
+
+def ignore_signals() -> None:
+    """All is written: a signal from here on would only be raised in somebody's clean-up."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def interrupted_at_s() -> float | None:
+    """When the first signal came, by the monotonic clock; None where none did."""
+    return _interrupted_at_s
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # A launcher that passes a Ctrl-C on sends SIGTERM too: it must not stop the flush. A second
+    # Ctrl-C does.
+    global _interrupted_at_s
+    _interrupted_at_s = time.monotonic()
+    for other in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(other, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, _stop_at_once)
+    raise Interrupted
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    # Every file is whole or not there, so nothing needs to be put right. Workers see that their
+    # parent is gone.
+    os.write(
+        2,
+        b"\nbatchvlm: stopped at once; rows that were not on disk yet are computed again"
+        b" by the same command\n",
+    )
+    os._exit(ExitCode.STOPPED)

@@ -1,0 +1,127 @@
+"""Ends a process that does not get on, with its finished rows on disk."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from batchvlm.errors import ExitCode
+from batchvlm.runtime.signals import interrupted_at_s
+
+_LOOK_EVERY_S = 0.5
+_LAST_RESORT_S = 60.0
+
+
+class Ticker:
+    """Calls something every so often in a thread of its own, while its context lasts."""
+
+    def __init__(self, action: Callable[[], None], *, every_s: float, name: str) -> None:
+        self._action = action
+        self._every_s = every_s
+        self._is_left = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Not joined: it may be at a disk that does not answer.
+        self._is_left.set()
+
+    def _run(self) -> None:
+        while not self._is_left.wait(self._every_s):
+            self._action()
+
+
+class Watchdog(Ticker):
+    """Flushes and exits where the main thread no longer can.
+
+    Two cases: no row was finished for `stall_timeout_s`, or a signal came and the run is still not
+    at its end after `grace_s`. The exit code is 75, for a rerun goes on from the flushed rows.
+
+    A library that hangs with Python's lock held stops this thread too. For that case the C level
+    of `faulthandler` stands by: it prints the stacks and exits with 1, without a flush.
+
+    Args:
+        flush: brings finished rows to disk; tried for at most `grace_s`.
+        stall_timeout_s: None: wait forever.
+        grace_s: from a signal to the exit.
+        clock: seconds, monotonic: a clock that is set must not end a run.
+        exit: ends the process.
+    """
+
+    def __init__(
+        self,
+        flush: Callable[[], None],
+        *,
+        stall_timeout_s: float | None,
+        grace_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        exit: Callable[[int], object] = os._exit,
+    ) -> None:
+        super().__init__(self._look, every_s=min(_LOOK_EVERY_S, grace_s), name="watchdog")
+        self._flush = flush
+        self._stall_timeout_s = stall_timeout_s
+        self._grace_s = grace_s
+        self._clock = clock
+        self._exit = exit
+        self._beat_at_s: float | None = None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        faulthandler.cancel_dump_traceback_later()
+
+    def beat(self) -> None:
+        """Say that the run got on. Before the first time, nothing counts as a stall."""
+        self._beat_at_s = self._clock()
+
+    def _look(self) -> None:
+        now = self._clock()
+        signalled_at_s = interrupted_at_s()
+        if signalled_at_s is not None and now - signalled_at_s > self._grace_s:
+            self._end(f"still busy runtime.grace_s={self._grace_s:g} after the signal")
+        if self._stall_timeout_s is None or self._beat_at_s is None:
+            return
+        if now - self._beat_at_s > self._stall_timeout_s:
+            self._end(f"no row was finished for runtime.stall_timeout_s={self._stall_timeout_s:g}")
+        file = sys.__stderr__
+        if file is not None:
+            faulthandler.dump_traceback_later(
+                self._stall_timeout_s + self._grace_s + _LAST_RESORT_S, exit=True, file=file
+            )
+
+    def _end(self, reason: str) -> None:
+        # Not in this thread: the disk may be what hangs.
+        flush = threading.Thread(target=self._flush, name="last-flush", daemon=True)
+        try:
+            if (file := sys.__stderr__) is not None:
+                print(f"batchvlm: {reason}; where every thread is:", file=file, flush=True)
+                faulthandler.dump_traceback(file)
+            flush.start()
+            flush.join(self._grace_s)
+            if file is not None:
+                said = "not all finished rows are" if flush.is_alive() else "finished rows are"
+                print(
+                    f"batchvlm: error: {reason}; {said} on disk; run the same command again",
+                    file=file,
+                    flush=True,
+                )
+        finally:
+            self._exit(ExitCode.INTERRUPTED)

@@ -1,0 +1,128 @@
+"""A run that does not get on ends by itself, with its finished rows on disk."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from batchvlm.errors import ExitCode
+from batchvlm.runtime import watchdog as watchdog_module
+from batchvlm.runtime.watchdog import Ticker, Watchdog
+
+
+class Exit:
+    """Takes the place of `os._exit`."""
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+        self.is_called = threading.Event()
+
+    def __call__(self, code: int) -> None:
+        self.codes.append(code)
+        self.is_called.set()
+        threading.Event().wait()  # the real one does not come back either
+
+
+def watch(flush: Callable[[], None], exit: Exit, **changes: float | None) -> Watchdog:
+    limits = {"stall_timeout_s": 1.0, "grace_s": 0.5} | changes
+    return Watchdog(
+        flush,
+        stall_timeout_s=limits["stall_timeout_s"],
+        grace_s=limits["grace_s"] or 0.1,
+        exit=exit,
+    )
+
+
+def test_no_beat_for_too_long_prints_stacks_flushes_and_exits(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    flushed = threading.Event()
+    exit = Exit()
+    with watch(flushed.set, exit) as watchdog:
+        watchdog.beat()
+        assert exit.is_called.wait(60)
+    assert flushed.is_set()
+    assert exit.codes == [ExitCode.INTERRUPTED]
+    said = capfd.readouterr().err
+    assert "no row was finished for runtime.stall_timeout_s=1" in said
+    assert "test_no_beat_for_too_long" in said and "finished rows are on disk" in said
+
+
+def test_a_flush_that_hangs_does_not_keep_the_process(capfd: pytest.CaptureFixture[str]) -> None:
+    never, exit = threading.Event(), Exit()
+    with watch(lambda: never.wait(600) and None, exit) as watchdog:
+        watchdog.beat()
+        assert exit.is_called.wait(60)
+    never.set()
+    assert exit.codes == [ExitCode.INTERRUPTED]
+    assert "not all finished rows are on disk" in capfd.readouterr().err
+
+
+def test_beats_and_null_keep_it_quiet() -> None:
+    now = [0.0]
+    exit = Exit()
+    beating = Watchdog(lambda: None, stall_timeout_s=10, grace_s=1, clock=lambda: now[0], exit=exit)
+    beating._look()  # no beat yet: the model loads
+    for now[0] in (100.0, 109.0, 118.0, 127.0):
+        beating.beat()
+        now[0] += 9.9
+        beating._look()
+    forever = Watchdog(
+        lambda: None, stall_timeout_s=None, grace_s=1, clock=lambda: now[0], exit=exit
+    )
+    forever.beat()
+    now[0] += 1e9
+    forever._look()
+    watchdog_module.faulthandler.cancel_dump_traceback_later()
+    assert exit.codes == []
+
+
+def test_a_signal_that_nobody_heeds(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flushed, exit = threading.Event(), Exit()
+    monkeypatch.setattr(watchdog_module, "interrupted_at_s", time.monotonic)
+    with watch(flushed.set, exit, stall_timeout_s=None):
+        assert not exit.is_called.wait(0.2)
+        at_s = time.monotonic()
+        monkeypatch.setattr(watchdog_module, "interrupted_at_s", lambda: at_s)
+        assert exit.is_called.wait(60)
+    assert flushed.is_set() and exit.codes == [ExitCode.INTERRUPTED]
+    assert "still busy runtime.grace_s=0.5 after the signal" in capfd.readouterr().err
+
+
+def test_a_ticker_ticks_until_it_is_left() -> None:
+    ticks = []
+    twice = threading.Event()
+
+    def tick() -> None:
+        ticks.append(1)
+        if len(ticks) == 2:
+            twice.set()
+
+    with Ticker(tick, every_s=0.01, name="tick") as ticker:
+        assert twice.wait(60)
+    ticker._thread.join(60)
+    assert not ticker._thread.is_alive()
+
+
+def test_a_library_that_hangs_with_pythons_lock_held_ends_too() -> None:
+    code = (
+        "import ctypes\n"
+        "from batchvlm.runtime import watchdog\n"
+        "watchdog._LAST_RESORT_S = 0.5\n"
+        "with watchdog.Watchdog(lambda: None, stall_timeout_s=1, grace_s=0.5) as dog:\n"
+        "    dog.beat()\n"
+        "    dog._look()\n"
+        "    ctypes.PyDLL(None).sleep(300)\n"  # PyDLL keeps the lock
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "most recent call first" in done.stderr
+    assert time.monotonic() - start < 100

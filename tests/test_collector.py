@@ -1,0 +1,199 @@
+"""Rows on their way to the disk: tried again, too many of them failed, flushed in time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchvlm.errors import ErrorType, ExitCode, OutputError, TooManyErrors
+from batchvlm.output import folder as folder_module
+from batchvlm.output.folder import OutputFolder
+from batchvlm.records import Completion, Failure, Sample
+from tests.conftest import picture
+from tests.test_pipeline import FakeEngine, answers, rows_of, run
+
+Writer = Callable[..., Path]
+
+
+class OomEngine(FakeEngine):
+    """Has no room for some rows, and fails on others."""
+
+    def __init__(self, oom: Iterable[int], failing: Iterable[int] = ()) -> None:
+        super().__init__(failing)
+        self.oom = set(oom)
+
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+        for index, outcome in super().run(samples):
+            if index in self.oom:
+                yield index, Failure(error_type=ErrorType.OOM, message="no room")
+            else:
+                yield index, outcome
+
+
+class Crash(Exception):
+    """Stands for whatever ends a process in the middle."""
+
+
+class CrashingOomEngine(OomEngine):
+    """Dies before it answers the third row."""
+
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+        for number, item in enumerate(super().run(samples)):
+            if number == 2:
+                raise Crash
+            yield item
+
+
+def test_a_retry_computes_just_the_rows_it_names(tmp_path: Path, write_parquet: Writer) -> None:
+    source, out = write_parquet([picture()] * 25), tmp_path / "out"
+    run(tmp_path / "plain", source, engine=FakeEngine(failing=[4]))
+    run(out, source, engine=OomEngine({3, 11, 12, 24}, failing=[4]))
+    before = {path: path.stat().st_ino for path in (out / "data").iterdir()}
+    retry = ("retry=transient", "retry.max_attempts=9")
+    engine = CrashingOomEngine({12})
+    with pytest.raises(Crash):
+        run(out, source, *retry, engine=engine)
+    found = rows_of(out)
+    assert len(found) == 25
+    # A run without the setting has nothing to do, and loads nothing.
+    idle = FakeEngine()
+    run(out, source, engine=idle)
+    assert idle.seen == []
+    engine = OomEngine({12})
+    summary = run(out, source, *retry, engine=engine)
+    assert set() < set(engine.seen) < {3, 11, 12, 24}
+    assert summary.num_found + summary.metrics.num_rows == 25
+    expected = answers(tmp_path / "plain")
+    for row, want in zip(answers(out), expected, strict=True):
+        index = row["row_index"]
+        if index == 12:
+            assert (row["error_type"], row["error_message"]) == ("oom", "no room")
+            assert row["attempts"] in (2, 3)
+            continue
+        assert row.pop("attempts") == (2 if index in {3, 11, 24} else 1)
+        want.pop("attempts")
+        assert row == want
+    run(out, source, *retry, engine=FakeEngine())
+    assert [row["status"] for row in rows_of(out)].count("error") == 1
+    assert all(path.stat().st_ino != inode for path, inode in before.items())
+    idle = FakeEngine()
+    run(out, source, *retry, engine=idle)
+    assert idle.seen == []
+    assert not list((out / "_batchvlm").glob("retries/*"))
+
+
+def test_rows_of_an_unfinished_shard_are_retried_too(tmp_path: Path, write_parquet: Writer) -> None:
+    source, out = write_parquet([picture(size=(8 + i, 8)) for i in range(10)]), tmp_path / "out"
+    with pytest.raises(Crash):
+        run(out, source, engine=CrashingOomEngine(range(10)))
+    engine = FakeEngine()
+    summary = run(out, source, "retry.errors=[oom]", engine=engine)
+    assert sorted(engine.seen) == list(range(10)) and summary.num_found == 0
+    rows = rows_of(out)
+    assert [row["status"] for row in rows] == ["success"] * 10
+    assert sorted(row["attempts"] for row in rows) == [1] * 8 + [2] * 2
+
+
+def test_too_many_errors_end_the_run_with_their_causes(
+    tmp_path: Path, write_parquet: Writer
+) -> None:
+    source = write_parquet([picture()] * 6 + [b"x"] * 30 + [picture()] * 64)
+    limits = ["runtime.max_error_rate=0.5", "runtime.max_error_rate_after=20"]
+    with pytest.raises(TooManyErrors) as caught:
+        run(tmp_path / "out", source, *limits, engine=FakeEngine(failing=[1]))
+    error = caught.value
+    assert error.exit_code == ExitCode.TOO_MANY_ERRORS == 3
+    assert "more than runtime.max_error_rate=0.5" in str(error) and "retry.errors=[" in str(error)
+    assert error.causes[0].split()[1:3] == ["decode", "in.parquet:6:"]
+    # What was done is kept, and the same command without the limit does the rest.
+    summary = run(tmp_path / "out", source)
+    assert summary.num_found >= 20
+    assert [row["row_index"] for row in rows_of(tmp_path / "out")] == list(range(100))
+
+
+def test_few_rows_or_few_errors_end_nothing(tmp_path: Path, write_parquet: Writer) -> None:
+    source = write_parquet([b"x"] * 10 + [picture()] * 30)
+    run(tmp_path / "a", source, "runtime.max_error_rate=0.3", "runtime.max_error_rate_after=40")
+    with pytest.raises(TooManyErrors):
+        run(tmp_path / "b", source, "runtime.max_error_rate=0.2", "runtime.max_error_rate_after=40")
+    run(tmp_path / "c", source)
+
+
+class WaitingEngine(FakeEngine):
+    """Answers some rows and then thinks about the next one until a segment is there."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self.out = out
+        self.num_on_disk = 0
+
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+        for number, item in enumerate(super().run(samples)):
+            if number == 3:
+                has_segment = threading.Event()
+
+                def look(event: threading.Event = has_segment) -> None:
+                    while not list(self.out.glob("_batchvlm/segments/*/*.parquet")):
+                        pass
+                    event.set()
+
+                threading.Thread(target=look, daemon=True).start()
+                assert has_segment.wait(60), "nothing was flushed"
+            yield item
+
+
+def test_a_long_batch_does_not_keep_finished_rows_from_the_disk(
+    tmp_path: Path, write_parquet: Writer
+) -> None:
+    source, out = write_parquet([picture()] * 8), tmp_path / "out"
+    run(out, source, "output.flush_every_s=1", engine=WaitingEngine(out))
+    assert len(rows_of(out)) == 8
+
+
+def test_a_full_disk_is_waited_for_by_the_clock_and_named_by_the_next_row(
+    tmp_path: Path, write_parquet: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is lost: room is made, the same command is run again."""
+    source, out = write_parquet([picture()] * 25), tmp_path / "out"
+    num_files = 0
+
+    def refuse(path: Any, mode: str) -> Any:
+        nonlocal num_files
+        num_files += 1
+        if num_files > 5:
+            raise OSError(28, "No space left on device")
+        return open(path, mode)
+
+    with monkeypatch.context() as context:
+        context.setattr(folder_module, "open", refuse, raising=False)
+        with pytest.raises(OutputError, match=r"No space left.*make room and run the same"):
+            run(out, source, "output.flush_every_rows=2")
+    kept = num_files
+    assert kept > 5
+    engine = FakeEngine()
+    run(out, source, engine=engine)
+    assert 0 < len(engine.seen) < 25
+    assert [row["row_index"] for row in rows_of(out)] == list(range(25))
+
+
+@pytest.mark.parametrize("is_overwritten", [False, True])
+def test_a_folder_that_is_gone_or_given_away_is_not_written(
+    tmp_path: Path, is_overwritten: bool
+) -> None:
+    """As after an unmount: the empty folder below must not be taken for the output."""
+    folder = OutputFolder(tmp_path / "out")
+    folder.commit_file(lambda file: file.write(b"ours"), folder.run_json)
+    folder.claim(b"ours")
+    folder.commit_file(lambda file: file.write(b"x"), folder.data / "a")
+    if is_overwritten:
+        folder.run_json.write_bytes(b"theirs")
+    else:
+        (tmp_path / "out").rename(tmp_path / "elsewhere")
+        (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="another run" if is_overwritten else "unmounted"):
+        folder.commit_file(lambda file: file.write(b"x"), folder.data / "b")
+    assert not (folder.data / "b").exists()
