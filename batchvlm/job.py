@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-from batchvlm.config import JobConfig, SourceKind
-from batchvlm.errors import InputError
+from batchvlm.config import JobConfig, OnMismatch, SourceKind
+from batchvlm.errors import FingerprintError, InputError
 from batchvlm.identity import answer_identity, output_layout, package_versions, pin_model
+from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.run_file import RunFile, find_run
+from batchvlm.output.run_file import RunFile, differs, find_run, read_run
 from batchvlm.output.schema import kept_fields, output_schema
 from batchvlm.plan import plan_shards
 from batchvlm.prompts import PromptBuilder
 from batchvlm.settings import to_plain
 from batchvlm.sources import Source, check_columns, open_source
 from batchvlm.tasks import Task, open_task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,8 @@ class Job:
     run: RunFile
     schema: Any
     """Arrow schema of the output."""
+    is_overwriting: bool = False
+    """Whether the folder still holds another run, which gives way once the model has loaded."""
 
 
 def open_job(cfg: JobConfig) -> Job:
@@ -60,15 +66,26 @@ def open_job(cfg: JobConfig) -> Job:
     if not plan:
         raise InputError(f"data.path={cfg.data.path} holds no rows")
     cfg = replace(cfg, model=pin_model(cfg.model))
-    run = find_run(
-        folder,
-        identity=answer_identity(cfg, files),
-        layout=output_layout(cfg),
-        settings=to_plain(cfg),
-        packages=package_versions(),
-        plan=plan,
-    )
+    identity = answer_identity(cfg, files)
+    about: dict[str, Any] = {
+        "identity": identity,
+        "layout": output_layout(cfg),
+        "settings": to_plain(cfg),
+        "packages": package_versions(),
+        "plan": plan,
+        "overwrite": cfg.output.on_mismatch is OnMismatch.overwrite,
+    }
+    try:
+        run = find_run(folder, **about)
+    except FingerprintError as error:
+        if cfg.output.on_mismatch is not OnMismatch.new_folder:
+            raise
+        folder = OutputFolder(f"{folder.root}-{fingerprint(identity)}")
+        log.warning("%s; writing to %s", error.message, folder.root)
+        run = find_run(folder, **about)
+    there = read_run(folder)
     return Job(
+        is_overwriting=there is not None and bool(differs(there, run)),
         cfg=cfg,
         source=source,
         prompt_columns=tuple(needed),

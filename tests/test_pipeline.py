@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -316,18 +317,110 @@ def test_a_model_that_does_not_load_claims_no_folder(tmp_path: Path, write_parqu
     assert not (tmp_path / "out").exists()
 
 
-def test_throughput_settings_may_change(tmp_path: Path, write_parquet: Writer) -> None:
+def other_value(value: Any, default: Any) -> Any:
+    """Another value than that, of the same kind."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case None:
+            return 5
+    return default
+
+
+def test_no_throughput_setting_trips_the_guard(tmp_path: Path, write_parquet: Writer) -> None:
+    """Every field of these groups, one after the other, so a new one is tried too."""
     source = write_parquet([picture()] * 3)
-    run(tmp_path / "out", source)
-    run(
-        tmp_path / "out",
-        source,
-        "batching.max_batch_size=1",
-        "batching.max_batch_tokens=1",
-        "output.flush_every_s=0",
-        "runtime.num_threads=1",
-        "model.attn_implementation=eager",
+    out = tmp_path / "out"
+    run(out, source)
+    cfg = compose()
+    others = {
+        "engine.name": "generate",
+        "engine.device": "cpu",
+        "retry.errors": "[oom]",
+        "output.on_mismatch": "overwrite",
+        "runtime.task_id": "1",
+        "runtime.max_error_rate": "0.9",
+    }
+    keys = [
+        f"{group}.{field.name}"
+        for group in ("batching", "runtime", "engine", "retry")
+        for field in dataclasses.fields(getattr(cfg, group))
+    ]
+    keys += ["output.flush_every_s", "output.flush_every_rows", "output.on_mismatch"]
+    before = {path: path.stat().st_ino for path in (out / "data").iterdir()}
+    for key in keys:
+        group, name = key.split(".")
+        value = others.get(key, other_value(getattr(getattr(cfg, group), name), None))
+        assert value is not None, f"name another value for {key}"
+        more = ["runtime.num_tasks=2"] if key == "runtime.task_id" else []
+        run(out, source, *more, f"{key}={value}")
+    run(out, source, "model.attn_implementation=eager")
+    assert before == {path: path.stat().st_ino for path in (out / "data").iterdir()}
+
+
+def test_another_question_may_go_to_a_folder_of_its_own(
+    tmp_path: Path, write_parquet: Writer, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, out = write_parquet([picture()] * 3), tmp_path / "out"
+    run(out, source)
+    old = answers(out)
+    beside = ["task.prompt=Why?", "output.on_mismatch=new_folder"]
+    summary = run(out, source, *beside)
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    new = summary.folder.root
+    assert new.parent == tmp_path and str(new) in said and "'Why?'" in said
+    (fingerprint,) = {row["fingerprint"] for row in rows_of(new)}
+    assert new.name == f"out-{fingerprint}"
+    assert answers(out) == old
+    # Again: that folder is found, and nothing is left to do.
+    engine = FakeEngine()
+    assert run(out, source, *beside, engine=engine).folder.root == new
+    assert engine.seen == []
+
+
+def test_another_question_may_overwrite(tmp_path: Path, write_parquet: Writer) -> None:
+    source, out = write_parquet([picture()] * 25), tmp_path / "out"
+    run(out, source)
+    over = "output.on_mismatch=overwrite"
+    # Another cut too: no old part may be taken for a new one.
+    new = ["task.prompt=Why?", "output.rows_per_shard=13"]
+    with pytest.raises(Crash):
+        run(out, source, *new, over, engine=CrashingEngine(20))
+    with pytest.raises(FingerprintError, match=r"'Why\?' -> 'Describe"):
+        run(out, source)
+    engine = FakeEngine()
+    run(out, source, *new, over, engine=engine)
+    assert len(engine.seen) == 5
+    run(tmp_path / "plain", source, *new)
+    assert answers(out) == answers(tmp_path / "plain")
+    # A layout alone counts as well.
+    run(out, source, "task.prompt=Why?", "output.rows_per_shard=5", over)
+    assert {p.name[-16:] for p in (out / "data").iterdir()} == {"of-00007.parquet"}
+    assert [row["row_index"] for row in rows_of(out)] == list(range(25))
+
+
+def test_a_model_that_does_not_load_overwrites_nothing(
+    tmp_path: Path, write_parquet: Writer
+) -> None:
+    source, out = write_parquet([picture()] * 3), tmp_path / "out"
+    run(out, source)
+    old = answers(out)
+    (tmp_path / "empty").mkdir()
+    cfg = compose(
+        "run",
+        [
+            "data=parquet",
+            f"data.path={source}",
+            f"output.dir={out}",
+            f"model.path={tmp_path / 'empty'}",
+            "output.on_mismatch=overwrite",
+        ],
     )
+    with pytest.raises(ModelError):
+        run_job(cfg)
+    assert answers(out) == old
 
 
 def test_tasks_share_one_output(tmp_path: Path, write_parquet: Writer) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from batchvlm.errors import ConfigError, FingerprintError, OutputError
 from batchvlm.output.fingerprint import differences, fingerprint
 from batchvlm.output.folder import OutputFolder
+from batchvlm.output.overwrite import finish_replacing, replace_run
 from batchvlm.records import Shard
 
 _FORMAT = 1
@@ -51,8 +52,11 @@ def find_run(
     settings: Mapping[str, Any],
     packages: Mapping[str, str],
     plan: list[Shard],
+    overwrite: bool = False,
 ) -> RunFile:
     """The run that is in `folder`, or a new one that `save_run` has yet to put there.
+
+    With `overwrite` it is a new one also where another identity or layout is there.
 
     All arguments are JSON values. `plan` counts only for the process that starts the run: go on
     with the plan of the run that is returned.
@@ -76,7 +80,10 @@ def find_run(
     # First the data, then the file: a run always has its file before its first part, so parts
     # without it cannot be those of a run that another process is starting at this moment.
     has_data = folder.has_foreign_data()
+    finish_replacing(folder)
     run = read_run(folder)
+    if run is not None and overwrite and differs(run, ours):
+        return _decode(_encode(ours), folder.run_json)
     if run is not None:
         _check_same(folder, run, ours)
         folder.remove_leftovers(len(run.plan))
@@ -91,11 +98,12 @@ def find_run(
     return _decode(_encode(ours), folder.run_json)
 
 
-def save_run(folder: OutputFolder, run: RunFile) -> RunFile:
+def save_run(folder: OutputFolder, run: RunFile, *, overwrite: bool = False) -> RunFile:
     """Put a run into its folder if none is there; any number of processes may at once.
 
     Call it when nothing but the rows can fail any more: a folder with a run refuses all others.
-    From then on `folder` writes nothing where that run is gone.
+    From then on `folder` writes nothing where that run is gone. With `overwrite`, a run of another
+    identity or layout gives way, with all that it wrote.
 
     Returns:
         The run that is there now, another process's where that was first.
@@ -105,6 +113,12 @@ def save_run(folder: OutputFolder, run: RunFile) -> RunFile:
         OutputError: the folder cannot be written.
     """
     text = _encode(run)
+    if overwrite:
+        # Of the ranks that come here at once the first replaces the old run, the others agree.
+        with folder.lock():
+            old = read_run(folder)
+            if old is not None and differs(old, run):
+                replace_run(folder, text)
     folder.commit_file(lambda file: file.write(text), folder.run_json, replace=False)
     stored = folder.read_bytes(folder.run_json)
     if stored is None:
@@ -120,12 +134,16 @@ def save_run(folder: OutputFolder, run: RunFile) -> RunFile:
     return there
 
 
+def differs(there: RunFile, ours: RunFile) -> list[str]:
+    """A line for each difference that keeps two runs from sharing a folder, old and new."""
+    return differences(there.identity, ours.identity) + differences(there.layout, ours.layout)
+
+
 def _check_same(folder: OutputFolder, there: RunFile, ours: RunFile) -> None:
-    found = differences(there.identity, ours.identity) + differences(there.layout, ours.layout)
-    if found:
+    if found := differs(there, ours):
         raise FingerprintError(
             f"{folder.root} holds the answers to another question: {'; '.join(found)}",
-            hint="name another output.dir, put the settings back, or delete the folder",
+            hint="put the settings back, name another output.dir, or see output.on_mismatch",
         )
 
 
