@@ -23,10 +23,14 @@ batchvlm: run a vision-language model over a whole dataset, one output row for e
   batchvlm run --help                     groups, settings, examples
   batchvlm run --cfg job                  every setting with its value, and nothing else
   eval "$(batchvlm -sc install=bash)"     tab completion; also install=zsh, install=fish
+  batchvlm status OUT                     how far a job is, running or dead
+  batchvlm verify OUT                     whether every input row is there exactly once
+  batchvlm compact OUT                    merge the parts of a finished job into larger ones
   batchvlm --version
 
 Interrupted? Run the same command again: it goes on where it stopped.
-Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 75 interrupted, run me again.
+Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 3 more failed rows than
+runtime.max_error_rate, 75 interrupted, run me again, 130 stopped by a second Ctrl-C.
 """
 
 
@@ -36,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     match args:
         case ["run", *rest]:
             return run_app("run", rest)
+        case ["verify" | "status" | "compact" as name, *rest]:
+            return _run_command(name, rest)
         case ["-sc" | "--shell-completion", *_]:
             # The script that Hydra installs asks the program itself, whatever command is typed.
             line = os.environ.get("COMP_LINE", "")
@@ -48,8 +54,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_USAGE, end="")
             return ExitCode.DONE
         case _:
-            print(f"batchvlm: error: {args[0]} is no command; there is run", file=sys.stderr)
+            commands = "run, status, verify, compact"
+            print(
+                f"batchvlm: error: {args[0]} is no command; there are {commands}", file=sys.stderr
+            )
             return ExitCode.USAGE
+
+
+def _run_command(name: str, argv: Sequence[str]) -> int:
+    from batchvlm import commands
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        return int(getattr(commands, name)(argv))
+    except BatchvlmError as error:
+        _say(error)
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever reads along (`| head`) has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.FAILED
+    except KeyboardInterrupt:
+        return ExitCode.STOPPED
 
 
 def run_app(

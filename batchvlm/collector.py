@@ -161,11 +161,12 @@ class Collector:
             # The rows are kept, and the next one to be written tries again.
             log.warning("%s", error)
 
-    def write_metrics(self) -> None:
+    def write_metrics(self, *, is_over: bool = False) -> None:
         """Leave this process's counts in the output folder."""
         task_id = self.job.cfg.runtime.task_id
         name = f"task-{task_id:05d}-rank-{self.rank.index:03d}-{self._provenance.run_id}.json"
-        text = json.dumps({"run_id": self._provenance.run_id} | self.metrics.as_dict(), indent=2)
+        head = {"run_id": self._provenance.run_id, "is_over": is_over}
+        text = json.dumps(head | self.metrics.as_dict(), indent=2)
         folder = self.job.folder
         folder.commit_file(lambda file: file.write(text.encode()), folder.metrics / name)
 

@@ -148,7 +148,7 @@ def _compute(
         ready.wait_s = 0.0
         start = time.perf_counter()
         # Left before the reading thread is: whatever ends the run, finished rows reach the disk.
-        stack.callback(collector.write_metrics)
+        stack.callback(collector.write_metrics, is_over=True)
         stack.callback(collector.close)
         flush = Ticker(
             collector.flush_if_due, every_s=max(cfg.output.flush_every_s, 1.0), name="flush"

@@ -23,6 +23,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills", type=int, default=40, help="how many commands tests/test_kills.py kills"
+    )
+    parser.addoption("--kill-seed", type=int, default=0, help="draws the instants of the kills")
+
+
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     """The file that holds an image."""
     file = io.BytesIO()

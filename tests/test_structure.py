@@ -43,7 +43,7 @@ ALLOWED = {
 }
 TOP = {
     *("batchvlm.job", "batchvlm.collector", "batchvlm.pipeline", "batchvlm.summary"),
-    *("batchvlm.cli", "batchvlm.__main__"),
+    *("batchvlm.commands", "batchvlm.cli", "batchvlm.__main__"),
 }
 
 

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
@@ -194,6 +195,13 @@ class OutputFolder:
                 parts.append(Part(first, last, self.data / name))
         return sorted(parts)
 
+    def data_files(self) -> list[Path]:
+        """Every Parquet file below `data`, as readers of the whole folder find them."""
+        try:
+            return sorted(self.data.rglob("*.parquet"))
+        except OSError as error:
+            raise output_error("read", self.data, error) from error
+
     def finished_shards(self, num_shards: int) -> frozenset[int]:
         """Indices of the shards whose parts are there, by one listing.
 
@@ -304,12 +312,15 @@ class OutputFolder:
         for index in self.shards_with_segments():
             if index in finished:
                 self.remove_segments(index)
-        for name in self._names(self.tmp):
-            path = self.tmp / name
+        old = [self.inner / name for name in self._names(self.inner) if name[:8] == "compact-"]
+        for path in [self.tmp / name for name in self._names(self.tmp)] + old:
             # Another attempt may be at work right now, so a young file is not ours to judge.
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_S:
-                    path.unlink()
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
                     logger.info("removed %s, left by an attempt that died", path)
 
     def _shard_folder(self, index: int, is_retry: bool) -> Path:

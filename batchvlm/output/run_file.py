@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from batchvlm.errors import ConfigError, FingerprintError, OutputError
+from batchvlm.output.exchange import restore_data
 from batchvlm.output.fingerprint import differences, fingerprint
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.overwrite import finish_replacing, replace_run
@@ -79,6 +80,7 @@ def find_run(
     )
     # First the data, then the file: a run always has its file before its first part, so parts
     # without it cannot be those of a run that another process is starting at this moment.
+    restore_data(folder)
     has_data = folder.has_foreign_data()
     finish_replacing(folder)
     run = read_run(folder)

@@ -132,6 +132,7 @@ def test_ranks_that_overwrite_at_once_overwrite_once(tmp_path: Path) -> None:
     assert content(tmp_path)["row_index"].to_pylist() == list(range(8))
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("mode", ["refused", "full", "half", "killed", "killed after"])
 def test_a_fault_at_every_call_mixes_nothing(
     tmp_path: Path, fault_points: list[FaultPoint], mode: str

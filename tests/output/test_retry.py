@@ -208,6 +208,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
         retry(folder)
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("mode", ["refused", "full", "half", "killed", "killed after"])
 def test_a_fault_at_every_call_of_a_retry(
     tmp_path: Path, fault_points: list[FaultPoint], mode: str

@@ -1,0 +1,133 @@
+"""The commands that look after an output folder: `verify`, `status` and `compact`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from batchvlm.errors import ExitCode
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?")
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def verify(argv: Sequence[str]) -> ExitCode:
+    """`batchvlm verify OUT`."""
+    parser = _parser(
+        "verify",
+        "Look whether OUT/data holds every input row exactly once, readable and of one run.",
+        "Exit code 0: it does. 1: it does not, and the lines say which rows are missing, double or "
+        "foreign, by their column row_index. Writes nothing.",
+    )
+    args = parser.parse_args(argv)
+    from batchvlm.output.folder import OutputFolder
+    from batchvlm.output.verify import verify
+
+    verdict = verify(OutputFolder(args.out))
+    print(f"input        {verdict.num_rows:,} rows")
+    print(f"output       {verdict.statuses.total():,} rows: {_counts(verdict.statuses)}")
+    if verdict.errors:
+        print(f"errors       {_counts(verdict.errors)}")
+    for fault in verdict.faults:
+        print(fault)
+    print("not whole" if verdict.faults else "every input row is there exactly once")
+    return ExitCode.FAILED if verdict.faults else ExitCode.DONE
+
+
+def status(argv: Sequence[str]) -> ExitCode:
+    """`batchvlm status OUT`."""
+    parser = _parser(
+        "status",
+        "Say how far a job is, running or dead, from its folder alone.",
+        "Writes nothing; a machine that shares the folder will do.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    from batchvlm.output.folder import OutputFolder
+    from batchvlm.output.status import status
+
+    found = status(OutputFolder(args.out))
+    if args.json:
+        print(json.dumps(vars(found)))
+        return ExitCode.DONE
+    share = found.num_done / max(found.num_rows, 1)
+    unfinished = found.num_in_segments
+    print(f"rows     {found.num_done:,} of {found.num_rows:,} ({share:.1%})", end="")
+    print(f", {unfinished:,} of them in unfinished shards" if unfinished else "")
+    print(f"shards   {found.num_finished:,} of {found.num_shards:,} finished")
+    if found.errors:
+        print(f"errors   {_counts(found.errors)}")
+    if found.num_waiting:
+        print(f"retried  {found.num_waiting:,} rows wait for a run with retry.errors")
+    if found.num_live:
+        left_s = (found.num_rows - found.num_done) / max(found.rows_per_s, 1e-9)
+        left = f", {_duration(left_s)} left" if found.rows_per_s else ""
+        print(f"speed    {found.rows_per_s:,.1f} rows/s of {found.num_live} processes{left}")
+    if found.written_s_ago is not None:
+        print(f"written  {_duration(found.written_s_ago)} ago")
+    return ExitCode.DONE
+
+
+def compact(argv: Sequence[str]) -> ExitCode:
+    """`batchvlm compact OUT`."""
+    parser = _parser(
+        "compact",
+        "Merge the parts of a finished job into fewer, larger ones, in the order of the input.",
+        "OUT/data is whole at every instant, whatever is killed. Resume, verify and status know "
+        "merged parts; retry.errors does not, so retry first.",
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--target-size",
+        type=_size,
+        default=_size("256MB"),
+        metavar="SIZE",
+        help="size of a merged part at most, such as 500MB or 2GB (default: 256MB)",
+    )
+    size.add_argument("--rows", type=_count, metavar="N", help="rows of a merged part at most")
+    args = parser.parse_args(argv)
+    from batchvlm.output.compact import compact
+    from batchvlm.output.folder import OutputFolder
+
+    folder = OutputFolder(args.out)
+    if args.rows is not None:
+        done = compact(folder, target_rows=args.rows)
+    else:
+        done = compact(folder, target_bytes=args.target_size)
+    print(f"{done.num_before:,} parts -> {done.num_after:,} in {folder.data}")
+    return ExitCode.DONE
+
+
+def _parser(name: str, about: str, more: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"batchvlm {name}", description=about, epilog=more, allow_abbrev=False
+    )
+    parser.add_argument("out", metavar="OUT", help="the folder that output.dir named")
+    return parser
+
+
+def _counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {word}" for word, count in counts.most_common()) or "none"
+
+
+def _size(text: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if match is None or not (size := int(float(match[1]) * _UNITS[match[2]])):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 2GB")
+    return size
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -1,0 +1,173 @@
+"""Many small parts -> few of a size that reads well; at no instant is `data` anything but whole.
+
+The merged parts are written into a folder of their own, next to links to the parts that stay as
+they are. It then changes places with `data`: one system call, so that whoever lists `data` finds
+the old parts or the new ones. A kill before leaves the old output and a folder that nobody reads,
+a kill after leaves the new one and the same. A reader that is at an old file goes on reading it;
+one that opens a file by its old name does not find it, and has to list again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchvlm.errors import OutputError
+from batchvlm.output.exchange import exchange_data, restore_data
+from batchvlm.output.folder import (
+    OutputFolder,
+    Part,
+    make_folder,
+    new_attempt,
+    output_error,
+    sync_folder,
+)
+from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY, write_tables
+from batchvlm.output.verify import open_run, verify
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compaction:
+    """What `compact` did."""
+
+    num_before: int
+    num_after: int
+
+
+def compact(
+    folder: OutputFolder, *, target_bytes: int | None = None, target_rows: int | None = None
+) -> Compaction:
+    """Merge neighbouring parts of a finished job up to a size; larger ones stay as they are.
+
+    Args:
+        target_bytes: a merged part's size at most, as the sum of its parts'.
+        target_rows: a merged part's rows at most.
+
+    Raises:
+        InputError: the folder holds no run.
+        OutputError: the job is not finished, or not right; the file system refuses. `data` is as
+            it was.
+    """
+    run = open_run(folder)
+    restore_data(folder)
+    if faults := verify(folder).faults:
+        raise OutputError(
+            f"{folder.root} is not whole, {faults[0]}",
+            hint=f"only a finished job is compacted; see batchvlm verify {folder.root}",
+        )
+    if waiting := folder.shards_with_segments(is_retry=True):
+        raise OutputError(
+            f"{folder.root}: rows of {len(waiting)} shards were answered again and wait for a run",
+            hint="run the command with its retry.errors once more",
+        )
+    num_shards = len(run.plan)
+    parts = folder.parts(num_shards)
+    aside = folder.inner / f"compact-{new_attempt()}"
+    try:
+        before = _state(parts)
+        groups = list(
+            _group(
+                parts,
+                [sum(s.num_rows for s in run.plan[p.first : p.last + 1]) for p in parts],
+                [p.path.stat().st_size for p in parts],
+                max_rows=target_rows or sys.maxsize,
+                max_bytes=target_bytes or sys.maxsize,
+            )
+        )
+        if len(groups) == len(parts):
+            return Compaction(num_before=len(parts), num_after=len(parts))
+        make_folder(aside)
+        try:
+            for group in groups:
+                name = folder.part(group[0].first, num_shards, group[-1].last).name
+                _put(folder, group, aside / name)
+            sync_folder(aside)
+            _compare([part.path for part in parts], sorted(aside.iterdir()))
+            with folder.lock():
+                if _state(folder.parts(num_shards)) != before:
+                    raise OutputError(
+                        f"{folder.data} was written to meanwhile",
+                        hint="run compact again when no job is at work on the folder",
+                    )
+                exchange_data(folder, aside)
+        finally:
+            # What is aside now, new or old, is read by nobody.
+            with suppress(OSError):
+                shutil.rmtree(aside)
+    except (OSError, pa.ArrowException) as error:
+        if not isinstance(error, OSError):
+            error = OSError(errno.EIO, str(error))
+        raise output_error("compact", folder.root, error) from error
+    return Compaction(num_before=len(parts), num_after=len(groups))
+
+
+def _group(
+    parts: Sequence[Part],
+    rows: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    max_rows: int,
+    max_bytes: int,
+) -> Iterator[list[Part]]:
+    group: list[Part] = []
+    group_rows = group_bytes = 0
+    for part, num_rows, size_bytes in zip(parts, rows, sizes, strict=True):
+        is_full = group_rows + num_rows > max_rows or group_bytes + size_bytes > max_bytes
+        if group and is_full:
+            yield group
+            group, group_rows, group_bytes = [], 0, 0
+        group.append(part)
+        group_rows += num_rows
+        group_bytes += size_bytes
+    if group:
+        yield group
+
+
+def _state(parts: Sequence[Part]) -> list[tuple[str, int, int]]:
+    """Changes when a part does: a retry puts another file into its place."""
+    return [(p.path.name, (stat := p.path.stat()).st_ino, stat.st_mtime_ns) for p in parts]
+
+
+def _put(folder: OutputFolder, group: Sequence[Part], target: Path) -> None:
+    if len(group) == 1:
+        try:
+            os.link(group[0].path, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    files = [part.path for part in group]
+    marks = dict(pq.read_schema(files[0]).metadata or {})
+    marks[SHARD_KEY] = f"{group[0].first}-{group[-1].last}".encode()
+    assert FINGERPRINT_KEY in marks
+    schema = pq.read_schema(files[0]).with_metadata(marks)
+    folder.commit_file(lambda file: write_tables(_tables(files), file, schema), target)
+
+
+def _tables(files: Sequence[Path]) -> Iterator[pa.Table]:
+    for path in files:
+        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+            for group in range(parquet.num_row_groups):
+                yield parquet.read_row_group(group).replace_schema_metadata(None)
+
+
+def _compare(old: Sequence[Path], new: Sequence[Path]) -> None:
+    """Read the row numbers back: only what is the same takes the old parts' place."""
+    pairs = zip(_row_indices(old), _row_indices(new), strict=True)
+    if any(a != b for a, b in pairs):
+        raise OutputError("the merged parts do not hold the rows of the old ones")
+
+
+def _row_indices(files: Sequence[Path]) -> Iterator[int]:
+    for path in files:
+        for batch in pq.ParquetFile(path).iter_batches(columns=["row_index"]):
+            yield from batch.column(0).to_pylist()

@@ -1,0 +1,121 @@
+"""How far a job is, running or dead, from its folder alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchvlm.output.folder import OutputFolder, Part
+from batchvlm.output.run_file import RunFile
+from batchvlm.output.verify import open_run
+
+_LIVE_S = 60.0
+"""A process writes its counts at least this often, unless `output.flush_every_s` is longer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What `status` found."""
+
+    num_rows: int
+    num_done: int
+    """Rows in parts and in segments."""
+    num_in_segments: int
+    num_shards: int
+    num_finished: int
+    """Shards that have their part."""
+    num_waiting: int
+    """Rows answered again that wait for a run with `retry.errors`."""
+    errors: Counter[str]
+    rows_per_s: float
+    """Of the processes that are at work."""
+    num_live: int
+    written_s_ago: float | None
+    """Seconds since anything was written; None where nothing was."""
+    fingerprint: str
+
+
+def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> Progress:
+    """How far a job is, running or dead, from its folder alone.
+
+    Raises:
+        InputError: the folder holds no run.
+        OutputError: it cannot be read.
+    """
+    run = open_run(folder)
+    num_shards = len(run.plan)
+    parts = folder.parts(num_shards)
+    finished = {index for part in parts for index in range(part.first, part.last + 1)}
+    in_parts = sum(run.plan[index].num_rows for index in finished)
+    errors: Counter[str] = Counter()
+    for part in parts:
+        errors.update(kind for _, kind in _outcomes(folder, [part.path]))
+    in_segments = waiting = 0
+    for index in folder.shards_with_segments():
+        if index not in finished:
+            rows = dict(_outcomes(folder, folder.list_segments(index)))
+            in_segments += len(rows)
+            errors.update(rows.values())
+    for index in folder.shards_with_segments(is_retry=True):
+        waiting += len(dict(_outcomes(folder, folder.list_segments(index, is_retry=True))))
+    del errors[""]
+    limit_s = max(_LIVE_S, 2 * float(_setting(run, "flush_every_s", 0.0)))
+    live = [m for m, age_s in _metrics(folder, now_s()) if age_s < limit_s and not m.get("is_over")]
+    latest = max(_written_at(folder, parts), default=None)
+    return Progress(
+        num_rows=sum(shard.num_rows for shard in run.plan),
+        num_done=in_parts + in_segments,
+        num_in_segments=in_segments,
+        num_shards=num_shards,
+        num_finished=len(finished),
+        num_waiting=waiting,
+        errors=errors,
+        rows_per_s=sum(float(m.get("rows_per_s", 0)) for m in live),
+        num_live=len(live),
+        written_s_ago=None if latest is None else max(0.0, now_s() - latest),
+        fingerprint=run.fingerprint,
+    )
+
+
+def _outcomes(folder: OutputFolder, paths: Iterable[Path]) -> Iterator[tuple[int, str]]:
+    """Row index and error type, "" for none; a file that vanished or is damaged has no rows."""
+    for path in paths:
+        try:
+            with folder.open(path) as file:
+                table = pq.ParquetFile(file).read(columns=["row_index", "error_type"])
+        except (OSError, pa.ArrowException):
+            continue
+        kinds = (kind or "" for kind in table["error_type"].to_pylist())
+        yield from zip(table["row_index"].to_pylist(), kinds, strict=True)
+
+
+def _setting(run: RunFile, name: str, default: Any) -> Any:
+    output = run.settings.get("output")
+    return output.get(name, default) if isinstance(output, dict) else default
+
+
+def _metrics(folder: OutputFolder, now_s: float) -> Iterator[tuple[dict[str, Any], float]]:
+    for path in sorted(folder.metrics.glob("*.json")):
+        try:
+            yield json.loads(path.read_bytes()), now_s - path.stat().st_mtime
+        except (OSError, ValueError):
+            continue
+
+
+def _written_at(folder: OutputFolder, parts: Sequence[Part]) -> Iterator[float]:
+    looked_at = [folder.metrics, folder.segments, folder.retries]
+    files = [file for place in looked_at for file in place.rglob("*")]
+    for path in [part.path for part in parts] + files:
+        try:
+            yield os.stat(path).st_mtime
+        except OSError:
+            continue

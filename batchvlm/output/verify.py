@@ -1,0 +1,124 @@
+"""Whether an output holds every input row exactly once, from its folder alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchvlm.errors import InputError, OutputError
+from batchvlm.output.folder import OutputFolder
+from batchvlm.output.run_file import RunFile, read_run
+from batchvlm.output.segments import FINGERPRINT_KEY
+
+_MAX_RANGES = 20
+"""Ranges of rows that a line names at most."""
+_MAX_COUNTED = 255
+
+
+def open_run(folder: OutputFolder) -> RunFile:
+    """The run in a folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    run = read_run(folder)
+    if run is None:
+        raise InputError(
+            f"{folder.root} is no output of batchvlm: {folder.run_json} is missing",
+            hint="name the folder that output.dir named",
+        )
+    return run
+
+
+@dataclass(kw_only=True)
+class Verdict:
+    """What `verify` found."""
+
+    num_rows: int
+    """Rows of the input, as the plan counts them."""
+    statuses: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    """A line for each thing that is not as it should be."""
+
+
+def verify(folder: OutputFolder) -> Verdict:
+    """Look whether `data` holds every input row exactly once, readable and of this run.
+
+    Memory: one byte for each input row.
+
+    Raises:
+        InputError: the folder holds no run.
+        OutputError: it cannot be read.
+    """
+    run = open_run(folder)
+    num_rows = sum(shard.num_rows for shard in run.plan)
+    verdict = Verdict(num_rows=num_rows)
+    seen = np.zeros(num_rows, np.uint8)
+    foreign: list[npt.NDArray[np.int64]] = []
+    for path in folder.data_files():
+        try:
+            rows = _read_part(folder, path, run, verdict)
+        except (OSError, pa.ArrowException, OutputError) as error:
+            verdict.faults.append(f"unreadable  {path.name}: {' '.join(str(error).split())[:200]}")
+            continue
+        is_ours = (rows >= 0) & (rows < num_rows)
+        foreign.append(rows[~is_ours])
+        # Not `seen[rows] += 1`, which counts a row that is in `rows` twice once.
+        places, counts = np.unique(rows[is_ours], return_counts=True)
+        seen[places] = np.minimum(seen[places] + counts, _MAX_COUNTED)
+    strange = np.unique(np.concatenate([*foreign, np.empty(0, np.int64)]))
+    for word, found in (
+        ("missing", np.flatnonzero(seen == 0)),
+        ("double", np.flatnonzero(seen > 1)),
+        ("foreign", strange),
+    ):
+        if len(found):
+            verdict.faults.append(f"{word:<10}  {len(found):,} rows: {ranges(found)}")
+    return verdict
+
+
+def _read_part(
+    folder: OutputFolder, path: Path, run: RunFile, verdict: Verdict
+) -> npt.NDArray[np.int64]:
+    wanted = run.fingerprint.encode()
+    with folder.open(path) as file:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        marks = parquet.schema_arrow.metadata or {}
+        if marks.get(FINGERPRINT_KEY) != wanted:
+            verdict.faults.append(f"fingerprint {path.name} is of another run")
+        rows = []
+        for group in range(parquet.num_row_groups):
+            table = parquet.read_row_group(
+                group, columns=["row_index", "status", "error_type", "fingerprint"]
+            )
+            verdict.statuses.update(table["status"].to_pylist())
+            verdict.errors.update(kind for kind in table["error_type"].to_pylist() if kind)
+            odd = set(table["fingerprint"].unique().to_pylist()) - {run.fingerprint}
+            if odd:
+                verdict.faults.append(
+                    f"fingerprint {path.name} holds rows of {sorted(odd, key=str)}"
+                )
+            rows.append(table["row_index"].to_numpy())
+    return np.concatenate([*rows, np.empty(0, np.int64)]).astype(np.int64)
+
+
+def ranges(rows: Sequence[int] | npt.NDArray[Any]) -> str:
+    """Sorted row indices as ranges: `0-99, 250, 300-399`."""
+    rows = np.asarray(rows)
+    cuts = np.flatnonzero(np.diff(rows) > 1)
+    starts, ends = rows[[0, *(cuts + 1)]], rows[[*cuts, len(rows) - 1]]
+    shown = [
+        str(first) if first == last else f"{first}-{last}"
+        for first, last in zip(starts[:_MAX_RANGES], ends[:_MAX_RANGES], strict=True)
+    ]
+    more = len(starts) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more ranges" if more else "")

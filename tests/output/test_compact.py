@@ -1,0 +1,202 @@
+"""Fewer, larger parts: the same rows at every instant."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from batchvlm.config import RetryConfig
+from batchvlm.errors import OutputError
+from batchvlm.output import compact as compact_module
+from batchvlm.output import exchange as exchange_module
+from batchvlm.output.compact import compact
+from batchvlm.output.folder import OutputFolder
+from batchvlm.output.run_file import find_run, save_run
+from batchvlm.output.schema import Provenance
+from batchvlm.output.verify import verify
+from batchvlm.output.writer import ShardWriter
+
+from .faults import FaultPoint, Killed
+from .make import SCHEMA, make_plan, make_result, read_data
+from .test_verify import last_byte
+
+NUM_SHARDS, NUM_ROWS = 7, 4  # 25 rows
+
+
+def job(root: Path, *, stop_after: int = 99, **options: Any) -> OutputFolder:
+    """Compute what is missing of a job."""
+    folder = OutputFolder(root)
+    run = find_run(
+        folder,
+        identity={"prompt": "?"},
+        layout={},
+        settings={},
+        packages={},
+        plan=make_plan(NUM_SHARDS, NUM_ROWS),
+    )
+    save_run(folder, run)
+    about = Provenance(model="m", fingerprint=run.fingerprint, run_id="r")
+    finished = folder.finished_shards(len(run.plan))
+    for shard in run.plan:
+        if shard.index in finished and not options:
+            continue
+        if shard.index == stop_after:
+            break
+        writer = ShardWriter(
+            folder, shard, len(run.plan), SCHEMA, about, flush_every_s=1e9, **options
+        )
+        for row in range(shard.num_rows):
+            if row not in writer.finished_rows:
+                writer.add(make_result(shard, row))
+        writer.commit()
+    return folder
+
+
+def names(folder: OutputFolder) -> list[str]:
+    return [path.name for path in folder.data_files()]
+
+
+@pytest.fixture(params=["exchange", "two steps"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the system call that exchanges folders, and where the file system has none."""
+    if request.param == "two steps":
+
+        def refuse(first: Path, second: Path) -> None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+        monkeypatch.setattr(exchange_module, "exchange", refuse)
+    return str(request.param)
+
+
+def test_parts_are_merged_up_to_the_size(tmp_path: Path, way: str) -> None:
+    folder = job(tmp_path / "out")
+    before = read_data(folder)
+    done = compact(folder, target_rows=8)
+    assert (done.num_before, done.num_after) == (7, 4)
+    assert names(folder) == [
+        "part-00000-to-00001-of-00007.parquet",
+        "part-00002-to-00003-of-00007.parquet",
+        "part-00004-to-00005-of-00007.parquet",
+        "part-00006-of-00007.parquet",
+    ]
+    assert read_data(folder).equals(before)
+    assert verify(folder).faults == []
+    loaded = datasets.load_dataset(
+        "parquet", data_dir=str(folder.data), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert loaded["row_index"][:] == list(range(25))
+    # Merged ones are merged on, and a run has nothing left to do.
+    assert compact(folder, target_bytes=1 << 30).num_after == 1
+    assert names(folder) == ["part-00000-to-00006-of-00007.parquet"]
+    assert read_data(folder).equals(before)
+    job(folder.root)
+    assert names(folder) == ["part-00000-to-00006-of-00007.parquet"]
+    assert sorted(path.name for path in folder.inner.iterdir()) == ["lock", "run.json", "tmp"]
+
+
+def test_nothing_to_merge_touches_nothing(tmp_path: Path) -> None:
+    folder = job(tmp_path)
+    before = {path: path.stat().st_ino for path in folder.data.iterdir()}
+    assert compact(folder, target_rows=4).num_after == 7
+    assert compact(folder, target_bytes=1).num_after == 7
+    assert before == {path: path.stat().st_ino for path in folder.data.iterdir()}
+
+
+def test_an_unfinished_job_is_refused(tmp_path: Path) -> None:
+    folder = job(tmp_path, stop_after=6)
+    with pytest.raises(OutputError, match=r"not whole, missing .* 24.*only a finished job"):
+        compact(folder, target_rows=80)
+    assert len(names(folder)) == 6
+
+
+def test_a_live_writer_adds_nothing_to_merged_parts(tmp_path: Path) -> None:
+    """Another process may still be at a shard that was finished and merged meanwhile."""
+    folder = job(tmp_path, stop_after=6)
+    run = make_plan(NUM_SHARDS, NUM_ROWS)
+    about = Provenance(model="m", fingerprint="f", run_id="r")
+    late = ShardWriter(folder, run[6], NUM_SHARDS, SCHEMA, about, flush_every_s=1e9)
+    late.add(make_result(run[6], 0))
+    job(tmp_path)
+    compact(folder, target_rows=80)
+    assert late.commit() == folder.data / "part-00000-to-00006-of-00007.parquet"
+    assert verify(folder).faults == []
+
+
+def test_a_part_that_is_replaced_meanwhile_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = job(tmp_path)
+    real = compact_module._compare
+
+    def replace_then_compare(*args: Any) -> None:
+        real(*args)
+        part = folder.part(0, NUM_SHARDS)
+        content = part.read_bytes()
+        folder.commit_file(lambda file: file.write(content), part)
+
+    monkeypatch.setattr(compact_module, "_compare", replace_then_compare)
+    with pytest.raises(OutputError, match="was written to meanwhile"):
+        compact(folder, target_rows=80)
+    assert len(names(folder)) == 7
+
+
+def test_merged_parts_are_not_retried(tmp_path: Path) -> None:
+    folder = job(tmp_path)
+    compact(folder, target_rows=80)
+    with pytest.raises(OutputError, match="retry before compacting"):
+        job(tmp_path, retry=RetryConfig(errors=["decode"]))
+
+
+def test_a_garbled_part_is_not_merged(tmp_path: Path) -> None:
+    folder = job(tmp_path)
+    part = folder.part(2, NUM_SHARDS)
+    content = bytearray(part.read_bytes())
+    # A page of a column that `verify` does not read: the merge itself must notice.
+    content[last_byte(part, "generated_text")] ^= 0xFF
+    part.write_bytes(content)
+    with pytest.raises(OutputError, match="page integrity"):
+        compact(folder, target_rows=80)
+    assert len(names(folder)) == 7
+    assert not list(folder.inner.glob("compact-*"))
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("mode", ["refused", "full", "half", "killed", "killed after"])
+def test_a_fault_at_every_call_keeps_data_whole(
+    tmp_path: Path,
+    fault_points: list[FaultPoint],
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    mode: str,
+) -> None:
+    plain = read_data(job(tmp_path / "plain"))
+    real = exchange_module.exchange
+    monkeypatch.setattr(
+        exchange_module, "exchange", lambda *paths: fault_points[-1].call(real, *paths)
+    )
+    num_raised = 0
+    for fatal in range(1000):
+        folder = job(tmp_path / str(fatal))
+        point = FaultPoint(fatal, mode)
+        fault_points.append(point)
+        try:
+            compact(folder, target_rows=8)
+        except (OutputError, Killed):
+            num_raised += 1
+        fault_points.append(FaultPoint(-1, mode))
+        if point.num_calls <= fatal:
+            break
+        if way == "exchange" or folder.data.exists():
+            assert read_data(folder).equals(plain), f"call {fatal}"
+        # Whatever is run next puts a missing folder back.
+        job(folder.root)
+        assert read_data(folder).equals(plain), f"call {fatal}"
+        assert verify(folder).faults == []
+        compact(folder, target_rows=8)
+        assert read_data(folder).equals(plain), f"call {fatal}"
+    assert fatal > 20 and num_raised > 0.4 * fatal

@@ -1,0 +1,79 @@
+"""How far a job is, from its folder alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from batchvlm.config import RetryConfig
+from batchvlm.errors import InputError
+from batchvlm.output.folder import OutputFolder
+from batchvlm.output.status import status
+
+from . import test_retry
+from .make import make_result, open_writer
+from .test_overwrite import run_job
+
+
+def test_a_dead_job_half_way(tmp_path: Path) -> None:
+    run_job(tmp_path, "ours", stop_after=7)
+    folder = OutputFolder(tmp_path)
+    # A file that a kill of the machine cut short, and one row that two writers have.
+    (damaged,) = folder.list_segments(1)
+    damaged.with_name("x-00000.parquet").write_bytes(b"PAR1")
+    damaged.with_name("y-00000.parquet").write_bytes(damaged.read_bytes())
+    found = status(folder)
+    assert (found.num_rows, found.num_done, found.num_in_segments) == (8, 7, 1)
+    assert (found.num_shards, found.num_finished) == (2, 1)
+    assert found.errors == {"decode": 1}
+    assert (found.num_live, found.rows_per_s) == (0, 0)
+    assert found.written_s_ago is not None and found.written_s_ago < 3600
+
+
+def test_live_processes_and_their_rate(tmp_path: Path) -> None:
+    run_job(tmp_path, "ours", stop_after=3)
+    folder = OutputFolder(tmp_path)
+    folder.metrics.mkdir()
+    now = time.time()
+    for name, rate, is_over, age_s in [
+        ("a", 2.5, False, 5),
+        ("b", 4.0, False, 30),
+        ("over", 100.0, True, 5),
+        ("dead", 100.0, False, 4000),
+    ]:
+        path = folder.metrics / f"{name}.json"
+        path.write_text(json.dumps({"rows_per_s": rate, "is_over": is_over}))
+        os.utime(path, (now - age_s, now - age_s))
+    (folder.metrics / "half.json").write_text('{"rows')
+    found = status(folder, now_s=lambda: now)
+    assert (found.num_live, found.rows_per_s) == (2, 6.5)
+    # A clock that was set back is no negative age.
+    assert status(folder, now_s=lambda: now - 1e6).written_s_ago == 0
+
+
+def test_rows_that_were_answered_again_wait(tmp_path: Path) -> None:
+    run_job(tmp_path, "ours")
+    folder = OutputFolder(tmp_path)
+    plan = test_retry.PLAN
+    other = OutputFolder(tmp_path / "other")
+    test_retry.finish(other)
+    writer = open_writer(other, plan, 0, retry=RetryConfig(errors=["oom"]))
+    writer.add(make_result(plan[0], 3, attempts=2))
+    writer.flush()
+    (segment,) = other.list_segments(0, is_retry=True)
+    folder.commit_file(
+        lambda file: file.write(segment.read_bytes()), folder.segment(0, "a", 0, is_retry=True)
+    )
+    assert status(folder).num_waiting == 1
+
+
+def test_nothing_done_yet_and_no_run_at_all(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        status(OutputFolder(tmp_path / "none"))
+    run_job(tmp_path, "ours", stop_after=0)
+    found = status(OutputFolder(tmp_path))
+    assert (found.num_done, found.written_s_ago) == (0, None)

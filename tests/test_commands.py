@@ -1,0 +1,90 @@
+"""`batchvlm verify`, `status` and `compact` as a person types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from batchvlm.cli import main
+from batchvlm.errors import ExitCode
+from batchvlm.output.folder import OutputFolder
+from tests.output.test_compact import job
+from tests.output.test_overwrite import run_job
+
+
+def test_verify_says_yes_or_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path)
+    run_job(tmp_path, "ours", stop_after=7)
+    assert main(["verify", out]) == ExitCode.FAILED
+    assert capsys.readouterr().out.splitlines() == [
+        "input        8 rows",
+        "output       6 rows: 5 success, 1 error",
+        "errors       1 decode",
+        "missing     2 rows: 6-7",
+        "not whole",
+    ]
+    run_job(tmp_path, "ours")
+    assert main(["verify", out]) == ExitCode.DONE
+    assert "every input row is there exactly once" in capsys.readouterr().out
+
+
+def test_status_for_people_and_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_job(tmp_path, "ours", stop_after=7)
+    assert main(["status", str(tmp_path)]) == ExitCode.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "rows     7 of 8 (87.5%), 1 of them in unfinished shards",
+        "shards   1 of 2 finished",
+        "errors   1 decode",
+    ]
+    assert lines[-1].startswith("written  ")
+    main(["status", "--json", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["num_done"], found["errors"]) == (7, {"decode": 1})
+
+
+def test_compact_by_rows_and_by_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job(tmp_path)
+    assert main(["compact", str(tmp_path), "--rows", "8"]) == ExitCode.DONE
+    assert capsys.readouterr().out.startswith("7 parts -> 4 in ")
+    assert main(["compact", str(tmp_path), "--target-size", "1.5GB"]) == ExitCode.DONE
+    assert capsys.readouterr().out.startswith("4 parts -> 1 in ")
+    assert main(["verify", str(tmp_path)]) == ExitCode.DONE
+    assert len(OutputFolder(tmp_path).data_files()) == 1
+
+
+@pytest.mark.parametrize("name", ["verify", "status", "compact"])
+def test_mistakes_are_one_line(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, str(tmp_path)]) == ExitCode.USAGE
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "is no output of batchvlm" in said[0]
+    with pytest.raises(SystemExit) as caught:
+        main([name])
+    assert caught.value.code == ExitCode.USAGE
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: batchvlm {name} [-h]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["0MB", "x", "-5GB", "5PB"])
+def test_a_size_that_is_none(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compact", "out", f"--target-size={size}"])
+    assert "is no size" in capsys.readouterr().err
+
+
+def test_the_commands_load_no_model_library() -> None:
+    code = (
+        "import sys; from batchvlm.cli import main; main(['status', '/nowhere']);"
+        "sys.exit(bool({'torch', 'transformers', 'datasets', 'hydra'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
