@@ -20,8 +20,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
+# Long jobs, real kills, and walks over every fault point. More kills: make soak KILLS=500
+KILLS ?= 40
 soak: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m 'soak or kill' --kills $(KILLS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
