@@ -338,6 +338,7 @@ def test_no_throughput_setting_trips_the_guard(tmp_path: Path, write_parquet: Wr
     others = {
         "engine.name": "generate",
         "engine.device": "cpu",
+        "engine.memory_fraction": "0.5",
         "retry.errors": "[oom]",
         "output.on_mismatch": "overwrite",
         "runtime.task_id": "1",
