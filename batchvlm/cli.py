@@ -194,6 +194,8 @@ def _say(error: BatchvlmError) -> None:
 
 
 def _set_up_process() -> None:
+    # Again: of a sweep, the job before has left signals ignored.
+    catch_signals()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )

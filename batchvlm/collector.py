@@ -56,7 +56,7 @@ class Collector:
     in time what a long batch would leave in memory: one of them at a time.
 
     Args:
-        beat: called whenever the run got on.
+        beat: called whenever the run got on, from the ready model on.
     """
 
     def __init__(
@@ -65,7 +65,9 @@ class Collector:
         self.job = job
         self.metrics = metrics
         self.rank = rank
-        self.beat = beat
+        self.is_running = False
+        """Whether the model is ready: loading it may take any time."""
+        self._beat = beat
         self._lock = threading.RLock()
         self._starts = [shard.first_row_index for shard in job.run.plan]
         self._provenance = Provenance(
@@ -76,6 +78,11 @@ class Collector:
         self._writers: dict[int, ShardWriter] = {}
         self._missing: dict[int, int] = {}
         self._under_way: dict[int, tuple[Record, Sample]] = {}
+
+    def beat(self) -> None:
+        """Say that the run got on."""
+        if self.is_running:
+            self._beat()
 
     def open_shard(self, shard: Shard) -> frozenset[int]:
         """Make ready to take a shard's rows.

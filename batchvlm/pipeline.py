@@ -74,13 +74,19 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
     metrics = Metrics()
     if any(shard.index not in finished for shard in mine):
         # The workers load their libraries while this process loads torch and the model.
-        with _open_pool(job) as pool:
+        watchdog = Watchdog(
+            stall_timeout_s=cfg.runtime.stall_timeout_s, grace_s=cfg.runtime.grace_s
+        )
+        # The watchdog is left last: whatever hangs on the way out has to end too.
+        with watchdog, _open_pool(job) as pool:
             rank = find_rank(cfg.engine, cfg.runtime)
             mine = mine[rank.index :: rank.world_size]
             todo = [shard for shard in mine if shard.index not in finished]
             metrics.num_found = sum(s.num_rows for s in mine if s.index in finished)
             if todo:
-                _compute(Collector(job, metrics, rank), mine, todo, pool, engine)
+                collector = Collector(job, metrics, rank, beat=watchdog.beat)
+                watchdog.flush = collector.flush
+                _compute(collector, mine, todo, pool, engine)
     num_mine = sum(shard.num_rows for shard in mine)
     return Summary(
         folder=job.folder,
@@ -122,13 +128,6 @@ def _compute(
     log.info("%d rows in %d shards; loading %s on %s", num_todo, len(todo), name, rank.device)
     start = time.perf_counter()
     with ExitStack() as stack:
-        watchdog = Watchdog(
-            collector.flush,
-            stall_timeout_s=cfg.runtime.stall_timeout_s,
-            grace_s=cfg.runtime.grace_s,
-        )
-        # Left last: whatever hangs on the way out has to end too.
-        stack.enter_context(watchdog)
         if job.is_overwriting:
             # Shards are opened on what is there: on nothing, once the old run has given way.
             engine = engine or open_engine(cfg, device=rank.device)
@@ -154,8 +153,8 @@ def _compute(
             collector.flush_if_due, every_s=max(cfg.output.flush_every_s, 1.0), name="flush"
         )
         stack.enter_context(flush)
-        collector.beat = watchdog.beat
-        watchdog.beat()
+        collector.is_running = True
+        collector.beat()
         progress = stack.enter_context(
             Progress(
                 metrics,

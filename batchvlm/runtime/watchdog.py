@@ -55,7 +55,6 @@ class Watchdog(Ticker):
     of `faulthandler` stands by: it prints the stacks and exits with 1, without a flush.
 
     Args:
-        flush: brings finished rows to disk; tried for at most `grace_s`.
         stall_timeout_s: None: wait forever.
         grace_s: from a signal to the exit.
         clock: seconds, monotonic: a clock that is set must not end a run.
@@ -64,7 +63,6 @@ class Watchdog(Ticker):
 
     def __init__(
         self,
-        flush: Callable[[], None],
         *,
         stall_timeout_s: float | None,
         grace_s: float,
@@ -72,7 +70,8 @@ class Watchdog(Ticker):
         exit: Callable[[int], object] = os._exit,
     ) -> None:
         super().__init__(self._look, every_s=min(_LOOK_EVERY_S, grace_s), name="watchdog")
-        self._flush = flush
+        self.flush: Callable[[], None] = lambda: None
+        """Brings finished rows to disk; tried for at most `grace_s`."""
         self._stall_timeout_s = stall_timeout_s
         self._grace_s = grace_s
         self._clock = clock
@@ -108,16 +107,22 @@ class Watchdog(Ticker):
             )
 
     def _end(self, reason: str) -> None:
+        is_flushed = threading.Event()
+
+        def flush() -> None:
+            self.flush()
+            is_flushed.set()
+
         # Not in this thread: the disk may be what hangs.
-        flush = threading.Thread(target=self._flush, name="last-flush", daemon=True)
+        thread = threading.Thread(target=flush, name="last-flush", daemon=True)
         try:
             if (file := sys.__stderr__) is not None:
                 print(f"batchvlm: {reason}; where every thread is:", file=file, flush=True)
                 faulthandler.dump_traceback(file)
-            flush.start()
-            flush.join(self._grace_s)
+            thread.start()
+            thread.join(self._grace_s)
             if file is not None:
-                said = "not all finished rows are" if flush.is_alive() else "finished rows are"
+                said = "finished rows are" if is_flushed.is_set() else "not all finished rows are"
                 print(
                     f"batchvlm: error: {reason}; {said} on disk; run the same command again",
                     file=file,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from batchvlm.errors import ExitCode
+from batchvlm.errors import ExitCode, OutputError
 from batchvlm.runtime import watchdog as watchdog_module
 from batchvlm.runtime.watchdog import Ticker, Watchdog
 
@@ -30,12 +30,11 @@ class Exit:
 
 def watch(flush: Callable[[], None], exit: Exit, **changes: float | None) -> Watchdog:
     limits = {"stall_timeout_s": 1.0, "grace_s": 0.5} | changes
-    return Watchdog(
-        flush,
-        stall_timeout_s=limits["stall_timeout_s"],
-        grace_s=limits["grace_s"] or 0.1,
-        exit=exit,
+    watchdog = Watchdog(
+        stall_timeout_s=limits["stall_timeout_s"], grace_s=limits["grace_s"] or 0.1, exit=exit
     )
+    watchdog.flush = flush
+    return watchdog
 
 
 def test_no_beat_for_too_long_prints_stacks_flushes_and_exits(
@@ -63,18 +62,30 @@ def test_a_flush_that_hangs_does_not_keep_the_process(capfd: pytest.CaptureFixtu
     assert "not all finished rows are on disk" in capfd.readouterr().err
 
 
+def full_disk() -> None:
+    raise OutputError("no room")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_flush_that_fails_is_not_called_a_success(capfd: pytest.CaptureFixture[str]) -> None:
+    exit = Exit()
+    with watch(full_disk, exit) as watchdog:
+        watchdog.beat()
+        assert exit.is_called.wait(60)
+    assert exit.codes == [ExitCode.INTERRUPTED]
+    assert "not all finished rows are on disk" in capfd.readouterr().err
+
+
 def test_beats_and_null_keep_it_quiet() -> None:
     now = [0.0]
     exit = Exit()
-    beating = Watchdog(lambda: None, stall_timeout_s=10, grace_s=1, clock=lambda: now[0], exit=exit)
+    beating = Watchdog(stall_timeout_s=10, grace_s=1, clock=lambda: now[0], exit=exit)
     beating._look()  # no beat yet: the model loads
     for now[0] in (100.0, 109.0, 118.0, 127.0):
         beating.beat()
         now[0] += 9.9
         beating._look()
-    forever = Watchdog(
-        lambda: None, stall_timeout_s=None, grace_s=1, clock=lambda: now[0], exit=exit
-    )
+    forever = Watchdog(stall_timeout_s=None, grace_s=1, clock=lambda: now[0], exit=exit)
     forever.beat()
     now[0] += 1e9
     forever._look()
@@ -116,7 +127,7 @@ def test_a_library_that_hangs_with_pythons_lock_held_ends_too() -> None:
         "import ctypes\n"
         "from batchvlm.runtime import watchdog\n"
         "watchdog._LAST_RESORT_S = 0.5\n"
-        "with watchdog.Watchdog(lambda: None, stall_timeout_s=1, grace_s=0.5) as dog:\n"
+        "with watchdog.Watchdog(stall_timeout_s=1, grace_s=0.5) as dog:\n"
         "    dog.beat()\n"
         "    dog._look()\n"
         "    ctypes.PyDLL(None).sleep(300)\n"  # PyDLL keeps the lock
