@@ -80,14 +80,13 @@ def _print_rows(summary: Summary) -> None:
 
 def _read_rows(summary: Summary) -> Any:
     columns = ["id", "status", "error_type", "error_message", "generated_text"]
-    for index in sorted(summary.folder.finished_shards(summary.num_shards)):
-        part = summary.folder.part(index, summary.num_shards)
+    for part in summary.folder.parts(summary.num_shards):
         try:
-            for batch in pq.ParquetFile(part).iter_batches(batch_size=64, columns=columns):
+            for batch in pq.ParquetFile(part.path).iter_batches(batch_size=64, columns=columns):
                 yield from batch.to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise OutputError(
-                f"{part} cannot be read: {' '.join(str(error).split())[:200]}",
+                f"{part.path} cannot be read: {' '.join(str(error).split())[:200]}",
                 hint="if it is damaged, delete it and run the same command again: "
                 "its rows are computed again",
             ) from error

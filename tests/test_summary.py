@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchvlm.errors import OutputError
+from batchvlm.output.compact import compact
 from batchvlm.output.folder import OutputFolder
 from batchvlm.pipeline import Summary
 from batchvlm.runtime.metrics import Metrics
 from batchvlm.summary import print_summary
+from tests.output.test_compact import job
 
 
 def shown(root: Path, capsys: pytest.CaptureFixture[str], ids: list[str], text: str) -> str:
@@ -79,3 +81,12 @@ def test_an_answer_cannot_steer_the_terminal(
 ) -> None:
     out = shown(tmp_path, capsys, ["a"], "\x1b[2Jred\x07 \u202egnp.exe")
     assert "\x1b" not in out and "\x07" not in out and "\u202e" not in out and "red" in out
+
+
+def test_answers_of_merged_parts_are_shown_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = job(tmp_path)
+    compact(folder, target_rows=100)
+    print_summary(Summary(folder=folder, num_rows=25, num_shards=7, num_mine=25, num_found=25))
+    assert "in-0.parquet:0" in capsys.readouterr().out
