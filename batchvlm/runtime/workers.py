@@ -73,6 +73,10 @@ class WorkerPool:
         self._local = Preprocessor(spec) if num_workers == 0 else None
         self._pool: ProcessPool | None = None
         self._context: _LastingLocks | None = None
+        # Signals interrupt the main thread: a pool that is half started cannot be stopped, and its
+        # processes would find nobody. And the kernel ends them with the thread that started them,
+        # so this one lasts as long as they do.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="starter")
         self._num_breaks = 0
         self._has_prepared = False
         self._is_left = False
@@ -80,10 +84,7 @@ class WorkerPool:
     def __enter__(self) -> Self:
         if self._local is None:
             try:
-                # In another thread than that which signals interrupt: a pool that is half started
-                # cannot be stopped, and its processes would find nobody.
-                with ThreadPoolExecutor(1) as starter:
-                    starter.submit(self._open_pool).result()
+                self._starter.submit(self._open_pool).result()
             except BaseException:
                 self.__exit__(None, None, None)
                 raise
@@ -109,9 +110,11 @@ class WorkerPool:
         traceback: TracebackType | None,
     ) -> None:
         self._is_left = True
+        self._starter.submit(lambda: None).result()  # whatever it was starting is there
         if self._pool is not None:
             self._pool.stop()  # type: ignore[no-untyped-call]
             self._pool.join()
+        self._starter.shutdown()
 
     def prepare(self, records: Iterable[Record]) -> Iterator[tuple[Record, Sample | Failure]]:
         """Yield every record with its sample or failure, in the order of the records."""
@@ -175,7 +178,7 @@ class WorkerPool:
             log.warning("worker processes died between rows; starting new ones")
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
-        self._open_pool()
+        self._starter.submit(self._open_pool).result()
         for place, (record, _) in enumerate(under_way):
             under_way[place] = (record, self._schedule(record))
 
