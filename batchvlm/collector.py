@@ -113,7 +113,9 @@ class Collector:
             if isinstance(item.outcome, Failure):
                 self._write(_result(item.record, item.outcome), progress)
             else:
-                self._under_way[item.record.row_index] = (item.record, item.outcome)
+                # The pixels are the engine's to keep, not longer than it needs them.
+                sample = item.outcome.without_images()
+                self._under_way[item.record.row_index] = (item.record, sample)
                 yield item.outcome
 
     def finish(self, row_index: int, outcome: Completion | Failure, progress: Progress) -> None:
