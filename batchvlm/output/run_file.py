@@ -145,7 +145,7 @@ def _check_same(folder: OutputFolder, there: RunFile, ours: RunFile) -> None:
     if found := differs(there, ours):
         raise FingerprintError(
             f"{folder.root} holds the answers to another question: {'; '.join(found)}",
-            hint="put the settings back, name another output.dir, or see output.on_mismatch",
+            hint="put the settings back, name another output.dir, or set output.on_mismatch",
         )
 
 
