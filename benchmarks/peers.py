@@ -114,7 +114,11 @@ def run(system: System, peer: Path) -> dict[str, Any]:
 def table(args: argparse.Namespace, dtype: str) -> list[str]:
     """Run every system `args.repeat` times; the lines of a table."""
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    there = [system for system in systems(args, dtype) if system.needs.exists()]
+    there = [
+        system
+        for system in systems(args, dtype)
+        if system.needs.exists() and any(word in system.name for word in args.only)
+    ]
     for number in range(args.repeat):
         for system in there:
             runs[system.name].append(run(system, args.peer))
@@ -161,6 +165,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--only", nargs="+", default=[""], help="systems with a word in the name")
     parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
     args = parser.parse_args()
     args.peer = args.peer.resolve()
