@@ -165,7 +165,11 @@ def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
                 hint="model.trust_remote_code=true runs that code with all your rights; "
                 "read it first, and pin model.revision",
             ) from error
-        hint = "check model.path and model.revision" if isinstance(error, OSError) else ""
+        hint = ""
+        if isinstance(error, OSError):
+            hint = "check model.path and model.revision"
+        elif part == "processor" and not has_torchvision():
+            hint = "some processors need torchvision, which is not installed or does not import"
         raise ModelError(
             f"cannot load the {part} of model.path={cfg.path}: {reason[:300]}", hint=hint
         ) from error

@@ -27,7 +27,7 @@ from batchvlm.engine.generate import _ALONE, GenerateEngine, eos_ids
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.loading import load_processor
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
-from batchvlm.records import Completion, Record, Sample
+from batchvlm.records import Completion, Failure, Record, Sample
 
 from ..conftest import encode
 from .families import Family
@@ -110,6 +110,11 @@ class Loaded:
         return self._references[question, seed]
 
     def sample(self, row_index: int, question: Question, seed: int = 0) -> Sample:
+        sample = self.prepare(row_index, question, seed)
+        assert isinstance(sample, Sample), sample
+        return sample
+
+    def prepare(self, row_index: int, question: Question, seed: int = 0) -> Sample | Failure:
         images = [{"bytes": encode(image)} for image in pictures(question, seed)]
         record = Record(
             row=row_index,
@@ -119,9 +124,7 @@ class Loaded:
             values={"question": question.text, "image": images},
         )
         maker = self.preprocessor if images else self.text_preprocessor
-        sample = maker.prepare(record)
-        assert isinstance(sample, Sample), sample
-        return sample
+        return maker.prepare(record)
 
     def samples(self) -> list[Sample]:
         return [self.sample(i, question) for i, question in enumerate(self.questions)]

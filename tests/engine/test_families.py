@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from transformers.utils import is_torchvision_available
 
 from batchvlm.config import ModelConfig
-from batchvlm.errors import ModelError
+from batchvlm.errors import ErrorType, ModelError
 from batchvlm.loading import load_processor
-from batchvlm.records import FinishReason
+from batchvlm.records import Failure, FinishReason
 
-from .families import llava
+from .families import FAMILIES, Family, llava
 from .loaded import ABOUT_NONE, ABOUT_ONE, ABOUT_ONE_LONGER, ABOUT_TWO, NUM_NEW_TOKENS, Loaded
+from .table import page
 from .tiny import save
 
 
@@ -64,11 +66,29 @@ def test_image_tokens_are_counted(loaded: Loaded) -> None:
         assert len(sample.image_sizes) == len(question.sizes)
 
 
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if not f.takes_text_alone], ids=lambda family: family.name
+)
+def test_text_alone_is_an_error_of_its_row_where_a_family_does_not_take_it(
+    family: Family, load_once: Callable[[Family], Loaded]
+) -> None:
+    outcome = load_once(family).prepare(0, ABOUT_NONE)
+    assert isinstance(outcome, Failure) and outcome.error_type is ErrorType.PREPROCESS
+
+
+def test_the_page_of_models_is_up_to_date() -> None:
+    written = Path(__file__).parents[2] / "docs" / "models.md"
+    assert written.read_text(encoding="utf-8") == page()
+
+
 @pytest.mark.skipif(is_torchvision_available(), reason="with torchvision it may load")
 def test_a_processor_that_needs_its_video_part_is_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path, *llava())
     for name in ("processor_config.json", "tokenizer_config.json"):
         config = (tmp_path / name).read_text().replace("LlavaProcessor", "SmolVLMProcessor")
         (tmp_path / name).write_text(config)
-    with pytest.raises(ModelError, match=f"cannot load the processor of model.path={tmp_path}"):
+    with pytest.raises(
+        ModelError, match=f"cannot load the processor of model.path={tmp_path}"
+    ) as caught:
         load_processor(ModelConfig(path=str(tmp_path)))
+    assert "torchvision" in caught.value.hint

@@ -130,6 +130,10 @@ class TestUnits:
         assert unit.arrays["pixel_values"].shape == (3, 1, 3, 2, 2)
         assert unit.num_entries == 3
 
+    def test_images_of_molmo_2_are_counted_by_their_grids(self) -> None:
+        crops = {"pixel_values": pixels(1, 2, 3), "image_grids": np.ones((2, 4), np.int64)}
+        assert Unit("a+b", crops).num_entries == 2
+
     @pytest.mark.parametrize("is_shared", [True, False])
     def test_rows_without_sharing_have_units_of_their_own(self, is_shared: bool) -> None:
         images, _ = features(is_shared=is_shared)

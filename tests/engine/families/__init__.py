@@ -42,7 +42,6 @@ class Family:
     48 x 48 and 130 x 100."""
     takes_text_alone: bool = True
     """Whether prompts without an image are allowed."""
-    takes_several_images: bool = True
     sees_ahead: bool = False
     """Whether image tokens attend to later ones: no prompt is cut, none shares a beginning."""
     is_cut: bool = True
