@@ -19,8 +19,11 @@ from batchvlm.engine.slots import SlotEngine
 from batchvlm.errors import ExitCode, ModelError
 from batchvlm.records import Failure
 
+from .families import needs_slots
 from .loaded import Loaded
 from .outcomes import run
+
+pytestmark = needs_slots
 
 
 @pytest.mark.parametrize(

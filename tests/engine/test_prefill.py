@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from batchvlm.engine.vision import Entry
 from batchvlm.engine.waiting import common_length, cut
 
+from .families import needs_slots
 from .loaded import ABOUT_ONE, Loaded, Question
 from .outcomes import run
+
+pytestmark = needs_slots
 
 
 def entry(num_tokens: int) -> Entry:

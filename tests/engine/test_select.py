@@ -18,7 +18,7 @@ from batchvlm.engine.select import select_engine, why_not_slots
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.errors import ExitCode, ModelError
 
-from .families import REFUSED, Built
+from .families import REFUSED, VERSION, Built, needs_slots
 from .loaded import Loaded
 from .outcomes import run
 from .tiny import save
@@ -42,6 +42,7 @@ def changed(model: Any) -> Any:
     return make
 
 
+@needs_slots
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -63,7 +64,8 @@ def test_every_family_of_the_tests(loaded: Loaded) -> None:
     family = loaded.family
     assert type(loaded.model).__name__ == family.model_class
     assert why_not_slots(loaded.model) == family.why_not_slots_here
-    assert (loaded.model.config.model_type in _ALONE) == family.is_alone
+    if VERSION >= (5, 19):
+        assert (loaded.model.config.model_type in _ALONE) == family.is_alone
 
 
 @pytest.mark.parametrize("name", list(EngineName))
@@ -77,6 +79,7 @@ def test_a_family_that_neither_engine_runs(
     assert "\n" not in caught.value.message
 
 
+@needs_slots
 class TestTypesThatWereNotTried:
     @pytest.fixture(autouse=True)
     def none(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +98,7 @@ class TestTypesThatWereNotTried:
         assert isinstance(select_engine(job(folder, EngineName.slots), device="cpu"), SlotEngine)
 
 
+@needs_slots
 class TestModelsThatCannot:
     @pytest.mark.parametrize("is_asked_for", [False, True])
     def test_an_encoder_decoder(self, changed: Any, is_asked_for: bool) -> None:
@@ -143,6 +147,7 @@ class TestModelsThatCannot:
         assert isinstance(select_engine(job(folder, EngineName.auto), device="cpu"), GenerateEngine)
 
 
+@needs_slots
 def test_ids_that_the_repository_forbids_stay_unsaid_over_slots(
     folder: Path, model: Any, make_samples: Any, reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

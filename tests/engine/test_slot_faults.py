@@ -18,6 +18,7 @@ from batchvlm.engine.vision import ImageFeatures
 from batchvlm.errors import DeviceError, ErrorType, ExitCode
 from batchvlm.records import Failure, Sample
 
+from .families import needs_slots
 from .faulty import (
     QUESTIONS,
     ROWS,
@@ -32,7 +33,7 @@ from .faulty import (
 from .loaded import MOST_NEW_TOKENS, Loaded
 from .outcomes import run
 
-pytestmark = pytest.mark.usefixtures("no_collection")
+pytestmark = [needs_slots, pytest.mark.usefixtures("no_collection")]
 
 
 class TestRowsAtFault:

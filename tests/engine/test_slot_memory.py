@@ -15,6 +15,7 @@ from batchvlm.engine.vision import ImageFeatures
 from batchvlm.errors import ErrorType
 from batchvlm.records import Failure
 
+from .families import needs_slots
 from .faulty import (
     OUT_OF_MEMORY,
     QUESTIONS,
@@ -29,7 +30,7 @@ from .faulty import (
 from .loaded import Loaded, Question
 from .outcomes import run
 
-pytestmark = pytest.mark.usefixtures("no_collection")
+pytestmark = [needs_slots, pytest.mark.usefixtures("no_collection")]
 
 
 def rounded(num_tokens: int) -> int:

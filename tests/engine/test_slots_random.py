@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .families import Built, Family, gemma3, llava, qwen2_vl
+from .families import Built, Family, gemma3, llava, needs_slots, qwen2_vl
 from .loaded import MOST_NEW_TOKENS, Loaded, Question, load
 from .outcomes import run
+
+pytestmark = needs_slots
 
 SIZES = (((90, 60),), ((90, 60), (48, 48)), ((48, 48),), ())
 TEXTS = (

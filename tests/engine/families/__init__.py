@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import transformers
 
 from batchvlm.loading import has_torchvision
@@ -25,6 +26,10 @@ from .tiles import aya_vision, internvl, minicpmv4_6, molmo2, ovis2
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 SLOTS_SINCE = (5, 18)
 """The version of transformers from which on models take image features from outside."""
+
+needs_slots = pytest.mark.skipif(
+    VERSION < SLOTS_SINCE, reason="no images over slots before transformers 5.18"
+)
 
 LINEAR = "it has layers of linear_attention"
 
@@ -64,7 +69,7 @@ class Family:
     @property
     def why_not_slots_here(self) -> str:
         """`why_not_slots` with the transformers that is here."""
-        if self.why_not_slots or VERSION >= SLOTS_SINCE:
+        if VERSION >= SLOTS_SINCE or self.why_not_slots not in ("", LINEAR):
             return self.why_not_slots
         return f"it takes no image features from outside in transformers {transformers.__version__}"
 
