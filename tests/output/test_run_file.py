@@ -74,7 +74,7 @@ def test_every_difference_is_named(tmp_path: Path) -> None:
     assert "sizes[1]: 2 -> 3" in message
     assert "output.rows_per_shard: 100 -> 50" in message
     assert "output.keep_columns: 0 items -> 1 item" in message
-    for way_out in ("output.dir", "settings back", "delete the folder"):
+    for way_out in ("output.dir", "settings back", "output.on_mismatch"):
         assert way_out in caught.value.hint
     assert (tmp_path / "_batchvlm/run.json").read_bytes() == content
 
