@@ -8,6 +8,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from batchvlm.errors import BatchvlmError, ErrorType, OutputError, TooManyErrors
 from batchvlm.identity import model_name
@@ -172,12 +173,18 @@ class Collector:
 
     def write_metrics(self, *, is_over: bool = False) -> None:
         """Leave this process's counts in the output folder."""
-        task_id = self.job.cfg.runtime.task_id
-        name = f"task-{task_id:05d}-rank-{self.rank.index:03d}-{self._provenance.run_id}.json"
         head = {"run_id": self._provenance.run_id, "is_over": is_over}
         text = json.dumps(head | self.metrics.as_dict(), indent=2)
-        folder = self.job.folder
-        folder.commit_file(lambda file: file.write(text.encode()), folder.metrics / name)
+        path = self._metrics_file("json")
+        self.job.folder.commit_file(lambda file: file.write(text.encode()), path)
+
+    def append_metrics(self, line: bytes) -> None:
+        """Add a line to this process's time line in the output folder."""
+        self.job.folder.append_line(self._metrics_file("jsonl"), line)
+
+    def _metrics_file(self, suffix: str) -> Path:
+        task = f"task-{self.job.cfg.runtime.task_id:05d}-rank-{self.rank.index:03d}"
+        return self.job.folder.metrics / f"{task}-{self._provenance.run_id}.{suffix}"
 
     def _answered(self, record: Record, sample: Sample, completion: Completion) -> Result:
         # With several answers the task judges the first; tokens are counted of all.

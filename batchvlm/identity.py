@@ -43,7 +43,7 @@ def answer_identity(cfg: JobConfig, files: Sequence[InputFile]) -> dict[str, Any
             read.
     """
     return {
-        "input": _input_identity(files),
+        "input": input_identity(files),
         "data": {
             "columns": to_plain(cfg.data.columns),
             # Paths in rows mean other files below another root.
@@ -109,7 +109,8 @@ def model_name(cfg: ModelConfig) -> str:
     return f"{name}@{cfg.revision}" if cfg.revision else name
 
 
-def _input_identity(files: Sequence[InputFile]) -> dict[str, Any]:
+def input_identity(files: Sequence[InputFile]) -> dict[str, Any]:
+    """The part of an identity that changes when the input does."""
     listed = {file.name: f"{file.num_rows} rows, {file.identity[:16]}" for file in files}
     if len(listed) > _MAX_FILES_NAMED:
         text = "\n".join(f"{name}\t{identity}" for name, identity in listed.items())

@@ -32,7 +32,7 @@ from batchvlm.records import (
     Sample,
     Shard,
 )
-from batchvlm.runtime.metrics import Metrics
+from batchvlm.runtime.metrics import Metrics, TimeLine
 from batchvlm.runtime.prefetch import Prefetcher
 from batchvlm.runtime.progress import Progress
 from batchvlm.runtime.ranks import find_rank, shards_of_task
@@ -163,9 +163,12 @@ def _compute(
             )
         )
         metrics.engine = engine.stats
+        time_line = TimeLine(metrics, collector.append_metrics)
+        stack.callback(time_line.write)
         for row_index, outcome in engine.run(_Samples(ready, collector, progress)):
             collector.finish(row_index, outcome, progress)
             metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
+            time_line.tick()
         collector.finish_all(progress)
         metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
 

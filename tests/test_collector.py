@@ -161,12 +161,12 @@ def test_a_full_disk_is_waited_for_by_the_clock_and_named_by_the_next_row(
     source, out = write_parquet([picture()] * 25), tmp_path / "out"
     num_files = 0
 
-    def refuse(path: Any, mode: str) -> Any:
+    def refuse(path: Any, mode: str, **options: Any) -> Any:
         nonlocal num_files
         num_files += 1
         if num_files > 5:
             raise OSError(28, "No space left on device")
-        return open(path, mode)
+        return open(path, mode, **options)
 
     with monkeypatch.context() as context:
         context.setattr(folder_module, "open", refuse, raising=False)

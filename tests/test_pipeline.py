@@ -497,9 +497,9 @@ def test_max_rows(tmp_path: Path, write_parquet: Writer) -> None:
 
 def test_metrics_are_left_in_the_folder(tmp_path: Path, write_parquet: Writer) -> None:
     run(tmp_path / "out", write_parquet([picture(), b"x"]))
-    (path,) = (tmp_path / "out" / "_batchvlm" / "metrics").iterdir()
-    metrics = json.loads(path.read_text())
-    assert (metrics["num_rows"], metrics["errors"]) == (2, {"decode": 1})
+    path, lines = sorted((tmp_path / "out" / "_batchvlm" / "metrics").iterdir())
+    metrics, last = json.loads(path.read_text()), json.loads(lines.read_text().splitlines()[-1])
+    assert (metrics["num_rows"], metrics["errors"], last["num_rows"]) == (2, {"decode": 1}, 2)
     assert 0 <= metrics["wait_share"] <= 1
     settings = json.loads((tmp_path / "out" / "_batchvlm" / "run.json").read_text())["settings"]
     assert settings["task"]["prompt"] == "Describe the image."

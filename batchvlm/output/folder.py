@@ -292,6 +292,20 @@ class OutputFolder:
             raise output_error("write", final, error) from error
         return is_ours
 
+    def append_line(self, path: Path, line: bytes) -> None:
+        """Add a line to a file that only this process writes. A kill may tear it, no earlier one.
+
+        Raises:
+            OutputError: the file system refuses, or the folder is not this run's any more.
+        """
+        self.check_claim()
+        try:
+            make_folder(path.parent)
+            with open(path, "ab", buffering=0) as file:
+                file.write(line)
+        except OSError as error:
+            raise output_error("write", path, error) from error
+
     def remove_segments(
         self, index: int, *, is_retry: bool = False, only: Container[Path] | None = None
     ) -> None:

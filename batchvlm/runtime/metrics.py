@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from batchvlm.errors import OutputError
 from batchvlm.records import EngineStats, Result, Status
+
+log = logging.getLogger(__name__)
+
+_LINE_EVERY_S = 10.0
+_FIRST_LINE_S = 0.5
+"""Soon at first, so that a run of seconds has a curve too."""
 
 
 @dataclass(kw_only=True)
@@ -75,3 +86,56 @@ class Metrics:
             "padding_share": self.engine.padding_share,
             "wait_share": self.wait_share,
         }
+
+
+class TimeLine:
+    """Counts as they grow: a JSON line each ten seconds, or each tenth of a shorter run.
+
+    Each line counts from the start of the process: one that is lost, or torn by a kill, costs no
+    row.
+
+    Args:
+        metrics: what is counted elsewhere.
+        append: takes one line, complete with its end.
+        clock: seconds since 1970, so that lines of several machines have one axis.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        append: Callable[[bytes], object],
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._metrics = metrics
+        self._append = append
+        self._clock = clock
+        self._is_open = True
+        self._start_s = self._last_s = clock()
+        self.write()
+
+    def tick(self) -> None:
+        """Write a line if it is time."""
+        now_s = self._clock()
+        every_s = max(_FIRST_LINE_S, min(_LINE_EVERY_S, 0.1 * (now_s - self._start_s)))
+        if now_s - self._last_s >= every_s:
+            self.write()
+
+    def write(self) -> None:
+        """Write a line; a file system that refuses is named once, and the run goes on."""
+        self._last_s = self._clock()
+        metrics = self._metrics
+        line = {
+            "time_s": round(self._last_s, 3),
+            "num_rows": metrics.num_rows,
+            "num_errors": metrics.num_errors,
+            "completion_tokens": metrics.completion_tokens,
+            "wait_s": round(metrics.wait_s, 3),
+            "run_s": round(metrics.run_s, 3),
+        }
+        if self._is_open:
+            try:
+                self._append(json.dumps(line).encode() + b"\n")
+            except OutputError as error:
+                self._is_open = False
+                log.warning("the run goes on without a time line: %s", error)
