@@ -6,7 +6,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -26,6 +26,8 @@ batchvlm: run a vision-language model over a whole dataset, one output row for e
   batchvlm status OUT                     how far a job is, running or dead
   batchvlm verify OUT                     whether every input row is there exactly once
   batchvlm compact OUT                    merge the parts of a finished job into larger ones
+  batchvlm report OUT                     one HTML file: counts, speed, errors, a gallery of rows
+  batchvlm compare OUT_A OUT_B            two outputs of one input, row by row
   batchvlm --version
 
 Interrupted? Run the same command again: it goes on where it stopped.
@@ -41,7 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         case ["run", *rest]:
             return run_app("run", rest)
         case ["verify" | "status" | "compact" as name, *rest]:
-            return _run_command(name, rest)
+            from batchvlm import commands
+
+            return _run_command(getattr(commands, name), rest)
+        case ["report" | "compare" as name, *rest]:
+            from batchvlm.report import commands as report_commands
+
+            return _run_command(getattr(report_commands, name), rest)
         case ["-sc" | "--shell-completion", *_]:
             # The script that Hydra installs asks the program itself, whatever command is typed.
             line = os.environ.get("COMP_LINE", "")
@@ -54,19 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_USAGE, end="")
             return ExitCode.DONE
         case _:
-            commands = "run, status, verify, compact"
-            print(
-                f"batchvlm: error: {args[0]} is no command; there are {commands}", file=sys.stderr
-            )
+            known = "run, status, verify, compact, report, compare"
+            print(f"batchvlm: error: {args[0]} is no command; there are {known}", file=sys.stderr)
             return ExitCode.USAGE
 
 
-def _run_command(name: str, argv: Sequence[str]) -> int:
-    from batchvlm import commands
-
+def _run_command(command: Callable[[Sequence[str]], ExitCode], argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        return int(getattr(commands, name)(argv))
+        return int(command(argv))
     except BatchvlmError as error:
         _say(error)
         return error.exit_code

@@ -32,6 +32,7 @@ from batchvlm.records import (
     Sample,
     Shard,
 )
+from batchvlm.report.card import write_finished_card
 from batchvlm.runtime.metrics import Metrics, TimeLine
 from batchvlm.runtime.prefetch import Prefetcher
 from batchvlm.runtime.progress import Progress
@@ -87,6 +88,7 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
                 collector = Collector(job, metrics, rank, beat=watchdog.beat)
                 watchdog.flush = collector.flush
                 _compute(collector, mine, todo, pool, engine)
+                write_finished_card(job.folder)
     num_mine = sum(shard.num_rows for shard in mine)
     return Summary(
         folder=job.folder,

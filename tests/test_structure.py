@@ -39,6 +39,10 @@ ALLOWED = {
     "batchvlm.output": set(),
     "batchvlm.identity": {"batchvlm.loading", "batchvlm.schemas", "batchvlm.settings"},
     "batchvlm.runtime": {"batchvlm.preprocess"},
+    "batchvlm.report": {
+        *("batchvlm.identity", "batchvlm.images", "batchvlm.output", "batchvlm.prompts"),
+        "batchvlm.sources",
+    },
     "batchvlm.demo": set(),
 }
 TOP = {

@@ -1,0 +1,216 @@
+"""README.md of the output folder: the dataset card that the Hub shows, and that people read.
+
+The card may be published: no address in it holds a password, and no path leads into this machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from huggingface_hub import DatasetCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from batchvlm import __version__
+from batchvlm.config import JobConfig, TaskName
+from batchvlm.output.folder import OutputFolder
+from batchvlm.report.outputs import Output, job_config, open_output
+from batchvlm.report.redact import redact, redact_all
+
+log = logging.getLogger(__name__)
+
+MARK = "<!-- Written by batchvlm, which writes it anew; without this line the file is yours. -->"
+_CATEGORIES = {
+    TaskName.caption: "image-to-text",
+    TaskName.vqa: "visual-question-answering",
+    TaskName.extract: "image-text-to-text",
+}
+_SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"),
+    (10**9, "100M<n<1B"),
+)
+MEANINGS = {
+    "id": "the row's own key, else `file:row`",
+    "row_index": "position in the input",
+    "source_file": "file of the input",
+    "status": "`success` or `error`",
+    "error_type": "why there is no answer",
+    "error_message": "the same in a sentence",
+    "attempts": "how often the row was tried",
+    "generated_text": "the answer; null where there is none",
+    "generated_texts": "all answers, the first equal to `generated_text`",
+    "token_ids": "token ids of the answer",
+    "logprobs": "log-probability of each of these ids",
+    "parsed": "the answer as JSON text",
+    "json_valid": "whether it fits the schema",
+    "finish_reason": "`stop`, `length` (cut at the limit), or `repetition`",
+    "prompt_tokens": "tokens of the prompt, those of images included",
+    "image_tokens": "those of images",
+    "completion_tokens": "tokens of all answers",
+    "num_images": "images of the row",
+    "image_sizes": "in pixels, as the model saw them",
+    "model": "which model answered",
+    "fingerprint": "digest of all that the answer depends on",
+    "run_id": "process that wrote the row",
+    "latency_s": "seconds from the start of the row's batch to its answer",
+}
+# What an answer depends on; paths of this machine are none of a reader's business.
+_GROUPS = ("model", "generation")
+
+
+def write_finished_card(folder: OutputFolder) -> None:
+    """Write the card if every row of the job has its answer. Never in the way of the run."""
+    try:
+        output = open_output(folder.root)
+        if len(folder.finished_shards(len(output.run.plan))) == len(output.run.plan):
+            write_card(output)
+    # The answers are on disk: whatever goes wrong here must not make the run a failure.
+    except Exception as error:
+        log.warning("no dataset card: %s", error)
+
+
+def write_card(output: Output) -> Path | None:
+    """Write README.md into the output folder.
+
+    Returns:
+        Its path; None where the folder has one that is not ours.
+
+    Raises:
+        OutputError: a part cannot be read, or the folder cannot be written.
+    """
+    path = output.folder.root / "README.md"
+    old = output.folder.read_bytes(path)
+    if old is not None and MARK.encode() not in old:
+        return None
+    text = card(output).encode("utf-8", "replace")
+    if old != text:
+        output.folder.commit_file(lambda file: file.write(text), path)
+    return path
+
+
+def card(output: Output) -> str:
+    """The card as Markdown with its YAML header."""
+    cfg = job_config(output.run)
+    statuses: Counter[str] = Counter()
+    errors: Counter[str] = Counter()
+    tokens = 0
+    for batch in output.batches(["status", "error_type", "completion_tokens"]):
+        for counts, name in ((statuses, "status"), (errors, "error_type")):
+            for item in pc.value_counts(batch.column(name).drop_null()):
+                counts[item["values"].as_py()] += item["counts"].as_py()
+        tokens += pc.sum(batch.column("completion_tokens")).as_py() or 0
+    num_rows = statuses.total()
+    template = _environment().get_template("card.md.jinja")
+    return template.render(
+        header=_header(output, cfg, num_rows),
+        mark=MARK,
+        name=_title(output, cfg),
+        cfg=cfg,
+        model=redact(output.model),
+        input=_input_name(cfg),
+        num_rows=num_rows,
+        num_planned=output.num_planned,
+        statuses=statuses,
+        errors=errors.most_common(),
+        tokens=tokens,
+        columns=[(f.name, _type_name(f.type), _meaning(f.name)) for f in output.schema],
+        settings=_settings(output),
+        run=output.run,
+        version=output.run.packages.get("batchvlm", __version__),
+    )
+
+
+def _title(output: Output, cfg: JobConfig) -> str:
+    return f"{redact(cfg.data.name)}: {cfg.task.name.value} by {redact(output.model)}"
+
+
+def _header(output: Output, cfg: JobConfig, num_rows: int) -> str:
+    size = next((name for limit, name in _SIZES if num_rows < limit), "n>1T")
+    data = DatasetCardData(
+        pretty_name=_title(output, cfg),
+        task_categories=[_CATEGORIES[cfg.task.name]],
+        size_categories=["1B<n<10B" if num_rows >= 10**9 else size],
+        tags=["batchvlm", "synthetic", "image", "text"],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": "train", "path": "data/*.parquet"}],
+            }
+        ],
+    )
+    return str(data.to_yaml())
+
+
+def _input_name(cfg: JobConfig) -> str:
+    path = cfg.data.path
+    # A Hub name or an address means the same everywhere; of a path only its end does.
+    is_public = "://" in path or (cfg.data.source.value == "hf" and not Path(path).exists())
+    return redact(path) if is_public else PurePath(path).name
+
+
+def _settings(output: Output) -> list[tuple[str, str]]:
+    shown = redact_all({name: output.run.settings.get(name, {}) for name in _GROUPS})
+    defaults: tuple[Any, ...] = (None, {}, [], "")
+    return [
+        (f"{group}.{name}", str(PurePath(value).name if _is_local(name, value) else value))
+        for group, values in shown.items()
+        for name, value in values.items()
+        if value not in defaults and name not in ("columns", "trust_remote_code")
+    ]
+
+
+def _is_local(name: str, value: Any) -> bool:
+    return name == "path" and (PurePath(str(value)).is_absolute() or Path(str(value)).exists())
+
+
+def _meaning(name: str) -> str:
+    return MEANINGS.get(name, "as in the input")
+
+
+def _type_name(kind: pa.DataType) -> str:
+    return str(kind).replace("element: ", "").replace("item: ", "")
+
+
+def _environment() -> Environment:
+    # Markdown: what comes from outside goes through `cell` or `fenced`.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = _cell
+    environment.filters["code"] = _code
+    environment.filters["fenced"] = _fenced
+    return environment
+
+
+def _cell(value: Any) -> str:
+    """Text for one line of Markdown or one cell of a table, in which nothing is markup."""
+    text = " ".join(str(value).split())
+    return re.sub(r"([\\`*_\[\]<>#!|~&$])", r"\\\1", text)
+
+
+def _code(value: Any) -> str:
+    """The same, as code: a backtick or a bar has no place there."""
+    return f"`{' '.join(str(value).split()).translate({ord('`'): chr(39), ord('|'): '/'})}`"
+
+
+def _fenced(value: Any) -> str:
+    """Text as a code block, whatever fences it holds itself."""
+    runs: Sequence[str] = re.findall(r"`+", str(value))
+    fence = "`" * max(3, 1 + max(map(len, runs), default=0))
+    return f"{fence}text\n{value}\n{fence}"

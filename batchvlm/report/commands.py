@@ -1,0 +1,114 @@
+"""The command lines of `batchvlm report` and `batchvlm compare`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from batchvlm.errors import ExitCode, OutputError
+
+
+def report(argv: Sequence[str]) -> ExitCode:
+    """`batchvlm report OUT`."""
+    parser = _parser(
+        "report",
+        "Write one HTML file about an output folder: counts, speed, distributions, errors, answers "
+        "and a gallery of rows. It needs no network and can be mailed.",
+        "Writes OUT/report.html and refreshes OUT/README.md, nothing else. Of a job that still "
+        "runs, it speaks of the finished shards.",
+    )
+    parser.add_argument("out", metavar="OUT", help="the folder that output.dir named")
+    parser.add_argument("--html", metavar="FILE", help="where to write it (OUT/report.html)")
+    _add_gallery(parser)
+    parser.add_argument(
+        "--failed", type=_count, default=500, metavar="N", help="failed rows at most (500)"
+    )
+    args = parser.parse_args(argv)
+    from batchvlm.report.card import write_card
+    from batchvlm.report.outputs import open_output
+    from batchvlm.report.report import report
+
+    output = open_output(args.out)
+    page = report(
+        output,
+        num_sampled=args.rows,
+        num_failed=args.failed,
+        seed=args.seed,
+        images=args.images,
+        input_path=args.input,
+    )
+    path = Path(args.html) if args.html else output.folder.root / "report.html"
+    _write(path, page)
+    write_card(output)
+    print(f"{path}  {_size(path)}")
+    return ExitCode.DONE
+
+
+def compare(argv: Sequence[str]) -> ExitCode:
+    """`batchvlm compare OUT_A OUT_B`."""
+    parser = _parser(
+        "compare",
+        "Hold two outputs of one input against each other, row by row: agreement, changed answers, "
+        "errors, lengths, cost.",
+        "Rows are matched by row_index; where the inputs differ, by id. Writes nothing but FILE.",
+    )
+    parser.add_argument("out_a", metavar="OUT_A", help="one output folder")
+    parser.add_argument("out_b", metavar="OUT_B", help="another one")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with the changed rows")
+    _add_gallery(parser)
+    args = parser.parse_args(argv)
+    from batchvlm.report.compare import compare
+    from batchvlm.report.differ import page, table
+    from batchvlm.report.outputs import open_output
+
+    a, b = open_output(args.out_a), open_output(args.out_b)
+    found = compare(a, b, num_sampled=args.rows, seed=args.seed)
+    print(table(a, b, found))
+    if args.html:
+        html = page(a, b, found, images=args.images, input_path=args.input)
+        _write(Path(args.html), html)
+        print(f"\n{args.html}  {_size(Path(args.html))}")
+    return ExitCode.DONE
+
+
+def _parser(name: str, about: str, more: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"batchvlm {name}", description=about, epilog=more, allow_abbrev=False
+    )
+
+
+def _add_gallery(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rows", type=_count, default=500, metavar="N", help="rows drawn at random (500)"
+    )
+    parser.add_argument(
+        "--seed", type=_count, default=0, metavar="N", help="decides which rows are drawn (0)"
+    )
+    parser.add_argument(
+        "--no-images", dest="images", action="store_false", help="make no thumbnails"
+    )
+    parser.add_argument(
+        "--input", metavar="PATH", help="where the input is now, if data.path has moved"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0 or more")
+    return int(text)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}", hint="name another --html FILE"
+        ) from error
+
+
+def _size(path: Path) -> str:
+    num_bytes = path.stat().st_size
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.0f} kB"

@@ -1,0 +1,237 @@
+"""Two outputs of one input, row by row: agreement, changes, errors, lengths."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchvlm.errors import InputError
+from batchvlm.report.outputs import Output
+from batchvlm.report.totals import TOKENS, Draw, TokenCounts
+
+_COLUMNS = (
+    *("row_index", "id", "status", "error_type", "generated_text", "parsed"),
+    *("prompt_tokens", "image_tokens", "completion_tokens"),
+)
+_CHUNK_ROWS = 8192
+_MAX_FIELDS = 60
+_MAX_DEPTH = 8
+SAME, CHANGED = "same answer", "changed answer"
+ONLY_A, ONLY_B, BOTH = "error only in A", "error only in B", "error in both"
+OUTCOMES = (CHANGED, ONLY_A, ONLY_B, BOTH, SAME)
+
+
+@dataclass(kw_only=True)
+class Side:
+    """One of the two outputs, over the rows that both have."""
+
+    num_rows: int = 0
+    """Rows in finished shards, also those that the other one lacks."""
+    errors: Counter[str] = field(default_factory=Counter)
+    tokens: dict[str, TokenCounts] = field(
+        default_factory=lambda: {name: TokenCounts() for name in TOKENS}
+    )
+    num_chars: int = 0
+    num_answers: int = 0
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """What two outputs have in common, and what not."""
+
+    is_by_id: bool
+    """Matched by `id`, since the inputs differ; else by `row_index`."""
+    a: Side = field(default_factory=Side)
+    b: Side = field(default_factory=Side)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    drawn: dict[str, Draw] = field(default_factory=dict)
+    """Outcome -> rows of A drawn of it."""
+    fields: dict[str, list[int]] = field(default_factory=dict)
+    """JSON answers: dotted path -> in how many rows both agree, of how many."""
+    num_json_same: int = 0
+    num_json: int = 0
+    """Rows of which both have a JSON answer."""
+    rows_b: dict[int, int] = field(default_factory=dict)
+    """Matched by id: row of A that was drawn -> row of B."""
+
+    @property
+    def num_both(self) -> int:
+        """Rows that both outputs have."""
+        return self.outcomes.total()
+
+    @property
+    def num_answered(self) -> int:
+        """Rows that both have answered."""
+        return self.outcomes[SAME] + self.outcomes[CHANGED]
+
+
+def compare(a: Output, b: Output, *, num_sampled: int, seed: int = 0) -> Comparison:
+    """Go through both outputs together, in memory bounded by a chunk of rows.
+
+    Where the inputs differ, rows are matched by id and the ids of B are held in memory.
+
+    Raises:
+        InputError: no row is in both, or an id of B stands for several rows.
+        OutputError: a part cannot be read.
+    """
+    found = Comparison(is_by_id=a.run.identity.get("input") != b.run.identity.get("input"))
+    found.drawn = {outcome: Draw(num_sampled, seed) for outcome in OUTCOMES}
+    pairs = _pairs_by_id(a, b, found) if found.is_by_id else _pairs_by_row(a, b, found)
+    for table_a, table_b in pairs:
+        _add(found, table_a, table_b)
+    if not found.num_both:
+        raise InputError(
+            f"{a.folder.root} and {b.folder.root} have no row in common",
+            hint="compare two outputs of one input, both with finished shards",
+        )
+    return found
+
+
+class _Reader:
+    """The rows of an output in the order of `row_index`, a range at a time."""
+
+    def __init__(self, output: Output) -> None:
+        self._batches = output.batches(_COLUMNS)
+        self._rest = _empty(output)
+        self._is_over = False
+        self.num_rows = 0
+
+    def take(self, stop: int) -> pa.Table:
+        """The rows before `stop` that were not taken yet."""
+        tables = [self._rest]
+        while not self._is_over and (tables[-1].num_rows == 0 or _last(tables[-1]) < stop):
+            batch = next(self._batches, None)
+            if batch is None:
+                self._is_over = True
+            else:
+                tables.append(pa.Table.from_batches([batch]))
+        table = pa.concat_tables(tables)
+        num = int(np.searchsorted(table["row_index"].to_numpy(), stop))
+        self._rest = table.slice(num)
+        self.num_rows += num
+        return table.slice(0, num)
+
+
+def _empty(output: Output) -> pa.Table:
+    names = [name for name in _COLUMNS if name in output.schema.names]
+    if not names:
+        raise InputError(
+            f"{output.folder.root} has no finished shard yet",
+            hint="wait for the job, or run it again",
+        )
+    return pa.schema([output.schema.field(name) for name in names]).empty_table()
+
+
+def _last(table: pa.Table) -> int:
+    return int(table["row_index"][-1].as_py())
+
+
+def _pairs_by_row(a: Output, b: Output, found: Comparison) -> Iterator[tuple[pa.Table, pa.Table]]:
+    one, two = _Reader(a), _Reader(b)
+    for start in range(0, max(a.num_planned, b.num_planned), _CHUNK_ROWS):
+        table_a, table_b = one.take(start + _CHUNK_ROWS), two.take(start + _CHUNK_ROWS)
+        found.a.num_rows, found.b.num_rows = one.num_rows, two.num_rows
+        rows_a, rows_b = table_a["row_index"].to_numpy(), table_b["row_index"].to_numpy()
+        _, places_a, places_b = np.intersect1d(
+            rows_a, rows_b, assume_unique=True, return_indices=True
+        )
+        yield table_a.take(places_a), table_b.take(places_b)
+
+
+def _pairs_by_id(a: Output, b: Output, found: Comparison) -> Iterator[tuple[pa.Table, pa.Table]]:
+    tables = [pa.Table.from_batches([batch]) for batch in b.batches(_COLUMNS)]
+    table_b = pa.concat_tables([_empty(b), *tables])
+    found.b.num_rows = table_b.num_rows
+    ids = table_b["id"].combine_chunks()
+    num_repeated = table_b.num_rows - pc.count_distinct(ids).as_py()
+    if num_repeated:
+        raise InputError(
+            f"{b.folder.root}: {num_repeated:,} ids stand for more than one row, and the inputs "
+            "differ",
+            hint="rows can only be matched by unique ids: set data.columns.id",
+        )
+    reader = _Reader(a)
+    for start in range(0, a.num_planned, 8 * _CHUNK_ROWS):
+        table_a = reader.take(start + 8 * _CHUNK_ROWS)
+        found.a.num_rows = reader.num_rows
+        places = pc.index_in(table_a["id"].combine_chunks(), value_set=ids)
+        known = pc.is_valid(places)
+        yield table_a.filter(known), table_b.take(places.drop_null())
+
+
+def _add(found: Comparison, a: pa.Table, b: pa.Table) -> None:
+    rows = a["row_index"].to_numpy()
+    failed_a, failed_b = _is_error(a), _is_error(b)
+    same = pc.fill_null(pc.equal(a["generated_text"], b["generated_text"]), False)
+    is_same = np.asarray(same.to_numpy(zero_copy_only=False), dtype=bool)
+    masks = {
+        SAME: ~failed_a & ~failed_b & is_same,
+        CHANGED: ~failed_a & ~failed_b & ~is_same,
+        ONLY_A: failed_a & ~failed_b,
+        ONLY_B: ~failed_a & failed_b,
+        BOTH: failed_a & failed_b,
+    }
+    rows_b = b["row_index"].to_numpy()
+    for outcome, mask in masks.items():
+        found.outcomes[outcome] += int(mask.sum())
+        found.drawn[outcome].add(rows[mask])
+    if found.is_by_id:
+        found.rows_b.update(zip(rows.tolist(), rows_b.tolist(), strict=True))
+    for side, table in ((found.a, a), (found.b, b)):
+        for item in pc.value_counts(table["error_type"].combine_chunks().drop_null()):
+            side.errors[item["values"].as_py()] += item["counts"].as_py()
+        for name, counts in side.tokens.items():
+            if name in table.column_names:
+                counts.add(table[name].drop_null().to_numpy())
+        texts = table["generated_text"].drop_null()
+        side.num_chars += pc.sum(pc.utf8_length(texts)).as_py() or 0
+        side.num_answers += len(texts)
+    both = np.flatnonzero(masks[SAME] | masks[CHANGED])
+    for one, two in zip(a["parsed"].take(both), b["parsed"].take(both), strict=True):
+        if one.is_valid and two.is_valid:
+            _add_json(found, one.as_py(), two.as_py())
+
+
+def _is_error(table: pa.Table) -> npt.NDArray[np.bool_]:
+    return np.asarray(pc.equal(table["status"], "error").to_numpy(zero_copy_only=False), dtype=bool)
+
+
+def _add_json(found: Comparison, a: str, b: str) -> None:
+    one, two = json_fields(a), json_fields(b)
+    found.num_json += 1
+    found.num_json_same += one == two
+    for name in one.keys() | two.keys():
+        if name in found.fields or len(found.fields) < _MAX_FIELDS:
+            counts = found.fields.setdefault(name, [0, 0])
+            counts[0] += one.get(name) == two.get(name)
+            counts[1] += 1
+
+
+def json_fields(text: str | None) -> Mapping[str, str]:
+    """Dotted path of each field -> its value as JSON text; a list is one value, in its order."""
+    try:
+        value = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return {} if value is None else dict(_split(value, "", 0))
+
+
+def _split(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value and depth < _MAX_DEPTH:
+        for name, item in value.items():
+            yield from _split(item, f"{path}.{name}" if path else name, depth + 1)
+    else:
+        yield path or "(the answer)", json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def drawn_rows(found: Comparison, outcomes: Sequence[str] = OUTCOMES) -> list[int]:
+    """The rows of A that were drawn, of the outcomes that are asked for, ascending."""
+    return sorted(row for outcome in outcomes for row in found.drawn[outcome].rows)

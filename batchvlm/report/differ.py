@@ -1,0 +1,289 @@
+"""A comparison for people: a table for the terminal, and the page with the changed rows."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from difflib import SequenceMatcher
+from typing import Any
+
+from batchvlm.output.fingerprint import differences
+from batchvlm.report.compare import (
+    BOTH,
+    CHANGED,
+    ONLY_A,
+    ONLY_B,
+    OUTCOMES,
+    SAME,
+    Comparison,
+    Side,
+    drawn_rows,
+    json_fields,
+)
+from batchvlm.report.gallery import cut, read_rows
+from batchvlm.report.inputs import Asked, open_inputs
+from batchvlm.report.outputs import Output, job_config, read_processes
+from batchvlm.report.page import render, share
+from batchvlm.report.plots import check_library, paired_plot, seconds
+from batchvlm.report.redact import redact, redact_all
+
+_MAX_WORDS = 1500
+"""Of both answers; longer ones are told apart by their common beginning and end alone."""
+_NUM_FIELDS = 20
+_SORTS = (
+    ("difference", "how much differs"),
+    ("row", "input order"),
+    ("id", "id"),
+    ("length", "length of A's answer"),
+    ("tokens", "A's answer tokens"),
+)
+_SHOWN_SAME = 50
+"""Rows with the same answer on the page: there is little to see."""
+
+
+def table(a: Output, b: Output, found: Comparison) -> str:
+    """The comparison as lines of text."""
+    lines = [f"A  {a.folder.root}  {redact(a.model)}", f"B  {b.folder.root}  {redact(b.model)}", ""]
+    key = "id (the inputs differ)" if found.is_by_id else "row_index"
+    lines.append(f"rows in both       {found.num_both:,}, matched by {key}")
+    for outcome in (SAME, CHANGED, ONLY_A, ONLY_B, BOTH):
+        num = found.outcomes[outcome]
+        lines.append(f"{outcome:<18} {num:,} ({share(num, found.num_both)})")
+    if found.num_json:
+        lines.append(
+            f"{'same JSON':<18} {found.num_json_same:,} of {found.num_json:,} "
+            f"({share(found.num_json_same, found.num_json)})"
+        )
+    ranked = _ranked_fields(found)
+    if ranked:
+        names = [_printable(name) for name, _, _ in ranked[:_NUM_FIELDS]]
+        width = max(map(len, names))
+        lines += ["", "agreement by field, lowest first"]
+        lines += [
+            f"  {name:<{width}}  {share(same, num):>6}  {same:,} of {num:,}"
+            for name, (_, same, num) in zip(names, ranked, strict=False)
+        ]
+        if len(ranked) > _NUM_FIELDS:
+            lines.append(f"  and {len(ranked) - _NUM_FIELDS} more fields")
+    rows = sums(a, b, found)
+    widths = [max(len(row[i]) for row in [*rows, ["", "A", "B"]]) for i in range(3)]
+    lines += ["", f"{'':<{widths[0]}}  {'A':>{widths[1]}}  {'B':>{widths[2]}}"]
+    lines += [f"{n:<{widths[0]}}  {x:>{widths[1]}}  {y:>{widths[2]}}" for n, x, y in rows]
+    return "\n".join(lines)
+
+
+def page(
+    a: Output, b: Output, found: Comparison, *, images: bool = True, input_path: str | None = None
+) -> str:
+    """The comparison as HTML, with rows side by side.
+
+    Raises:
+        BatchvlmError: the plots' library is missing, or a part cannot be read.
+    """
+    check_library()
+    same = drawn_rows(found, [SAME])[:_SHOWN_SAME]
+    chosen = sorted({*same, *drawn_rows(found, [o for o in OUTCOMES if o != SAME])})
+    others = [found.rows_b[row] for row in chosen] if found.is_by_id else chosen
+    rows_a = read_rows(a, chosen)
+    rows_b = {row["row_index"]: row for row in read_rows(b, sorted(others))}
+    inputs = open_inputs(a.run, job_config(a.run), path=input_path)
+    asked = inputs.read(chosen, with_images=[images] * len(chosen))
+    rows = [
+        _entry(row, rows_b[other], said)
+        for row, other, said in zip(rows_a, others, asked, strict=True)
+    ]
+    notices = [f"Prompts and images are not shown, since {inputs.problem}."] * bool(inputs.problem)
+    if found.is_by_id:
+        notices.append("The two runs read different inputs; their rows are matched by id.")
+    plots = [
+        paired_plot(title, found.a.tokens[name], found.b.tokens[name])
+        for name, title in (("completion_tokens", "Answer tokens"),)
+        if found.a.tokens[name].total and found.b.tokens[name].total
+    ]
+    num, both = found.num_both, found.num_answered
+    facts = [("Rows in both", f"{num:,}", "")]
+    facts += [("Same answer", share(found.outcomes[SAME], both), f"of {both:,} answered by both")]
+    if found.num_json:
+        facts.append(("Same JSON", share(found.num_json_same, found.num_json), ""))
+    facts += [
+        (name[0].upper() + name[1:], f"{found.outcomes[name]:,}", share(found.outcomes[name], num))
+        for name in (CHANGED, ONLY_A, ONLY_B, BOTH)
+    ]
+    from batchvlm.report.report import now
+
+    return render(
+        "compare.html.jinja",
+        title=f"{redact(a.model)} and {redact(b.model)} compared",
+        names=[f"{o.folder.root.name}, {redact(o.model)}" for o in (a, b)],
+        made_at=now(),
+        notices=notices,
+        facts=facts,
+        sums=sums(a, b, found),
+        fields=_ranked_fields(found),
+        plots=plots,
+        differences=_differences(a, b),
+        sample_note=f"{len(rows):,} of {num:,} rows, drawn at random of each outcome.",
+        rows=rows,
+        statuses=Counter(row["status"] for row in rows).most_common(),
+        error_types=Counter(row["error"] for row in rows if row["error"]).most_common(),
+        sorts=_SORTS,
+    )
+
+
+def _ranked_fields(found: Comparison) -> list[tuple[str, int, int]]:
+    items = [(name, same, num) for name, (same, num) in found.fields.items()]
+    return sorted(items, key=lambda item: (item[1] / item[2], item[0]))
+
+
+def sums(a: Output, b: Output, found: Comparison) -> list[list[str]]:
+    """What each output came to: name, A, B."""
+
+    def per_answer(side: Side, total: int) -> str:
+        return f"{total / max(1, side.num_answers):,.1f}"
+
+    def row(name: str, read: Any) -> list[str]:
+        return [name, read(found.a), read(found.b)]
+
+    rows = [
+        row("rows", lambda s: f"{s.num_rows:,}"),
+        row("errors", lambda s: f"{s.errors.total():,}"),
+    ]
+    for kind in sorted(found.a.errors | found.b.errors):
+        rows.append(row(f"  {kind}", lambda s, kind=kind: f"{s.errors[kind]:,}"))
+    for name in ("prompt_tokens", "image_tokens", "completion_tokens"):
+        rows.append(row(name.replace("_", " "), lambda s, name=name: f"{s.tokens[name].total:,}"))
+    rows += [
+        row(
+            "completion tokens an answer",
+            lambda s: per_answer(s, s.tokens["completion_tokens"].total),
+        ),
+        row("characters an answer", lambda s: per_answer(s, s.num_chars)),
+    ]
+    spent = [sum(p.run_s for p in read_processes(output.folder)) for output in (a, b)]
+    if any(spent):
+        rows.append(["computing time, processes added up", *(seconds(s) for s in spent)])
+    return rows
+
+
+def _differences(a: Output, b: Output) -> list[str]:
+    """What the two runs' answers depend on, where it differs."""
+    one, two = redact_all(dict(a.run.identity)), redact_all(dict(b.run.identity))
+    names = {"model.name": (a.model, b.model)}
+    lines = [f"{n}: {redact(x)!r} -> {redact(y)!r}" for n, (x, y) in names.items() if x != y]
+    return lines + differences(one, two)
+
+
+def _entry(a: dict[str, Any], b: dict[str, Any], asked: Asked) -> dict[str, Any]:
+    outcome = _outcome(a, b)
+    texts = (a["generated_text"] or "", b["generated_text"] or "")
+    parts_a, parts_b, difference = changes(cut(texts[0]), cut(texts[1]))
+    fields = _field_rows(a["parsed"], b["parsed"])
+    num_changed = sum(one != two for _, one, two in fields)
+    messages = [
+        f"{name}: {row['error_type']}, {redact(row['error_message'] or '')}"
+        for name, row in (("A", a), ("B", b))
+        if row["status"] == "error"
+    ]
+    answers = [
+        {"label": label, "text": text, "parts": parts, "mark": mark, "empty": "no answer"}
+        for label, text, parts, mark in (
+            ("Answer of A", texts[0], parts_a, "del"),
+            ("Answer of B", texts[1], parts_b, "ins"),
+        )
+    ]
+    return {
+        "row": a["row_index"],
+        "id": cut(str(a["id"])),
+        "file": a["source_file"],
+        "status": outcome,
+        "badge": {SAME: "success", CHANGED: "changed"}.get(outcome, "error"),
+        "error": a["error_type"] or b["error_type"] or "",
+        "message": "\n".join(messages),
+        "images": list(asked.thumbnails),
+        "note": "" if messages else asked.note,
+        "prompt": None if asked.prompt is None else cut(asked.prompt),
+        "answers": answers,
+        "sideBySide": True,
+        "fields": fields,
+        "fieldHead": ["Field", "A", "B"],
+        "fieldTitle": f"Fields ({num_changed} of {len(fields)} differ)",
+        "difference": difference,
+        "tokens": a["completion_tokens"],
+        "meta": [
+            ["row", a["row_index"]],
+            ["file", a["source_file"]],
+            ["tokens of A", a["completion_tokens"]],
+            ["tokens of B", b["completion_tokens"]],
+            ["latency of A", _latency(a)],
+            ["latency of B", _latency(b)],
+        ],
+    }
+
+
+def _latency(row: dict[str, Any]) -> str | None:
+    return None if row["latency_s"] is None else seconds(row["latency_s"])
+
+
+def _outcome(a: dict[str, Any], b: dict[str, Any]) -> str:
+    match a["status"] == "error", b["status"] == "error":
+        case True, True:
+            return BOTH
+        case True, False:
+            return ONLY_A
+        case False, True:
+            return ONLY_B
+    return SAME if a["generated_text"] == b["generated_text"] else CHANGED
+
+
+def _field_rows(a: str | None, b: str | None) -> list[list[str]]:
+    one, two = json_fields(a), json_fields(b)
+    names = [*one, *(name for name in two if name not in one)]
+    rows = [[name, cut(one.get(name, "")), cut(two.get(name, ""))] for name in names]
+    # What differs first.
+    return sorted(rows, key=lambda row: row[1] == row[2])
+
+
+Parts = list[tuple[int, str]]
+
+
+def changes(a: str, b: str) -> tuple[Parts, Parts, float]:
+    """Which words differ.
+
+    Returns:
+        Of each text its pieces in order, with 1 where a piece is not in the other one; and how much
+        differs, from 0 (nothing) to 1 (everything).
+    """
+    if a == b:
+        return [(0, a)], [(0, b)], 0.0
+    one, two = re.findall(r"\w+|\s+|[^\w\s]", a), re.findall(r"\w+|\s+|[^\w\s]", b)
+    if len(one) + len(two) > _MAX_WORDS:
+        steps: Any = _ends(one, two)
+    else:
+        steps = SequenceMatcher(None, one, two, autojunk=False).get_opcodes()
+    parts_a: Parts = []
+    parts_b: Parts = []
+    num_same = 0
+    for kind, a0, a1, b0, b1 in steps:
+        is_changed = int(kind != "equal")
+        num_same += 0 if is_changed else a1 - a0
+        if a1 > a0:
+            parts_a.append((is_changed, "".join(one[a0:a1])))
+        if b1 > b0:
+            parts_b.append((is_changed, "".join(two[b0:b1])))
+    return parts_a, parts_b, 1 - 2 * num_same / max(1, len(one) + len(two))
+
+
+def _ends(a: Sequence[str], b: Sequence[str]) -> Iterator[tuple[str, int, int, int, int]]:
+    # Comparing all words with all others would take seconds for one row.
+    short = min(len(a), len(b))
+    head = next((i for i in range(short) if a[i] != b[i]), short)
+    tail = next((i for i in range(short - head) if a[-1 - i] != b[-1 - i]), short - head)
+    yield "equal", 0, head, 0, head
+    yield "replace", head, len(a) - tail, head, len(b) - tail
+    yield "equal", len(a) - tail, len(a), len(b) - tail, len(b)
+
+
+def _printable(text: str) -> str:
+    # Names of fields are the model's words: no control codes for the terminal.
+    return "".join(char if char.isprintable() else " " for char in text)

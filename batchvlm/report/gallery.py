@@ -1,0 +1,118 @@
+"""Sampled rows as the page shows them: plain JSON values, nothing longer than a page can bear."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+from batchvlm.errors import ErrorType
+from batchvlm.report.inputs import Asked, Inputs
+from batchvlm.report.outputs import Output
+from batchvlm.report.redact import redact
+from batchvlm.report.totals import leaves
+
+MAX_CHARS = 20_000
+"""Of one text; a longer one is cut, and says so."""
+_MAX_FIELDS = 60
+# Opening these again might hang or kill this process too.
+_UNSAFE = {ErrorType.TIMEOUT, ErrorType.PREPROCESS}
+
+_COLUMNS = (
+    *("row_index", "id", "source_file", "status", "error_type", "error_message", "attempts"),
+    *("generated_text", "generated_texts", "parsed", "json_valid", "finish_reason"),
+    *("prompt_tokens", "image_tokens", "completion_tokens", "num_images", "latency_s"),
+)
+
+
+def read_rows(output: Output, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """The output's columns of some rows.
+
+    Args:
+        rows: row indices, ascending.
+
+    Raises:
+        OutputError: a part cannot be read.
+    """
+    wanted = set(rows)
+    found = []
+
+    def holds_one(low: int, high: int) -> bool:
+        place = bisect_left(rows, low)
+        return place < len(rows) and rows[place] <= high
+
+    for batch in output.batches(_COLUMNS, wants_group=holds_one):
+        for place, row in enumerate(batch.column("row_index").to_pylist()):
+            if row in wanted:
+                found.extend(batch.slice(place, 1).to_pylist())
+    return sorted(found, key=lambda row: int(row["row_index"]))
+
+
+def gallery(output: Output, rows: Sequence[int], inputs: Inputs, *, images: bool) -> list[Any]:
+    """The rows for the page's script, with what they asked.
+
+    Args:
+        images: whether thumbnails are made.
+    """
+    found = read_rows(output, rows)
+    asked = inputs.read(
+        [row["row_index"] for row in found],
+        with_images=[images and row["error_type"] not in _UNSAFE for row in found],
+    )
+    return [_entry(row, said, images) for row, said in zip(found, asked, strict=True)]
+
+
+def _entry(row: dict[str, Any], asked: Asked, images: bool) -> dict[str, Any]:
+    texts = row.get("generated_texts") or [row["generated_text"]]
+    answers = [
+        {"label": f"Answer {n}" if len(texts) > 1 else "Answer", "text": cut(text)}
+        for n, text in enumerate(texts, start=1)
+        if text is not None
+    ]
+    note = asked.note if images or asked.prompt is None else ""
+    if asked.num_images > len(asked.thumbnails) > 0:
+        note = note or f"{asked.num_images - len(asked.thumbnails)} more images are not shown"
+    return {
+        "row": row["row_index"],
+        "id": cut(str(row["id"])),
+        "file": row["source_file"],
+        "status": row["status"],
+        "error": row["error_type"] or "",
+        "message": redact(row["error_message"] or ""),
+        "finish": row["finish_reason"] or "",
+        "attempts": row["attempts"],
+        "promptTokens": row["prompt_tokens"],
+        "imageTokens": row["image_tokens"],
+        "tokens": row["completion_tokens"],
+        "seconds": None if row["latency_s"] is None else round(row["latency_s"], 3),
+        "images": list(asked.thumbnails),
+        "note": "" if row["error_message"] and note == redact(row["error_message"]) else note,
+        "prompt": None if asked.prompt is None else cut(asked.prompt),
+        "answers": answers,
+        "fields": fields_of(row["parsed"]),
+    }
+
+
+def fields_of(parsed: str | None) -> list[list[str]]:
+    """Dotted path and value of each field of a JSON answer; a list's items are numbered."""
+    if parsed is None:
+        return []
+    try:
+        pairs = list(leaves(json.loads(parsed), numbered=True))
+    except (ValueError, RecursionError):
+        return []
+    shown = [
+        [path, cut(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
+        for path, value in pairs[:_MAX_FIELDS]
+    ]
+    if len(pairs) > _MAX_FIELDS:
+        shown.append(["...", f"{len(pairs) - _MAX_FIELDS} more"])
+    return shown
+
+
+def cut(text: str) -> str:
+    """The text, or its beginning and how long it is."""
+    if len(text) <= MAX_CHARS:
+        return text
+    return f"{text[:MAX_CHARS]}\n[... {len(text):,} characters in all]"

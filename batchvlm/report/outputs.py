@@ -1,0 +1,201 @@
+"""An output folder as read back: its run, its parts column by column, its processes' counts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchvlm.config import JobConfig
+from batchvlm.errors import InputError, OutputError
+from batchvlm.output.folder import OutputFolder
+from batchvlm.output.run_file import RunFile, read_run
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_BATCH_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """A folder that a run has written, or is writing."""
+
+    folder: OutputFolder
+    run: RunFile
+    parts: Sequence[Path]
+    """In input order."""
+    schema: pa.Schema
+    """Of the parts; empty where there is none yet."""
+
+    @property
+    def num_planned(self) -> int:
+        """Rows of the input."""
+        return sum(shard.num_rows for shard in self.run.plan)
+
+    @property
+    def model(self) -> str:
+        return str(self.run.layout.get("model.name", "unknown"))
+
+    def batches(
+        self,
+        columns: Sequence[str],
+        *,
+        wants_group: Callable[[int, int], bool] = lambda low, high: True,
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows of every part in input order, a bounded number at a time.
+
+        Args:
+            columns: those that the parts lack are left out.
+            wants_group: lowest and highest `row_index` of a row group -> whether to read it.
+
+        Raises:
+            OutputError: a part cannot be read.
+        """
+        there = [name for name in columns if name in self.schema.names]
+        for path in self.parts:
+            try:
+                with self.folder.open(path) as file:
+                    parquet = pq.ParquetFile(file, page_checksum_verification=True)
+                    groups = [
+                        group
+                        for group in range(parquet.num_row_groups)
+                        if wants_group(*_row_range(parquet.metadata.row_group(group)))
+                    ]
+                    yield from parquet.iter_batches(
+                        batch_size=_BATCH_ROWS, row_groups=groups, columns=there
+                    )
+            except (OSError, pa.ArrowException) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise OutputError(
+                    f"{path} cannot be read: {reason}",
+                    hint="delete it and run the job again: its rows are computed anew",
+                ) from error
+
+
+def open_output(root: str | Path) -> Output:
+    """Open the folder that `output.dir` named.
+
+    Raises:
+        InputError: no run has written it.
+        OutputError: it cannot be read, or holds a part of another run.
+    """
+    folder = OutputFolder(root)
+    run = read_run(folder)
+    if run is None:
+        raise InputError(
+            f"{folder.root} is no output of batchvlm: it has no _batchvlm/run.json",
+            hint="name the folder that output.dir named",
+        )
+    parts = [part.path for part in folder.parts(len(run.plan))]
+    schema = pa.schema([])
+    if parts:
+        try:
+            schema = pq.read_schema(parts[0])
+        except (OSError, pa.ArrowException) as error:
+            raise OutputError(f"{parts[0]} cannot be read: {error}") from error
+    return Output(folder=folder, run=run, parts=parts, schema=schema)
+
+
+def _row_range(group: Any) -> tuple[int, int]:
+    for index in range(group.num_columns):
+        column = group.column(index)
+        if column.path_in_schema == "row_index":
+            stats = column.statistics
+            if stats is not None and stats.has_min_max:
+                return stats.min, stats.max
+    return 0, 1 << 62
+
+
+def job_config(run: RunFile) -> JobConfig:
+    """The job's settings; those of another release have this one's defaults where they lack any."""
+    return _build(JobConfig, run.settings)
+
+
+def _build(cls: type[T], values: Mapping[str, Any]) -> T:
+    hints = get_type_hints(cls)
+    kwargs: dict[str, Any] = {}
+    assert is_dataclass(cls)
+    for item in fields(cls):
+        factory = item.default_factory
+        if item.name not in values:
+            continue
+        value = values[item.name]
+        kind = hints[item.name]
+        if factory is not MISSING and is_dataclass(factory):
+            value = _build(kind, value if isinstance(value, dict) else {})
+        elif isinstance(kind, type) and issubclass(kind, Enum):
+            value = kind(value)
+        kwargs[item.name] = value
+    return cls(**kwargs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """What one process of the job counted."""
+
+    name: str
+    num_rows: int
+    completion_tokens: int
+    start_s: float
+    wait_s: float
+    run_s: float
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_processes(folder: OutputFolder) -> list[Process]:
+    """The counts of every process, by name; of a killed one, those of its time line."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for path in sorted(folder.metrics.glob("*.jsonl")):
+        if lines := read_lines(path):
+            found[path.stem] = lines[-1]
+    for path in sorted(folder.metrics.glob("*.json")):
+        try:
+            counts = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(counts, dict):
+            found[path.stem] = counts
+    return [_process(name, counts) for name, counts in sorted(found.items())]
+
+
+def read_lines(path: Path) -> list[Mapping[str, Any]]:
+    """The whole lines of a time line; a torn one is left out."""
+    lines: list[Mapping[str, Any]] = []
+    try:
+        for line in path.read_bytes().splitlines():
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict) and isinstance(value.get("time_s"), int | float):
+                lines.append(value)
+    except OSError as error:
+        log.warning("%s cannot be read: %s", path, error)
+    return lines
+
+
+def number(counts: Mapping[str, Any], name: str) -> float:
+    """A count, 0 where it is missing or none."""
+    value = counts.get(name)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _process(name: str, counts: Mapping[str, Any]) -> Process:
+    engine = counts.get("engine")
+    return Process(
+        name=name,
+        num_rows=int(number(counts, "num_rows")),
+        completion_tokens=int(number(counts, "completion_tokens")),
+        start_s=number(counts, "start_s"),
+        wait_s=number(counts, "wait_s"),
+        run_s=number(counts, "run_s"),
+        engine=engine if isinstance(engine, dict) else {},
+    )

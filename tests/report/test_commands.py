@@ -1,0 +1,64 @@
+"""The two commands from end to end: what they print, what they write, what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from batchvlm.cli import main
+from batchvlm.report.outputs import Output
+
+
+def test_report_writes_the_page_and_the_card(
+    output: Output, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = output.folder.root
+    assert main(["report", str(root), "--rows", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{root / 'report.html'}  ") and printed.rstrip()[-2:] in ("kB", "MB")
+    assert (root / "report.html").read_text().startswith("<!doctype html>")
+    assert "configs:" in (root / "README.md").read_text()
+
+
+def test_report_somewhere_else_without_images(output: Output, tmp_path: Path) -> None:
+    page = tmp_path / "new" / "page.html"
+    assert main(["report", str(output.folder.root), "--html", str(page), "--no-images"]) == 0
+    assert "data:image" not in page.read_text()
+    assert "--no-images asks" in page.read_text()
+
+
+def test_compare_prints_a_table_and_writes_a_page(
+    output: Output, extract_output: Output, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "c.html"
+    folders = [str(output.folder.root), str(extract_output.folder.root)]
+    assert main(["compare", *folders]) == 0
+    assert "rows in both       60" in capsys.readouterr().out
+    assert main(["compare", *folders, "--html", str(page)]) == 0
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("command", [["report"], ["compare", "."]])
+def test_a_folder_that_is_no_output_is_one_line(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "is no output of batchvlm" in error
+
+
+def test_mistyped_options_are_refused(output: Output, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["report", str(output.folder.root), "--rows", "-3"])
+    assert caught.value.code == 2
+    assert "'-3' is no number of 0 or more" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_one_line(
+    output: Output, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    path = str(tmp_path / "file" / "page.html")
+    assert main(["report", str(output.folder.root), "--html", path, "--rows", "1"]) == 1
+    assert "cannot be written" in capsys.readouterr().err

@@ -1,0 +1,155 @@
+"""Two outputs held against each other: what agrees, what changed, what only one has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchvlm.errors import ErrorType, InputError
+from batchvlm.report.compare import (
+    BOTH,
+    CHANGED,
+    ONLY_A,
+    ONLY_B,
+    SAME,
+    Comparison,
+    compare,
+    drawn_rows,
+)
+from batchvlm.report.differ import changes, page, table
+from batchvlm.report.outputs import Output
+from tests.report.conftest import EVIL, write_input
+from tests.report.make import answered, extracted, failed, make_output
+from tests.report.test_report import rows_of, visible
+
+
+def first(row: int) -> dict[str, Any]:
+    if row in (1, 2):
+        return failed(ErrorType.DECODE, "no image")
+    return answered(f"a red cat number {row}")
+
+
+def second(row: int) -> dict[str, Any]:
+    if row in (2, 3):
+        return failed(ErrorType.OOM, "too large")
+    if row == 4:
+        return answered(f"a blue cat {EVIL}")
+    return answered(f"a red cat number {row}", completion_tokens=100)
+
+
+@pytest.fixture(scope="module")
+def pair(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Output, Output]:
+    root = tmp_path_factory.mktemp("pair")
+    a = make_output(root / "a", source, first, "output.rows_per_shard=16")
+    b = make_output(root / "b", source, second, "task.prompt='And now?'")
+    return a, b
+
+
+@pytest.fixture(scope="module")
+def found(pair: tuple[Output, Output]) -> Comparison:
+    return compare(*pair, num_sampled=100)
+
+
+def test_every_row_has_one_outcome(found: Comparison) -> None:
+    assert found.outcomes == {SAME: 56, CHANGED: 1, ONLY_A: 1, ONLY_B: 1, BOTH: 1}
+    drawn = {outcome: draw.rows for outcome, draw in found.drawn.items() if outcome != SAME}
+    assert drawn == {CHANGED: [4], ONLY_A: [1], ONLY_B: [3], BOTH: [2]}
+    assert found.b.tokens["completion_tokens"].total == 5700 + len(f"a blue cat {EVIL}")
+
+
+def test_the_table(pair: tuple[Output, Output], found: Comparison) -> None:
+    lines = table(*pair, found).splitlines()
+    assert "rows in both       60, matched by row_index" in lines
+    assert "same answer        56 (93.3%)" in lines
+    assert "error only in B    1 (1.7%)" in lines
+    cells = [line.split() for line in lines]
+    assert ["errors", "2", "2"] in cells
+    assert ["decode", "2", "0"] in cells and ["oom", "0", "2"] in cells
+
+
+def test_the_page(pair: tuple[Output, Output], found: Comparison) -> None:
+    html = page(*pair, found)
+    assert "<script>alert" not in html
+    text = visible(html)
+    assert "Same answer 98.2% of 57 answered by both" in text
+    assert "task.prompt: 'Describe the image.' -> 'And now?'" in text
+    rows = {row["row"]: row for row in rows_of(html)}
+    assert rows[4]["status"] == CHANGED and rows[4]["images"]
+    one, two = rows[4]["answers"]
+    assert [part for flag, part in one["parts"] if flag] == ["red", "number", "4"]
+    assert "blue" in [part for flag, part in two["parts"] if flag]
+    assert rows[2]["message"] == "A: decode, no image\nB: oom, too large"
+
+
+def test_json_by_field(tmp_path: Path, source: Path) -> None:
+    schema = "task.output.json_schema={type: object}"
+
+    def make(name: str, color: str) -> Output:
+        def fields(row: int) -> dict[str, Any]:
+            shown = color if row < 15 else "red"
+            return extracted({"is": {"color": shown}, "parts": [1, 2], "\x1b[2J": 1})
+
+        return make_output(tmp_path / name, source, fields, schema, name="extract")
+
+    a, b = make("a", "red"), make("b", "blue")
+    found = compare(a, b, num_sampled=5)
+    assert found.fields["is.color"] == [45, 60] and found.fields["parts"] == [60, 60]
+    assert (found.num_json_same, found.num_json) == (45, 60)
+    text = table(a, b, found)
+    assert "  is.color     75%  45 of 60" in text
+    assert "\x1b" not in text
+    rows = rows_of(page(a, b, found))
+    changed = next(row for row in rows if row["status"] == CHANGED)
+    assert changed["fields"][0] == ["is.color", '"red"', '"blue"']
+    assert changed["fieldTitle"] == "Fields (1 of 3 differ)"
+
+
+def test_other_inputs_are_matched_by_id(tmp_path: Path, source: Path) -> None:
+    a = make_output(tmp_path / "a", source, lambda row: answered(f"answer {row}"))
+    fewer = write_input(tmp_path / "fewer.parquet", 40)
+    b = make_output(tmp_path / "b", fewer, lambda row: answered(f"answer {row if row else 'none'}"))
+    found = compare(a, b, num_sampled=10)
+    assert found.is_by_id and found.num_both == 40
+    assert found.outcomes[CHANGED] == 1 and drawn_rows(found, [CHANGED]) == [0]
+    assert "matched by id" in table(a, b, found)
+    assert "their rows are matched by id" in visible(page(a, b, found))
+
+
+def test_unfinished_outputs_share_what_they_have(tmp_path: Path, source: Path) -> None:
+    rows = "output.rows_per_shard=16"
+    a = make_output(tmp_path / "a", source, first, rows, leave_out=[0])
+    b = make_output(tmp_path / "b", source, second, rows, leave_out=[3])
+    found = compare(a, b, num_sampled=10)
+    assert found.num_both == 32 and found.a.num_rows == 44 and found.b.num_rows == 48
+    none = make_output(tmp_path / "none", source, second, rows, leave_out=[0, 1, 2, 3])
+    with pytest.raises(InputError, match="no finished shard yet"):
+        compare(a, none, num_sampled=10)
+    only_first = make_output(tmp_path / "c", source, second, rows, leave_out=[1, 2, 3])
+    with pytest.raises(InputError, match="no row in common"):
+        compare(a, only_first, num_sampled=10)
+
+
+words = st.text(alphabet="ab \n.", max_size=40)
+
+
+@given(words, words)
+def test_changes_keep_every_character(a: str, b: str) -> None:
+    parts_a, parts_b, difference = changes(a, b)
+    assert "".join(text for _, text in parts_a) == a
+    assert "".join(text for _, text in parts_b) == b
+    assert (difference == 0) == (a == b) and 0 <= difference <= 1
+    unchanged = ["".join(text for flag, text in parts if not flag) for parts in (parts_a, parts_b)]
+    assert unchanged[0] == unchanged[1]
+
+
+def test_long_answers_differ_between_their_ends() -> None:
+    a, b = "x " * 2000 + "cat" + " y" * 2000, "x " * 2000 + "dog" + " y" * 2000
+    parts_a, parts_b, _ = changes(a, b)
+    assert [text for flag, text in parts_a if flag] == ["cat"]
+    assert [text for flag, text in parts_b if flag] == ["dog"]
+    assert json.dumps(parts_a)
