@@ -218,11 +218,14 @@ class Collector:
 
     def _check_error_rate(self) -> None:
         metrics, limits = self.metrics, self.job.cfg.runtime
-        if limits.max_error_rate is None or metrics.num_rows < limits.max_error_rate_after:
+        # A row that cannot be prepared has failed long before the rows beside it are answered:
+        # these count too, or a window's first errors would look like all of it.
+        num_seen = metrics.num_rows + len(self._under_way)
+        if limits.max_error_rate is None or num_seen < limits.max_error_rate_after:
             return
-        if metrics.num_errors > limits.max_error_rate * metrics.num_rows:
+        if metrics.num_errors > limits.max_error_rate * num_seen:
             raise TooManyErrors(
-                f"{metrics.num_errors} of {metrics.num_rows} rows failed, more than "
+                f"{metrics.num_errors} of {num_seen} rows failed, more than "
                 f"runtime.max_error_rate={limits.max_error_rate:g}",
                 hint="mend the cause and run the same command again, with "
                 f"retry.errors=[{','.join(metrics.errors)}] for the rows that failed",

@@ -301,7 +301,7 @@ class RuntimeConfig:
     max_error_rate: float | None = None
     """A share of failed rows above this ends the run, exit code 3; null: never."""
     max_error_rate_after: int = 100
-    """Rows that this process must have done before `max_error_rate` is looked at."""
+    """Rows that must be done or with the engine before `max_error_rate` is looked at."""
     stall_timeout_s: float | None = 1800.0
     """Without a finished row for so long, in seconds, the run prints where every thread is, brings
     finished rows to disk and exits with 75; null: wait forever."""

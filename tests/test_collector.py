@@ -111,7 +111,7 @@ def test_too_many_errors_end_the_run_with_their_causes(
     assert error.causes[0].split()[1:3] == ["decode", "in.parquet:6:"]
     # What was done is kept, and the same command without the limit does the rest.
     summary = run(tmp_path / "out", source)
-    assert summary.num_found >= 20
+    assert summary.num_found >= 14  # of 20 that were read, 6 waited for the engine
     assert [row["row_index"] for row in rows_of(tmp_path / "out")] == list(range(100))
 
 
@@ -197,3 +197,14 @@ def test_a_folder_that_is_gone_or_given_away_is_not_written(
     with pytest.raises(OutputError, match="another run" if is_overwritten else "unmounted"):
         folder.commit_file(lambda file: file.write(b"x"), folder.data / "b")
     assert not (folder.data / "b").exists()
+
+
+def test_rows_that_fail_at_once_count_beside_those_that_wait_for_the_engine(
+    tmp_path: Path, write_parquet: Writer
+) -> None:
+    # A fifth of the rows fails before the first of the others is answered.
+    images = [b"no image" if i % 5 == 0 else picture() for i in range(100)]
+    source, after = write_parquet(images), "runtime.max_error_rate_after=10"
+    run(tmp_path / "out", source, "runtime.max_error_rate=0.4", after)
+    with pytest.raises(TooManyErrors, match=r"more than runtime\.max_error_rate=0\.1"):
+        run(tmp_path / "strict", source, "runtime.max_error_rate=0.1", after)
