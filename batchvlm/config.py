@@ -134,7 +134,8 @@ class ModelConfig:
     dtype: str = "auto"
     """`auto` (as saved), `float32`, `bfloat16` or `float16`."""
     attn_implementation: str | None = None
-    """`sdpa`, `eager`, `flash_attention_2`, ...; null: transformers' choice."""
+    """`sdpa`, `eager`, `flash_attention_2`, ...; null: transformers' choice. With any but `sdpa`,
+    `engine=auto` takes `generate()`."""
     image_backend: ImageBackend = ImageBackend.auto
     """`auto`: torchvision where it works, else pil. Answers can depend on it."""
     max_image_pixels: int = 2_408_448

@@ -121,7 +121,7 @@ def _group_files() -> Iterator[tuple[Path, Path, Path]]:
         # Within a container the name may be that outside of it: then its root is what there is.
         for group in dict.fromkeys((own, *own.parents, PurePosixPath())):
             folder = root / group
-            yield tuple(folder / f"memory.{n}" for n in (limit, used, "stat"))  # type: ignore[misc]
+            yield folder / f"memory.{limit}", folder / f"memory.{used}", folder / "memory.stat"
 
 
 def _left(limit: Path, used: Path, stat: Path) -> int:

@@ -144,8 +144,13 @@ class SlotEngine:
             canary.check(self._model, self._decoder, window)
         except torch.AcceleratorError as error:
             raise device_error(error) from error
-        except (ModelError, KeyboardInterrupt):
+        except ModelError:
             raise
+        except NotImplementedError as error:
+            raise ModelError(
+                f"{type(self._model).__name__} cannot run over slots: {error}",
+                hint="engine=generate runs it by transformers' generate()",
+            ) from error
         except Exception as error:
             # Most likely a row that nobody can answer, or memory; each row will say so itself.
             log.warning("the canary could not run: %s", failure_of(error).message)

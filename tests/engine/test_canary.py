@@ -112,3 +112,14 @@ def test_the_first_rows_with_images_are_compared_though_text_came_before(
     engine._batching = BatchingConfig(sort_window=1)
     list(engine.run(by_kind))
     assert seen == [[False], [True]]
+
+
+def test_what_slots_do_not_know_ends_the_run(
+    small: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*args: Any) -> None:
+        raise NotImplementedError("attention sinks")
+
+    monkeypatch.setattr(canary, "check", check)
+    with pytest.raises(ModelError, match="cannot run over slots: attention sinks"):
+        list(small.slots(canary=True).run(small.samples()))
