@@ -166,6 +166,11 @@ class EngineConfig:
     share_images: bool = True
     """slots: rows of a window that show the same image share its encoding, and the computing of
     the beginning that their prompts have in common."""
+    compile: bool | None = None
+    """slots: fuse the small kernels of a model's layers by torch.compile, which takes some tens of
+    seconds at the first start; null: on a GPU in half precision."""
+    cuda_graphs: bool = True
+    """slots: on a GPU, play the kernels of a decode step back as one; off only to measure."""
     canary: bool = True
     """slots: before the first row, compare two rows with the model's own forward."""
 

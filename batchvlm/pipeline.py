@@ -187,6 +187,7 @@ def _open_pool(job: Job) -> WorkerPool:
             image_root=job.source.image_root,
             max_source_pixels=cfg.data.max_source_pixels,
             max_image_bytes=cfg.data.max_image_bytes,
+            device=cfg.engine.device,
         ),
         num_workers=default_num_workers() if num_workers is None else num_workers,
         timeout_s=cfg.runtime.sample_timeout_s,

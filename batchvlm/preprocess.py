@@ -19,9 +19,10 @@ from batchvlm.config import ColumnsConfig, DataConfig, GenerationConfig, ModelCo
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.images import load_image
 from batchvlm.loading import ModelLimits, load_limits, load_processor
+from batchvlm.pixels import bytes_of, find_table, leave_as_bytes
 from batchvlm.prompts import PromptBuilder
 from batchvlm.recent import KEY, Recent, RecentImageProcessor
-from batchvlm.records import Array, Failure, ImageRef, Prompt, Record, Sample
+from batchvlm.records import Array, Failure, ImageRef, PixelTable, Prompt, Record, Sample
 
 _RECENT_BYTES = 128 << 20
 """Of what the processor made of pictures that a worker keeps: two of Qwen-VL's at the default
@@ -39,6 +40,8 @@ class PreprocessSpec:
     image_root: str | None
     max_source_pixels: int
     max_image_bytes: int = DataConfig.max_image_bytes
+    device: str = "cpu"
+    """As `engine.device` names it: for a GPU, pixels may stay bytes."""
 
 
 class Preprocessor:
@@ -54,6 +57,11 @@ class Preprocessor:
             task=spec.task, columns=spec.columns, generation=spec.generation
         )
         self._processor = load_processor(spec.model)
+        self._pixel_table: PixelTable | None = None
+        if is_for_gpu(spec.device):
+            self._pixel_table = find_table(self._processor.image_processor)
+            if self._pixel_table is not None:
+                leave_as_bytes(self._processor.image_processor)
         self._recent: Recent[Image.Image] = Recent(_RECENT_BYTES // 4)
         self._processor.image_processor = RecentImageProcessor(
             self._processor.image_processor, _RECENT_BYTES
@@ -96,6 +104,11 @@ class Preprocessor:
 
     def _sample(self, prompt: Prompt, images: Sequence[Image.Image]) -> Sample:
         features = self._chat.encode(prompt.messages, images)
+        table = self._pixel_table if "pixel_values" in features else None
+        if table is not None:
+            pixels = bytes_of(features["pixel_values"])
+            assert pixels is not None, "a processor that makes bytes of some images only"
+            features["pixel_values"] = pixels
         num_tokens = features["input_ids"].shape[-1]
         num_image_tokens = 0
         if self._limits.image_token_id is not None:
@@ -123,6 +136,7 @@ class Preprocessor:
             image_tokens=num_image_tokens,
             image_sizes=image_sizes(features, [image.size for image in images], self._limits),
             image_keys=tuple(image.info[KEY] for image in images),
+            pixel_table=table,
             generation=generation,
             json_schema=prompt.json_schema,
         )
@@ -202,6 +216,13 @@ def _joined(parts: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
             yield {"type": "text", "text": "".join(part["text"] for part in group)}
         else:
             yield from group
+
+
+def is_for_gpu(device: str) -> bool:
+    """Whether samples for `engine.device` go to a GPU of CUDA's kind."""
+    import torch
+
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
 def pixel_digest(image: Image.Image) -> str:

@@ -131,6 +131,17 @@ class Prompt:
     """The row's own JSON schema, where the rows bring one."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PixelTable:
+    """What each byte of `pixel_values` stands for, where a processor's last step is left out."""
+
+    values_C256: Array
+    """float32 [3, 256]: by colour."""
+    is_patched: bool
+    """Whether colours are thirds of the last dimension, as in rows of patches, rather than the
+    third dimension from the end."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """A prompt as the model takes it, not yet padded."""
@@ -143,6 +154,8 @@ class Sample:
     """(width, height) in pixels of each image as the model sees it."""
     image_keys: tuple[str, ...] = ()
     """A digest of each image's pixels: images of one key need encoding once."""
+    pixel_table: PixelTable | None = None
+    """What the bytes in `pixel_values` stand for; None where these are numbers already."""
     generation: Generation
     json_schema: str | None = None
     answer: int = 0
@@ -216,7 +229,7 @@ class EngineStats:
     images_encoded: int = 0
     """Images, or rows of images where a family encodes these together, that were encoded."""
     vision_s: float = 0.0
-    """Seconds in the image encoder; on a GPU only until its work is launched, as below."""
+    """Seconds in the image encoder; on a GPU, between the marks around its work, as below."""
     prefill_s: float = 0.0
     decode_s: float = 0.0
     row_steps: int = 0

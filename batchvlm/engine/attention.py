@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
+from batchvlm.engine import flash
+
 # Shape legend: B rows, T tokens of all packed rows, T_i of row i, P_i tokens of row i computed
 # before, H heads, K key-value heads, G = H // K query heads for each of these, S slot length,
 # D head size.
@@ -42,10 +44,27 @@ class Packed:
     """int64 [E]: the tokens whose logits are asked for; None: all count."""
     sees_ahead: bool = False
     """Set by a forward in which some token attends to a later one, as in PaliGemma's prompts."""
+    _flash: flash.Bounds | None = None
 
     @property
     def spans(self) -> list[tuple[int, int]]:
         return list(zip(self.bounds, self.bounds[1:], strict=False))
+
+    def flash_bounds(self, device: torch.device) -> flash.Bounds:
+        """Where each row's queries and, what was computed before included, its keys lie."""
+        if self._flash is None:
+            num_new = [stop - start for start, stop in self.spans]
+            num_before = [0 if rows is None else rows[0][0].shape[1] for rows in self.past]
+            num_keys = [new + before for new, before in zip(num_new, num_before, strict=True)]
+            ends = torch.tensor([num_new, num_keys]).cumsum(1).to(torch.int32)
+            both = F.pad(ends, (1, 0)).pin_memory().to(device, non_blocking=True)
+            self._flash = flash.Bounds(
+                query_B1=both[0],
+                key_B1=both[1],
+                max_queries=max(num_new),
+                max_keys=max(num_keys),
+            )
+        return self._flash
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +85,7 @@ class Slots:
     """int64 [B]: where each row's new token lies."""
     spans: tuple[Span, ...]
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _flash: dict[int, flash.Bounds] = field(default_factory=dict)
 
     def mask(self, span: Span, window: int | None) -> Tensor:
         """What the rows of a span attend to: bool [B, 1, 1, length]."""
@@ -78,6 +98,21 @@ class Slots:
                 mask_BS &= places_S > newest_B1 - window
             self._masks[key] = mask_BS[:, None, None]
         return self._masks[key]
+
+    def flash_bounds(self, slot_length: int) -> flash.Bounds:
+        """One query a row, at its position, over slots of one length behind one another."""
+        if slot_length not in self._flash:
+            count_B1 = torch.arange(
+                len(self.positions_B) + 1, dtype=torch.int32, device=self.positions_B.device
+            )
+            self._flash[slot_length] = flash.Bounds(
+                query_B1=count_B1,
+                key_B1=count_B1 * slot_length,
+                max_queries=1,
+                max_keys=slot_length,
+                used_B=(self.positions_B + 1).to(torch.int32),
+            )
+        return self._flash[slot_length]
 
 
 _form: Packed | Slots | None = None
@@ -201,6 +236,16 @@ def _packed(
     masks: Tensor | None,
     window: int | None,
 ) -> Tensor:
+    if masks is None and score.softcap is None and flash.is_able(query):
+        return flash.attend(
+            query[0].transpose(0, 1),
+            _behind_past(key[0], packed, [before and before[0] for before in past]),
+            _behind_past(value[0], packed, [before and before[1] for before in past]),
+            packed.flash_bounds(query.device),
+            scaling=score.scaling,
+            is_causal=True,
+            window=window,
+        )[None]
     out = torch.empty_like(query.transpose(1, 2))
     for i, (start, stop) in enumerate(packed.spans):
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))
@@ -217,6 +262,19 @@ def _packed(
     return out
 
 
+def _behind_past(new_KTD: Tensor, packed: Packed, past: Sequence[Tensor | None]) -> Tensor:
+    """[L, K, D]: what each row had before, [K, P_i, D], and what is new of it."""
+    new_TKD = new_KTD.transpose(0, 1)
+    if all(before is None for before in past):
+        return new_TKD
+    parts = []
+    for (start, stop), before in zip(packed.spans, past, strict=True):
+        if before is not None:
+            parts.append(before.transpose(0, 1))
+        parts.append(new_TKD[start:stop])
+    return torch.cat(parts)
+
+
 def _causal(num_new: int, num_before: int, window: int | None, device: torch.device) -> Tensor:
     newest = torch.arange(num_before, num_before + num_new, device=device)[:, None]
     places = torch.arange(num_before + num_new, device=device)
@@ -228,6 +286,21 @@ def _over_slots(
     score: _Scores, query: Tensor, key: Tensor, value: Tensor, slots: Slots, window: int | None
 ) -> Tensor:
     num_rows, num_heads, _, size = query.shape
+    if score.softcap is None and flash.is_able(query):
+        length = key.shape[2]
+        # Slots behind one another, as they lie in memory.
+        key_LKD, value_LKD = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
+        bounds = slots.flash_bounds(length)
+        out_BHD = flash.attend(
+            query[:, :, 0],
+            key_LKD,
+            value_LKD,
+            bounds,
+            scaling=score.scaling,
+            is_causal=True,
+            window=window,
+        )
+        return out_BHD[:, None]
     num_groups = num_heads // key.shape[1]
     # The query heads of one key head side by side, as if they were queries behind one another:
     # keys and values are read once for all of them.

@@ -84,12 +84,12 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     is_compileable = True
 
-    def __init__(self, like: KeysValues, num_slots: int, length: int) -> None:
+    def __init__(self, slots: KeysValues) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        key, value = (x.new_zeros(num_slots, x.shape[0], length, x.shape[2]) for x in like)
-        self.slots: KeysValues = key, value
+        self.slots = slots
+        num_slots = len(slots[0])
         self.used = slice(0, num_slots)
-        self.slots_B = self.positions_B = torch.arange(num_slots, device=key.device)
+        self.slots_B = self.positions_B = torch.arange(num_slots, device=slots[0].device)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -127,21 +127,50 @@ class SlotCache(Cache):
     def __init__(self, like: RowCache, *, num_slots: int, length: int) -> None:
         self.num_slots, self.length = num_slots, length
         self.bytes_per_token = like.bytes_per_token
-        self._slotted = [_SlotLayer(layer, num_slots, length) for layer in like.layers]
+        # Tensors of one shape lie in one stack, so that a row moves by one copy of them all. On a
+        # GPU tokens come before heads, [N, S, K, D]: a row's are behind one another, as torch's
+        # flash attention wants them. On a CPU heads come first, so that each is read in one go.
+        groups: dict[tuple[int, int], int] = {}
+        places: list[list[tuple[tuple[int, int], int]]] = []
+        for layer in like.layers:
+            places.append([])
+            for x in layer:
+                shape = (x.shape[0], x.shape[2])
+                places[-1].append((shape, groups.setdefault(shape, 0)))
+                groups[shape] += 1
+        first = like.layers[0][0]
+        self._stacks = {
+            (heads, size): (
+                first.new_zeros(num, num_slots, length, heads, size).transpose(2, 3)
+                if first.is_cuda
+                else first.new_zeros(num, num_slots, heads, length, size)
+            )
+            for (heads, size), num in groups.items()
+        }
+        self._places = places
+        self._slotted = []
+        for pair in places:
+            key, value = (self._stacks[shape][i] for shape, i in pair)
+            self._slotted.append(_SlotLayer((key, value)))
         super().__init__(layers=list(self._slotted))
 
-    def use(self, start: int, stop: int, positions_N: Tensor) -> None:
+    @property
+    def keys_NKSD(self) -> Tensor:
+        """Keys of the first layer."""
+        return self._slotted[0].slots[0]
+
+    def use(self, start: int, stop: int, positions_B: Tensor) -> None:
         """Let the next forward write for slots `start` to `stop`, each at its position.
 
         Args:
             start: first slot.
             stop: behind the last one.
-            positions_N: int64 [N] of all slots.
+            positions_B: int64 [B] of these slots.
         """
-        slots_B = torch.arange(start, stop, device=positions_N.device)
+        slots_B = torch.arange(start, stop, device=positions_B.device)
         for layer in self._slotted:
             layer.used = slice(start, stop)
-            layer.slots_B, layer.positions_B = slots_B, positions_N[start:stop]
+            layer.slots_B, layer.positions_B = slots_B, positions_B
 
     def put(self, slot: int, pieces: Sequence[RowCache]) -> None:
         """Copy a row, in one or several pieces behind one another, into a slot.
@@ -152,24 +181,29 @@ class SlotCache(Cache):
         start = 0
         for piece in pieces:
             stop = start + piece.length
-            for layer, row in zip(self._slotted, piece.layers, strict=True):
-                for mine, its in zip(layer.slots, row, strict=True):
-                    mine[slot, :, start:stop] = its
+            if len(self._stacks) == 1 and piece.layers[0][0].is_cuda:
+                # Two launches instead of two for each layer.
+                (stack,) = self._stacks.values()
+                stack[:, slot, :, start:stop] = torch.stack([x for kv in piece.layers for x in kv])
+            else:
+                for layer, row in zip(self._slotted, piece.layers, strict=True):
+                    for mine, its in zip(layer.slots, row, strict=True):
+                        mine[slot, :, start:stop] = its
             start = stop
-        for layer in self._slotted:
-            for mine in layer.slots:
-                mine[slot, :, start:] = 0
+        for stack in self._stacks.values():
+            stack[:, slot, :, start:] = 0
 
     def row(self, slot: int, length: int) -> RowCache:
         """A copy of the first `length` tokens of a slot."""
-        pairs = [layer.slots for layer in self._slotted]
-        return RowCache(
-            [(k[slot, :, :length].clone(), v[slot, :, :length].clone()) for k, v in pairs]
-        )
+        copies = {s: stack[:, slot, :, :length].clone() for s, stack in self._stacks.items()}
+        layers = []
+        for pair in self._places:
+            key, value = (copies[shape][i] for shape, i in pair)
+            layers.append((key, value))
+        return RowCache(layers)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot into another; the rest is zeros, as above."""
-        for layer in self._slotted:
-            for values in layer.slots:
-                values[target, :, :length] = values[source, :, :length]
-                values[target, :, length:] = 0
+        for stack in self._stacks.values():
+            stack[:, target, :, :length] = stack[:, source, :, :length]
+            stack[:, target, :, length:] = 0

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchvlm.pixels import to_numbers
 from batchvlm.records import Array, Sample
 
 # Shape legend: B rows of the batch, T padded prompt length, T_i length of row i.
@@ -72,8 +73,17 @@ def collate(samples: Sequence[Sample], *, pad_id: int) -> dict[str, Tensor]:
             ]
             batch[name], _ = left_pad(rows, pad_id=0)
     joined = {*names} - {*_NOT_COLLATED, *_PER_TOKEN}
-    rest = [{n: a for n, a in s.features.items() if n in joined} for s in samples]
+    rest = [{n: a for n, a in with_numbers(s).items() if n in joined} for s in samples]
     return batch | join_features(rest)
+
+
+def with_numbers(sample: Sample) -> Mapping[str, Array]:
+    """A sample's features with pixels as the numbers that the processor would have made of them."""
+    if sample.pixel_table is None:
+        return sample.features
+    pixels = torch.from_numpy(sample.features["pixel_values"])
+    numbers = to_numbers(sample.pixel_table, pixels, torch.float32).numpy()
+    return {**sample.features, "pixel_values": numbers}
 
 
 def join_features(rows: Sequence[Mapping[str, Array]]) -> dict[str, Tensor]:

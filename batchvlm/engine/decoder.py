@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from batchvlm.engine import attention
-from batchvlm.engine.attention import Packed, Slots
+from batchvlm.engine import attention, flash
+from batchvlm.engine.attention import Packed, Slots, Span
 from batchvlm.engine.cache import PackedCache, RowCache, SlotCache
+from batchvlm.engine.fusing import Fusing
+from batchvlm.engine.graphs import StepGraphs
 from batchvlm.records import Sample
 
 # Shape legend: as in attention.py; R rope axes (3 for Qwen-VL's kind, else 1), V vocabulary.
@@ -60,9 +62,13 @@ class Decoder:
 
     Args:
         model: a transformers model for image-text-to-text, in evaluation mode.
+        has_graphs: whether steps are played back from CUDA graphs where the model is on a GPU.
+        fusing: the model's fused forms, if it has some.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(
+        self, model: Any, *, has_graphs: bool = True, fusing: Fusing | None = None
+    ) -> None:
         self._model = model
         self._config = model.get_decoder().config
         self._num_layers = self._config.num_hidden_layers
@@ -73,6 +79,9 @@ class Decoder:
         inner = inspect.signature(model.base_model.forward).parameters
         self._types = [name for name in _TOKEN_TYPES if name in shown or name in inner]
         self.device: torch.device = model.device
+        self._has_graphs = has_graphs and self.device.type == "cuda"
+        self._graphs: StepGraphs | None = None
+        self._fusing = fusing
         _trim_last_layer(model.get_decoder())
         token_id = getattr(model.config, "image_token_id", None)
         if token_id is None:
@@ -173,7 +182,7 @@ class Decoder:
         ids_N: Tensor,
         positions_N: Tensor,
         deltas_N: Tensor,
-        spans: Sequence[attention.Span],
+        spans: Sequence[Span],
     ) -> Tensor:
         """Compute one token for neighbouring slots.
 
@@ -185,26 +194,63 @@ class Decoder:
             spans: the slots, B in all, grouped for attention; their starts count from the first.
 
         Returns:
-            logits_BV: [B, V], what comes after it.
+            logits_BV: [B, V], what comes after it; on a GPU good until the next step.
         """
         first, stop = spans[0].start, spans[-1].stop
-        cache.use(first, stop, positions_N)
-        positions_B = positions_N[first:stop]
-        form = Slots(
-            positions_B,
-            tuple(attention.Span(s.start - first, s.stop - first, s.length) for s in spans),
+        if self._has_graphs and first == 0:
+
+            def forward(size: int, length: int, positions_C: Tensor) -> Tensor:
+                whole = (Span(0, size, length),)
+                return self._step(cache, ids_N[:size], positions_C, deltas_N[:size], 0, whole)
+
+            length = max(span.length for span in spans)
+            graphs = self._graphs_over(cache)
+            logits_BV = graphs.step(cache, positions_N, stop, length, forward)
+            if logits_BV is not None:
+                return logits_BV
+        return self._step(
+            cache,
+            ids_N[first:stop],
+            positions_N[first:stop],
+            deltas_N[first:stop],
+            first,
+            tuple(Span(s.start - first, s.stop - first, s.length) for s in spans),
         )
-        rope_1B1 = (positions_B + deltas_N[first:stop])[None, :, None]
-        with attention.attending(form), self._attending_by_row():
+
+    def _step(
+        self,
+        cache: SlotCache,
+        ids_B: Tensor,
+        positions_B: Tensor,
+        deltas_B: Tensor,
+        first: int,
+        spans: tuple[Span, ...],
+    ) -> Tensor:
+        cache.use(first, first + len(ids_B), positions_B)
+        rope_1B1 = (positions_B + deltas_B)[None, :, None]
+        with attention.attending(Slots(positions_B, spans)), self._attending_by_row():
             out = self._model(
-                input_ids=ids_N[first:stop, None],
+                input_ids=ids_B[:, None],
                 position_ids=self._axes(rope_1B1),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-        logits: Tensor = out.logits[:, -1]
-        return logits
+        logits_BV: Tensor = out.logits[:, -1]
+        return logits_BV
+
+    def _graphs_over(self, cache: SlotCache) -> StepGraphs:
+        if self._graphs is None:
+            # Elsewhere attention computes all places up to the longest row's.
+            is_able = flash.is_able(cache.keys_NKSD)
+            has_cap = getattr(self._config, "attn_logit_softcapping", None) is not None
+            self._graphs = StepGraphs(self.device, is_by_length=has_cap or not is_able)
+        return self._graphs
+
+    def forget_slots(self) -> None:
+        """Give up what was captured over the present slots, so that their memory can go."""
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy to the model's device without waiting for it."""
@@ -223,7 +269,8 @@ class Decoder:
         # Only while this engine runs it: the model may be another's too.
         self._config._attn_implementation = attention.NAME
         try:
-            yield
+            with self._fusing.decoding() if self._fusing is not None else nullcontext():
+                yield
         finally:
             self._config._attn_implementation = self._own_attention
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from batchvlm.config import EngineConfig
 from batchvlm.engine.cache import RowCache
+from batchvlm.engine.clock import Clock
 from batchvlm.engine.decoder import Decoder, Piece
 from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.memory import MemoryPlan
@@ -51,6 +52,7 @@ class Prefill:
         plan: how much goes into one forward.
         cfg: whether rows share images and beginnings.
         stats: counts what is computed.
+        clock: counts its seconds.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Prefill:
         plan: MemoryPlan,
         cfg: EngineConfig,
         stats: EngineStats,
+        clock: Clock,
     ) -> None:
+        self._clock = clock
         self._decoder = decoder
         self._plan = plan
         self._is_shared = cfg.share_images
@@ -130,7 +134,6 @@ class Prefill:
 
     def _encode(self, rows: Sequence[WaitingRow], *, num_needed: int, is_alone: bool) -> None:
         """Encode the images of the first rows, and of the next ones as far as a batch has room."""
-        start = time.perf_counter()
         units = self._images.missing(u for row in rows[:num_needed] for u in row.units)
         if not units:
             return
@@ -141,9 +144,9 @@ class Prefill:
             if num_cells > self._plan.vision_cells:
                 break
             units += self._images.missing(more)
-        for batch in batches(units, self._plan.vision_cells):
-            self._encode_or_split(batch, is_alone=is_alone)
-        self._stats.vision_s += time.perf_counter() - start
+        with self._clock.measure("vision_s"):
+            for batch in batches(units, self._plan.vision_cells):
+                self._encode_or_split(batch, is_alone=is_alone)
 
     def _encode_or_split(self, units: Sequence[Unit], *, is_alone: bool) -> None:
         try:
@@ -168,7 +171,6 @@ class Prefill:
     def _compute_or_split(
         self, rows: Sequence[WaitingRow], *, is_alone: bool
     ) -> Iterator[Prepared]:
-        start = time.perf_counter()
         able = []
         for row in rows:
             failure = self._images.failure(row.units)
@@ -181,13 +183,13 @@ class Prefill:
         if not able:
             return
         try:
-            prepared = self._compute(able)
+            with self._clock.measure("prefill_s"):
+                prepared = self._compute(able)
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except Exception as error:
             failure = failure_of(error)
         else:
-            self._stats.prefill_s += time.perf_counter() - start
             for row in able:
                 self._leave(row)
             yield from prepared

@@ -48,7 +48,20 @@ def select_engine(cfg: JobConfig, *, device: str) -> Engine:
     """Load the model and choose its engine; see `open_engine`."""
     # The processor first: whatever is wrong with it is known before the weights are read.
     tokenizer = load_processor(cfg.model).tokenizer
-    model = load_model(cfg.model, device=device)
+    return choose_engine(load_model(cfg.model, device=device), tokenizer, cfg)
+
+
+def choose_engine(model: Any, tokenizer: Any, cfg: JobConfig) -> Engine:
+    """Choose the engine of a model that is loaded.
+
+    Args:
+        model: a transformers model, where it is to run.
+        tokenizer: the tokenizer that decodes its answers.
+        cfg: the job; its engine may be left open.
+
+    Raises:
+        ModelError: the engine that was asked for cannot run it.
+    """
     refuse_unable(model)
     tune(model)
     reason = why_not_slots(model, is_asked_for=cfg.engine.name is EngineName.slots)

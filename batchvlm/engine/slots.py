@@ -21,9 +21,11 @@ from batchvlm.engine import canary
 from batchvlm.engine.answers import expand, join
 from batchvlm.engine.attention import Span
 from batchvlm.engine.cache import RowCache, SlotCache
+from batchvlm.engine.clock import Clock
 from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.faults import device_error, failure_of, free_memory, is_oom
 from batchvlm.engine.feed import Feed
+from batchvlm.engine.fusing import Fusing, is_fused
 from batchvlm.engine.memory import MemoryPlan
 from batchvlm.engine.prefill import Prefill
 from batchvlm.engine.rows import Chosen, Row
@@ -72,9 +74,11 @@ class SlotEngine:
         self._tokenizer = tokenizer
         self._batching = batching
         self._eos_ids = frozenset(eos_ids)
-        self._decoder = Decoder(model)
-        self._device = self._decoder.device
+        self._device: torch.device = model.device
+        fusing = Fusing(model) if is_fused(cfg, model) else None
+        self._decoder = Decoder(model, has_graphs=cfg.cuda_graphs, fusing=fusing)
         self._is_checked = self._has_checked_images = not cfg.canary
+        self._clock = Clock(self._device, self.stats)
         self._plan = MemoryPlan(cfg, self._device)
         self._cfg = cfg
         num_slots = self._plan.max_slots
@@ -95,8 +99,11 @@ class SlotEngine:
 
     def _begin(self) -> None:
         """Forget rows that a run which was broken off has left."""
+        self._decoder.forget_slots()
         self._feed = Feed((), self._batching)
-        self._prefill = Prefill(self._model, self._decoder, self._plan, self._cfg, self.stats)
+        self._prefill = Prefill(
+            self._model, self._decoder, self._plan, self._cfg, self.stats, self._clock
+        )
         self._cache: SlotCache | None = None
         self._rows: list[Row] = []
         """Rows in slots 0 to B - 1, in this order."""
@@ -131,6 +138,8 @@ class SlotEngine:
                 self._read(self._on_the_way.popleft())
             while self._ready:
                 yield self._ready.popleft()
+        self._clock.finish()
+        self._decoder.forget_slots()
         self._cache = None
 
     def _check(self, window: Sequence[Sample]) -> None:
@@ -270,6 +279,7 @@ class SlotEngine:
                 return failure_of(error)
             like = before.row(0, 0)
         shape_before = (before.num_slots, before.length) if before is not None else None
+        self._decoder.forget_slots()
         self._cache = before = None
         failure: Failure | None = None
         while num_slots > len(kept):
@@ -308,10 +318,9 @@ class SlotEngine:
 
     def _step(self) -> None:
         """Compute one token for every slot in use."""
-        start_s = time.perf_counter()
-        self._step_in_parts(0, len(self._rows))
-        self._compact()
-        self.stats.decode_s += time.perf_counter() - start_s
+        with self._clock.measure("decode_s"):
+            self._step_in_parts(0, len(self._rows))
+            self._compact()
 
     def _step_in_parts(self, start: int, stop: int) -> None:
         while start < stop:

@@ -17,8 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchvlm.engine import image_attention
 from batchvlm.engine.collate import join_features
-from batchvlm.records import Array, EngineStats, Failure, Sample
+from batchvlm.engine.fusing import falling_back
+from batchvlm.pixels import to_numbers
+from batchvlm.records import Array, EngineStats, Failure, PixelTable, Sample
 
 _IDLE_BYTES = 128 << 20
 # Families whose processors put a row's tiles on the second dimension, behind one for the row.
@@ -81,6 +84,7 @@ class ImageFeatures:
         self._names = frozenset(inspect.signature(self._encode).parameters)
         self._model_type = model.config.model_type
         self._device, self._dtype = model.device, model.dtype
+        self._configs = image_attention.encoder_configs(model)
         self.stats = stats
         self._is_shared = is_shared
         self._users: dict[str, int] = {}
@@ -91,6 +95,8 @@ class ImageFeatures:
         self._output_type: Any = None
         self._is_stacked = False
         """Whether the family gives one tensor for all images rather than one for each."""
+        self._pixel_table: PixelTable | None = None
+        """What the bytes of pixels stand for, the same for all rows of a job; None: numbers."""
         self._marks: Tensor | None = None
         """Embeddings of the tokens around an image, the same for all (Ovis2)."""
 
@@ -99,6 +105,7 @@ class ImageFeatures:
         arrays = {n: a for n, a in sample.features.items() if n in self._names}
         if "pixel_values" not in arrays:
             return ()
+        self._pixel_table = sample.pixel_table
         if self._model_type in _ROWS_OF_TILES:
             arrays = {n: a.reshape(-1, 1, *a.shape[2:]) for n, a in arrays.items()}
         keys = sample.image_keys
@@ -147,7 +154,12 @@ class ImageFeatures:
         """Encode units of one shape in one forward of the encoder."""
         joined = join_features([unit.arrays for unit in units])
         inputs = {name: self._to_device(tensor) for name, tensor in joined.items()}
-        output = self._encode(**inputs, return_dict=True)
+        if self._pixel_table is not None:
+            inputs["pixel_values"] = to_numbers(
+                self._pixel_table, inputs["pixel_values"], self._dtype
+            )
+        with image_attention.attending(self._configs), falling_back():
+            output = self._encode(**inputs, return_dict=True)
         pooled = output.pooler_output
         layers = getattr(output, "deepstack_features", None) or ()
         self._output_type, self._is_stacked = type(output), isinstance(pooled, Tensor)

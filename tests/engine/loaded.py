@@ -174,7 +174,7 @@ class Loaded:
             **{"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False, **changes}
         )
         with torch.inference_mode():
-            ids_BT = plain.generate(**inputs)
+            ids_BT = plain.generate(**inputs.to(plain.device))
         return ids_BT[0, inputs["input_ids"].shape[1] :].tolist()
 
 

@@ -79,7 +79,7 @@ def test_a_step_writes_each_row_at_its_place_and_sees_the_slots_in_use() -> None
     for slot, its in enumerate(rows):
         cache.put(slot, [its])
     new = [torch.randn(2, 2, KEYS, 1, SIZE) for _ in range(LAYERS)]
-    cache.use(1, 3, torch.tensor([3, 5, 2, 7]))
+    cache.use(1, 3, torch.tensor([5, 2]))
     for i, (key, value) in enumerate(new):
         keys, values = cache.update(key, value, i)
         assert keys.shape == values.shape == (2, KEYS, 8, SIZE)

@@ -1,0 +1,64 @@
+"""Seconds of each kind of work, on a GPU as the GPU spends them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from batchvlm.records import EngineStats
+
+_Event = torch.cuda.Event
+
+
+class Clock:
+    """Adds the seconds of work to an engine's counts.
+
+    Work on a GPU is over long after it was launched: marks are put around it, and read once the
+    GPU has passed them, without waiting for it.
+
+    Args:
+        device: where the work is done.
+        stats: `vision_s`, `prefill_s` and `decode_s` are what is added to.
+    """
+
+    def __init__(self, device: torch.device, stats: EngineStats) -> None:
+        self._device = device
+        self._stats = stats
+        self._marks: deque[tuple[str, _Event, _Event]] = deque()
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Count what is done within as `name`, a field of the counts; not where it raises."""
+        if self._device.type != "cuda":
+            start_s = time.perf_counter()
+            yield
+            self._add(name, time.perf_counter() - start_s)
+            return
+        start, end = self._mark(), None
+        yield
+        end = self._mark()
+        self._marks.append((name, start, end))
+        while self._marks and self._marks[0][2].query():  # type: ignore[no-untyped-call]
+            self._read_first()
+
+    def finish(self) -> None:
+        """Wait for the work that was launched, and count it."""
+        while self._marks:
+            self._marks[0][2].synchronize()
+            self._read_first()
+
+    def _mark(self) -> _Event:
+        event = _Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _read_first(self) -> None:
+        name, start, end = self._marks.popleft()
+        self._add(name, start.elapsed_time(end) / 1000)
+
+    def _add(self, name: str, seconds: float) -> None:
+        setattr(self._stats, name, getattr(self._stats, name) + seconds)

@@ -1,0 +1,92 @@
+"""torch's own flash attention over rows of different lengths: on a GPU, in half precision.
+
+Rows lie behind one another in memory and each attends to itself alone, without a mask and without
+padding. torch brings the kernel along, so nothing has to be installed for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Shape legend: B rows, T tokens of all rows, L keys of all rows, H heads, K key-value heads,
+# D head size, S slot length.
+
+_MAX_HEAD_SIZE = 256
+
+
+def is_able(query: Tensor) -> bool:
+    """Whether the kernel takes queries like these: [.., D]."""
+    size = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and size % 8 == 0
+        and size <= _MAX_HEAD_SIZE
+        # The first GPUs that it runs on are Ampere's.
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """Where the rows lie in queries and in keys."""
+
+    query_B1: Tensor
+    """int32 [B + 1]: row i's queries are tokens `query_B1[i]` to `query_B1[i + 1]`."""
+    key_B1: Tensor
+    """int32 [B + 1], its keys likewise."""
+    max_queries: int
+    """Of the longest row."""
+    max_keys: int
+    used_B: Tensor | None = None
+    """int32 [B]: only so many keys of each row count; None: all."""
+
+
+def attend(
+    query_THD: Tensor,
+    key_LKD: Tensor,
+    value_LKD: Tensor,
+    bounds: Bounds,
+    *,
+    scaling: float | None,
+    is_causal: bool,
+    window: int | None = None,
+) -> Tensor:
+    """Let each row's queries attend to its keys.
+
+    The last query stands at the last key, so keys that were computed before may come first.
+
+    Args:
+        query_THD: [T, H, D] in half precision on a GPU.
+        key_LKD: [L, K, D] with K a divisor of H; `value_LKD` likewise.
+        value_LKD: see `key_LKD`.
+        bounds: where rows begin and end.
+        scaling: factor on the scores; None: one over the root of D.
+        is_causal: whether a query sees no key behind its place.
+        window: with `is_causal`, a query sees this many keys, its own place among them.
+
+    Returns:
+        [T, H, D].
+    """
+    # torch 2.13 has a public face for it, `torch.nn.attention.varlen.varlen_attn`; that of 2.11
+    # knows of no `seqused_k`.
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        query_THD,
+        key_LKD,
+        value_LKD,
+        bounds.query_B1,
+        bounds.key_B1,
+        bounds.max_queries,
+        bounds.max_keys,
+        0.0,
+        is_causal,
+        False,
+        scale=scaling,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+        seqused_k=bounds.used_B,
+    )[0]
+    return out

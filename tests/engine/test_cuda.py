@@ -1,0 +1,248 @@
+"""What only a GPU shows: its kernels, its graphs, its memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from batchvlm.engine import canary, flash
+from batchvlm.engine.attention import Packed, Slots, Span, attending, attention
+from batchvlm.engine.cache import RowCache, SlotCache
+from batchvlm.engine.fusing import Fusing
+from batchvlm.engine.memory import free_bytes
+from batchvlm.engine.slots import SlotEngine
+from batchvlm.records import Completion
+
+from .families import FAMILIES, Family
+from .loaded import ABOUT_ONE, ABOUT_TWO, Loaded
+from .outcomes import run
+from .test_attention import LAYER, plain, sees
+from .test_slots import asked, cut, mixed_rows, tokens
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[family for family in FAMILIES if not family.why_not_slots_here],
+    ids=lambda family: family.name,
+)
+def loaded(request: pytest.FixtureRequest, load_once: Callable[[Family], Loaded]) -> Loaded:
+    """Each family that runs over slots, its model on the GPU."""
+    return on_gpu(load_once(request.param))
+
+
+@pytest.fixture(scope="session")
+def qwen(load_once: Callable[[Family], Loaded]) -> Loaded:
+    (family,) = (family for family in FAMILIES if family.name == "qwen2_5_vl")
+    return on_gpu(load_once(family))
+
+
+def on_gpu(loaded: Loaded, dtype: torch.dtype = torch.float32) -> Loaded:
+    model = copy.deepcopy(loaded.model).to(CUDA, dtype)
+    return replace(loaded, model=model, _references={})
+
+
+class TestFlash:
+    @pytest.mark.parametrize("window", [None, 5])
+    @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+    def test_packed_rows_behind_what_was_before(
+        self, heads: tuple[int, int], window: int | None
+    ) -> None:
+        torch.manual_seed(0)
+        size, lengths = 16, [(3, 0), (1, 7), (40, 90), (130, 0)]
+        total = sum(new for new, _ in lengths)
+        query = torch.randn(1, heads[0], total, size, device=CUDA).bfloat16()
+        key, value = torch.randn(2, 1, heads[1], total, size, device=CUDA).bfloat16()
+        past: Any = [
+            [tuple(torch.randn(2, heads[1], before, size, device=CUDA).bfloat16())] * 2
+            if before
+            else None
+            for _, before in lengths
+        ]
+        bounds = [0]
+        for new, _ in lengths:
+            bounds.append(bounds[-1] + new)
+        assert flash.is_able(query)
+        with attending(Packed(bounds=tuple(bounds), past=tuple(past))):
+            out, _ = attention(LAYER, query, key, value, None, sliding_window=window)
+        for i, (new, before) in enumerate(lengths):
+            here = slice(bounds[i], bounds[i + 1])
+            k, v = key[0, :, here], value[0, :, here]
+            if past[i] is not None:
+                k, v = (torch.cat(x, 1) for x in zip(past[i][1], (k, v), strict=True))
+            q, k, v = (x.float().cpu() for x in (query[0, :, here], k, v))
+            expected = plain(q, k, v, sees(new, before, window), size**-0.5, None)
+            mine = out[0, here].transpose(0, 1).float().cpu()
+            torch.testing.assert_close(mine, expected, atol=2e-2, rtol=2e-2)
+
+    @pytest.mark.parametrize("window", [None, 5])
+    @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (14, 2)])
+    def test_slots_as_far_as_each_row_goes(
+        self, heads: tuple[int, int], window: int | None
+    ) -> None:
+        torch.manual_seed(0)
+        size, places = 32, [0, 3, 77, 199]
+        like = RowCache([tuple(torch.zeros(2, heads[1], 1, size, device=CUDA).bfloat16())])
+        cache = SlotCache(like, num_slots=4, length=200)
+        rows = []
+        for slot, place in enumerate(places):
+            pair = torch.randn(2, heads[1], place + 1, size, device=CUDA).bfloat16()
+            rows.append(pair)
+            cache.put(slot, [RowCache([tuple(pair)])])
+        key, value = cache.layers[0].slots  # type: ignore[union-attr]
+        # What lies behind a row is not looked at.
+        for slot, place in enumerate(places):
+            key[slot, :, place + 1 :] = torch.nan
+        query = torch.randn(4, heads[0], 1, size, device=CUDA).bfloat16()
+        form = Slots(torch.tensor(places, device=CUDA), (Span(0, 4, 200),))
+        with attending(form):
+            out, _ = attention(LAYER, query, key, value, None, sliding_window=window)
+        for slot, (place, (k, v)) in enumerate(zip(places, rows, strict=True)):
+            q = query[slot].float().cpu()
+            mask = sees(1, place, window)
+            expected = plain(q, k.float().cpu(), v.float().cpu(), mask, size**-0.5, None)
+            mine = out[slot].transpose(0, 1).float().cpu()
+            torch.testing.assert_close(mine, expected, atol=2e-2, rtol=2e-2)
+
+
+class TestFamilies:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"canary": True},
+            {"max_slots": 3, "max_prefill_tokens": 24, "sort_window": 5},
+            {"cuda_graphs": False, "max_slots": 2},
+        ],
+        ids=["roomy", "tight", "without graphs"],
+    )
+    def test_rows_are_answered_as_transformers_answers_each_alone(
+        self, loaded: Loaded, settings: dict[str, Any]
+    ) -> None:
+        rows = mixed_rows(loaded, 24)
+        eos = [loaded.known(ABOUT_ONE)[4]]
+        expected = [cut(loaded.known(question, seed), limit, eos) for question, seed, limit in rows]
+        engine = loaded.slots(eos=eos, **settings)
+        assert tokens(run(engine, asked(loaded, rows))) == expected
+        graphs = engine._decoder._graphs
+        if settings.get("cuda_graphs", True):
+            assert graphs is not None and graphs.is_on and graphs.num_replays > 0
+        else:
+            assert graphs is None
+
+    def test_half_precision_is_that_of_transformers(self, loaded: Loaded) -> None:
+        half = on_gpu(loaded, torch.bfloat16)
+        engine = half.slots(eos=[], canary=True)
+        rows = mixed_rows(half, 16)
+        outcomes = run(engine, asked(half, rows))
+        assert all(isinstance(outcome, Completion) for outcome in outcomes), outcomes
+        assert [len(o.token_ids) for o in outcomes] == [limit for _, _, limit in rows]
+
+
+class TestSteps:
+    def test_a_step_waits_for_nothing(self, qwen: Loaded) -> None:
+        for has_graphs in (True, False):
+            engine = qwen.slots(eos=[], cuda_graphs=has_graphs)
+            step = SlotEngine._step
+
+            def checked(self: SlotEngine, step: Any = step) -> None:
+                torch.cuda.set_sync_debug_mode("error" if len(steps) > 4 else "default")
+                try:
+                    step(self)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                steps.append(len(self._rows))
+
+            steps: list[int] = []
+            engine._step = checked.__get__(engine)  # type: ignore[method-assign]
+            samples = [qwen.ask(i, ABOUT_ONE, max_new_tokens=12) for i in range(6)]
+            outcomes = run(engine, samples)
+            assert tokens(outcomes) == [qwen.known(ABOUT_ONE)] * 6
+            assert len(steps) > 8
+
+    def test_graphs_go_with_the_slots_they_were_made_for(self, qwen: Loaded) -> None:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        engine = qwen.slots(eos=[])
+        rows = mixed_rows(qwen, 12)
+        expected = [qwen.known(question, seed)[:limit] for question, seed, limit in rows]
+        for _ in range(2):
+            assert tokens(run(engine, asked(qwen, rows))) == expected
+        assert engine._decoder._graphs is not None
+        assert engine._decoder._graphs.num_replays > 0
+        del engine
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() - before < 64 << 20
+
+
+class TestFusing:
+    @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "gemma3", "qwen3_vl"])
+    def test_fused_layers_answer_as_plain_ones(
+        self, name: str, load_once: Callable[[Family], Loaded]
+    ) -> None:
+        (family,) = (family for family in FAMILIES if family.name == name)
+        plain_model = on_gpu(load_once(family))
+        fused = on_gpu(load_once(family))
+        rows = mixed_rows(plain_model, 16)
+        expected = [plain_model.known(q, seed)[:limit] for q, seed, limit in rows]
+        engine = fused.slots(eos=[], compile=True, canary=True)
+        assert isinstance(engine._decoder._fusing, Fusing)
+        assert tokens(run(engine, asked(fused, rows))) == expected
+
+
+class TestMemory:
+    @pytest.fixture
+    def little_memory(self) -> Iterator[None]:
+        torch.cuda.empty_cache()
+        used = torch.cuda.memory_reserved() + (160 << 20)
+        total = torch.cuda.get_device_properties(CUDA).total_memory
+        torch.cuda.set_per_process_memory_fraction(used / total)
+        yield
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+    def test_the_run_gets_on_with_little(self, qwen: Loaded, little_memory: None) -> None:
+        rows = mixed_rows(qwen, 24)
+        expected = [qwen.known(question, seed)[:limit] for question, seed, limit in rows]
+        engine = qwen.slots(eos=[])
+        assert free_bytes(CUDA) > 1 << 30  # it plans with far more than it gets
+        assert tokens(run(engine, asked(qwen, rows))) == expected
+
+
+def test_the_canary_sees_a_kernel_that_is_wrong(
+    qwen: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = on_gpu(qwen, torch.bfloat16)
+    attend = flash.attend
+
+    def wrong(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return attend(query, key, value.roll(1, 0), *args, **kwargs)
+
+    monkeypatch.setattr(flash, "attend", wrong)
+    engine = half.slots()
+    with pytest.raises(Exception, match="answers differently over slots"):
+        canary.check(half.model, engine._decoder, [half.ask(0, ABOUT_TWO), half.ask(1, ABOUT_ONE)])
+
+
+def test_the_demo_answers_as_on_a_cpu(tmp_path: Path) -> None:
+    import pyarrow.dataset as ds
+
+    from batchvlm.pipeline import run_job
+    from batchvlm.settings import compose
+
+    answers = []
+    for device in ("cpu", "cuda"):
+        cfg = compose("run", [f"engine.device={device}", f"output.dir={tmp_path / device}"])
+        run_job(cfg)
+        table = ds.dataset(tmp_path / device / "data").to_table()
+        answers.append(table.select(["id", "status", "generated_text"]).to_pylist())
+    assert answers[0] == answers[1]
