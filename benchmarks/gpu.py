@@ -3,15 +3,16 @@
     python benchmarks/gpu.py --shape 3b --rows 2048 --baseline-rows 64 --write
 
 A model of random weights in the shape of Qwen2.5-VL-3B or 7B in bfloat16 answers rows of one JPEG
-(448 to 1,024 pixels a side), a prompt of 10 to 60 tokens and an answer of 16 to 256 tokens, whatever
-the model says of its end. The whole job is run: Parquet in, worker processes, engine, Parquet out;
-seconds count from the first prepared row to the last answer. Loading and compiling are apart.
+(448 to 1,024 pixels a side), a prompt of some 10 to 60 tokens and an answer of 16 to 256 tokens,
+whatever the model says of its end. The whole job is run: Parquet in, worker processes, engine,
+Parquet out; seconds count from the first prepared row to the last answer. Loading and compiling are
+apart.
 
 Beside it, on the first rows, transformers' pipeline (batches of 8 in the order of the file, each to
 its own largest limit) and `generate()` over batches of 32 sorted by that limit, images opened and
-processed in advance by threads. The roofline counts the operations of encoder and prompts over the rate of a matrix
-product, and the bytes of weights and keys and values that decoding reads over that of a copy, both
-measured in the same run.
+processed in advance by threads. The roofline counts the operations of encoder and prompts over the
+rate of a matrix product, and the bytes of weights, keys and values that decoding reads over that of
+a copy, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -64,24 +65,26 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PATCH, MERGE, TEMPORAL = 14, 2, 2
-WORDS = [
-    "a",
-    "cat",
-    "sits",
-    "on",
-    "the",
-    "mat",
-    "while",
-    "seven",
-    "red",
-    "boats",
-    "cross",
-    "the",
-    "cold",
-    "lake",
-    "at",
-    "dawn",
-]
+WORDS = tuple(
+    [
+        "a",
+        "cat",
+        "sits",
+        "on",
+        "the",
+        "mat",
+        "while",
+        "seven",
+        "red",
+        "boats",
+        "cross",
+        "the",
+        "cold",
+        "lake",
+        "at",
+        "dawn",
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +283,7 @@ class Timed:
 
     def __init__(self, inner: Engine) -> None:
         self._inner = inner
-        self.wall_s = 0.0
+        self.wall_s = self.wait_s = 0.0
         self.num_tokens = 0
         self.sizes: list[tuple[int, int, int]] = []
         """Patches, prompt tokens and answer tokens of each row."""
@@ -296,23 +299,29 @@ class Timed:
             self.num_tokens += len(outcome.token_ids)
             yield row_index, outcome
         self.wall_s = time.perf_counter() - ready.start_s
+        self.wait_s = ready.wait_s
 
 
 class _Watched:
     def __init__(self, inner: Any, timed: Timed) -> None:
         self._inner, self._timed = inner, timed
-        self.start_s = 0.0
+        self.start_s = self.wait_s = 0.0
 
     def is_ready(self) -> bool:
         return bool(self._inner.is_ready()) if hasattr(self._inner, "is_ready") else True
 
     def __iter__(self) -> Iterator[Sample]:
-        for sample in self._inner:
-            self.start_s = self.start_s or time.perf_counter()
+        samples, asked_s = iter(self._inner), time.perf_counter()
+        while (sample := next(samples, None)) is not None:
+            now_s = time.perf_counter()
+            if self.start_s:
+                self.wait_s += now_s - asked_s
+            self.start_s = self.start_s or now_s
             grid = sample.features["image_grid_thw"]
             size = (int(grid.prod()), sample.prompt_tokens, sample.generation.max_new_tokens)
             self._timed.sizes.append(size)
             yield sample
+            asked_s = time.perf_counter()
 
 
 def run_batchvlm(
@@ -341,7 +350,7 @@ def run_batchvlm(
     start = time.perf_counter()
     engine = Timed(choose_engine(model, tokenizer, cfg))
     open_s = time.perf_counter() - start
-    summary = run_job(cfg, engine=engine)
+    run_job(cfg, engine=engine)
     stats = engine.stats
     assert len(engine.sizes) == num_rows
     return {
@@ -349,7 +358,7 @@ def run_batchvlm(
         "open_s": open_s,
         "rows": num_rows,
         "tokens": engine.num_tokens,
-        "wait_s": summary.metrics.wait_s,
+        "wait_s": engine.wait_s,
         "vision_s": stats.vision_s,
         "prefill_s": stats.prefill_s,
         "decode_s": stats.decode_s,
@@ -450,7 +459,6 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
     rate = 2 * size**3 / median(lambda: a @ b)
     bandwidth = 2 * num_bytes / median(lambda: target.copy_(source))
-    del source, target
     if is_gpu:
         torch.cuda.empty_cache()
     return rate, bandwidth
@@ -509,7 +517,8 @@ def table(shape: str, args: argparse.Namespace, found: dict[str, Any]) -> str:
 
     rows_s, tokens_s = speed(mine)
     lines = [
-        f"**Qwen2.5-VL-{shape.upper()}'s shape, {args.dtype}, {mine['rows']:,} rows**, {found['gpu']}",
+        f"**Qwen2.5-VL-{shape.upper()}'s shape, {args.dtype}, {mine['rows']:,} rows**,"
+        f" {found['gpu']}",
         "",
         "| system | rows | wall s | rows/s | output tokens/s | batchvlm is |",
         "|---|--:|--:|--:|--:|--:|",
@@ -568,6 +577,16 @@ def main() -> None:
             model, folder / "model", work, args, num_rows=args.rows, out=folder / "out"
         )
         found["batchvlm"] = mine
+        if args.profile:
+            with torch.profiler.profile() as profiler:
+                run_batchvlm(
+                    model, folder / "model", work, args, num_rows=num_warm, out=folder / "profiled"
+                )
+            averages = profiler.key_averages()
+            args.profile.write_text(
+                averages.table(sort_by="self_cuda_time_total", row_limit=45)
+                + averages.table(sort_by="self_cpu_time_total", row_limit=30)
+            )
         found["roofline"] = roofline(
             shape, mine.pop("sizes"), found["rate"], found["bandwidth"], args.width
         )
@@ -594,13 +613,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--warm-up-rows", type=int, default=96)
     parser.add_argument("--baseline-rows", type=int, default=0)
-    parser.add_argument(
-        "--width", type=int, default=256, help="rows decoded at once, in the roofline"
-    )
+    parser.add_argument("--width", type=int, default=256, help="rows decoded at once (roofline)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--set", action="append", default=[], help="a setting of the job")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=Path, help="profile as many rows as warm up")
     parser.add_argument("--write", action="store_true", help="write the table to RESULTS.md")
     return parser.parse_args()
 
