@@ -350,7 +350,10 @@ def run_batchvlm(
     start = time.perf_counter()
     engine = Timed(choose_engine(model, tokenizer, cfg))
     open_s = time.perf_counter() - start
+    start = time.perf_counter()
     run_job(cfg, engine=engine)
+    first_s = time.perf_counter() - start - engine.wall_s
+    print(f"{num_rows} rows: {first_s:.1f} s around, {engine.wall_s:.1f} s", file=sys.stderr)
     stats = engine.stats
     assert len(engine.sizes) == num_rows
     return {
@@ -573,20 +576,19 @@ def main() -> None:
         )
         found["warm_up_s"] = warm["wall_s"]
         print(f"warm-up {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+        print(torch._dynamo.utils.compile_times(), file=sys.stderr, flush=True)
         mine = run_batchvlm(
             model, folder / "model", work, args, num_rows=args.rows, out=folder / "out"
         )
         found["batchvlm"] = mine
         if args.profile:
-            with torch.profiler.profile() as profiler:
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+            with torch.profiler.profile(activities=activities) as profiler:
                 run_batchvlm(
                     model, folder / "model", work, args, num_rows=num_warm, out=folder / "profiled"
                 )
             averages = profiler.key_averages()
-            args.profile.write_text(
-                averages.table(sort_by="self_cuda_time_total", row_limit=45)
-                + averages.table(sort_by="self_cpu_time_total", row_limit=30)
-            )
+            args.profile.write_text(averages.table(sort_by="self_cuda_time_total", row_limit=60))
         found["roofline"] = roofline(
             shape, mine.pop("sizes"), found["rate"], found["bandwidth"], args.width
         )
@@ -597,7 +599,7 @@ def main() -> None:
             del model
             some = rows[: args.baseline_rows]
             found["sorted"] = run_sorted(plain, folder / "model", some, args.device)
-            found["pipeline"] = run_pipeline(plain, folder / "model", some[:32], args.device)
+            found["pipeline"] = run_pipeline(plain, folder / "model", some[:24], args.device)
     markdown = table(args.shape, args, found)
     print(markdown)
     if args.json:

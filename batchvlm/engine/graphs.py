@@ -36,6 +36,8 @@ the places of these tokens, int64 [C]."""
 class _Captured:
     graph: torch.cuda.CUDAGraph
     logits_CV: Tensor
+    rows_C: Tensor
+    """Made before the capture and read at each replay: it must not go before the graph does."""
 
 
 class StepGraphs:
@@ -137,7 +139,7 @@ class StepGraphs:
                 free_memory(self._device)
             log.warning("decode steps run without CUDA graphs: %s", failure_of(error).message)
             return None
-        return _Captured(graph, logits_CV)
+        return _Captured(graph, logits_CV, rows_C)
 
 
 def _size_of(num_rows: int) -> int:

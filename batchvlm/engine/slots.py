@@ -41,8 +41,9 @@ log = logging.getLogger(__name__)
 
 Outcome = tuple[Sample, Completion | Failure]
 
-_LENGTH_STEP = 64
-_MIN_SLOTS = 8
+_LENGTH_STEP = {"cpu": 64, "cuda": 256}
+_MIN_SLOTS = {"cpu": 8, "cuda": 64}
+"""On a GPU slots are made anew less often: with them go the graphs of their steps."""
 _NEIGHBOURS = 8
 """Slots whose attention is computed together on a CPU, as far as the longest of them goes."""
 
@@ -80,6 +81,8 @@ class SlotEngine:
         self._is_checked = self._has_checked_images = not cfg.canary
         self._clock = Clock(self._device, self.stats)
         self._plan = MemoryPlan(cfg, self._device)
+        kind = "cuda" if self._device.type == "cuda" else "cpu"
+        self._length_step, self._min_slots = _LENGTH_STEP[kind], _MIN_SLOTS[kind]
         self._cfg = cfg
         num_slots = self._plan.max_slots
         self._sampler = RowSampler(
@@ -203,7 +206,7 @@ class SlotEngine:
     def _num_wanted(self) -> int:
         """Slots for the rows at hand, in powers of two: a short job takes little memory."""
         num_rows = len(self._rows) + len(self._parked) + self._prefill.num_waiting
-        return max(_MIN_SLOTS, 1 << (num_rows + len(self._feed) - 1).bit_length())
+        return max(self._min_slots, 1 << (num_rows + len(self._feed) - 1).bit_length())
 
     def _admit(self) -> None:
         """Give free slots to rows that wait for one, and let each choose its first token."""
@@ -235,7 +238,7 @@ class SlotEngine:
     def _has_slot_for(self, row: Row) -> bool:
         """See to it that there is a free slot, long enough for this row; else False."""
         needed = max(other.length for other in (*self._parked, *self._rows))
-        length = -(-needed // _LENGTH_STEP) * _LENGTH_STEP
+        length = -(-needed // self._length_step) * self._length_step
         cache, num_rows = self._cache, len(self._rows)
         num_slots = self._plan.num_slots(row.prepared.bytes_per_token, length)
         num_slots = min(num_slots, self._num_wanted())

@@ -44,10 +44,10 @@ _preprocessor: Preprocessor | None = None
 
 
 def default_num_workers() -> int:
-    """One worker for every core but the engine's own, eight at most; ranks share the cores."""
+    """One worker for every core but the engine's own, 16 at most; ranks share the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(8, (cores or 1) // num_ranks - 1))
+    return max(1, min(16, (cores or 1) // num_ranks - 1))
 
 
 class _WorkerStopped(Exception):
