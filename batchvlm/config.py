@@ -162,13 +162,13 @@ class EngineConfig:
     max_slots: int | None = None
     """slots: rows decoded at once; null: as memory allows, 64 at most on a CPU, 256 on a GPU."""
     max_prefill_tokens: int | None = None
-    """slots: prompt tokens in one forward; null: 1,024 on a CPU, 8,192 on a GPU."""
+    """slots: prompt tokens in one forward; null: 1,024 on a CPU, 16,384 on a GPU."""
     share_images: bool = True
     """slots: rows of a window that show the same image share its encoding, and the computing of
     the beginning that their prompts have in common."""
     compile: bool | None = None
-    """slots: fuse the small kernels of a model's layers by torch.compile, which takes some tens of
-    seconds at the first start; null: on a GPU in half precision."""
+    """slots: fuse the small kernels of a model's layers by torch.compile, which takes up to a
+    minute; null: on a GPU in half precision, once the engine has worked for a minute."""
     cuda_graphs: bool = True
     """slots: on a GPU, play the kernels of a decode step back as one; off only to measure."""
     canary: bool = True

@@ -85,7 +85,7 @@ class Slots:
     """int64 [B]: where each row's new token lies."""
     spans: tuple[Span, ...]
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
-    _flash: dict[int, flash.Bounds] = field(default_factory=dict)
+    _flash: dict[tuple[int, int], flash.Bounds] = field(default_factory=dict)
 
     def mask(self, span: Span, window: int | None) -> Tensor:
         """What the rows of a span attend to: bool [B, 1, 1, length]."""
@@ -99,20 +99,21 @@ class Slots:
             self._masks[key] = mask_BS[:, None, None]
         return self._masks[key]
 
-    def flash_bounds(self, slot_length: int) -> flash.Bounds:
-        """One query a row, at its position, over slots of one length behind one another."""
-        if slot_length not in self._flash:
+    def flash_bounds(self, slot_length: int, *, num_queries: int) -> flash.Bounds:
+        """So many queries a row, at its position, over slots of one length behind one another."""
+        key = slot_length, num_queries
+        if key not in self._flash:
             count_B1 = torch.arange(
                 len(self.positions_B) + 1, dtype=torch.int32, device=self.positions_B.device
             )
-            self._flash[slot_length] = flash.Bounds(
-                query_B1=count_B1,
+            self._flash[key] = flash.Bounds(
+                query_B1=count_B1 * num_queries,
                 key_B1=count_B1 * slot_length,
-                max_queries=1,
+                max_queries=num_queries,
                 max_keys=slot_length,
                 used_B=(self.positions_B + 1).to(torch.int32),
             )
-        return self._flash[slot_length]
+        return self._flash[key]
 
 
 _form: Packed | Slots | None = None
@@ -287,20 +288,7 @@ def _over_slots(
 ) -> Tensor:
     num_rows, num_heads, _, size = query.shape
     if score.softcap is None and flash.is_able(query):
-        length = key.shape[2]
-        # Slots behind one another, as they lie in memory.
-        key_LKD, value_LKD = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
-        bounds = slots.flash_bounds(length)
-        out_BHD = flash.attend(
-            query[:, :, 0],
-            key_LKD,
-            value_LKD,
-            bounds,
-            scaling=score.scaling,
-            is_causal=True,
-            window=window,
-        )
-        return out_BHD[:, None]
+        return _over_slots_by_flash(score, query, key, value, slots, window)
     num_groups = num_heads // key.shape[1]
     # The query heads of one key head side by side, as if they were queries behind one another:
     # keys and values are read once for all of them.
@@ -318,6 +306,41 @@ def _over_slots(
             )
         )
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return out.reshape(num_rows, 1, num_heads, size)
+
+
+def _over_slots_by_flash(
+    score: _Scores, query: Tensor, key: Tensor, value: Tensor, slots: Slots, window: int | None
+) -> Tensor:
+    num_rows, num_heads, _, size = query.shape
+    num_keys = key.shape[1]
+    # Slots behind one another, as they lie in memory.
+    key_LKD, value_LKD = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
+    if window is not None:
+        bounds = slots.flash_bounds(key.shape[2], num_queries=1)
+        out_BHD = flash.attend(
+            query[:, :, 0],
+            key_LKD,
+            value_LKD,
+            bounds,
+            scaling=score.scaling,
+            is_causal=True,
+            window=window,
+        )
+        return out_BHD[:, None]
+    # The query heads of one key head as queries behind one another, as above: its keys are read
+    # once for all of them.
+    num_groups = num_heads // num_keys
+    grouped = query.view(num_rows, num_keys, num_groups, size).transpose(1, 2).flatten(0, 1)
+    out = flash.attend(
+        grouped,
+        key_LKD,
+        value_LKD,
+        slots.flash_bounds(key.shape[2], num_queries=num_groups),
+        scaling=score.scaling,
+        is_causal=False,
+    )
+    out = out.view(num_rows, num_groups, num_keys, size).transpose(1, 2)
     return out.reshape(num_rows, 1, num_heads, size)
 
 

@@ -154,11 +154,6 @@ class SlotCache(Cache):
             self._slotted.append(_SlotLayer((key, value)))
         super().__init__(layers=list(self._slotted))
 
-    @property
-    def keys_NKSD(self) -> Tensor:
-        """Keys of the first layer."""
-        return self._slotted[0].slots[0]
-
     def use(self, start: int, stop: int, positions_B: Tensor) -> None:
         """Let the next forward write for slots `start` to `stop`, each at its position.
 

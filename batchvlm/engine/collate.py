@@ -86,11 +86,14 @@ def with_numbers(sample: Sample) -> Mapping[str, Array]:
     return {**sample.features, "pixel_values": numbers}
 
 
-def join_features(rows: Sequence[Mapping[str, Array]]) -> dict[str, Tensor]:
+def join_features(
+    rows: Sequence[Mapping[str, Array]], *, is_pinned: bool = False
+) -> dict[str, Tensor]:
     """Join what the processor made of several rows' images.
 
     Args:
         rows: arrays by name; a row may have none.
+        is_pinned: make them in memory that a GPU can fetch by itself.
 
     Returns:
         Each feature over the rows that have it, concatenated on its first dimension; patches of
@@ -109,17 +112,22 @@ def join_features(rows: Sequence[Mapping[str, Array]]) -> dict[str, Tensor]:
             counts = [row["pixel_values"].shape[:2] for row in rows if name in row]
             first = np.cumsum([0, *(crops * patches for crops, patches in counts)])
             arrays = [np.where(a < 0, a, a + n) for a, n in zip(arrays, first, strict=False)]
-        joined[name] = _concatenate(arrays)
+        joined[name] = _concatenate(arrays, is_pinned=is_pinned)
     return joined
 
 
-def _concatenate(arrays: Sequence[Array]) -> Tensor:
+def _concatenate(arrays: Sequence[Array], *, is_pinned: bool) -> Tensor:
     """Join arrays on the first dimension, zero-padded to the largest trailing sizes."""
-    trailing = [max(sizes) for sizes in zip(*(a.shape[1:] for a in arrays), strict=True)]
-    out = np.zeros((sum(len(a) for a in arrays), *trailing), dtype=arrays[0].dtype)
+    trailing = tuple(max(sizes) for sizes in zip(*(a.shape[1:] for a in arrays), strict=True))
+    dtype = torch.from_numpy(arrays[0][:0]).dtype
+    shape = (sum(len(a) for a in arrays), *trailing)
+    joined = torch.empty(shape, dtype=dtype, pin_memory=is_pinned)
+    if any(a.shape[1:] != trailing for a in arrays):
+        joined.zero_()
+    out = joined.numpy()
     start = 0
     for array in arrays:
         region = (slice(start, start + len(array)), *(slice(size) for size in array.shape[1:]))
         out[region] = array
         start += len(array)
-    return torch.from_numpy(out)
+    return joined

@@ -63,17 +63,17 @@ class Decoder:
     Args:
         model: a transformers model for image-text-to-text, in evaluation mode.
         has_graphs: whether steps are played back from CUDA graphs where the model is on a GPU.
-        fusing: the model's fused forms, if it has some.
     """
 
-    def __init__(
-        self, model: Any, *, has_graphs: bool = True, fusing: Fusing | None = None
-    ) -> None:
+    def __init__(self, model: Any, *, has_graphs: bool = True) -> None:
         self._model = model
         self._config = model.get_decoder().config
         self._num_layers = self._config.num_hidden_layers
         self._own_attention = self._config._attn_implementation
         self._rope_index = getattr(model.base_model, "get_rope_index", None)
+        self._rope_names = (
+            frozenset(inspect.signature(self._rope_index).parameters) if self._rope_index else ()
+        )
         # Some take keyword arguments that their signature does not show.
         shown = inspect.signature(model.forward).parameters
         inner = inspect.signature(model.base_model.forward).parameters
@@ -81,7 +81,10 @@ class Decoder:
         self.device: torch.device = model.device
         self._has_graphs = has_graphs and self.device.type == "cuda"
         self._graphs: StepGraphs | None = None
-        self._fusing = fusing
+        self._fusing: Fusing | None = None
+        has_cap = getattr(self._config, "attn_logit_softcapping", None) is not None
+        self.is_by_row = flash.is_able(_query_like(model)) and not has_cap
+        """Whether attention over slots goes as far as each row goes, and no further."""
         _trim_last_layer(model.get_decoder())
         token_id = getattr(model.config, "image_token_id", None)
         if token_id is None:
@@ -100,9 +103,8 @@ class Decoder:
         none_1T = torch.zeros_like(ids_1T)
         positions_RT, delta = torch.arange(num_tokens)[None], 0
         if self._rope_index is not None:
-            known = inspect.signature(self._rope_index).parameters
-            given = {n: f for n, f in features.items() if n in known}
-            if "mm_token_type_ids" in known:
+            given = {n: f for n, f in features.items() if n in self._rope_names}
+            if "mm_token_type_ids" in self._rope_names:
                 given.setdefault("mm_token_type_ids", none_1T)
             given.pop("attention_mask", None)
             positions_R1T, delta_1 = self._rope_index(**given)
@@ -241,11 +243,13 @@ class Decoder:
 
     def _graphs_over(self, cache: SlotCache) -> StepGraphs:
         if self._graphs is None:
-            # Elsewhere attention computes all places up to the longest row's.
-            is_able = flash.is_able(cache.keys_NKSD)
-            has_cap = getattr(self._config, "attn_logit_softcapping", None) is not None
-            self._graphs = StepGraphs(self.device, is_by_length=has_cap or not is_able)
+            self._graphs = StepGraphs(self.device, is_by_length=not self.is_by_row)
         return self._graphs
+
+    def fuse(self) -> None:
+        """Run the model's layers in their fused forms from now on."""
+        self.forget_slots()
+        self._fusing = Fusing(self._model)
 
     def forget_slots(self) -> None:
         """Give up what was captured over the present slots, so that their memory can go."""
@@ -273,6 +277,13 @@ class Decoder:
                 yield
         finally:
             self._config._attn_implementation = self._own_attention
+
+
+def _query_like(model: Any) -> Tensor:
+    """An empty tensor as the decoder's queries are."""
+    config = model.get_decoder().config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return torch.empty(0, size, dtype=model.dtype, device=model.device)
 
 
 def _trim_last_layer(decoder: Any) -> None:

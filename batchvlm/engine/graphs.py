@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # Shape legend: N slots of the cache, B rows in use, C >= B rows of a graph, V vocabulary.
 
-_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 """Numbers of rows that steps are captured for; above the last, its multiples."""
 _LENGTH_STEP = 256
 _MIN_USES = 2

@@ -21,6 +21,7 @@ class Row:
     stop: RowStop
     length: int
     """Tokens that its slot must hold."""
+    max_new_tokens: int
     num_chosen: int = 0
     """Tokens chosen for it, read by the host or not."""
     is_over: bool = False

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from batchvlm.engine.clock import Clock
 from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.faults import device_error, failure_of, free_memory, is_oom
 from batchvlm.engine.feed import Feed
-from batchvlm.engine.fusing import Fusing, is_fused
+from batchvlm.engine.fusing import align, is_half_on_gpu, seconds_to_fusing
 from batchvlm.engine.memory import MemoryPlan
 from batchvlm.engine.prefill import Prefill
 from batchvlm.engine.rows import Chosen, Row
@@ -44,6 +45,7 @@ Outcome = tuple[Sample, Completion | Failure]
 _LENGTH_STEP = {"cpu": 64, "cuda": 256}
 _MIN_SLOTS = {"cpu": 8, "cuda": 64}
 """On a GPU slots are made anew less often: with them go the graphs of their steps."""
+_IS_OVER = attrgetter("is_over")
 _NEIGHBOURS = 8
 """Slots whose attention is computed together on a CPU, as far as the longest of them goes."""
 
@@ -76,8 +78,11 @@ class SlotEngine:
         self._batching = batching
         self._eos_ids = frozenset(eos_ids)
         self._device: torch.device = model.device
-        fusing = Fusing(model) if is_fused(cfg, model) else None
-        self._decoder = Decoder(model, has_graphs=cfg.cuda_graphs, fusing=fusing)
+        if is_half_on_gpu(model):
+            align(model)
+        self._decoder = Decoder(model, has_graphs=cfg.cuda_graphs)
+        self._until_fused_s = seconds_to_fusing(cfg, model)
+        self._fuse_after(0.0)
         self._is_checked = self._has_checked_images = not cfg.canary
         self._clock = Clock(self._device, self.stats)
         self._plan = MemoryPlan(cfg, self._device)
@@ -126,8 +131,11 @@ class SlotEngine:
     def _answer(self, samples: Iterable[Sample]) -> Iterator[Outcome]:
         self._begin()
         self._feed = feed = Feed(samples, self._batching)
+        start_s: float | None = None
         while True:
             feed.gather(wait=not self._is_busy())
+            start_s = start_s or time.perf_counter()
+            self._fuse_after(time.perf_counter() - start_s)
             if not self._prefill.num_waiting and len(feed):
                 window = feed.take_window()
                 self._check(window)
@@ -144,6 +152,13 @@ class SlotEngine:
         self._clock.finish()
         self._decoder.forget_slots()
         self._cache = None
+
+    def _fuse_after(self, seconds: float) -> None:
+        """Fuse the model's layers once, where the engine has worked so long that it pays."""
+        if self._until_fused_s is not None and seconds >= self._until_fused_s:
+            self._until_fused_s = None
+            log.info("compiling the model's layers; engine.compile=false leaves that out")
+            self._decoder.fuse()
 
     def _check(self, window: Sequence[Sample]) -> None:
         """Hold the first rows against `generate()`, and the first with images."""
@@ -192,7 +207,7 @@ class SlotEngine:
                     settings = prepared.sample.generation
                     stop = RowStop(settings, self._eos_ids, self._tokenizer)
                     length = prepared.sample.prompt_tokens + settings.max_new_tokens
-                    self._parked.append(Row(prepared, stop, length))
+                    self._parked.append(Row(prepared, stop, length, settings.max_new_tokens))
                 else:
                     self._ready.append(prepared)
 
@@ -366,6 +381,9 @@ class SlotEngine:
 
     def _spans(self, start: int, stop: int) -> list[Span]:
         """Slots whose attention is computed together, each span as far as its longest row goes."""
+        if self._decoder.is_by_row:
+            assert self._cache is not None
+            return [Span(start, stop, self._cache.length)]
         width = _NEIGHBOURS if self._device.type == "cpu" else stop - start
         spans = []
         for first in range(start, stop, width):
@@ -384,7 +402,8 @@ class SlotEngine:
         for row in rows:
             row.num_chosen += 1
             # Known without its last token: a slot is not kept to wait for it.
-            row.is_over |= row.num_chosen >= row.sample.generation.max_new_tokens
+            if row.num_chosen >= row.max_new_tokens:
+                row.is_over = True
 
     def _read(self, chosen: Chosen) -> None:
         """Take note of tokens that have come to the host; rows that end with one are done."""
@@ -409,6 +428,8 @@ class SlotEngine:
 
     def _compact(self) -> None:
         """Close the gaps that rows leave: the last row goes into the first gap."""
+        if not any(map(_IS_OVER, self._rows)):
+            return
         slot = 0
         while slot < len(self._rows):
             if not self._rows[slot].is_over:

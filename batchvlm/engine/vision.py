@@ -152,7 +152,8 @@ class ImageFeatures:
     @torch.inference_mode()
     def encode(self, units: Sequence[Unit]) -> None:
         """Encode units of one shape in one forward of the encoder."""
-        joined = join_features([unit.arrays for unit in units])
+        is_gpu = self._device.type == "cuda"
+        joined = join_features([unit.arrays for unit in units], is_pinned=is_gpu)
         inputs = {name: self._to_device(tensor) for name, tensor in joined.items()}
         if self._pixel_table is not None:
             inputs["pixel_values"] = to_numbers(
@@ -198,7 +199,8 @@ class ImageFeatures:
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._device.type == "cuda":
-            tensor = tensor.pin_memory().to(self._device, non_blocking=True)
+            pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+            tensor = pinned.to(self._device, non_blocking=True)
         return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
 

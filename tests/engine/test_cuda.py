@@ -15,7 +15,6 @@ from torch import Tensor
 from batchvlm.engine import canary, flash
 from batchvlm.engine.attention import Packed, Slots, Span, attending, attention
 from batchvlm.engine.cache import RowCache, SlotCache
-from batchvlm.engine.fusing import Fusing
 from batchvlm.engine.memory import free_bytes
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.records import Completion
@@ -198,7 +197,7 @@ class TestFusing:
         rows = mixed_rows(plain_model, 16)
         expected = [plain_model.known(q, seed)[:limit] for q, seed, limit in rows]
         engine = fused.slots(eos=[], compile=True, canary=True)
-        assert isinstance(engine._decoder._fusing, Fusing)
+        assert engine._decoder._fusing is not None
         assert tokens(run(engine, asked(fused, rows))) == expected
 
 
