@@ -596,20 +596,27 @@ def main() -> None:
         found["roofline"] = roofline(
             shape, mine.pop("sizes"), found["rate"], found["bandwidth"], args.width
         )
-        print(json.dumps(found, default=str), file=sys.stderr, flush=True)
+        report(args, found)
         if args.baseline_rows:
             # Each alone with the model's own forms: what was fused goes on the way out.
             plain = make_model(shape, folder / "model", args.device, dtype)
             del model, engine, run
             some = rows[: args.baseline_rows]
             found["sorted"] = run_sorted(plain, folder / "model", some, args.device)
-            found["pipeline"] = run_pipeline(plain, folder / "model", some[:24], args.device)
+            report(args, found)
+            found["pipeline"] = run_pipeline(plain, folder / "model", some[:16], args.device)
+            report(args, found)
+
+
+def report(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Print what is known, and write it where that is asked for."""
     markdown = table(args.shape, args, found)
-    print(markdown)
+    print(markdown, flush=True)
     if args.json:
         args.json.write_text(json.dumps(found, default=str) + "\n", encoding="utf-8")
     if args.write:
         command = f"python benchmarks/gpu.py --shape {args.shape} --rows {args.rows}"
+        command += f" --baseline-rows {args.baseline_rows} --write"
         write_section(f"On a GPU, {args.shape.upper()}", f"{environment(command)}\n\n{markdown}")
 
 

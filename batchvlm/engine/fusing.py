@@ -105,7 +105,8 @@ class Fusing:
             if type(act) not in gates:
                 gates[type(act)] = torch.compile(_gate_of(act), dynamic=True)
                 # Outside of the comparison, which would take an error for a difference.
-                gates[type(act)](*random_like(mlp.gate_proj.weight, (2, 64)))
+                with torch.inference_mode():
+                    gates[type(act)](*random_like(mlp.gate_proj.weight, (2, 64)))
             gated = GatedMLP(mlp, gates[type(act)])
             sample = random_like(mlp.gate_proj.weight, (4, mlp.gate_proj.in_features))
             if is_same(mlp, gated, sample):
@@ -156,6 +157,7 @@ def is_half_on_gpu(model: Any) -> bool:
     return bool(model.device.type == "cuda") and model.dtype in (torch.float16, torch.bfloat16)
 
 
+@torch.no_grad()
 def align(model: Any) -> None:
     """Give feed-forward parts of odd width zeros to the next even one, in place.
 
