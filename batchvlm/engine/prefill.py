@@ -53,6 +53,7 @@ class Prefill:
         cfg: whether rows share images and beginnings.
         stats: counts what is computed.
         clock: counts its seconds.
+        looks_ahead: whether the device works by itself, so that this process has time meanwhile.
     """
 
     def __init__(
@@ -63,11 +64,14 @@ class Prefill:
         cfg: EngineConfig,
         stats: EngineStats,
         clock: Clock,
+        *,
+        looks_ahead: bool = False,
     ) -> None:
         self._clock = clock
         self._decoder = decoder
         self._plan = plan
         self._is_shared = cfg.share_images
+        self._looks_ahead = looks_ahead
         self._stats = stats
         self._images = ImageFeatures(model, stats, is_shared=cfg.share_images)
         self._waiting: list[WaitingRow] = []
@@ -130,9 +134,24 @@ class Prefill:
                 break
             pack.append(self._waiting.pop())
         self._encode([*pack, *self._waiting[::-1]], num_needed=len(pack), is_alone=is_alone)
-        return list(self._compute_or_split(pack, is_alone=is_alone))
+        prepared = list(self._compute_or_split(pack, is_alone=is_alone))
+        if self._looks_ahead:
+            self._prepare(len(pack))
+        return prepared
 
-    def _encode(self, rows: Sequence[WaitingRow], *, num_needed: int, is_alone: bool) -> None:
+    def _prepare(self, num_rows: int) -> None:
+        """Make the next pack ready while the GPU computes the last one, rather than after it."""
+        rows = self._waiting[::-1]
+        for row in rows[:num_rows]:
+            try:
+                row.prompt = row.prompt or self._decoder.prompt(row.sample)
+            except Exception:
+                break  # it says so when its turn comes
+        self._encode(rows, num_needed=num_rows)
+
+    def _encode(
+        self, rows: Sequence[WaitingRow], *, num_needed: int, is_alone: bool = False
+    ) -> None:
         """Encode the images of the first rows, and of the next ones as far as a batch has room."""
         units = self._images.missing(u for row in rows[:num_needed] for u in row.units)
         if not units:

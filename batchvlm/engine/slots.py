@@ -110,7 +110,13 @@ class SlotEngine:
         self._decoder.forget_slots()
         self._feed = Feed((), self._batching)
         self._prefill = Prefill(
-            self._model, self._decoder, self._plan, self._cfg, self.stats, self._clock
+            self._model,
+            self._decoder,
+            self._plan,
+            self._cfg,
+            self.stats,
+            self._clock,
+            looks_ahead=self._lag > 0,
         )
         self._cache: SlotCache | None = None
         self._rows: list[Row] = []
