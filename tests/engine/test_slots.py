@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchvlm.config import BatchingConfig, EngineConfig
-from batchvlm.engine import slots
+from batchvlm.engine import room
 from batchvlm.engine.cache import SlotCache
 from batchvlm.engine.decoder import Decoder, Piece
 from batchvlm.engine.slots import SlotEngine
@@ -283,13 +283,13 @@ class TestSlots:
     def shapes(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         """(slots, length) of each cache that an engine makes."""
         made: list[tuple[int, int]] = []
-        cache = slots.SlotCache
+        cache = room.SlotCache
 
         def noted(*args: Any, num_slots: int, length: int) -> Any:
             made.append((num_slots, length))
             return cache(*args, num_slots=num_slots, length=length)
 
-        monkeypatch.setattr(slots, "SlotCache", noted)
+        monkeypatch.setattr(room, "SlotCache", noted)
         return made
 
     def test_short_rows_do_not_pay_for_long_ones(
