@@ -194,6 +194,7 @@ class Collector:
             _result(record, reading.failure, sample),
             generated_text=completion.text,
             generated_texts=tuple(answer.text for answer in answers),
+            finish_reasons=tuple(answer.finish_reason for answer in answers),
             token_ids=completion.token_ids,
             logprobs=completion.logprobs,
             parsed=reading.parsed,

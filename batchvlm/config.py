@@ -22,6 +22,7 @@ class SourceKind(StrEnum):
     hf = "hf"
     folder = "folder"
     jsonl = "jsonl"
+    openai = "openai"
 
 
 class TaskName(StrEnum):
@@ -71,13 +72,13 @@ class ColumnsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the rows come from (`data=parquet|hf|folder|jsonl|demo`)."""
+    """Where the rows come from (`data=parquet|hf|folder|jsonl|openai|demo`)."""
 
     name: str = "data"
     """Word for this input in the default output folder."""
     source: SourceKind = MISSING
     path: str = MISSING
-    """Parquet and jsonl: a file, folder, glob or fsspec URL. hf: a hub name, a folder of data
+    """Parquet, jsonl, openai: a file, folder, glob or fsspec URL. hf: a hub name, a folder of data
     files or a `save_to_disk` folder. folder: a folder of images."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     subset: str | None = None
@@ -101,12 +102,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOutputConfig:
-    """The form an extract task's answer must have."""
+    """The form an answer must have."""
 
     json_schema: Any = None
     """A JSON schema: path of a file, or the schema itself."""
     json_schema_column: str | None = None
-    """Column with each row's own JSON schema; a null there falls back to `json_schema`."""
+    """Column with each row's own JSON schema; a null there falls back to `json_schema`. With other
+    tasks than extract, an answer to a row that brings one is read as JSON, any other as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,10 +188,16 @@ class GenerationColumnsConfig:
     top_p: str | None = None
     min_p: str | None = None
     repetition_penalty: str | None = None
+    frequency_penalty: str | None = None
+    presence_penalty: str | None = None
     seed: str | None = None
     stop: str | None = None
     ignore_eos: str | None = None
     stop_on_repetition: str | None = None
+    logprobs: str | None = None
+    """Naming it adds the column `logprobs`, null in rows that do not ask."""
+    num_return_sequences: str | None = None
+    """Naming it adds the columns of several answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +217,10 @@ class GenerationConfig:
     """Draw among those at least this fraction as likely as the likeliest."""
     repetition_penalty: float = 1.0
     """Above 1, tokens already in the prompt or answer become less likely."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for each time that the answer has it already."""
+    presence_penalty: float = 0.0
+    """Taken off a token's logit once the answer has it."""
     seed: int = 0
     """Each row draws from a generator of its own, seeded by this and the row's position."""
     stop: list[str] = field(default_factory=list)
@@ -222,9 +234,9 @@ class GenerationConfig:
     """Add the column `logprobs`: the log-probability of each token of the answer, as the model
     gave it (temperature 1, no cuts, no penalty)."""
     num_return_sequences: int = 1
-    """Answers to each row. Above 1, the column `generated_texts` holds them all and
-    `completion_tokens` counts them all; else columns speak of the first, which is the same as with
-    1."""
+    """Answers to each row. Above 1, the columns `generated_texts` and `finish_reasons` hold them
+    all and `completion_tokens` counts them all; else columns speak of the first, which is the same
+    as with 1."""
     columns: GenerationColumnsConfig = field(default_factory=GenerationColumnsConfig)
 
 
@@ -236,6 +248,8 @@ GENERATION_LIMITS: Mapping[str, tuple[float, float]] = {
     "top_p": (1e-6, 1),
     "min_p": (0, 1),
     "repetition_penalty": (1e-3, 1e3),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
     "seed": (0, (1 << 63) - 1),
     "num_return_sequences": (1, 1024),
 }

@@ -52,11 +52,12 @@ def open_job(cfg: JobConfig) -> Job:
     check_columns(source.schema, kept | named | needed)
     if cfg.data.source is not SourceKind.jsonl:  # whose types are a guess
         prompts.check_types(source.schema)
+    gen = cfg.generation
     schema = output_schema(
         kept_fields(source.schema, cfg.output.keep_columns),
-        generated_texts=cfg.generation.num_return_sequences > 1,
+        generated_texts=gen.num_return_sequences > 1 or bool(gen.columns.num_return_sequences),
         token_ids=cfg.output.token_ids,
-        logprobs=cfg.generation.logprobs,
+        logprobs=gen.logprobs or bool(gen.columns.logprobs),
     )
     task = open_task(cfg.task)
     folder = OutputFolder(cfg.output.dir)

@@ -101,6 +101,8 @@ class Generation:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -264,6 +266,8 @@ class Result:
     generated_text: str | None = None
     generated_texts: tuple[str, ...] | None = None
     """All answers, the first one included, where the row wants several."""
+    finish_reasons: tuple[FinishReason, ...] | None = None
+    """Of each of them."""
     token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
     parsed: str | None = None

@@ -301,8 +301,8 @@ def _check_choices(cfg: JobConfig) -> None:
 
 def _check_combinations(cfg: JobConfig) -> None:
     output = cfg.task.output
-    has_schema = output.json_schema is not None or output.json_schema_column is not None
-    if cfg.task.name is TaskName.extract and not has_schema:
+    has_schema = output.json_schema is not None
+    if cfg.task.name is TaskName.extract and not (has_schema or output.json_schema_column):
         raise ConfigError(
             "task=extract has no schema",
             hint="set task.output.json_schema=FILE or task.output.json_schema_column=COLUMN",

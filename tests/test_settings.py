@@ -23,6 +23,7 @@ def test_every_option_of_every_group_composes(option: str) -> None:
         "data=hf": ["data.path=user/dataset"],
         "data=folder": ["data.path=images"],
         "data=jsonl": ["data.path=in.jsonl"],
+        "data=openai": ["data.path=requests.jsonl"],
         "model=hub": ["model.path=user/model"],
     }
     cfg = compose("run", [option, *required.get(option, [])])
@@ -58,7 +59,7 @@ REFUSED = {
     "+data.extra=1": "data.extra is no setting",
     "nonsense": "cannot read the override nonsense",
     "task.prompt={{ a }}": "quote a value",
-    "data=parqet": "there are demo, folder, hf, jsonl, parquet",
+    "data=parqet": "there are demo, folder, hf, jsonl, openai, parquet",
     "data=parquet": "data.path is required and not set; add data.path=",
     "model=hub": "model.path is required",
     "generation.max_new_tokens=many": "generation.max_new_tokens: Value 'many'",

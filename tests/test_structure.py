@@ -45,6 +45,7 @@ ALLOWED = {
         *("batchvlm.identity", "batchvlm.images", "batchvlm.output", "batchvlm.prompts"),
         "batchvlm.sources",
     },
+    "batchvlm.export": {"batchvlm.output", "batchvlm.report"},
     "batchvlm.demo": set(),
 }
 TOP = {

@@ -50,6 +50,7 @@ MEANINGS = {
     "attempts": "how often the row was tried",
     "generated_text": "the answer; null where there is none",
     "generated_texts": "all answers, the first equal to `generated_text`",
+    "finish_reasons": "of each of `generated_texts`",
     "token_ids": "token ids of the answer",
     "logprobs": "log-probability of each of these ids",
     "parsed": "the answer as JSON text",

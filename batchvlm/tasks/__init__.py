@@ -48,6 +48,6 @@ def open_task(cfg: TaskConfig) -> Task:
 
     match cfg.name:
         case TaskName.caption | TaskName.vqa:
-            return FreeText()
+            return FreeText(cfg.output)
         case TaskName.extract:
             return Extract(cfg.output)
