@@ -91,6 +91,18 @@ class DataConfig:
     """hf: read without downloading the whole dataset first."""
     image_root: str | None = None
     """The only folder that image paths in rows may point into; null: the input's own folder."""
+    allow_remote: bool = False
+    """Fetch images whose address is on the public web (http, https), or allowed by name."""
+    allow_hosts: list[str] = field(default_factory=list)
+    """allow_remote: hosts that may have private addresses (`images.intra`, `10.0.0.5`), and places
+    of object stores or other file systems of fsspec (`s3://bucket/folder`, `hf://datasets/a/b`),
+    read with this machine's credentials."""
+    fetch_timeout_s: float = 20.0
+    """allow_remote: seconds for one attempt at an image."""
+    fetch_attempts: int = 4
+    """allow_remote: attempts at an image while its server is unreachable, slow or overloaded."""
+    fetch_concurrency: int = 64
+    """allow_remote: images fetched at the same time; at most half of them from one host."""
     max_rows: int | None = None
     """Take only the first rows of the input; null: all."""
     max_image_bytes: int = 1 << 28

@@ -28,6 +28,7 @@ class Job:
 
     cfg: JobConfig
     source: Source
+    prompts: PromptBuilder
     prompt_columns: tuple[str, ...]
     task: Task
     folder: OutputFolder
@@ -89,6 +90,7 @@ def open_job(cfg: JobConfig) -> Job:
         is_overwriting=there is not None and bool(differs(there, run)),
         cfg=cfg,
         source=source,
+        prompts=prompts,
         prompt_columns=tuple(needed),
         task=task,
         folder=folder,

@@ -25,6 +25,7 @@ _INLINE = ("image", "path", "url", "bytes", "image_url")
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
 # A colon alone makes no address: photo:1.png and C:/images are paths.
 _ADDRESS = re.compile(r"(file|https?|[a-z][a-z0-9+.\-]+(?=://)):/", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.\-]+://", re.IGNORECASE)
 # How the files that `images` opens begin; nothing so short that a path could begin like it.
 _IMAGE_FILE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF....WEBP|BM.{4}\0{4}|II\*\0|MM\0\*"
@@ -36,7 +37,7 @@ _MIN_BASE64_CHARS = 40
 
 
 def image_refs(value: Any, where: str) -> list[ImageRef]:
-    """The images of one cell: a struct, bytes, a path, a `data:` URI, base64, or a list of these.
+    """The images of a cell: a struct, bytes, a path, an address, a `data:` URI, base64, or a list.
 
     Args:
         value: the cell as Python.
@@ -44,7 +45,7 @@ def image_refs(value: Any, where: str) -> list[ImageRef]:
 
     Raises:
         RowError: a null or empty image (`missing_image`), a broken data URI (`decode`), an address
-            that the configuration does not allow (`forbidden`), or something else (`prompt`).
+            of no host (`forbidden`), or something else (`prompt`).
     """
     if isinstance(value, list | tuple):
         return [ref for i, item in enumerate(value) for ref in image_refs(item, f"{where}[{i}]")]
@@ -75,7 +76,10 @@ def _image_ref(value: Any, where: str) -> ImageRef:
         raise RowError(ErrorType.MISSING_IMAGE, f"{where} is an empty path")
     if value[:5].lower() == "data:":
         return ImageRef(data=_decode_data_uri(value, where))
-    if address := _ADDRESS.match(value):
+    address = _ADDRESS.match(value)
+    if address and _URL.match(value) and address.group(1).lower() != "file":
+        return ImageRef(url=value)
+    if address:
         raise RowError(
             ErrorType.FORBIDDEN,
             f"{where} is a {address.group(1).lower()}: address; "

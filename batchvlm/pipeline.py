@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchvlm.collector import Collector, Prepared
 from batchvlm.config import JobConfig
@@ -39,6 +39,9 @@ from batchvlm.runtime.progress import Progress
 from batchvlm.runtime.ranks import find_rank, shards_of_task
 from batchvlm.runtime.watchdog import Ticker, Watchdog
 from batchvlm.runtime.workers import WorkerPool, default_num_workers
+
+if TYPE_CHECKING:
+    from batchvlm.fetch.ahead import Fetcher
 
 log = logging.getLogger(__name__)
 
@@ -134,9 +137,12 @@ def _compute(
             # Shards are opened on what is there: on nothing, once the old run has given way.
             engine = engine or open_engine(cfg, device=rank.device)
             save_run(job.folder, job.run, overwrite=True)
+        records = _read(job, todo, collector)
+        if cfg.data.allow_remote:
+            records = stack.enter_context(_open_fetcher(job)).ahead(records)
         ready = stack.enter_context(
             Prefetcher(
-                _prepare(_read(job, todo, collector), pool),
+                _prepare(records, pool),
                 max_items=cfg.batching.sort_window,
                 max_bytes=cfg.batching.max_window_bytes,
                 size_of=lambda item: item.size_bytes,
@@ -194,6 +200,25 @@ def _open_pool(job: Job) -> WorkerPool:
     )
 
 
+def _open_fetcher(job: Job) -> Fetcher:
+    # What it needs is an extra.
+    from batchvlm.fetch.addresses import Allowed
+    from batchvlm.fetch.ahead import Fetcher
+    from batchvlm.fetch.client import FetchLimits
+
+    data = job.cfg.data
+    return Fetcher(
+        Allowed(tuple(data.allow_hosts)),
+        FetchLimits(
+            timeout_s=data.fetch_timeout_s,
+            attempts=data.fetch_attempts,
+            concurrency=data.fetch_concurrency,
+            max_image_bytes=data.max_image_bytes,
+        ),
+        job.prompts.addresses,
+    )
+
+
 def _read(job: Job, shards: Sequence[Shard], collector: Collector) -> Iterator[Record]:
     kept = job.cfg.output.keep_columns
     for shard in shards:
@@ -211,7 +236,7 @@ def _prepare(records: Iterable[Record], pool: WorkerPool) -> Iterator[Prepared]:
             yield replace(record, kept={})
 
     for record, outcome in pool.prepare(stripped()):
-        ours = replace(record, values={}, kept=kept.pop(record.row_index))
+        ours = replace(record, values={}, fetched={}, kept=kept.pop(record.row_index))
         yield Prepared(record=ours, outcome=outcome)
 
 

@@ -105,6 +105,13 @@ class PromptBuilder:
             json_schema=self._schema(values),
         )
 
+    def addresses(self, record: Record) -> list[str]:
+        """Every address among the images that one row's prompt shows; none where it has none."""
+        try:
+            return [ref.url for ref in self.build(record).images if ref.url is not None]
+        except RowError:  # its worker says so
+            return []
+
     def _messages(
         self, values: Mapping[str, Any], images: list[ImageRef]
     ) -> tuple[list[Message], tuple[ImageRef, ...]]:

@@ -86,6 +86,8 @@ class Record:
     where Python's would not be the same."""
     failure: Failure | None = None
     """Set where the row itself could not be read; `values` and `kept` are then empty."""
+    fetched: Mapping[str, bytes | Failure] = field(default_factory=dict)
+    """What was fetched from each address among its images, where that is allowed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +116,11 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRef:
-    """Where an image is: bytes at hand, or a path below the allowed root."""
+    """Where an image is: bytes at hand, a path below the allowed root, or an address."""
 
     data: bytes | None = None
     path: str | None = None
+    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

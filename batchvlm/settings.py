@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,9 @@ def _check_ranges(cfg: JobConfig) -> None:
     _at_least("retry.max_attempts", cfg.retry.max_attempts, 1)
     _at_least("data.max_rows", cfg.data.max_rows, 1)
     _at_least("data.max_image_bytes", cfg.data.max_image_bytes, 1)
+    _at_least("data.fetch_timeout_s", cfg.data.fetch_timeout_s, 0.1)
+    _at_least("data.fetch_attempts", cfg.data.fetch_attempts, 1)
+    _at_least("data.fetch_concurrency", cfg.data.fetch_concurrency, 1)
     _at_least("data.max_source_pixels", cfg.data.max_source_pixels, 1)
     _at_least("model.max_image_pixels", cfg.model.max_image_pixels, 1)
     _at_least("model.max_prompt_tokens", cfg.model.max_prompt_tokens, 1)
@@ -326,6 +330,20 @@ def _check_combinations(cfg: JobConfig) -> None:
                     f"data.{key} has no effect with data.source={cfg.data.source.value}",
                     hint="it belongs to data=hf",
                 )
+    if cfg.data.allow_hosts and not cfg.data.allow_remote:
+        raise ConfigError(
+            "data.allow_hosts has no effect without data.allow_remote=true",
+            hint="add data.allow_remote=true",
+        )
+    if any(entry.lower().startswith(("file:", "local:")) for entry in cfg.data.allow_hosts):
+        raise ConfigError(
+            "data.allow_hosts names files of this machine", hint="data.image_root is for those"
+        )
+    if cfg.data.allow_remote and find_spec("aiohttp") is None:
+        raise ConfigError(
+            "data.allow_remote=true needs aiohttp, which is not installed",
+            hint="pip install 'batchvlm[remote]'",
+        )
     if not image_columns(cfg) and not cfg.data.columns.messages and not cfg.task.prompt.strip():
         raise ConfigError(
             "the rows bring neither images nor messages, and task.prompt is empty",

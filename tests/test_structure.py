@@ -23,6 +23,7 @@ ALLOWED = {
     "batchvlm.sources": set(),
     "batchvlm.messages": set(),
     "batchvlm.schemas": set(),
+    "batchvlm.fetch": set(),
     "batchvlm.prompts": {"batchvlm.messages", "batchvlm.schemas"},
     "batchvlm.images": set(),
     "batchvlm.recent": set(),
