@@ -132,6 +132,9 @@ class TaskConfig:
     """Jinja2 template over the row's columns; an unknown name is refused, a null is a row error."""
     system: str | None = None
     """System prompt, a template like `prompt`."""
+    markdown_images: bool = False
+    """Take `![](X)` in a prompt or a user's message for an image, as TGI does: X is an address, a
+    path or a `data:` URI, allowed or not as in any other place."""
     output: TaskOutputConfig = field(default_factory=TaskOutputConfig)
 
 

@@ -12,7 +12,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -22,6 +22,8 @@ from batchvlm.records import ImageRef
 Message = dict[str, Any]
 
 _INLINE = ("image", "path", "url", "bytes", "image_url")
+# Without brackets in brackets, so that no text takes longer than its length.
+_MARKDOWN = re.compile(r"!\[[^\[\]]*\]\([ \t]{0,8}([^()\s]+)[ \t]{0,8}\)")
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
 # A colon alone makes no address: photo:1.png and C:/images are paths.
 _ADDRESS = re.compile(r"(file|https?|[a-z][a-z0-9+.\-]+(?=://)):/", re.IGNORECASE)
@@ -175,6 +177,29 @@ def _parts(message: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
                     ErrorType.PROMPT,
                     f"{where}.content[{i}] is of type {kind!r}; text and image are supported",
                 )
+
+
+def with_markdown_images(messages: Sequence[Message]) -> list[Message]:
+    """Make an image of each `![any words](address, path or data: URI)` in what the user says."""
+    return [
+        {**message, "content": list(_split_markdown(message["content"]))}
+        if message["role"] == "user"
+        else message
+        for message in messages
+    ]
+
+
+def _split_markdown(parts: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    for part in parts:
+        if part["type"] != "text":
+            yield part
+            continue
+        # Every second piece is what the brackets of the pattern found.
+        for i, piece in enumerate(_MARKDOWN.split(part["text"])):
+            if i % 2:
+                yield {"type": "image", "inline": {"url": piece}}
+            elif piece:
+                yield {"type": "text", "text": piece}
 
 
 def fill_slots(

@@ -20,7 +20,13 @@ from batchvlm.config import (
     TaskConfig,
 )
 from batchvlm.errors import ConfigError, ErrorType, InputError, RowError
-from batchvlm.messages import Message, fill_slots, image_refs, read_messages
+from batchvlm.messages import (
+    Message,
+    fill_slots,
+    image_refs,
+    read_messages,
+    with_markdown_images,
+)
 from batchvlm.records import Generation, ImageRef, Prompt, Record
 from batchvlm.schemas import InvalidSchemaError, compile_schema
 
@@ -48,6 +54,7 @@ class PromptBuilder:
         self._schema_column = task.output.json_schema_column
         self._generation = generation
         self._prompt = None if columns.messages else Template(task.prompt, "task.prompt")
+        self._has_markdown = task.markdown_images
         self._system = Template(task.system, "task.system") if task.system else None
 
     def needed_columns(self) -> dict[str, str]:
@@ -126,6 +133,8 @@ class PromptBuilder:
         if self._system is not None and messages[0]["role"] != "system":
             text = self._system.render(values)
             messages = [{"role": "system", "content": [{"type": "text", "text": text}]}, *messages]
+        if self._has_markdown:
+            messages = with_markdown_images(messages)
         return fill_slots(messages, images, where)
 
     def _schema(self, values: Mapping[str, Any]) -> str | None:

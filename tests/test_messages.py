@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from batchvlm.errors import ErrorType, RowError
-from batchvlm.messages import fill_slots, image_refs, read_messages
+from batchvlm.messages import fill_slots, image_refs, read_messages, with_markdown_images
 from batchvlm.records import ImageRef
 from tests.conftest import encode, picture
 
@@ -202,3 +202,34 @@ def test_messages_without_slots_get_the_images_before_the_first_user_text() -> N
 )
 def test_images_that_do_not_match_slots(messages: Any, images: Any, expected: ErrorType) -> None:
     assert error_type(fill_slots, read_messages(messages, "m"), images, "m") is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"![]({URI})What is this?", [URI, "What is this?"]),
+        (
+            "Is ![a (b)](a.png) like ![](https://x/b.png)?",
+            ["Is ", "a.png", " like ", "https://x/b.png", "?"],
+        ),
+        ("![]( a.png )", ["a.png"]),
+        ("no ![image] (a.png), ![]() or [a](b.png)", ["no ![image] (a.png), ![]() or [a](b.png)"]),
+    ],
+)
+def test_markdown_images(text: str, expected: list[str]) -> None:
+    (message,) = with_markdown_images(read_messages([user(text)], "m"))
+    found = [p["text"] if p["type"] == "text" else p["inline"]["url"] for p in message["content"]]
+    assert found == expected
+
+
+def test_markdown_in_what_others_say_is_text() -> None:
+    said = [{"role": role, "content": "![](a.png)"} for role in ("system", "assistant")]
+    messages = read_messages(said, "m")
+    assert with_markdown_images(messages) == messages
+
+
+@pytest.mark.parametrize("piece", ["![", "![](", "![]( ", "![](a ", "![" + " " * 9])
+def test_markdown_of_any_length_is_read_in_one_go(piece: str) -> None:
+    text = piece * 300_000
+    (message,) = with_markdown_images(read_messages([user(text)], "m"))
+    assert message["content"] == [{"type": "text", "text": text}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -58,10 +58,8 @@ def serve(answers: dict[str, Any], host: str = "127.0.0.1") -> Iterator[Server]:
                 if value:
                     self.send_header(name, value)
             self.end_headers()
-            try:
+            with suppress(OSError):  # the client has had enough
                 self.wfile.write(body)
-            except OSError:
-                pass  # the client has had enough
             if "Content-Length" in headers and not headers["Content-Length"]:
                 self.close_connection = True
 
