@@ -31,6 +31,7 @@ class TaskName(StrEnum):
     caption = "caption"
     vqa = "vqa"
     extract = "extract"
+    dialog = "dialog"
 
 
 class EngineName(StrEnum):
@@ -68,6 +69,9 @@ class ColumnsConfig:
     images. With `task.prompt` each must hold one at least; messages say how many they show."""
     messages: str | None = None
     """Column with chat messages; replaces `task.prompt`."""
+    turns: str | None = None
+    """task=dialog: column with a list of what the user says, turn after turn: each a text, a list
+    of parts, or a message; a system message may come first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +129,7 @@ class TaskOutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """What is asked and what is made of the answer (`task=caption|vqa|extract`)."""
+    """What is asked and what is made of the answer (`task=caption|vqa|extract|dialog`)."""
 
     name: TaskName = MISSING
     prompt: str = MISSING

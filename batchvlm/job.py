@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-from batchvlm.config import JobConfig, OnMismatch, SourceKind
+from batchvlm.config import JobConfig, OnMismatch, SourceKind, TaskName
 from batchvlm.errors import FingerprintError, InputError
 from batchvlm.identity import answer_identity, output_layout, package_versions, pin_model
 from batchvlm.output.fingerprint import fingerprint
@@ -56,7 +56,9 @@ def open_job(cfg: JobConfig) -> Job:
     gen = cfg.generation
     schema = output_schema(
         kept_fields(source.schema, cfg.output.keep_columns),
-        generated_texts=gen.num_return_sequences > 1 or bool(gen.columns.num_return_sequences),
+        generated_texts=gen.num_return_sequences > 1
+        or bool(gen.columns.num_return_sequences)
+        or cfg.task.name is TaskName.dialog,
         token_ids=cfg.output.token_ids,
         logprobs=gen.logprobs or bool(gen.columns.logprobs),
     )

@@ -126,17 +126,7 @@ def read_messages(value: Any, where: str) -> list[Message]:
         RowError: the cell is null or is not chat messages (`prompt`).
     """
     if isinstance(value, str):
-        text = value
-        try:
-            value = json.loads(text)
-            if "\\u" in text:
-                json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise RowError(
-                ErrorType.PROMPT, f"{where} holds half a surrogate pair, which is no text"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise RowError(ErrorType.PROMPT, f"{where} is text that is no JSON") from error
+        value = _from_json(value, where)
     if not isinstance(value, list) or not value:
         raise RowError(ErrorType.PROMPT, f"{where} holds no list of messages")
     messages: list[Message] = []
@@ -147,6 +137,44 @@ def read_messages(value: Any, where: str) -> list[Message]:
             raise RowError(ErrorType.PROMPT, f"{where}[{i}] has no role that is a plain word")
         messages.append({"role": role, "content": list(_parts(message, f"{where}[{i}]"))})
     return messages
+
+
+def _from_json(text: str, where: str) -> Any:
+    try:
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            ErrorType.PROMPT, f"{where} holds half a surrogate pair, which is no text"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise RowError(ErrorType.PROMPT, f"{where} is text that is no JSON") from error
+    return value
+
+
+def read_turns(value: Any, where: str) -> list[Message]:
+    """Bring a cell of what a user says, turn after turn, into the shape of messages.
+
+    Taken: a list of texts, of lists of parts, or of user messages, where a system message may come
+    first; or JSON text of one.
+
+    Raises:
+        RowError: the cell is null, or holds something else (`prompt`).
+    """
+    if isinstance(value, str):
+        value = _from_json(value, where)
+    if not isinstance(value, list) or not value:
+        raise RowError(ErrorType.PROMPT, f"{where} holds no list of turns")
+    turns = read_messages(
+        [t if isinstance(t, Mapping) else {"role": "user", "content": t} for t in value], where
+    )
+    roles = [turn["role"] for turn in turns]
+    if roles[0] == "system":
+        del roles[0]
+    if not roles or set(roles) != {"user"}:
+        raise RowError(ErrorType.PROMPT, f"{where} holds other messages than the user's")
+    return turns
 
 
 def _parts(message: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:

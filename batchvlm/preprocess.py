@@ -140,6 +140,7 @@ class Preprocessor:
             pixel_table=table,
             generation=generation,
             json_schema=prompt.json_schema,
+            turns_left=prompt.turns_left,
         )
 
 

@@ -86,6 +86,8 @@ class Record:
     where Python's would not be the same."""
     failure: Failure | None = None
     """Set where the row itself could not be read; `values` and `kept` are then empty."""
+    said: tuple[Completion, ...] = ()
+    """Of a dialog: the answers to the turns before this one."""
     fetched: Mapping[str, bytes | Failure] = field(default_factory=dict)
     """What was fetched from each address among its images, where that is allowed."""
 
@@ -134,6 +136,8 @@ class Prompt:
     generation: Generation
     json_schema: str | None = None
     """The row's own JSON schema, where the rows bring one."""
+    turns_left: int = 0
+    """Of a dialog: turns that follow this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +167,8 @@ class Sample:
     """What the bytes in `pixel_values` stand for; None where these are numbers already."""
     generation: Generation
     json_schema: str | None = None
+    turns_left: int = 0
+    """Of a dialog: turns that follow this one."""
     answer: int = 0
     """Which of the row's answers this is for, where it wants several."""
 
@@ -268,7 +274,7 @@ class Result:
     attempts: int = 1
     generated_text: str | None = None
     generated_texts: tuple[str, ...] | None = None
-    """All answers, the first one included, where the row wants several."""
+    """All answers, where the row wants several or is a dialog."""
     finish_reasons: tuple[FinishReason, ...] | None = None
     """Of each of them."""
     token_ids: tuple[int, ...] | None = None

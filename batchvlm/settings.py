@@ -344,11 +344,34 @@ def _check_combinations(cfg: JobConfig) -> None:
             "data.allow_remote=true needs aiohttp, which is not installed",
             hint="pip install 'batchvlm[remote]'",
         )
-    if not image_columns(cfg) and not cfg.data.columns.messages and not cfg.task.prompt.strip():
+    _check_dialog(cfg)
+    brings_text = cfg.data.columns.messages or cfg.data.columns.turns
+    if not image_columns(cfg) and not brings_text and not cfg.task.prompt.strip():
         raise ConfigError(
             "the rows bring neither images nor messages, and task.prompt is empty",
             hint="set data.columns.image, data.columns.messages or task.prompt",
         )
+
+
+def _check_dialog(cfg: JobConfig) -> None:
+    columns, gen = cfg.data.columns, cfg.generation
+    if cfg.task.name is not TaskName.dialog:
+        if columns.turns:
+            raise ConfigError(
+                f"data.columns.turns has no effect with task={cfg.task.name.value}",
+                hint="choose task=dialog",
+            )
+        return
+    if not columns.turns:
+        raise ConfigError("task=dialog has no turns", hint="set data.columns.turns=COLUMN")
+    for key, value in {
+        "data.columns.messages": columns.messages,
+        "task.output.json_schema_column": cfg.task.output.json_schema_column,
+        "generation.num_return_sequences": gen.num_return_sequences > 1,
+        "generation.columns.num_return_sequences": gen.columns.num_return_sequences,
+    }.items():
+        if value:
+            raise ConfigError(f"{key} does not go with task=dialog", hint="leave it out")
 
 
 def to_plain(value: Any) -> Any:

@@ -23,6 +23,7 @@ def test_every_option_of_every_group_composes(option: str) -> None:
         "data=hf": ["data.path=user/dataset"],
         "data=folder": ["data.path=images"],
         "data=jsonl": ["data.path=in.jsonl"],
+        "task=dialog": ["data.columns.turns=turns"],
         "data=openai": ["data.path=requests.jsonl"],
         "model=hub": ["model.path=user/model"],
     }
@@ -94,6 +95,9 @@ REFUSED = {
     "data.image_root=": "data.image_root is empty",
     "output.dir=": "output.dir is empty",
     "model.path=": "model.path is empty",
+    "data.columns.turns=x": "has no effect with task=caption; choose task=dialog",
+    "task=dialog": "task=dialog has no turns; set data.columns.turns=COLUMN",
+    "data.allow_hosts=[x]": "data.allow_hosts has no effect without data.allow_remote=true",
     "task.output.json_schema=s.json": "has no effect with task=caption; choose task=extract",
 }
 

@@ -50,7 +50,8 @@ ALLOWED = {
     "batchvlm.demo": set(),
 }
 TOP = {
-    *("batchvlm.job", "batchvlm.collector", "batchvlm.pipeline", "batchvlm.summary"),
+    *("batchvlm.job", "batchvlm.turns", "batchvlm.collector", "batchvlm.pipeline"),
+    "batchvlm.summary",
     *("batchvlm.commands", "batchvlm.cli", "batchvlm.__main__"),
 }
 

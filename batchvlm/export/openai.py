@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from batchvlm.config import TaskName
 from batchvlm.errors import ErrorType, ModelError, OutputError
 from batchvlm.records import FinishReason, Status
 from batchvlm.report.outputs import Output
@@ -72,10 +73,13 @@ def answers(output: Output) -> Iterator[dict[str, Any]]:
     """
     created = int(datetime.fromisoformat(output.run.created_at).timestamp())
     token_text: TokenText | None = None
+    is_dialog = output.run.settings["task"]["name"] == TaskName.dialog
     for batch in output.batches(_COLUMNS):
         for row in batch.to_pylist():
             if row.get("logprobs") is not None and token_text is None:
                 token_text = _tokens_of(output)
+            if is_dialog:  # whose answers are no choices; the last one is the row's
+                row["generated_texts"] = row["finish_reasons"] = None
             name = f"{output.run.fingerprint}-{row['row_index']}"
             yield _line(row, name, created, token_text)
 

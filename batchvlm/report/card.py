@@ -49,7 +49,7 @@ MEANINGS = {
     "error_message": "the same in a sentence",
     "attempts": "how often the row was tried",
     "generated_text": "the answer; null where there is none",
-    "generated_texts": "all answers, the first equal to `generated_text`",
+    "generated_texts": "all answers, of a dialog turn by turn",
     "finish_reasons": "of each of `generated_texts`",
     "token_ids": "token ids of the answer",
     "logprobs": "log-probability of each of these ids",
