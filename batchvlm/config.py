@@ -23,6 +23,7 @@ class SourceKind(StrEnum):
     folder = "folder"
     jsonl = "jsonl"
     openai = "openai"
+    webdataset = "webdataset"
 
 
 class TaskName(StrEnum):
@@ -76,14 +77,14 @@ class ColumnsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the rows come from (`data=parquet|hf|folder|jsonl|openai|demo`)."""
+    """Where the rows come from (`data=parquet|hf|folder|jsonl|openai|webdataset|demo`)."""
 
     name: str = "data"
     """Word for this input in the default output folder."""
     source: SourceKind = MISSING
     path: str = MISSING
-    """Parquet, jsonl, openai: a file, folder, glob or fsspec URL. hf: a hub name, a folder of data
-    files or a `save_to_disk` folder. folder: a folder of images."""
+    """Parquet, jsonl, openai, webdataset: a file, folder, glob or fsspec URL. hf: a hub name, a
+    folder of data files or a `save_to_disk` folder. folder: a folder of images."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     subset: str | None = None
     """hf: the dataset's configuration name."""

@@ -24,6 +24,7 @@ def test_every_option_of_every_group_composes(option: str) -> None:
         "data=folder": ["data.path=images"],
         "data=jsonl": ["data.path=in.jsonl"],
         "task=dialog": ["data.columns.turns=turns"],
+        "data=webdataset": ["data.path=in.tar"],
         "data=openai": ["data.path=requests.jsonl"],
         "model=hub": ["model.path=user/model"],
     }
@@ -60,7 +61,7 @@ REFUSED = {
     "+data.extra=1": "data.extra is no setting",
     "nonsense": "cannot read the override nonsense",
     "task.prompt={{ a }}": "quote a value",
-    "data=parqet": "there are demo, folder, hf, jsonl, openai, parquet",
+    "data=parqet": "there are demo, folder, hf, jsonl, openai, parquet, webdataset",
     "data=parquet": "data.path is required and not set; add data.path=",
     "model=hub": "model.path is required",
     "generation.max_new_tokens=many": "generation.max_new_tokens: Value 'many'",
