@@ -339,6 +339,12 @@ def _check_combinations(cfg: JobConfig) -> None:
         raise ConfigError(
             "data.allow_hosts names files of this machine", hint="data.image_root is for those"
         )
+    for entry in cfg.data.allow_hosts:
+        if not entry.strip() or re.fullmatch(r"[^:/]+:\d+|[^:/]+/.*", entry):
+            raise ConfigError(
+                f"data.allow_hosts: {entry!r} is no host",
+                hint="write the name alone, as images.intra, or a place, as s3://bucket/folder",
+            )
     if cfg.data.allow_remote and find_spec("aiohttp") is None:
         raise ConfigError(
             "data.allow_remote=true needs aiohttp, which is not installed",

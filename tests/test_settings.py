@@ -98,6 +98,7 @@ REFUSED = {
     "model.path=": "model.path is empty",
     "data.columns.turns=x": "has no effect with task=caption; choose task=dialog",
     "task=dialog": "task=dialog has no turns; set data.columns.turns=COLUMN",
+    "data.fetch_attempts=0": "data.fetch_attempts=0 must be at least 1",
     "data.allow_hosts=[x]": "data.allow_hosts has no effect without data.allow_remote=true",
     "task.output.json_schema=s.json": "has no effect with task=caption; choose task=extract",
 }
@@ -110,6 +111,17 @@ def test_a_mistake_is_refused_in_one_line(override: str) -> None:
     assert REFUSED[override] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code is ExitCode.USAGE
+
+
+@pytest.mark.parametrize("entry", ["x:80", "x/a", "", "file:///", "FILE://x", "local://etc"])
+def test_what_is_no_host_is_refused(entry: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.allow_hosts"):
+        compose("run", ["data.allow_remote=true", f"data.allow_hosts=['{entry}']"])
+
+
+def test_hosts_and_places_are_taken() -> None:
+    hosts = "[images.intra,10.0.0.5,'[::1]','s3://bucket/folder','hf://datasets/a/b']"
+    compose("run", ["data.allow_remote=true", f"data.allow_hosts={hosts}"])
 
 
 def test_a_default_may_be_repeated() -> None:

@@ -16,7 +16,7 @@ from batchvlm.errors import ErrorType, RowError
 from batchvlm.fetch.addresses import Allowed
 from batchvlm.fetch.client import Client, FetchLimits
 from batchvlm.fetch.gate import Gate, Pass
-from batchvlm.records import Failure, Record
+from batchvlm.records import Failure, Record, size_of_value
 
 _PATIENCE_S = 1.0
 """A row that is fetched for longer is overtaken by rows that are ready."""
@@ -36,6 +36,10 @@ class _Row:
     result: Future[dict[str, Fetched]]
 
 
+def _size_of(record: Record) -> int:
+    return size_of_value(record.values) + size_of_value(record.kept)
+
+
 @dataclass
 class _State:
     """What only the event loop's thread touches."""
@@ -50,8 +54,8 @@ class _State:
 class Fetcher:
     """Fetches the images of records in a thread of its own; a context manager.
 
-    Order is kept, but for rows whose server takes long: these are overtaken. Memory is bounded by
-    `max_bytes`, one image beyond, and the cache.
+    Order is kept, but for rows whose server takes long: these are overtaken. Memory is bounded: as
+    much as `max_bytes` of rows and again of what was fetched, one row beyond, and the cache.
 
     Args:
         allowed: what may be asked besides the public web.
@@ -94,6 +98,8 @@ class Fetcher:
     def ahead(self, records: Iterable[Record]) -> Iterator[Record]:
         """Yield every record once, with `fetched`; reads on while images are on their way."""
         waiting: deque[_Row] = deque()
+        # Rows without an address wait behind others, and may bring images of their own.
+        size_bytes = 0
         max_rows = _ROWS_PER_CONNECTION * self._limits.concurrency
         for record in records:
             addresses = [] if record.failure else self._addresses_of(record)
@@ -101,9 +107,14 @@ class Fetcher:
                 yield record
                 continue
             waiting.append(self._start(record, addresses))
+            size_bytes += _size_of(record)
             self._mark_oldest(waiting)
-            while waiting and (len(waiting) >= max_rows or waiting[0].result.done()):
-                yield self._next(waiting)
+            while waiting and (
+                len(waiting) >= max_rows or size_bytes > self._max_bytes or waiting[0].result.done()
+            ):
+                ready = self._next(waiting)
+                size_bytes -= _size_of(ready)
+                yield ready
         while waiting:
             yield self._next(waiting)
 

@@ -138,6 +138,29 @@ def test_bytes_are_bounded_and_the_oldest_row_is_never_held_up() -> None:
         assert most <= 500_000 + 2 * size
 
 
+def test_rows_that_wait_are_bounded_by_their_own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchvlm.fetch.ahead._PATIENCE_S", 0.0)
+    read: list[int] = []
+    rest = threading.Event()
+
+    def slow() -> Any:
+        rest.wait(30)
+        return 200, {}, b"slow"
+
+    def records(server: Any) -> Iterator[Record]:
+        for i in range(20):
+            read.append(i)
+            one = record(i, *([server.url("/0.png")] if i == 0 else []))
+            yield replace(one, kept={"image": bytes(1000)})
+
+    with serve({"/0.png": slow}) as server, fetcher(max_bytes=3500) as ahead:
+        found = ahead.ahead(records(server))
+        assert next(found).row == 1
+        assert len(read) <= 5
+        rest.set()
+        assert len(list(found)) == 19
+
+
 def test_leaving_early_leaves_nothing_behind() -> None:
     done = threading.Event()
 

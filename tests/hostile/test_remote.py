@@ -80,6 +80,22 @@ def test_what_is_not_allowed_is_forbidden(
     assert not any("secret" in row["error_message"] for row in rest)
 
 
+def test_rows_that_a_server_failed_are_fetched_again_where_asked(tmp_path: Path) -> None:
+    answers: dict[str, Any] = {"/a.png": image(picture()), "/b.png": [(503, {}, b"")]}
+    with serve(answers) as server:
+        urls = [server.url("/a.png"), server.url("/b.png")]
+        pq.write_table(pa.table({"image": urls}), tmp_path / "a.parquet")
+        settings = ["data.allow_remote=true", "data.allow_hosts=[127.0.0.1]"]
+        settings += ["data.fetch_attempts=1"]
+        run(tmp_path / "out", tmp_path / "a.parquet", *settings)
+        assert [row["error_type"] for row in rows_of(tmp_path / "out")] == [None, "fetch"]
+        answers["/b.png"] = image(picture())
+        run(tmp_path / "out", tmp_path / "a.parquet", *settings, "retry.errors=[fetch]")
+        assert server.seen == {"/a.png": 1, "/b.png": 2}
+    rows = rows_of(tmp_path / "out")
+    assert [(row["status"], row["attempts"]) for row in rows] == [("success", 1), ("success", 2)]
+
+
 def test_images_by_address_in_messages_and_columns(tmp_path: Path) -> None:
     answers: dict[str, Any] = {
         "/a.png": image(picture(size=(20, 10))),
