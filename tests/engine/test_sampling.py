@@ -430,7 +430,7 @@ def test_nothing_waits_for_the_device() -> None:
     full = sampler(
         [
             row(repetition_penalty=2.0, top_k=3, logprobs=True, min_new_tokens=4),
-            row(temperature=0.0, min_p=0.3),
+            row(temperature=0.0, min_p=0.3, frequency_penalty=0.5, presence_penalty=0.5),
         ]
     )
     with Operations() as operations:
@@ -449,11 +449,14 @@ def test_nothing_waits_for_a_gpu() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         full.admit(0, row(repetition_penalty=2.0, top_k=3, logprobs=True), np.array([0, 4]))
-        full.admit(1, row(temperature=0.0, min_p=0.3, min_new_tokens=4), np.array([0]))
+        counted = row(temperature=0.0, min_p=0.3, min_new_tokens=4, frequency_penalty=0.5)
+        full.admit(1, counted, np.array([0]))
         for _ in range(3):
             full.choose(logits_BV, slice(2))
         full.move(0, 2)
         full.choose(logits_BV, [2, 1])
+        full.move(1, 0)
+        full.choose(logits_BV, [2, 0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
