@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,12 @@ def test_a_mistake_is_refused_in_one_line(override: str) -> None:
 def test_what_is_no_host_is_refused(entry: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.allow_hosts"):
         compose("run", ["data.allow_remote=true", f"data.allow_hosts=['{entry}']"])
+
+
+def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(ConfigError, match=r"needs aiohttp.*pip install 'batchvlm\[remote\]'"):
+        compose("run", ["data.allow_remote=true"])
 
 
 def test_hosts_and_places_are_taken() -> None:

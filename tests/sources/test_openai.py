@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from batchvlm.errors import ErrorType, InputError
 from batchvlm.records import Record
@@ -172,3 +174,41 @@ def test_every_row_comes_once_however_shards_are_read(tmp_path: Path) -> None:
     lines = [request(f"r{i}", seed=i) if i % 5 else "broken" for i in range(40)]
     path = write(tmp_path / "in.jsonl", *lines)
     check_all_ways(open_path("openai", path, id_column="custom_id"), ["seed"], 7, seed=0)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+fields = st.sampled_from(
+    ["messages", "max_tokens", "stop", "seed", "n", "response_format", "tools", "user", "model"]
+)
+lines = st.fixed_dictionaries(
+    {},
+    optional={
+        "custom_id": json_values,
+        "url": json_values,
+        "method": json_values,
+        "body": st.dictionaries(fields, json_values) | json_values,
+    },
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(requests=st.lists(lines, min_size=1, max_size=4))
+def test_whatever_a_line_holds_is_one_row(
+    tmp_path_factory: pytest.TempPathFactory, requests: list[Any]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    write(path, *requests, request("good"))
+    records = read(path)
+    assert [r.row_index for r in records] == list(range(len(requests) + 1))
+    assert records[-1].failure is None
+    for record in records:
+        record.id.encode()
+        if record.failure is not None:
+            assert record.values == {}
+            record.failure.message.encode()
