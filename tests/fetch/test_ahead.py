@@ -19,6 +19,12 @@ from tests.fetch.server import image, serve
 LIMITS = FetchLimits(timeout_s=10.0, attempts=1, concurrency=8, max_image_bytes=1 << 20)
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine nothing is overtaken that is not meant to be."""
+    monkeypatch.setattr("batchvlm.fetch.ahead._PATIENCE_S", 60.0)
+
+
 def record(row: int, *urls: str) -> Record:
     return Record(
         row=row, row_index=row, source_file="in", id=str(row), values={"image": list(urls)}
@@ -60,7 +66,8 @@ def test_images_are_fetched_at_the_same_time() -> None:
     with serve({f"/{i}.png": answer for i in range(8)}) as server, fetcher() as ahead:
         found = list(ahead.ahead(record(i, server.url(f"/{i}.png")) for i in range(8)))
         assert all(list(one.fetched.values()) == [b"image"] for one in found)
-        assert server.most_at_once == 4
+        # The oldest row waits for no other.
+        assert 4 <= server.most_at_once <= 5
 
 
 def test_a_failure_is_its_rows_own() -> None:
@@ -134,8 +141,8 @@ def test_bytes_are_bounded_and_the_oldest_row_is_never_held_up() -> None:
             assert one.row == i
             assert all(len(data) == size for data in one.fetched.values())  # type: ignore[arg-type]
             most = max(most, ahead._state.gate.held_bytes)
-        # The oldest row may go beyond.
-        assert most <= 500_000 + 2 * size
+        # The oldest row may go beyond, while the one before is still on its way out.
+        assert most <= 500_000 + 4 * size
 
 
 def test_rows_that_wait_are_bounded_by_their_own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
