@@ -26,6 +26,8 @@ batchvlm: run a vision-language model over a whole dataset, one output row for e
   batchvlm status OUT                     how far a job is, running or dead
   batchvlm verify OUT                     whether every input row is there exactly once
   batchvlm compact OUT                    merge the parts of a finished job into larger ones
+  batchvlm export OUT --to openai --path FILE
+                                          the answers as an OpenAI batch output file
   batchvlm report OUT                     one HTML file: counts, speed, errors, a gallery of rows
   batchvlm compare OUT_A OUT_B            two outputs of one input, row by row
   batchvlm --version
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     match args:
         case ["run", *rest]:
             return run_app("run", rest)
-        case ["verify" | "status" | "compact" as name, *rest]:
+        case ["verify" | "status" | "compact" | "export" as name, *rest]:
             from batchvlm import commands
 
             return _run_command(getattr(commands, name), rest)
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_USAGE, end="")
             return ExitCode.DONE
         case _:
-            known = "run, status, verify, compact, report, compare"
+            known = "run, status, verify, compact, export, report, compare"
             print(f"batchvlm: error: {args[0]} is no command; there are {known}", file=sys.stderr)
             return ExitCode.USAGE
 

@@ -29,6 +29,7 @@ from batchvlm.records import (
 from batchvlm.runtime.metrics import Metrics
 from batchvlm.runtime.progress import Progress
 from batchvlm.runtime.ranks import Rank
+from batchvlm.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,9 @@ class Prepared:
     def size_bytes(self) -> int:
         kept_bytes = size_of_value(self.record.kept)
         sample_bytes = self.outcome.size_bytes if isinstance(self.outcome, Sample) else 0
-        return _ROW_BYTES + kept_bytes + sample_bytes
+        # Of a dialog, what its next turns are made of.
+        source_bytes = size_of_value(self.record.values) + size_of_value(self.record.fetched)
+        return _ROW_BYTES + kept_bytes + sample_bytes + source_bytes
 
 
 class Collector:
@@ -68,6 +71,8 @@ class Collector:
         self.rank = rank
         self.is_running = False
         """Whether the model is ready: loading it may take any time."""
+        self.turns: Turns | None = None
+        """Where rows go that have another turn."""
         self._beat = beat
         self._lock = threading.RLock()
         self._starts = [shard.first_row_index for shard in job.run.plan]
@@ -123,7 +128,11 @@ class Collector:
         """Write the row that the engine is done with."""
         assert row_index in self._under_way, f"the engine answered row {row_index} twice"
         record, sample = self._under_way.pop(row_index)
-        if isinstance(outcome, Failure):
+        if sample.turns_left and isinstance(outcome, Completion):
+            assert self.turns is not None
+            self.turns.again(replace(record, said=(*record.said, outcome)))
+            self.beat()
+        elif isinstance(outcome, Failure):
             self._write(_result(record, outcome, sample), progress)
         else:
             self._write(self._answered(record, sample, outcome), progress)
@@ -189,18 +198,19 @@ class Collector:
     def _answered(self, record: Record, sample: Sample, completion: Completion) -> Result:
         # With several answers the task judges the first; tokens are counted of all.
         reading = self.job.task.read(completion.text, json_schema=sample.json_schema)
-        answers = (completion, *completion.alternatives)
+        answers = (*record.said, completion, *completion.alternatives)
         return replace(
             _result(record, reading.failure, sample),
             generated_text=completion.text,
             generated_texts=tuple(answer.text for answer in answers),
+            finish_reasons=tuple(answer.finish_reason for answer in answers),
             token_ids=completion.token_ids,
             logprobs=completion.logprobs,
             parsed=reading.parsed,
             json_valid=reading.json_valid,
             finish_reason=completion.finish_reason,
             completion_tokens=sum(len(answer.token_ids) for answer in answers),
-            latency_s=completion.latency_s,
+            latency_s=completion.latency_s + sum(answer.latency_s for answer in record.said),
         )
 
     def _write(self, result: Result, progress: Progress) -> None:
@@ -212,6 +222,8 @@ class Collector:
             self._missing[index] -= 1
             if self._missing[index] == 0:
                 self._commit(index)
+        if self.turns is not None:
+            self.turns.end()
         self.beat()
         progress.advance()
         self._check_error_rate()
@@ -248,6 +260,9 @@ def _result(record: Record, failure: Failure | None, sample: Sample | None = Non
         kept=record.kept,
         status=Status.SUCCESS if failure is None else Status.ERROR,
         failure=failure,
+        generated_texts=tuple(answer.text for answer in record.said) or None,
+        finish_reasons=tuple(answer.finish_reason for answer in record.said) or None,
+        completion_tokens=sum(len(answer.token_ids) for answer in record.said) or None,
         prompt_tokens=sample.prompt_tokens if sample else None,
         image_tokens=sample.image_tokens if sample else None,
         num_images=len(sample.image_sizes) if sample else None,

@@ -1,4 +1,4 @@
-"""The commands that look after an output folder: `verify`, `status` and `compact`."""
+"""The commands that look after an output folder: `verify`, `status`, `compact` and `export`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-from batchvlm.errors import ExitCode
+from batchvlm.errors import ExitCode, OutputError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -98,6 +99,34 @@ def compact(argv: Sequence[str]) -> ExitCode:
     else:
         done = compact(folder, target_bytes=args.target_size)
     print(f"{done.num_before:,} parts -> {done.num_after:,} in {folder.data}")
+    return ExitCode.DONE
+
+
+def export(argv: Sequence[str]) -> ExitCode:
+    """`batchvlm export OUT --to FORMAT --path FILE`."""
+    parser = _parser(
+        "export",
+        "Write the answers in the shape that another tool reads, in the order of the input.",
+        "openai: JSON lines as hosted batch APIs and `vllm run-batch` write them, errors included.",
+    )
+    parser.add_argument("--to", choices=["openai"], required=True, help="the shape")
+    parser.add_argument("--path", metavar="FILE", required=True, help="the file to write")
+    parser.add_argument(
+        "--unfinished", action="store_true", help="of a job that is not done, what is"
+    )
+    args = parser.parse_args(argv)
+    from batchvlm.export.openai import write_answers
+    from batchvlm.report.outputs import open_output
+
+    output = open_output(args.out)
+    num_shards = len(output.run.plan)
+    num_finished = len(output.folder.finished_shards(num_shards))
+    if num_finished < num_shards and not args.unfinished:
+        raise OutputError(
+            f"{output.folder.root}: {num_finished:,} of {num_shards:,} shards are finished",
+            hint="finish the job, or export what there is with --unfinished",
+        )
+    print(f"{write_answers(output, Path(args.path)):,} answers -> {args.path}")
     return ExitCode.DONE
 
 

@@ -22,6 +22,8 @@ class SourceKind(StrEnum):
     hf = "hf"
     folder = "folder"
     jsonl = "jsonl"
+    openai = "openai"
+    webdataset = "webdataset"
 
 
 class TaskName(StrEnum):
@@ -30,6 +32,7 @@ class TaskName(StrEnum):
     caption = "caption"
     vqa = "vqa"
     extract = "extract"
+    dialog = "dialog"
 
 
 class EngineName(StrEnum):
@@ -67,18 +70,21 @@ class ColumnsConfig:
     images. With `task.prompt` each must hold one at least; messages say how many they show."""
     messages: str | None = None
     """Column with chat messages; replaces `task.prompt`."""
+    turns: str | None = None
+    """task=dialog: column with a list of what the user says, turn after turn: each a text, a list
+    of parts, or a message; a system message may come first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the rows come from (`data=parquet|hf|folder|jsonl|demo`)."""
+    """Where the rows come from (`data=parquet|hf|folder|jsonl|openai|webdataset|demo`)."""
 
     name: str = "data"
     """Word for this input in the default output folder."""
     source: SourceKind = MISSING
     path: str = MISSING
-    """Parquet and jsonl: a file, folder, glob or fsspec URL. hf: a hub name, a folder of data
-    files or a `save_to_disk` folder. folder: a folder of images."""
+    """Parquet, jsonl, openai, webdataset: a file, folder, glob or fsspec URL. hf: a hub name, a
+    folder of data files or a `save_to_disk` folder. folder: a folder of images."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     subset: str | None = None
     """hf: the dataset's configuration name."""
@@ -90,6 +96,18 @@ class DataConfig:
     """hf: read without downloading the whole dataset first."""
     image_root: str | None = None
     """The only folder that image paths in rows may point into; null: the input's own folder."""
+    allow_remote: bool = False
+    """Fetch images whose address is on the public web (http, https), or allowed by name."""
+    allow_hosts: list[str] = field(default_factory=list)
+    """allow_remote: hosts that may have private addresses (`images.intra`, `10.0.0.5`), and places
+    of object stores or other file systems of fsspec (`s3://bucket/folder`, `hf://datasets/a/b`),
+    read with this machine's credentials."""
+    fetch_timeout_s: float = 20.0
+    """allow_remote: seconds for one attempt at an image."""
+    fetch_attempts: int = 4
+    """allow_remote: attempts at an image while its server is unreachable, slow or overloaded."""
+    fetch_concurrency: int = 64
+    """allow_remote: images fetched at the same time; at most half of them from one host."""
     max_rows: int | None = None
     """Take only the first rows of the input; null: all."""
     max_image_bytes: int = 1 << 28
@@ -101,23 +119,27 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOutputConfig:
-    """The form an extract task's answer must have."""
+    """The form an answer must have."""
 
     json_schema: Any = None
     """A JSON schema: path of a file, or the schema itself."""
     json_schema_column: str | None = None
-    """Column with each row's own JSON schema; a null there falls back to `json_schema`."""
+    """Column with each row's own JSON schema; a null there falls back to `json_schema`. With other
+    tasks than extract, an answer to a row that brings one is read as JSON, any other as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """What is asked and what is made of the answer (`task=caption|vqa|extract`)."""
+    """What is asked and what is made of the answer (`task=caption|vqa|extract|dialog`)."""
 
     name: TaskName = MISSING
     prompt: str = MISSING
     """Jinja2 template over the row's columns; an unknown name is refused, a null is a row error."""
     system: str | None = None
     """System prompt, a template like `prompt`."""
+    markdown_images: bool = False
+    """Take `![](X)` in a prompt or a user's message for an image, as TGI does: X is an address, a
+    path or a `data:` URI, allowed or not as in any other place."""
     output: TaskOutputConfig = field(default_factory=TaskOutputConfig)
 
 
@@ -186,10 +208,16 @@ class GenerationColumnsConfig:
     top_p: str | None = None
     min_p: str | None = None
     repetition_penalty: str | None = None
+    frequency_penalty: str | None = None
+    presence_penalty: str | None = None
     seed: str | None = None
     stop: str | None = None
     ignore_eos: str | None = None
     stop_on_repetition: str | None = None
+    logprobs: str | None = None
+    """Naming it adds the column `logprobs`, null in rows that do not ask."""
+    num_return_sequences: str | None = None
+    """Naming it adds the columns of several answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +237,10 @@ class GenerationConfig:
     """Draw among those at least this fraction as likely as the likeliest."""
     repetition_penalty: float = 1.0
     """Above 1, tokens already in the prompt or answer become less likely."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for each time that the answer has it already."""
+    presence_penalty: float = 0.0
+    """Taken off a token's logit once the answer has it."""
     seed: int = 0
     """Each row draws from a generator of its own, seeded by this and the row's position."""
     stop: list[str] = field(default_factory=list)
@@ -222,9 +254,9 @@ class GenerationConfig:
     """Add the column `logprobs`: the log-probability of each token of the answer, as the model
     gave it (temperature 1, no cuts, no penalty)."""
     num_return_sequences: int = 1
-    """Answers to each row. Above 1, the column `generated_texts` holds them all and
-    `completion_tokens` counts them all; else columns speak of the first, which is the same as with
-    1."""
+    """Answers to each row. Above 1, the columns `generated_texts` and `finish_reasons` hold them
+    all and `completion_tokens` counts them all; else columns speak of the first, which is the same
+    as with 1."""
     columns: GenerationColumnsConfig = field(default_factory=GenerationColumnsConfig)
 
 
@@ -236,6 +268,8 @@ GENERATION_LIMITS: Mapping[str, tuple[float, float]] = {
     "top_p": (1e-6, 1),
     "min_p": (0, 1),
     "repetition_penalty": (1e-3, 1e3),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
     "seed": (0, (1 << 63) - 1),
     "num_return_sequences": (1, 1024),
 }

@@ -48,6 +48,8 @@ def answer_identity(cfg: JobConfig, files: Sequence[InputFile]) -> dict[str, Any
             "columns": to_plain(cfg.data.columns),
             # Paths in rows mean other files below another root.
             "image_root": cfg.data.image_root,
+            "allow_remote": cfg.data.allow_remote,
+            "allow_hosts": sorted(cfg.data.allow_hosts),
             "max_image_bytes": cfg.data.max_image_bytes,
             "max_source_pixels": cfg.data.max_source_pixels,
         },

@@ -10,14 +10,14 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from batchvlm.errors import ErrorType, RowError
-from batchvlm.records import ImageRef
+from batchvlm.records import Failure, ImageRef
 
 # Ours is checked against the header before a pixel is decoded, and names the limit.
 Image.MAX_IMAGE_PIXELS = None
@@ -50,6 +50,29 @@ _TURNS = {
 }
 
 
+def at_hand(ref: ImageRef, fetched: Mapping[str, bytes | Failure]) -> ImageRef:
+    """The same image without its address: by what was fetched from there.
+
+    Raises:
+        RowError: nothing could be, or fetching is not allowed (`forbidden`, `fetch`, ...).
+    """
+    if ref.url is None:
+        return ref
+    found = fetched.get(ref.url)
+    if found is None:
+        raise RowError(
+            ErrorType.FORBIDDEN,
+            f"the row names a {ref.url.partition(':')[0].lower()[:20]}: address; images come from "
+            "bytes, data: URIs, or paths below data.image_root, and from addresses with "
+            "data.allow_remote=true",
+        )
+    if isinstance(found, Failure):
+        raise RowError(found.error_type, found.message)
+    if not found:
+        raise RowError(ErrorType.MISSING_IMAGE, "the image's address gave no bytes")
+    return ImageRef(data=found)
+
+
 def load_image(
     ref: ImageRef,
     *,
@@ -64,7 +87,7 @@ def load_image(
     result: an image that is to be shrunk is converted strip by strip.
 
     Args:
-        ref: bytes, or a path below `image_root`.
+        ref: bytes, or a path below `image_root`; an address is never followed.
         image_root: the only folder that paths may point into; None allows no path.
         max_image_bytes: a file of more bytes is refused unread.
         max_source_pixels: a header that claims more is refused undecoded.
@@ -73,7 +96,7 @@ def load_image(
     Raises:
         RowError: `missing_image`, `fetch`, `forbidden`, `too_large` or `decode`.
     """
-    data = ref.data
+    data = at_hand(ref, {}).data
     if data is None:
         data = _read_file(ref.path, image_root, max_image_bytes)
     if len(data) > max_image_bytes:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-from batchvlm.config import JobConfig, OnMismatch, SourceKind
+from batchvlm.config import JobConfig, OnMismatch, SourceKind, TaskName
 from batchvlm.errors import FingerprintError, InputError
 from batchvlm.identity import answer_identity, output_layout, package_versions, pin_model
 from batchvlm.output.fingerprint import fingerprint
@@ -28,6 +28,7 @@ class Job:
 
     cfg: JobConfig
     source: Source
+    prompts: PromptBuilder
     prompt_columns: tuple[str, ...]
     task: Task
     folder: OutputFolder
@@ -52,11 +53,14 @@ def open_job(cfg: JobConfig) -> Job:
     check_columns(source.schema, kept | named | needed)
     if cfg.data.source is not SourceKind.jsonl:  # whose types are a guess
         prompts.check_types(source.schema)
+    gen = cfg.generation
     schema = output_schema(
         kept_fields(source.schema, cfg.output.keep_columns),
-        generated_texts=cfg.generation.num_return_sequences > 1,
+        generated_texts=gen.num_return_sequences > 1
+        or bool(gen.columns.num_return_sequences)
+        or cfg.task.name is TaskName.dialog,
         token_ids=cfg.output.token_ids,
-        logprobs=cfg.generation.logprobs,
+        logprobs=gen.logprobs or bool(gen.columns.logprobs),
     )
     task = open_task(cfg.task)
     folder = OutputFolder(cfg.output.dir)
@@ -88,6 +92,7 @@ def open_job(cfg: JobConfig) -> Job:
         is_overwriting=there is not None and bool(differs(there, run)),
         cfg=cfg,
         source=source,
+        prompts=prompts,
         prompt_columns=tuple(needed),
         task=task,
         folder=folder,

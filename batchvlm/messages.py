@@ -12,7 +12,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -22,9 +22,12 @@ from batchvlm.records import ImageRef
 Message = dict[str, Any]
 
 _INLINE = ("image", "path", "url", "bytes", "image_url")
+# Without brackets in brackets, so that no text takes longer than its length.
+_MARKDOWN = re.compile(r"!\[[^\[\]]*\]\([ \t]{0,8}([^()\s]+)[ \t]{0,8}\)")
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
 # A colon alone makes no address: photo:1.png and C:/images are paths.
 _ADDRESS = re.compile(r"(file|https?|[a-z][a-z0-9+.\-]+(?=://)):/", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.\-]+://", re.IGNORECASE)
 # How the files that `images` opens begin; nothing so short that a path could begin like it.
 _IMAGE_FILE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF....WEBP|BM.{4}\0{4}|II\*\0|MM\0\*"
@@ -36,7 +39,7 @@ _MIN_BASE64_CHARS = 40
 
 
 def image_refs(value: Any, where: str) -> list[ImageRef]:
-    """The images of one cell: a struct, bytes, a path, a `data:` URI, base64, or a list of these.
+    """The images of a cell: a struct, bytes, a path, an address, a `data:` URI, base64, or a list.
 
     Args:
         value: the cell as Python.
@@ -44,7 +47,7 @@ def image_refs(value: Any, where: str) -> list[ImageRef]:
 
     Raises:
         RowError: a null or empty image (`missing_image`), a broken data URI (`decode`), an address
-            that the configuration does not allow (`forbidden`), or something else (`prompt`).
+            of no host (`forbidden`), or something else (`prompt`).
     """
     if isinstance(value, list | tuple):
         return [ref for i, item in enumerate(value) for ref in image_refs(item, f"{where}[{i}]")]
@@ -75,7 +78,10 @@ def _image_ref(value: Any, where: str) -> ImageRef:
         raise RowError(ErrorType.MISSING_IMAGE, f"{where} is an empty path")
     if value[:5].lower() == "data:":
         return ImageRef(data=_decode_data_uri(value, where))
-    if address := _ADDRESS.match(value):
+    address = _ADDRESS.match(value)
+    if address and _URL.match(value) and address.group(1).lower() != "file":
+        return ImageRef(url=value)
+    if address:
         raise RowError(
             ErrorType.FORBIDDEN,
             f"{where} is a {address.group(1).lower()}: address; "
@@ -120,17 +126,7 @@ def read_messages(value: Any, where: str) -> list[Message]:
         RowError: the cell is null or is not chat messages (`prompt`).
     """
     if isinstance(value, str):
-        text = value
-        try:
-            value = json.loads(text)
-            if "\\u" in text:
-                json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise RowError(
-                ErrorType.PROMPT, f"{where} holds half a surrogate pair, which is no text"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise RowError(ErrorType.PROMPT, f"{where} is text that is no JSON") from error
+        value = _from_json(value, where)
     if not isinstance(value, list) or not value:
         raise RowError(ErrorType.PROMPT, f"{where} holds no list of messages")
     messages: list[Message] = []
@@ -141,6 +137,44 @@ def read_messages(value: Any, where: str) -> list[Message]:
             raise RowError(ErrorType.PROMPT, f"{where}[{i}] has no role that is a plain word")
         messages.append({"role": role, "content": list(_parts(message, f"{where}[{i}]"))})
     return messages
+
+
+def _from_json(text: str, where: str) -> Any:
+    try:
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            ErrorType.PROMPT, f"{where} holds half a surrogate pair, which is no text"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise RowError(ErrorType.PROMPT, f"{where} is text that is no JSON") from error
+    return value
+
+
+def read_turns(value: Any, where: str) -> list[Message]:
+    """Bring a cell of what a user says, turn after turn, into the shape of messages.
+
+    Taken: a list of texts, of lists of parts, or of user messages, where a system message may come
+    first; or JSON text of one.
+
+    Raises:
+        RowError: the cell is null, or holds something else (`prompt`).
+    """
+    if isinstance(value, str):
+        value = _from_json(value, where)
+    if not isinstance(value, list) or not value:
+        raise RowError(ErrorType.PROMPT, f"{where} holds no list of turns")
+    turns = read_messages(
+        [t if isinstance(t, Mapping) else {"role": "user", "content": t} for t in value], where
+    )
+    roles = [turn["role"] for turn in turns]
+    if roles[0] == "system":
+        del roles[0]
+    if not roles or set(roles) != {"user"}:
+        raise RowError(ErrorType.PROMPT, f"{where} holds other messages than the user's")
+    return turns
 
 
 def _parts(message: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
@@ -171,6 +205,29 @@ def _parts(message: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
                     ErrorType.PROMPT,
                     f"{where}.content[{i}] is of type {kind!r}; text and image are supported",
                 )
+
+
+def with_markdown_images(messages: Sequence[Message]) -> list[Message]:
+    """Make an image of each `![any words](address, path or data: URI)` in what the user says."""
+    return [
+        {**message, "content": list(_split_markdown(message["content"]))}
+        if message["role"] == "user"
+        else message
+        for message in messages
+    ]
+
+
+def _split_markdown(parts: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    for part in parts:
+        if part["type"] != "text":
+            yield part
+            continue
+        # Every second piece is what the brackets of the pattern found.
+        for i, piece in enumerate(_MARKDOWN.split(part["text"])):
+            if i % 2:
+                yield {"type": "image", "inline": {"url": piece}}
+            elif piece:
+                yield {"type": "text", "text": piece}
 
 
 def fill_slots(

@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchvlm.collector import Collector, Prepared
-from batchvlm.config import JobConfig
+from batchvlm.config import JobConfig, TaskName
 from batchvlm.engine import Engine, open_engine
 from batchvlm.identity import (
     model_name,
@@ -28,6 +28,8 @@ from batchvlm.output.run_file import save_run
 from batchvlm.output.writer import needs_retry
 from batchvlm.preprocess import PreprocessSpec
 from batchvlm.records import (
+    Completion,
+    Failure,
     Record,
     Sample,
     Shard,
@@ -39,6 +41,10 @@ from batchvlm.runtime.progress import Progress
 from batchvlm.runtime.ranks import find_rank, shards_of_task
 from batchvlm.runtime.watchdog import Ticker, Watchdog
 from batchvlm.runtime.workers import WorkerPool, default_num_workers
+from batchvlm.turns import Turns
+
+if TYPE_CHECKING:
+    from batchvlm.fetch.ahead import Fetcher
 
 log = logging.getLogger(__name__)
 
@@ -134,14 +140,22 @@ def _compute(
             # Shards are opened on what is there: on nothing, once the old run has given way.
             engine = engine or open_engine(cfg, device=rank.device)
             save_run(job.folder, job.run, overwrite=True)
+        records = _read(job, todo, collector)
+        if cfg.data.allow_remote:
+            records = stack.enter_context(_open_fetcher(job)).ahead(records)
+        turns = Turns(records) if cfg.task.name is TaskName.dialog else None
+        collector.turns = turns
         ready = stack.enter_context(
             Prefetcher(
-                _prepare(_read(job, todo, collector), pool),
+                _prepare(records, pool, turns),
                 max_items=cfg.batching.sort_window,
                 max_bytes=cfg.batching.max_window_bytes,
                 size_of=lambda item: item.size_bytes,
             )
         )
+        if turns is not None:
+            turns.on_idle = ready.wake
+            stack.enter_context(turns)
         # Rows are read and prepared while the model loads.
         engine = engine or open_engine(cfg, device=rank.device)
         save_run(job.folder, job.run)
@@ -167,12 +181,30 @@ def _compute(
         metrics.engine = engine.stats
         time_line = TimeLine(metrics, collector.append_metrics)
         stack.callback(time_line.write)
-        for row_index, outcome in engine.run(_Samples(ready, collector, progress)):
+        samples = _Samples(ready, collector, progress, turns)
+        for row_index, outcome in _answers(engine, samples, turns):
             collector.finish(row_index, outcome, progress)
             metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
             time_line.tick()
         collector.finish_all(progress)
         metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
+
+
+def _answers(
+    engine: Engine, samples: Iterable[Sample], turns: Turns | None
+) -> Iterator[tuple[int, Completion | Failure]]:
+    """What the engine answers; to dialogs in rounds.
+
+    Their rows come back once they are answered, and an engine that gathers a window first answers
+    none before it has seen the end of what there is.
+    """
+    while True:
+        num_answers = 0
+        for answer in engine.run(samples):
+            num_answers += 1
+            yield answer
+        if turns is None or turns.is_over or not num_answers:
+            return
 
 
 def _open_pool(job: Job) -> WorkerPool:
@@ -194,6 +226,25 @@ def _open_pool(job: Job) -> WorkerPool:
     )
 
 
+def _open_fetcher(job: Job) -> Fetcher:
+    # What it needs is an extra.
+    from batchvlm.fetch.addresses import Allowed
+    from batchvlm.fetch.ahead import Fetcher
+    from batchvlm.fetch.client import FetchLimits
+
+    data = job.cfg.data
+    return Fetcher(
+        Allowed(tuple(data.allow_hosts)),
+        FetchLimits(
+            timeout_s=data.fetch_timeout_s,
+            attempts=data.fetch_attempts,
+            concurrency=data.fetch_concurrency,
+            max_image_bytes=data.max_image_bytes,
+        ),
+        job.prompts.addresses,
+    )
+
+
 def _read(job: Job, shards: Sequence[Shard], collector: Collector) -> Iterator[Record]:
     kept = job.cfg.output.keep_columns
     for shard in shards:
@@ -201,17 +252,26 @@ def _read(job: Job, shards: Sequence[Shard], collector: Collector) -> Iterator[R
         yield from job.source.read_shard(shard, job.prompt_columns, kept=kept, skip=finished)
 
 
-def _prepare(records: Iterable[Record], pool: WorkerPool) -> Iterator[Prepared]:
+def _prepare(
+    records: Iterable[Record], pool: WorkerPool, turns: Turns | None = None
+) -> Iterator[Prepared]:
     # Kept columns stay on this side of the process border, prompt columns on the other.
     kept: dict[int, Mapping[str, Any]] = {}
 
-    def stripped() -> Iterator[Record]:
-        for record in records:
+    def stripped() -> Iterator[Record | None]:
+        for record in records if turns is None else turns.to_pool():
+            if record is None:
+                yield None
+                continue
             kept[record.row_index] = record.kept
             yield replace(record, kept={})
 
     for record, outcome in pool.prepare(stripped()):
-        ours = replace(record, values={}, kept=kept.pop(record.row_index))
+        if turns is not None:
+            turns.leave_pool()
+        ours = replace(record, kept=kept.pop(record.row_index))
+        if isinstance(outcome, Failure) or not outcome.turns_left:
+            ours = replace(ours, values={}, fetched={})
         yield Prepared(record=ours, outcome=outcome)
 
 
@@ -222,9 +282,12 @@ class _Samples:
     ready: Prefetcher[Prepared]
     collector: Collector
     progress: Progress
+    turns: Turns | None
 
     def __iter__(self) -> Iterator[Sample]:
-        return self.collector.take(self.ready, self.progress)
+        turns = self.turns
+        items = self.ready if turns is None else self.ready.items(until=lambda: turns.is_idle)
+        return self.collector.take(items, self.progress)
 
     def is_ready(self) -> bool:
         return self.ready.is_ready()

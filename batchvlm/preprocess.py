@@ -17,7 +17,7 @@ from PIL import Image
 
 from batchvlm.config import ColumnsConfig, DataConfig, GenerationConfig, ModelConfig, TaskConfig
 from batchvlm.errors import ErrorType, RowError
-from batchvlm.images import load_image
+from batchvlm.images import at_hand, load_image
 from batchvlm.loading import ModelLimits, load_limits, load_processor
 from batchvlm.pixels import bytes_of, find_table, leave_as_bytes
 from batchvlm.prompts import PromptBuilder
@@ -75,7 +75,8 @@ class Preprocessor:
             return record.failure
         try:
             prompt = self._prompts.build(record)
-            return self._sample(prompt, [self._picture(ref) for ref in prompt.images])
+            refs = [at_hand(ref, record.fetched) for ref in prompt.images]
+            return self._sample(prompt, [self._picture(ref) for ref in refs])
         except RowError as error:
             return Failure(error_type=error.error_type, message=error.message)
         # A processor can raise anything on an image that it did not expect.
@@ -139,6 +140,7 @@ class Preprocessor:
             pixel_table=table,
             generation=generation,
             json_schema=prompt.json_schema,
+            turns_left=prompt.turns_left,
         )
 
 

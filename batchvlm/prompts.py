@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, meta, nodes
@@ -20,8 +20,15 @@ from batchvlm.config import (
     TaskConfig,
 )
 from batchvlm.errors import ConfigError, ErrorType, InputError, RowError
-from batchvlm.messages import Message, fill_slots, image_refs, read_messages
-from batchvlm.records import Generation, ImageRef, Prompt, Record
+from batchvlm.messages import (
+    Message,
+    fill_slots,
+    image_refs,
+    read_messages,
+    read_turns,
+    with_markdown_images,
+)
+from batchvlm.records import Completion, Generation, ImageRef, Prompt, Record
 from batchvlm.schemas import InvalidSchemaError, compile_schema
 
 
@@ -45,9 +52,12 @@ class PromptBuilder:
             () if image is None else (image,) if isinstance(image, str) else tuple(image)
         )
         self._messages_column = columns.messages
+        self._turns_column = columns.turns
         self._schema_column = task.output.json_schema_column
         self._generation = generation
-        self._prompt = None if columns.messages else Template(task.prompt, "task.prompt")
+        brings_text = columns.messages or columns.turns
+        self._prompt = None if brings_text else Template(task.prompt, "task.prompt")
+        self._has_markdown = task.markdown_images
         self._system = Template(task.system, "task.system") if task.system else None
 
     def needed_columns(self) -> dict[str, str]:
@@ -55,6 +65,8 @@ class PromptBuilder:
         needed = {name: "data.columns.image" for name in self._image_columns}
         if self._messages_column:
             needed[self._messages_column] = "data.columns.messages"
+        if self._turns_column:
+            needed[self._turns_column] = "data.columns.turns"
         if self._schema_column:
             needed[self._schema_column] = "task.output.json_schema_column"
         for key, column in _generation_columns(self._generation.columns).items():
@@ -88,22 +100,39 @@ class PromptBuilder:
         Raises:
             RowError: what the row holds cannot become a prompt.
         """
+        messages, images = self._whole(record)
+        generation = resolve_generation(self._generation, record.values, record.row_index)
+        turns_left = 0
+        if self._turns_column:
+            messages, images, turns_left = _until_turn(messages, images, record.said)
+            generation = replace(generation, seed=_seed_of_turn(generation.seed, len(record.said)))
+        return Prompt(
+            row_index=record.row_index,
+            messages=messages,
+            images=images,
+            generation=generation,
+            json_schema=self._schema(record.values),
+            turns_left=turns_left,
+        )
+
+    def addresses(self, record: Record) -> list[str]:
+        """Every address among the images that one row shows, in any turn."""
+        try:
+            return [ref.url for ref in self._whole(record)[1] if ref.url is not None]
+        except RowError:  # its worker says so
+            return []
+
+    def _whole(self, record: Record) -> tuple[list[Message], tuple[ImageRef, ...]]:
+        """All that a row says and shows, every turn of a dialog included."""
         values = record.values
         images: list[ImageRef] = []
         for column in self._image_columns:
             refs = image_refs(values[column], column)
             # Messages say themselves how many images they show; a prompt is about an image.
-            if not refs and self._messages_column is None:
+            if not refs and self._prompt is not None:
                 raise RowError(ErrorType.MISSING_IMAGE, f"{column} holds no image")
             images += refs
-        messages, filled = self._messages(values, images)
-        return Prompt(
-            row_index=record.row_index,
-            messages=messages,
-            images=filled,
-            generation=resolve_generation(self._generation, values, record.row_index),
-            json_schema=self._schema(values),
-        )
+        return self._messages(values, images)
 
     def _messages(
         self, values: Mapping[str, Any], images: list[ImageRef]
@@ -111,6 +140,9 @@ class PromptBuilder:
         if self._messages_column:
             where = self._messages_column
             messages = read_messages(values[where], where)
+        elif self._turns_column:
+            where = self._turns_column
+            messages = read_turns(values[where], where)
         else:
             assert self._prompt is not None
             where = "the prompt"
@@ -119,6 +151,8 @@ class PromptBuilder:
         if self._system is not None and messages[0]["role"] != "system":
             text = self._system.render(values)
             messages = [{"role": "system", "content": [{"type": "text", "text": text}]}, *messages]
+        if self._has_markdown:
+            messages = with_markdown_images(messages)
         return fill_slots(messages, images, where)
 
     def _schema(self, values: Mapping[str, Any]) -> str | None:
@@ -130,6 +164,32 @@ class PromptBuilder:
         except InvalidSchemaError as error:
             raise RowError(ErrorType.PROMPT, f"{self._schema_column}: {error}") from error
         return text
+
+
+def _until_turn(
+    messages: Sequence[Message], images: tuple[ImageRef, ...], said: Sequence[Completion]
+) -> tuple[list[Message], tuple[ImageRef, ...], int]:
+    """A dialog up to the user's turn that is next, with what was answered, and the turns left."""
+    until: list[Message] = []
+    answers = iter(said)
+    num_turns = sum(message["role"] == "user" for message in messages)
+    for message in messages:
+        until.append(message)
+        if message["role"] != "user":
+            continue
+        answer = next(answers, None)
+        if answer is None:
+            break
+        until.append({"role": "assistant", "content": [{"type": "text", "text": answer.text}]})
+    num_images = sum(part["type"] == "image" for m in until for part in m["content"])
+    return until, images[:num_images], num_turns - len(said) - 1
+
+
+def _seed_of_turn(seed: int, turn: int) -> int:
+    if turn == 0:
+        return seed
+    digest = hashlib.blake2b(f"turn:{seed}:{turn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 class Template:

@@ -86,6 +86,10 @@ class Record:
     where Python's would not be the same."""
     failure: Failure | None = None
     """Set where the row itself could not be read; `values` and `kept` are then empty."""
+    said: tuple[Completion, ...] = ()
+    """Of a dialog: the answers to the turns before this one."""
+    fetched: Mapping[str, bytes | Failure] = field(default_factory=dict)
+    """What was fetched from each address among its images, where that is allowed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +105,8 @@ class Generation:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -112,10 +118,11 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRef:
-    """Where an image is: bytes at hand, or a path below the allowed root."""
+    """Where an image is: bytes at hand, a path below the allowed root, or an address."""
 
     data: bytes | None = None
     path: str | None = None
+    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +136,8 @@ class Prompt:
     generation: Generation
     json_schema: str | None = None
     """The row's own JSON schema, where the rows bring one."""
+    turns_left: int = 0
+    """Of a dialog: turns that follow this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +167,8 @@ class Sample:
     """What the bytes in `pixel_values` stand for; None where these are numbers already."""
     generation: Generation
     json_schema: str | None = None
+    turns_left: int = 0
+    """Of a dialog: turns that follow this one."""
     answer: int = 0
     """Which of the row's answers this is for, where it wants several."""
 
@@ -263,7 +274,9 @@ class Result:
     attempts: int = 1
     generated_text: str | None = None
     generated_texts: tuple[str, ...] | None = None
-    """All answers, the first one included, where the row wants several."""
+    """All answers, where the row wants several or is a dialog."""
+    finish_reasons: tuple[FinishReason, ...] | None = None
+    """Of each of them."""
     token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
     parsed: str | None = None

@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,9 @@ def _check_ranges(cfg: JobConfig) -> None:
     _at_least("retry.max_attempts", cfg.retry.max_attempts, 1)
     _at_least("data.max_rows", cfg.data.max_rows, 1)
     _at_least("data.max_image_bytes", cfg.data.max_image_bytes, 1)
+    _at_least("data.fetch_timeout_s", cfg.data.fetch_timeout_s, 0.1)
+    _at_least("data.fetch_attempts", cfg.data.fetch_attempts, 1)
+    _at_least("data.fetch_concurrency", cfg.data.fetch_concurrency, 1)
     _at_least("data.max_source_pixels", cfg.data.max_source_pixels, 1)
     _at_least("model.max_image_pixels", cfg.model.max_image_pixels, 1)
     _at_least("model.max_prompt_tokens", cfg.model.max_prompt_tokens, 1)
@@ -301,8 +305,8 @@ def _check_choices(cfg: JobConfig) -> None:
 
 def _check_combinations(cfg: JobConfig) -> None:
     output = cfg.task.output
-    has_schema = output.json_schema is not None or output.json_schema_column is not None
-    if cfg.task.name is TaskName.extract and not has_schema:
+    has_schema = output.json_schema is not None
+    if cfg.task.name is TaskName.extract and not (has_schema or output.json_schema_column):
         raise ConfigError(
             "task=extract has no schema",
             hint="set task.output.json_schema=FILE or task.output.json_schema_column=COLUMN",
@@ -326,11 +330,54 @@ def _check_combinations(cfg: JobConfig) -> None:
                     f"data.{key} has no effect with data.source={cfg.data.source.value}",
                     hint="it belongs to data=hf",
                 )
-    if not image_columns(cfg) and not cfg.data.columns.messages and not cfg.task.prompt.strip():
+    if cfg.data.allow_hosts and not cfg.data.allow_remote:
+        raise ConfigError(
+            "data.allow_hosts has no effect without data.allow_remote=true",
+            hint="add data.allow_remote=true",
+        )
+    if any(entry.lower().startswith(("file:", "local:")) for entry in cfg.data.allow_hosts):
+        raise ConfigError(
+            "data.allow_hosts names files of this machine", hint="data.image_root is for those"
+        )
+    for entry in cfg.data.allow_hosts:
+        if not entry.strip() or re.fullmatch(r"[^:/]+:\d+|[^:/]+/.*", entry):
+            raise ConfigError(
+                f"data.allow_hosts: {entry!r} is no host",
+                hint="write the name alone, as images.intra, or a place, as s3://bucket/folder",
+            )
+    if cfg.data.allow_remote and find_spec("aiohttp") is None:
+        raise ConfigError(
+            "data.allow_remote=true needs aiohttp, which is not installed",
+            hint="pip install 'batchvlm[remote]'",
+        )
+    _check_dialog(cfg)
+    brings_text = cfg.data.columns.messages or cfg.data.columns.turns
+    if not image_columns(cfg) and not brings_text and not cfg.task.prompt.strip():
         raise ConfigError(
             "the rows bring neither images nor messages, and task.prompt is empty",
             hint="set data.columns.image, data.columns.messages or task.prompt",
         )
+
+
+def _check_dialog(cfg: JobConfig) -> None:
+    columns, gen = cfg.data.columns, cfg.generation
+    if cfg.task.name is not TaskName.dialog:
+        if columns.turns:
+            raise ConfigError(
+                f"data.columns.turns has no effect with task={cfg.task.name.value}",
+                hint="choose task=dialog",
+            )
+        return
+    if not columns.turns:
+        raise ConfigError("task=dialog has no turns", hint="set data.columns.turns=COLUMN")
+    for key, value in {
+        "data.columns.messages": columns.messages,
+        "task.output.json_schema_column": cfg.task.output.json_schema_column,
+        "generation.num_return_sequences": gen.num_return_sequences > 1,
+        "generation.columns.num_return_sequences": gen.columns.num_return_sequences,
+    }.items():
+        if value:
+            raise ConfigError(f"{key} does not go with task=dialog", hint="leave it out")
 
 
 def to_plain(value: Any) -> Any:

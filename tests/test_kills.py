@@ -39,8 +39,8 @@ ROOT = Path(__file__).parents[1]
 GRACEFUL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Shares of `--kills`: forked commands are cheap, those with worker processes are not.
 SHARES = {
-    **{"fake": 0.45, "demo": 0.15, "spawn": 0.05},
-    **{"retry": 0.1, "overwrite": 0.1, "compact": 0.1},
+    **{"fake": 0.35, "demo": 0.15, "spawn": 0.05},
+    **{"retry": 0.1, "overwrite": 0.1, "compact": 0.1, "dialog": 0.1},
 }
 NUM_ROWS = 64
 
@@ -234,6 +234,28 @@ def test_killed_jobs_end_like_undisturbed_ones(
             time.sleep(0.1)
 
     kill_until(commands, request, kind, start_over, check, kind)
+
+
+def test_killed_dialogs(commands: Commands, request: pytest.FixtureRequest) -> None:
+    """A row whose dialog was broken off is answered from its first turn."""
+    turns = [[f"turn {n}" for n in range(1 + row % 4)] for row in range(NUM_ROWS)]
+    path = commands.folder / "dialog.parquet"
+    pq.write_table(pa.table({"id": [str(row) for row in range(NUM_ROWS)], "turns": turns}), path)
+    more = ["task=dialog", "data.columns.turns=turns", "data.columns.image=null"]
+    more += [f"data.path={path}"]
+    plain = commands.folder / "plain-dialog"
+    timed(commands, "dialog", job(commands, plain, *more), "fake")
+    expected = settled(plain)
+    assert [len(row["generated_texts"]) for row in expected] == [len(turn) for turn in turns]
+
+    def start_over(number: int) -> tuple[Path, list[str]]:
+        out = commands.folder / f"dialog-{number}"
+        return out, job(commands, out, *more)
+
+    def check(out: Path) -> None:
+        assert settled(out) == expected
+
+    kill_until(commands, request, "dialog", start_over, check, "fake")
 
 
 def test_killed_retries(commands: Commands, request: pytest.FixtureRequest) -> None:

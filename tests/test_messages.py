@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from batchvlm.errors import ErrorType, RowError
-from batchvlm.messages import fill_slots, image_refs, read_messages
+from batchvlm.messages import fill_slots, image_refs, read_messages, with_markdown_images
 from batchvlm.records import ImageRef
 from tests.conftest import encode, picture
 
@@ -41,6 +41,10 @@ def error_type(call: Any, *args: Any) -> ErrorType:
         ("data:text/plain,%89PNG...", [ImageRef(data=PNG)]),
         ({"bytes": None, "path": URI}, [ImageRef(data=PNG)]),
         ({"url": URI}, [ImageRef(data=PNG)]),
+        # Whether an address may be asked is for others to say; nothing here reads it.
+        ("https://example.com/a.png", [ImageRef(url="https://example.com/a.png")]),
+        ({"bytes": None, "path": "HTTP://x/"}, [ImageRef(url="HTTP://x/")]),
+        ("s3://bucket/a.png", [ImageRef(url="s3://bucket/a.png")]),
         (
             [PNG, "a.png", {"bytes": PNG}],
             [ImageRef(data=PNG), ImageRef(path="a.png"), ImageRef(data=PNG)],
@@ -64,12 +68,10 @@ def test_image_refs(value: Any, expected: list[ImageRef]) -> None:
         ("data:image/png;base64,", ErrorType.MISSING_IMAGE),
         ("data:image/png;base64,@@@", ErrorType.DECODE),
         ("data:nonsense", ErrorType.DECODE),
-        ("https://example.com/a.png", ErrorType.FORBIDDEN),
         ("file:///etc/passwd", ErrorType.FORBIDDEN),
         ("FILE:/etc/passwd", ErrorType.FORBIDDEN),
-        ("s3://bucket/a.png", ErrorType.FORBIDDEN),
+        ("file://localhost/etc/passwd", ErrorType.FORBIDDEN),
         ("http:/localhost/a.png", ErrorType.FORBIDDEN),
-        ({"bytes": None, "path": "http://localhost/"}, ErrorType.FORBIDDEN),
         (3, ErrorType.PROMPT),
         ({"bytes": 3}, ErrorType.PROMPT),
     ],
@@ -106,7 +108,7 @@ def test_other_text_stays_a_path(value: str) -> None:
 
 def test_a_message_never_repeats_the_payload() -> None:
     with pytest.raises(RowError) as caught:
-        image_refs("https://example.com/?token=secret", "image")
+        image_refs("file:///home/secret", "image")
     assert "secret" not in caught.value.message
 
 
@@ -200,3 +202,34 @@ def test_messages_without_slots_get_the_images_before_the_first_user_text() -> N
 )
 def test_images_that_do_not_match_slots(messages: Any, images: Any, expected: ErrorType) -> None:
     assert error_type(fill_slots, read_messages(messages, "m"), images, "m") is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"![]({URI})What is this?", [URI, "What is this?"]),
+        (
+            "Is ![a (b)](a.png) like ![](https://x/b.png)?",
+            ["Is ", "a.png", " like ", "https://x/b.png", "?"],
+        ),
+        ("![]( a.png )", ["a.png"]),
+        ("no ![image] (a.png), ![]() or [a](b.png)", ["no ![image] (a.png), ![]() or [a](b.png)"]),
+    ],
+)
+def test_markdown_images(text: str, expected: list[str]) -> None:
+    (message,) = with_markdown_images(read_messages([user(text)], "m"))
+    found = [p["text"] if p["type"] == "text" else p["inline"]["url"] for p in message["content"]]
+    assert found == expected
+
+
+def test_markdown_in_what_others_say_is_text() -> None:
+    said = [{"role": role, "content": "![](a.png)"} for role in ("system", "assistant")]
+    messages = read_messages(said, "m")
+    assert with_markdown_images(messages) == messages
+
+
+@pytest.mark.parametrize("piece", ["![", "![](", "![]( ", "![](a ", "![" + " " * 9])
+def test_markdown_of_any_length_is_read_in_one_go(piece: str) -> None:
+    text = piece * 300_000
+    (message,) = with_markdown_images(read_messages([user(text)], "m"))
+    assert message["content"] == [{"type": "text", "text": text}]

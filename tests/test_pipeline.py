@@ -150,6 +150,7 @@ def test_several_answers_are_a_column_where_asked_for(
     first, failed, _ = rows_of(tmp_path / "out")
     assert first["generated_text"] == "row 0"
     assert first["generated_texts"] == ["row 0", "or 1", "or 2"]
+    assert first["finish_reasons"] == ["stop", "length", "length"]
     assert first["finish_reason"] == "stop"
     assert first["completion_tokens"] == 3 + 1 + 1
     assert (failed["generated_text"], failed["generated_texts"]) == (None, None)

@@ -17,7 +17,7 @@ from batchvlm.config import (
 )
 from batchvlm.errors import ConfigError, ErrorType, InputError, RowError
 from batchvlm.prompts import PromptBuilder, Template
-from batchvlm.records import Prompt, Record
+from batchvlm.records import ImageRef, Prompt, Record
 
 
 def record(row_index: int = 0, **values: Any) -> Record:
@@ -54,6 +54,20 @@ def test_a_template_over_columns() -> None:
         "n": "task.prompt",
         "topic": "task.system",
     }
+
+
+def test_markdown_images_are_images_where_asked_for() -> None:
+    one = record(question="![](a.png)What is this?", image=b"\x89PNG")
+    assert builder("{{ question }}", image="image").build(one).images == (
+        ImageRef(data=b"\x89PNG"),
+    )
+    task = TaskConfig(name=TaskName.vqa, prompt="{{ question }}", markdown_images=True)
+    for column, images in ((None, []), ("image", [ImageRef(data=b"\x89PNG")])):
+        columns = ColumnsConfig(image=column)
+        build = PromptBuilder(task=task, columns=columns, generation=GenerationConfig())
+        prompt = build.build(one)
+        assert list(prompt.images) == [*images, ImageRef(path="a.png")]
+        assert text_of(prompt) == ["What is this?"]
 
 
 def test_a_column_whose_name_is_no_identifier() -> None:

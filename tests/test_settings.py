@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ def test_every_option_of_every_group_composes(option: str) -> None:
         "data=hf": ["data.path=user/dataset"],
         "data=folder": ["data.path=images"],
         "data=jsonl": ["data.path=in.jsonl"],
+        "task=dialog": ["data.columns.turns=turns"],
+        "data=webdataset": ["data.path=in.tar"],
+        "data=openai": ["data.path=requests.jsonl"],
         "model=hub": ["model.path=user/model"],
     }
     cfg = compose("run", [option, *required.get(option, [])])
@@ -58,7 +62,7 @@ REFUSED = {
     "+data.extra=1": "data.extra is no setting",
     "nonsense": "cannot read the override nonsense",
     "task.prompt={{ a }}": "quote a value",
-    "data=parqet": "there are demo, folder, hf, jsonl, parquet",
+    "data=parqet": "there are demo, folder, hf, jsonl, openai, parquet, webdataset",
     "data=parquet": "data.path is required and not set; add data.path=",
     "model=hub": "model.path is required",
     "generation.max_new_tokens=many": "generation.max_new_tokens: Value 'many'",
@@ -93,6 +97,10 @@ REFUSED = {
     "data.image_root=": "data.image_root is empty",
     "output.dir=": "output.dir is empty",
     "model.path=": "model.path is empty",
+    "data.columns.turns=x": "has no effect with task=caption; choose task=dialog",
+    "task=dialog": "task=dialog has no turns; set data.columns.turns=COLUMN",
+    "data.fetch_attempts=0": "data.fetch_attempts=0 must be at least 1",
+    "data.allow_hosts=[x]": "data.allow_hosts has no effect without data.allow_remote=true",
     "task.output.json_schema=s.json": "has no effect with task=caption; choose task=extract",
 }
 
@@ -104,6 +112,23 @@ def test_a_mistake_is_refused_in_one_line(override: str) -> None:
     assert REFUSED[override] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code is ExitCode.USAGE
+
+
+@pytest.mark.parametrize("entry", ["x:80", "x/a", "", "file:///", "FILE://x", "local://etc"])
+def test_what_is_no_host_is_refused(entry: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.allow_hosts"):
+        compose("run", ["data.allow_remote=true", f"data.allow_hosts=['{entry}']"])
+
+
+def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(ConfigError, match=r"needs aiohttp.*pip install 'batchvlm\[remote\]'"):
+        compose("run", ["data.allow_remote=true"])
+
+
+def test_hosts_and_places_are_taken() -> None:
+    hosts = "[images.intra,10.0.0.5,'[::1]','s3://bucket/folder','hf://datasets/a/b']"
+    compose("run", ["data.allow_remote=true", f"data.allow_hosts={hosts}"])
 
 
 def test_a_default_may_be_repeated() -> None:

@@ -23,6 +23,7 @@ ALLOWED = {
     "batchvlm.sources": set(),
     "batchvlm.messages": set(),
     "batchvlm.schemas": set(),
+    "batchvlm.fetch": set(),
     "batchvlm.prompts": {"batchvlm.messages", "batchvlm.schemas"},
     "batchvlm.images": set(),
     "batchvlm.recent": set(),
@@ -45,10 +46,12 @@ ALLOWED = {
         *("batchvlm.identity", "batchvlm.images", "batchvlm.output", "batchvlm.prompts"),
         "batchvlm.sources",
     },
+    "batchvlm.export": {"batchvlm.output", "batchvlm.report"},
     "batchvlm.demo": set(),
 }
 TOP = {
-    *("batchvlm.job", "batchvlm.collector", "batchvlm.pipeline", "batchvlm.summary"),
+    *("batchvlm.job", "batchvlm.turns", "batchvlm.collector", "batchvlm.pipeline"),
+    "batchvlm.summary",
     *("batchvlm.commands", "batchvlm.cli", "batchvlm.__main__"),
 }
 

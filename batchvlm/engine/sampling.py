@@ -59,6 +59,7 @@ class _Batch:
     rows: Sequence[_Row]
     has_logprobs: bool
     has_penalty: bool
+    has_count_penalty: bool
     has_least: bool
     has_drawn: bool
     has_sorted_cut: bool
@@ -70,6 +71,8 @@ class _Batch:
     top_k_B1: Tensor
     top_p_B1: Tensor
     min_p_B1: Tensor
+    frequency_B1: Tensor
+    presence_B1: Tensor
 
 
 class RowSampler:
@@ -100,6 +103,9 @@ class RowSampler:
         # For repetition penalties alone: which ids a slot's row has seen, and prompts not yet in.
         self._seen_SV: Tensor | None = None
         self._prompts: dict[int, npt.NDArray[np.int64]] = {}
+        # For frequency and presence penalties alone: how often a slot's row has said each id.
+        self._counts_SV: Tensor | None = None
+        self._uncounted: set[int] = set()
         self._columns: dict[tuple[int, ...], Tensor] = {}
 
     def admit(self, slot: int, row: Generation, prompt_ids: npt.NDArray[np.int64]) -> None:
@@ -113,8 +119,11 @@ class RowSampler:
         self._batch = None
         self._rows[slot] = _Row(row, np.random.Generator(np.random.PCG64(row.seed)))
         self._prompts.pop(slot, None)
+        self._uncounted.discard(slot)
         if row.repetition_penalty != 1.0:
             self._prompts[slot] = np.unique(prompt_ids)
+        if _has_count_penalty(row):
+            self._uncounted.add(slot)
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
@@ -130,6 +139,12 @@ class RowSampler:
             self._prompts[target] = self._prompts.pop(source)
         elif self._seen_SV is not None and row.settings.repetition_penalty != 1.0:
             self._seen_SV[target].copy_(self._seen_SV[source])
+        self._uncounted.discard(target)
+        if source in self._uncounted:
+            self._uncounted.remove(source)
+            self._uncounted.add(target)
+        elif self._counts_SV is not None and _has_count_penalty(row.settings):
+            self._counts_SV[target].copy_(self._counts_SV[source])
 
     @torch.inference_mode()
     def choose(self, logits_BV: Tensor, slots: Sequence[int] | slice) -> Choice:
@@ -144,10 +159,13 @@ class RowSampler:
         if self._suppress_ids:
             logits_BV = self._without(logits_BV, self._suppress_ids)
         scores_BV = logits_BV
-        if batch.has_drawn or batch.has_penalty or batch.has_logprobs:
+        has_any_penalty = batch.has_penalty or batch.has_count_penalty
+        if batch.has_drawn or has_any_penalty or batch.has_logprobs:
             scores_BV = logits_BV = logits_BV.float()
         if batch.has_penalty:
             scores_BV = self._penalise(scores_BV, batch)
+        if batch.has_count_penalty:
+            scores_BV = self._penalise_counts(scores_BV, batch)
         if batch.has_least:
             too_early = [row.num_tokens < row.num_without_eos for row in batch.rows]
             if any(too_early):
@@ -168,6 +186,10 @@ class RowSampler:
         if batch.has_penalty:
             assert self._seen_SV is not None
             self._seen_SV.index_put_((batch.slots_B, ids_B), torch.ones_like(is_finite_B))
+        if batch.has_count_penalty:
+            assert self._counts_SV is not None
+            ones_B = torch.ones_like(ids_B, dtype=self._counts_SV.dtype)
+            self._counts_SV.index_put_((batch.slots_B, ids_B), ones_B, accumulate=True)
         for row in batch.rows:
             row.num_tokens += 1
         return Choice(
@@ -195,6 +217,8 @@ class RowSampler:
                 [r.repetition_penalty for r in every],
                 [r.top_p for r in every],
                 [r.min_p for r in every],
+                [r.frequency_penalty for r in every],
+                [r.presence_penalty for r in every],
             ],
             torch.float32,
         )[:, :, None]
@@ -203,6 +227,7 @@ class RowSampler:
             rows=rows,
             has_logprobs=any(r.logprobs for r in every),
             has_penalty=any(r.repetition_penalty != 1.0 for r in every),
+            has_count_penalty=any(map(_has_count_penalty, every)),
             has_least=any(row.num_without_eos for row in rows),
             has_drawn=bool(drawn),
             has_sorted_cut=any(r.top_k > 0 or r.top_p < 1.0 for r in drawn),
@@ -214,6 +239,8 @@ class RowSampler:
             top_k_B1=self._to_device([r.top_k for r in every], torch.long)[:, None],
             top_p_B1=columns[2],
             min_p_B1=columns[3],
+            frequency_B1=columns[4],
+            presence_B1=columns[5],
         )
         self._batch = (key, batch)
         return batch
@@ -235,6 +262,19 @@ class RowSampler:
         )
         seen_BV = self._seen_SV.index_select(0, batch.slots_B)
         return torch.where(seen_BV, penalised_BV, scores_BV)
+
+    def _penalise_counts(self, scores_BV: Tensor, batch: _Batch) -> Tensor:
+        if self._counts_SV is None:
+            shape = (len(self._rows), scores_BV.shape[-1])
+            self._counts_SV = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        for slot in batch.slots:
+            if slot in self._uncounted:
+                self._uncounted.remove(slot)
+                self._counts_SV[slot].zero_()
+        # As OpenAI's API defines them: over the answer so far, not the prompt.
+        counts_BV = self._counts_SV.index_select(0, batch.slots_B)
+        taken_BV = counts_BV * batch.frequency_B1 + (counts_BV > 0) * batch.presence_B1
+        return scores_BV - taken_BV
 
     def _without(self, scores_BV: Tensor, ids: tuple[int, ...]) -> Tensor:
         """The scores with these ids impossible."""
@@ -266,6 +306,10 @@ class RowSampler:
             return host.to(self._device)
         # From memory that is not pinned the copy would wait for the device.
         return host.pin_memory().to(self._device, non_blocking=True)
+
+
+def _has_count_penalty(row: Generation) -> bool:
+    return row.frequency_penalty != 0 or row.presence_penalty != 0
 
 
 def _cut(scores_BV: Tensor, batch: _Batch) -> Tensor:

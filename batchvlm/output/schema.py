@@ -56,6 +56,11 @@ _TEXT_COLUMNS = (
     _Column("generated_text", pa.string(), lambda r, p: r.generated_text),
 )
 _TEXTS = _Column("generated_texts", pa.list_(pa.string()), lambda r, p: r.generated_texts)
+_REASONS = _Column(
+    "finish_reasons",
+    pa.list_(pa.string()),
+    lambda r, p: r.finish_reasons and [reason.value for reason in r.finish_reasons],
+)
 _TOKEN_IDS = _Column("token_ids", pa.list_(pa.int32()), lambda r, p: r.token_ids)
 _LOGPROBS = _Column("logprobs", pa.list_(pa.float32()), lambda r, p: r.logprobs)
 _OTHER_COLUMNS = (
@@ -72,7 +77,7 @@ _OTHER_COLUMNS = (
     _Column("run_id", pa.string(), lambda r, p: p.run_id),
     _Column("latency_s", pa.float64(), lambda r, p: r.latency_s),
 )
-_ALL = (*_KEY_COLUMNS, *_TEXT_COLUMNS, _TEXTS, _TOKEN_IDS, _LOGPROBS, *_OTHER_COLUMNS)
+_ALL = (*_KEY_COLUMNS, *_TEXT_COLUMNS, _TEXTS, _REASONS, _TOKEN_IDS, _LOGPROBS, *_OTHER_COLUMNS)
 _FIXED = {column.name: column for column in _ALL}
 
 
@@ -112,14 +117,14 @@ def output_schema(
 
     Args:
         kept: the input's fields to copy, as `kept_fields` gives them.
-        generated_texts: whether several answers to a row have a column.
+        generated_texts: whether several answers to a row have columns.
         token_ids: whether the answers' token ids have one.
         logprobs: whether the log-probabilities of these ids have one.
 
     Raises:
         ConfigError: a kept column has the name of another one, or a type that Parquet lacks.
     """
-    asked = [_TEXTS] * generated_texts + [_TOKEN_IDS] * token_ids + [_LOGPROBS] * logprobs
+    asked = [_TEXTS, _REASONS] * generated_texts + [_TOKEN_IDS] * token_ids + [_LOGPROBS] * logprobs
     fixed = [*_KEY_COLUMNS, *_TEXT_COLUMNS, *asked, *_OTHER_COLUMNS]
     fields = [pa.field(column.name, column.type) for column in fixed]
     features: dict[str, Any] = {}

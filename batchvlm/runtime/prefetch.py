@@ -72,11 +72,20 @@ class Prefetcher(Generic[T]):
         """Whether the next item, or the end, is there without waiting."""
         return bool(self._ready) or self._is_done
 
+    def wake(self) -> None:
+        """Let a caller who waits look at its `until` again."""
+        with self._changed:
+            self._changed.notify_all()
+
     def __iter__(self) -> Iterator[T]:
+        return self.items()
+
+    def items(self, until: Callable[[], bool] = lambda: False) -> Iterator[T]:
+        """The items, up to the end, or to where none is ready and `until` holds."""
         while True:
             start = time.perf_counter()
             with self._changed:
-                self._changed.wait_for(lambda: self._ready or self._is_done)
+                self._changed.wait_for(lambda: self._ready or self._is_done or until())
                 self.wait_s += time.perf_counter() - start
                 if not self._ready:
                     if self._error is not None:

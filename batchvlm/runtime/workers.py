@@ -116,13 +116,23 @@ class WorkerPool:
             self._pool.join()
         self._starter.shutdown()
 
-    def prepare(self, records: Iterable[Record]) -> Iterator[tuple[Record, Sample | Failure]]:
-        """Yield every record with its sample or failure, in the order of the records."""
+    def prepare(
+        self, records: Iterable[Record | None]
+    ) -> Iterator[tuple[Record, Sample | Failure]]:
+        """Yield every record with its sample or failure, in the order of the records.
+
+        A None among the records says that the next one waits for what is under way.
+        """
         if self._local is not None:
-            yield from ((record, self._local.prepare(record)) for record in records)
+            local = self._local
+            yield from ((record, local.prepare(record)) for record in records if record)
             return
         under_way: _UnderWay = deque()
         for record in records:
+            if record is None:
+                if under_way:
+                    yield self._oldest(under_way)
+                continue
             under_way.append((record, self._schedule(record)))
             if len(under_way) >= self._under_way:
                 yield self._oldest(under_way)

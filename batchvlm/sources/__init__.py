@@ -85,6 +85,14 @@ def open_source(cfg: DataConfig) -> Source:
             from batchvlm.sources.jsonl import open_jsonl
 
             return open_jsonl(cfg)
+        case SourceKind.openai:
+            from batchvlm.sources.openai import open_openai
+
+            return open_openai(cfg)
+        case SourceKind.webdataset:
+            from batchvlm.sources.webdataset import open_webdataset
+
+            return open_webdataset(cfg)
 
 
 def check_columns(schema: pa.Schema, needed: Mapping[str, str]) -> None:

@@ -11,7 +11,9 @@ import pyarrow as pa
 from batchvlm.config import DataConfig
 from batchvlm.errors import ErrorType, InputError
 from batchvlm.records import Failure, InputFile, Record, Shard
+from batchvlm.sources import Source
 from batchvlm.sources.files import image_root_of, is_text
+from batchvlm.sources.metadata import find_metadata
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
@@ -19,8 +21,8 @@ FOLDER_NAME = "."
 """The folder as the one file of the input; a record's `source_file` is the image's own path."""
 
 
-def open_folder(cfg: DataConfig) -> FolderSource:
-    """List the images below `data.path`.
+def open_folder(cfg: DataConfig) -> Source:
+    """List the images below `data.path`, or the rows of the metadata files there.
 
     Raises:
         InputError: there is no such folder, it holds no image, or a part of it cannot be listed.
@@ -31,6 +33,8 @@ def open_folder(cfg: DataConfig) -> FolderSource:
             f"data.path: no such folder: {cfg.path}",
             hint="data=folder takes a folder of images on this machine",
         )
+    if (described := find_metadata(cfg, root)) is not None:
+        return described
     images = sorted(_find_images(root))
     if not images:
         raise InputError(

@@ -85,7 +85,7 @@ class JsonlSource:
         num_lines = num_objects = 0
         try:
             for line in islice(lines, SCHEMA_ROWS):
-                row, message = _parse(line)
+                row, message = parse(line)
                 start = start or line.strip(BLANK)[:80]
                 num_lines += 1
                 num_objects += not message
@@ -134,12 +134,21 @@ class JsonlSource:
         try:
             for line in self._read_lines(shard):
                 if row not in skip:
-                    yield _to_record(rows, row, line)
+                    yield self._to_record(rows, row, line)
                 row += 1
         # Each file system and each compression raises errors of its own.
         except Exception as error:
             message = str(error) if isinstance(error, BrokenStreamError) else one_line(error)
         yield from rows.failed(range(row, shard.num_rows), f"{shard.source_file}: {message}")
+
+    def _to_record(self, rows: ShardRows, row: int, line: bytes) -> Record:
+        read, message = parse(line)
+        if not message:
+            read = {name: read.get(name) for name in rows.columns_read}
+            message = why_unusable(read, line)
+        if message:
+            return next(rows.failed([row], f"the line is no usable JSON object: {message}"))
+        return rows.record(row, read)
 
     def _read_lines(self, shard: Shard) -> Iterator[bytes]:
         name = shard.source_file
@@ -265,23 +274,20 @@ def _rows(file: BinaryIO) -> Iterator[bytes]:
     return (line for line in file if line.strip(BLANK))
 
 
-def _to_record(rows: ShardRows, row: int, line: bytes) -> Record:
-    read, message = _parse(line)
-    if not message:
-        read = {name: read.get(name) for name in rows.columns_read}
-        try:
-            # JSON can escape half a surrogate pair, which no string column can hold.
-            if b"\\u" in line:
-                json.dumps(read, ensure_ascii=False).encode()
-            return rows.record(row, read)
-        except UnicodeEncodeError:
-            message = "a string holds half a surrogate pair, which is no text"
-        except (RecursionError, ValueError):
-            message = "the values are nested too deeply or too long"
-    return next(rows.failed([row], f"the line is no usable JSON object: {message}"))
+def why_unusable(read: Mapping[str, Any], line: bytes) -> str:
+    """Why what was read from a line cannot be stored; empty where it can."""
+    try:
+        # JSON can escape half a surrogate pair, which no string column can hold.
+        if b"\\u" in line:
+            json.dumps(read, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "a string holds half a surrogate pair, which is no text"
+    except (RecursionError, ValueError):
+        return "the values are nested too deeply or too long"
+    return ""
 
 
-def _parse(line: bytes) -> tuple[Mapping[str, Any], str]:
+def parse(line: bytes) -> tuple[Mapping[str, Any], str]:
     """The object on a line, or why there is none; never a piece of the line."""
     try:
         value = json.loads(line.decode("utf-8-sig"))

@@ -47,7 +47,7 @@ def open_task(cfg: TaskConfig) -> Task:
     from batchvlm.tasks.free_text import FreeText
 
     match cfg.name:
-        case TaskName.caption | TaskName.vqa:
-            return FreeText()
+        case TaskName.caption | TaskName.vqa | TaskName.dialog:
+            return FreeText(cfg.output)
         case TaskName.extract:
             return Extract(cfg.output)

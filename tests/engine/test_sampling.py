@@ -347,6 +347,8 @@ generations = st.builds(
     top_p=st.sampled_from([1.0, 0.8]),
     min_p=st.sampled_from([0.0, 0.1]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.5]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 1.0]),
     seed=st.integers(0, 3),
     logprobs=st.booleans(),
 )
@@ -428,7 +430,7 @@ def test_nothing_waits_for_the_device() -> None:
     full = sampler(
         [
             row(repetition_penalty=2.0, top_k=3, logprobs=True, min_new_tokens=4),
-            row(temperature=0.0, min_p=0.3),
+            row(temperature=0.0, min_p=0.3, frequency_penalty=0.5, presence_penalty=0.5),
         ]
     )
     with Operations() as operations:
@@ -447,10 +449,61 @@ def test_nothing_waits_for_a_gpu() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         full.admit(0, row(repetition_penalty=2.0, top_k=3, logprobs=True), np.array([0, 4]))
-        full.admit(1, row(temperature=0.0, min_p=0.3, min_new_tokens=4), np.array([0]))
+        counted = row(temperature=0.0, min_p=0.3, min_new_tokens=4, frequency_penalty=0.5)
+        full.admit(1, counted, np.array([0]))
         for _ in range(3):
             full.choose(logits_BV, slice(2))
         full.move(0, 2)
         full.choose(logits_BV, [2, 1])
+        full.move(1, 0)
+        full.choose(logits_BV, [2, 0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def openai_penalised(
+    logits_V: Tensor, said: Sequence[int], frequency: float, presence: float
+) -> Tensor:
+    """OpenAI's own formula, token by token."""
+    scores = logits_V.clone()
+    for token in set(said):
+        scores[token] -= said.count(token) * frequency + presence
+    return scores
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("frequency", "presence"), [(0.3, 0.0), (0.0, 0.7), (0.2, 0.5), (-1, 0)])
+def test_count_penalties_are_openais(temperature: float, frequency: float, presence: float) -> None:
+    settings = {"temperature": temperature, "seed": 5}
+    penalised = row(frequency_penalty=frequency, presence_penalty=presence, **settings)
+    rows = sampler([row(**settings), penalised], [[0], [1, 2, 2]])
+    logits_V = torch.tensor([1.0, 1.3, 1.2, -9.0, 0.9])
+    # Step by step, a row without penalties is given the penalised logits: it must choose the same.
+    alone = sampler([row(**settings)])
+    said: list[int] = []
+    plain: list[int] = []
+    for _ in range(12):
+        first, second = tokens_of(rows.choose(logits_V.expand(2, -1), slice(None)))
+        expected = openai_penalised(logits_V, said, frequency, presence)
+        assert tokens_of(alone.choose(expected[None], slice(None))) == [second]
+        said.append(second)
+        plain.append(first)
+    if temperature == 0:
+        assert set(plain) == {1}
+    assert said != plain or frequency < 0
+
+
+def test_count_penalties_move_and_end_with_their_row() -> None:
+    logits_BV = torch.tensor([[1.0, 0.9, 0.8, -9.0]])
+    strict = row(temperature=0.0, presence_penalty=2.0)
+    rows = RowSampler(2, eos_ids=(EOS,), device=CPU)
+    rows.admit(0, strict, np.array([[0]]))
+    assert tokens_of(rows.choose(logits_BV, [0])) == [0]
+    rows.move(0, 1)
+    assert tokens_of(rows.choose(logits_BV, [1])) == [1]
+    # Another row comes into the slot: nothing is left of what the old one said.
+    rows.admit(1, strict, np.array([[0]]))
+    assert tokens_of(rows.choose(logits_BV, [1])) == [0]
+    rows.admit(0, strict, np.array([[0]]))
+    rows.move(0, 1)
+    assert tokens_of(rows.choose(logits_BV, [1])) == [0]

@@ -46,6 +46,7 @@ def test_columns_stand_in_the_documented_order() -> None:
             ("attempts", pa.int32()),
             ("generated_text", pa.string()),
             ("generated_texts", pa.list_(pa.string())),
+            ("finish_reasons", pa.list_(pa.string())),
             ("token_ids", pa.list_(pa.int32())),
             ("logprobs", pa.list_(pa.float32())),
             ("parsed", pa.string()),
@@ -62,7 +63,8 @@ def test_columns_stand_in_the_documented_order() -> None:
             ("latency_s", pa.float64()),
         ]
     )
-    assert not {"generated_texts", "token_ids", "logprobs"} & set(output_schema([]).names)
+    asked = {"generated_texts", "finish_reasons", "token_ids", "logprobs"}
+    assert not asked & set(output_schema([]).names)
 
 
 @pytest.mark.parametrize("name", ["id", "generated_text", "token_ids", "logprobs", "model"])

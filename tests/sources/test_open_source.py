@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,18 @@ def make_jsonl(folder: Path) -> str:
     return str(folder / "x.jsonl")
 
 
+def make_openai(folder: Path) -> str:
+    (folder / "x.jsonl").write_text('{"custom_id": "a", "body": {"messages": []}}\n')
+    return str(folder / "x.jsonl")
+
+
+def make_tar(folder: Path) -> str:
+    (folder / "x.png").write_bytes(b"")
+    with tarfile.open(folder / "x.tar", "w") as archive:
+        archive.add(folder / "x.png", "x.png")
+    return str(folder / "x.tar")
+
+
 def make_hf(folder: Path) -> str:
     import datasets
 
@@ -113,6 +126,8 @@ def make_folder(folder: Path) -> str:
         (SourceKind.jsonl, make_jsonl, "x"),
         (SourceKind.hf, make_hf, "x"),
         (SourceKind.folder, make_folder, "image"),
+        (SourceKind.webdataset, make_tar, "image"),
+        (SourceKind.openai, make_openai, "messages"),
     ],
 )
 def test_each_kind_opens(
@@ -136,7 +151,7 @@ def test_a_path_that_is_not_there_is_named(tmp_path: Path, kind: SourceKind) -> 
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("kind", [SourceKind.parquet, SourceKind.jsonl, SourceKind.folder])
+@pytest.mark.parametrize("kind", [kind for kind in SourceKind if kind is not SourceKind.hf])
 def test_an_empty_folder_is_refused(tmp_path: Path, kind: SourceKind) -> None:
     with pytest.raises(InputError, match="no "):
         open_source(DataConfig(source=kind, path=str(tmp_path)))
@@ -149,6 +164,8 @@ def test_an_empty_folder_is_refused(tmp_path: Path, kind: SourceKind) -> None:
         (SourceKind.jsonl, make_jsonl),
         (SourceKind.hf, make_hf),
         (SourceKind.folder, make_folder),
+        (SourceKind.webdataset, make_tar),
+        (SourceKind.openai, make_openai),
     ],
 )
 def test_the_image_root_can_be_set(

@@ -101,3 +101,14 @@ def test_free_text_is_taken_as_it_is() -> None:
 def test_a_schema_that_is_not_there_is_refused_before_the_run() -> None:
     with pytest.raises(ConfigError, match=r"task.output.json_schema=none.json cannot be read"):
         open_task(task(TaskName.extract, json_schema="none.json"))
+
+
+def test_other_tasks_read_json_where_the_row_brings_a_schema() -> None:
+    columns = TaskOutputConfig(json_schema_column="schema")
+    task = open_task(TaskConfig(name=TaskName.caption, prompt="x", output=columns))
+    assert task.read("a red circle", json_schema=None) == Reading()
+    schema = json.dumps(SCHEMA)
+    assert task.read('{"name": "a"}', json_schema=schema).parsed == '{"name":"a"}'
+    broken = task.read("a red circle", json_schema=schema)
+    assert broken.failure is not None
+    assert broken.failure.error_type is ErrorType.INVALID_JSON

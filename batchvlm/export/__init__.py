@@ -1,0 +1,1 @@
+"""Output folder -> the same answers in the shape that another tool reads."""

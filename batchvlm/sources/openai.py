@@ -1,0 +1,222 @@
+"""OpenAI's batch files -> records: each line a chat request, as hosted batch APIs take it.
+
+    {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
+     "body": {"model": "any", "messages": [...], "max_tokens": 100, "temperature": 0.5}}
+
+A field that would change the answer and that this program does not know is that row's error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from batchvlm.config import DataConfig
+from batchvlm.errors import ErrorType, InputError
+from batchvlm.records import Failure, Record
+from batchvlm.sources.files import image_root_of, list_files
+from batchvlm.sources.jsonl import SUFFIXES, JsonlSource, parse, why_unusable
+from batchvlm.sources.rows import ShardRows
+
+_SETTINGS = {
+    "max_tokens": pa.int64(),
+    "temperature": pa.float64(),
+    "top_p": pa.float64(),
+    "stop": pa.list_(pa.string()),
+    "seed": pa.int64(),
+    "n": pa.int64(),
+    "logprobs": pa.bool_(),
+    "frequency_penalty": pa.float64(),
+    "presence_penalty": pa.float64(),
+    # What vLLM's server takes besides.
+    "top_k": pa.int64(),
+    "min_p": pa.float64(),
+    "repetition_penalty": pa.float64(),
+    "min_tokens": pa.int64(),
+    "ignore_eos": pa.bool_(),
+}
+"""Fields of the body that become columns under their own names."""
+
+_SCHEMA = pa.schema(
+    [
+        ("custom_id", pa.string()),
+        ("model", pa.string()),
+        ("messages", pa.string()),
+        *_SETTINGS.items(),
+        ("json_schema", pa.string()),
+    ]
+)
+
+_SAYS_NOTHING = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention"),
+}
+"""Fields of the body about who asks and at what price: none changes an answer."""
+
+_NEUTRAL: Mapping[str, Sequence[Any]] = {
+    "stream": (False,),
+    "stream_options": ({},),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "echo": (False,),
+    "best_of": (1,),
+    "add_generation_prompt": (True,),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+}
+"""Fields of the body that are not supported, and the values of each that ask for nothing."""
+
+_ENDPOINT = "/chat/completions"
+_LINE_FIELDS = {"custom_id", "method", "url", "body"}
+_MESSAGE_FIELDS = {"role", "content"}
+_ANY_OBJECT = '{"type": "object"}'
+"""What `response_format={"type": "json_object"}` promises."""
+
+
+def open_openai(cfg: DataConfig) -> OpenAISource:
+    """Open the batch files that `data.path` names.
+
+    Raises:
+        InputError: no file is there, or one cannot be read.
+    """
+    listing = list_files(cfg.path, suffixes=SUFFIXES)
+    return OpenAISource(
+        listing,
+        id_column=cfg.columns.id,
+        image_root=image_root_of(cfg.image_root, listing.local_root),
+    )
+
+
+class OpenAISource(JsonlSource):
+    """Files of chat requests as one input; each request's settings are columns.
+
+    A setting that a request leaves open is null, so the run's own holds. `max_tokens` is
+    `max_completion_tokens` where a request says that; `json_schema` is that of `response_format`.
+    """
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The same columns for every batch file.
+
+        Raises:
+            InputError: as `JsonlSource.schema` does, or the objects are no requests.
+        """
+        found = super().schema
+        if "body" not in found.names:
+            raise InputError(
+                "data.path is no OpenAI batch file: its objects have no key 'body' (their keys: "
+                f"{', '.join(found.names[:10])})",
+                hint="data=jsonl reads any JSON lines",
+            )
+        return _SCHEMA
+
+    def _to_record(self, rows: ShardRows, row: int, line: bytes) -> Record:
+        request, message = parse(line)
+        message = message or why_unusable(request, line)
+        if message:
+            return next(rows.failed([row], f"the line is no usable JSON object: {message}"))
+        # A request that is refused keeps its name.
+        key = request.get("custom_id")
+        is_key = isinstance(key, int | str) and not isinstance(key, bool) and key != ""
+        try:
+            read = _read_request(request)
+        except _RefusedError as error:
+            (record,) = rows.failed([row], "")
+            failure = Failure(error_type=ErrorType.PROMPT, message=str(error))
+            record = replace(record, failure=failure)
+        else:
+            read |= {"custom_id": str(key) if is_key else None}
+            kept = {name: _stored(name, read.get(name)) for name in rows.kept}
+            record = rows.record(row, read, kept)
+        is_named = is_key and rows.id_column == "custom_id"
+        return replace(record, id=str(key)) if is_named else record
+
+
+class _RefusedError(ValueError):
+    """Why a request cannot be answered, in one line."""
+
+
+def _stored(name: str, value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if name == "messages" else value
+
+
+def _read_request(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a request.
+
+    Raises:
+        _RefusedError: it asks for what is not supported, or is no chat request.
+    """
+    given = {key: value for key, value in request.items() if value is not None}
+    _refuse_unknown(given.keys() - _LINE_FIELDS, "the request")
+    url, method, body = (given.get(key) for key in ("url", "method", "body"))
+    if url is not None and not str(url).endswith(_ENDPOINT):
+        raise _RefusedError(f"url is not one that ends in {_ENDPOINT}")
+    if method is not None and method != "POST":
+        raise _RefusedError("method is not POST")
+    if not isinstance(body, dict):
+        raise _RefusedError("the request has no body")
+    body = {key: value for key, value in body.items() if value is not None}
+    read: dict[str, Any] = {key: body.pop(key, None) for key in ("model", *_SETTINGS)}
+    longest = body.pop("max_completion_tokens", None)
+    if longest is not None:
+        read["max_tokens"] = longest
+    if not isinstance(read["model"], str | None):
+        raise _RefusedError("body.model is no text")
+    read["messages"] = _read_messages(body.pop("messages", None))
+    read["json_schema"] = _schema_of(body.pop("response_format", None))
+    for key in _SAYS_NOTHING:
+        body.pop(key, None)
+    for key, values in _NEUTRAL.items():
+        # As text: Python takes 0 and False for equal.
+        if key in body and json.dumps(body[key]) in map(json.dumps, values):
+            del body[key]
+    _refuse_unknown(body, "body")
+    return read
+
+
+def _refuse_unknown(names: Iterable[str], where: str) -> None:
+    for name in sorted(names):
+        raise _RefusedError(f"{where}: {ascii(name)[:80]} is not supported")
+
+
+def _read_messages(value: Any) -> Any:
+    """Chat messages as `batchvlm.messages` takes them; what it would pass over is refused."""
+    if not isinstance(value, list):
+        raise _RefusedError("body.messages is no list")
+    messages = []
+    for i, message in enumerate(value):
+        if isinstance(message, dict):
+            message = {key: item for key, item in message.items() if item is not None}
+            _refuse_unknown(message.keys() - _MESSAGE_FIELDS, f"body.messages[{i}]")
+            if message.get("role") == "developer":  # OpenAI's newer word for it
+                message = {**message, "role": "system"}
+        messages.append(message)
+    return messages
+
+
+def _schema_of(given: Any) -> str | None:
+    """The JSON schema that `response_format` asks for, as text."""
+    if given is None:
+        return None
+    match given:
+        case {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return _ANY_OBJECT
+        case {"type": "json_schema", "json_schema": {"schema": dict() as schema}}:
+            return json.dumps(schema)
+    raise _RefusedError(
+        "body.response_format is none of text, json_object, and json_schema with a schema"
+    )
