@@ -21,14 +21,14 @@ from batchvlm.config import BatchingConfig, EngineConfig
 from batchvlm.engine import canary
 from batchvlm.engine.answers import expand, join
 from batchvlm.engine.attention import Span
-from batchvlm.engine.cache import RowCache, SlotCache
 from batchvlm.engine.clock import Clock
 from batchvlm.engine.decoder import Decoder
-from batchvlm.engine.faults import device_error, failure_of, free_memory, is_oom
+from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.feed import Feed
 from batchvlm.engine.fusing import align, is_half_on_gpu, seconds_to_fusing
 from batchvlm.engine.memory import MemoryPlan
 from batchvlm.engine.prefill import Prefill
+from batchvlm.engine.room import SlotRoom
 from batchvlm.engine.rows import Chosen, Row
 from batchvlm.engine.sampling import RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
@@ -42,9 +42,6 @@ log = logging.getLogger(__name__)
 
 Outcome = tuple[Sample, Completion | Failure]
 
-_LENGTH_STEP = {"cpu": 64, "cuda": 256}
-_MIN_SLOTS = {"cpu": 8, "cuda": 64}
-"""On a GPU slots are made anew less often: with them go the graphs of their steps."""
 _IS_OVER = attrgetter("is_over")
 _NEIGHBOURS = 8
 """Slots whose attention is computed together on a CPU, as far as the longest of them goes."""
@@ -86,8 +83,7 @@ class SlotEngine:
         self._is_checked = self._has_checked_images = not cfg.canary
         self._clock = Clock(self._device, self.stats)
         self._plan = MemoryPlan(cfg, self._device)
-        kind = "cuda" if self._device.type == "cuda" else "cpu"
-        self._length_step, self._min_slots = _LENGTH_STEP[kind], _MIN_SLOTS[kind]
+        self._room = SlotRoom(self._plan, self._decoder, self._device)
         self._cfg = cfg
         num_slots = self._plan.max_slots
         self._sampler = RowSampler(
@@ -107,7 +103,7 @@ class SlotEngine:
 
     def _begin(self) -> None:
         """Forget rows that a run which was broken off has left."""
-        self._decoder.forget_slots()
+        self._room.leave()
         self._feed = Feed((), self._batching)
         self._prefill = Prefill(
             self._model,
@@ -118,7 +114,6 @@ class SlotEngine:
             self._clock,
             looks_ahead=self._lag > 0,
         )
-        self._cache: SlotCache | None = None
         self._rows: list[Row] = []
         """Rows in slots 0 to B - 1, in this order."""
         self._parked: deque[Row] = deque()
@@ -156,8 +151,7 @@ class SlotEngine:
             while self._ready:
                 yield self._ready.popleft()
         self._clock.finish()
-        self._decoder.forget_slots()
-        self._cache = None
+        self._room.leave()
 
     def _fuse_after(self, seconds: float) -> None:
         """Fuse the model's layers once, where the engine has worked so long that it pays."""
@@ -202,7 +196,7 @@ class SlotEngine:
         """Give every free slot a row, computing prompts pack by pack."""
         while True:
             self._admit()
-            num_free = self._num_slots() - len(self._rows) - len(self._parked)
+            num_free = self._room.num_slots(self._num_rows()) - len(self._rows) - len(self._parked)
             if num_free <= 0 or not self._prefill.num_waiting:
                 return
             pack = self._prefill.next_pack(is_alone=not self._rows and not self._parked)
@@ -217,26 +211,19 @@ class SlotEngine:
                 else:
                     self._ready.append(prepared)
 
-    def _num_slots(self) -> int:
-        """Slots that there are, or could be for the rows at hand."""
-        if self._cache is None:
-            return 1  # how many there is memory for is known from the first prompt on
-        could_be = self._plan.num_slots(self._cache.bytes_per_token, self._cache.length)
-        return max(self._cache.num_slots, min(could_be, self._num_wanted()))
-
-    def _num_wanted(self) -> int:
-        """Slots for the rows at hand, in powers of two: a short job takes little memory."""
-        num_rows = len(self._rows) + len(self._parked) + self._prefill.num_waiting
-        return max(self._min_slots, 1 << (num_rows + len(self._feed) - 1).bit_length())
+    def _num_rows(self) -> int:
+        """Rows at hand, in slots or on the way to one."""
+        num_waiting = len(self._parked) + self._prefill.num_waiting + len(self._feed)
+        return len(self._rows) + num_waiting
 
     def _admit(self) -> None:
         """Give free slots to rows that wait for one, and let each choose its first token."""
         first = len(self._rows)
         while self._parked and self._has_slot_for(self._parked[0]):
-            assert self._cache is not None
+            assert self._room.cache is not None
             row = self._parked.popleft()
             slot = len(self._rows)
-            self._cache.put(slot, row.prepared.pieces)
+            self._room.cache.put(slot, row.prepared.pieces)
             sample = row.sample
             self._sampler.admit(slot, sample.generation, sample.features["input_ids"][0])
             self._rows.append(row)
@@ -258,87 +245,22 @@ class SlotEngine:
 
     def _has_slot_for(self, row: Row) -> bool:
         """See to it that there is a free slot, long enough for this row; else False."""
-        needed = max(other.length for other in (*self._parked, *self._rows))
-        length = -(-needed // self._length_step) * self._length_step
-        cache, num_rows = self._cache, len(self._rows)
-        num_slots = self._plan.num_slots(row.prepared.bytes_per_token, length)
-        num_slots = min(num_slots, self._num_wanted())
-        if cache is not None and length <= cache.length:
-            if num_rows < cache.num_slots:
-                return True
-            # More slots, also for shorter rows once the long ones are done, are worth a copy.
-            if 2 * length > cache.length and num_slots < 2 * cache.num_slots:
-                return False
-            num_rows = cache.num_slots
-        if num_slots <= num_rows:
-            return False
-        is_alone = not self._rows
-        failure = self._resize(row.prepared.pieces[0], num_slots, length)
-        if failure is None:
-            assert self._cache is not None
-            return len(self._rows) < self._cache.num_slots
-        if is_alone:
+        longest = max((*self._parked, *self._rows), key=lambda other: other.length)
+        outcome = self._room.has_slot_for(
+            row, self._rows, max_tokens=longest.length, num_rows=self._num_rows()
+        )
+        if not isinstance(outcome, Failure):
+            return outcome
+        if not self._rows:
             # Not one slot for the longest.
-            longest = max(self._parked, key=lambda other: other.length)
             self._parked.remove(longest)
-            self._ready.append((longest.sample, failure))
-        return False  # again when rows are done
-
-    def _resize(self, like: RowCache, num_slots: int, length: int) -> Failure | None:
-        """Slots of another number or length, with the rows in them that are in some.
-
-        Returns:
-            Why there is no room for one row more; the rows are then in slots as they were, or have
-            failed where there is no memory for these any more.
-        """
-        before = self._cache
-        kept: list[RowCache] = []
-        if before is not None:
-            # The old buffers go before the new ones come: there may be no room for both.
-            try:
-                kept = [before.row(i, row.num_cached) for i, row in enumerate(self._rows)]
-            except Exception as error:
-                if not is_oom(error):
-                    raise
-                return failure_of(error)
-            like = before.row(0, 0)
-        shape_before = (before.num_slots, before.length) if before is not None else None
-        self._decoder.forget_slots()
-        self._cache = before = None
-        failure: Failure | None = None
-        while num_slots > len(kept):
-            failure = self._make_slots(like, num_slots, length)
-            if failure is None:
-                break
-            num_slots //= 2
-        if failure is not None and shape_before is not None:
-            for shape in (shape_before, (len(kept), shape_before[1])):
-                if shape[0] and self._make_slots(like, *shape) is None:
-                    break
-        if self._cache is None:
-            assert failure is not None
-            for row in self._rows:
-                row.is_over = row.is_answered = True
-                self._ready.append((row.sample, failure))
+            self._ready.append((longest.sample, outcome))
+        elif self._room.cache is None:
+            for lost in self._rows:
+                lost.is_over = lost.is_answered = True
+                self._ready.append((lost.sample, outcome))
             self._rows.clear()
-        else:
-            for slot, piece in enumerate(kept):
-                self._cache.put(slot, [piece])
-        return failure
-
-    def _make_slots(self, like: RowCache, num_slots: int, length: int) -> Failure | None:
-        """Make the cache; why there is no memory for it, if so."""
-        try:
-            self._cache = SlotCache(like, num_slots=num_slots, length=length)
-            return None
-        except Exception as error:
-            if not is_oom(error):
-                raise
-            failure = failure_of(error)
-        free_memory(self._device)
-        log.warning("no memory for %d slots of %d tokens", num_slots, length)
-        self._plan.lower_cache(num_slots * length * like.bytes_per_token)
-        return failure
+        return False  # again when rows are done
 
     def _step(self) -> None:
         """Compute one token for every slot in use."""
@@ -354,10 +276,10 @@ class SlotEngine:
             start = behind
 
     def _step_range(self, start: int, stop: int) -> None:
-        assert self._cache is not None
+        assert self._room.cache is not None
         try:
             logits_BV = self._decoder.step(
-                self._cache,
+                self._room.cache,
                 self._ids_N,
                 self._positions_N,
                 self._deltas_N,
@@ -388,8 +310,8 @@ class SlotEngine:
     def _spans(self, start: int, stop: int) -> list[Span]:
         """Slots whose attention is computed together, each span as far as its longest row goes."""
         if self._decoder.is_by_row:
-            assert self._cache is not None
-            return [Span(start, stop, self._cache.length)]
+            assert self._room.cache is not None
+            return [Span(start, stop, self._room.cache.length)]
         width = _NEIGHBOURS if self._device.type == "cpu" else stop - start
         spans = []
         for first in range(start, stop, width):
@@ -448,8 +370,8 @@ class SlotEngine:
             row = self._rows.pop()
             if last == slot:
                 break
-            assert self._cache is not None
-            self._cache.move(last, slot, row.num_cached)
+            assert self._room.cache is not None
+            self._room.cache.move(last, slot, row.num_cached)
             self._sampler.move(last, slot)
             for values_N in (self._ids_N, self._positions_N, self._deltas_N):
                 values_N[slot] = values_N[last]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchvlm.engine import slots
+from batchvlm.engine import room
 from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.vision import ImageFeatures
 from batchvlm.errors import ErrorType
@@ -35,7 +35,7 @@ pytestmark = [needs_slots, pytest.mark.usefixtures("no_collection")]
 
 def rounded(num_tokens: int) -> int:
     """Slots come in multiples of this many tokens."""
-    step = slots._LENGTH_STEP["cpu"]
+    step = room._LENGTH_STEP["cpu"]
     return -(-num_tokens // step) * step
 
 
@@ -84,7 +84,7 @@ class TestMemory:
             failing(Decoder, "prefill", too_many_tokens, OUT_OF_MEMORY) as packs,
             failing(Decoder, "step", too_many_rows, OUT_OF_MEMORY) as steps,
             failing(ImageFeatures, "encode", too_many_images, OUT_OF_MEMORY) as images,
-            failing(slots, "SlotCache", too_many_slots, OUT_OF_MEMORY) as caches,
+            failing(room, "SlotCache", too_many_slots, OUT_OF_MEMORY) as caches,
         ):
             outcomes = run(engine, samples)
         check(outcomes, answers(small, rows), never_fits)
@@ -124,7 +124,7 @@ class TestMemory:
             return length == max(lengths)
 
         engine = small.slots(max_slots=2, sort_window=2, eos=[])
-        with failing(slots, "SlotCache", is_long, OUT_OF_MEMORY) as raised:
+        with failing(room, "SlotCache", is_long, OUT_OF_MEMORY) as raised:
             outcomes = run(engine, samples)
         check(outcomes, answers(small, rows), [False, False, True, False])
         assert len(raised) <= 3
@@ -140,7 +140,7 @@ class TestMemory:
             return 1 < len(made) < 5
 
         engine = small.slots(max_slots=3, sort_window=2, eos=[])
-        with failing(slots, "SlotCache", is_lost, OUT_OF_MEMORY):
+        with failing(room, "SlotCache", is_lost, OUT_OF_MEMORY):
             outcomes = run(engine, samples)
         check(outcomes, answers(small, rows), [True, True, False])
         assert [outcome.error_type for outcome in outcomes[:2]] == [ErrorType.OOM] * 2

@@ -1,0 +1,141 @@
+"""The slots that rows are decoded in: made for the rows at hand, and made anew as these change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from batchvlm.engine.cache import RowCache, SlotCache
+from batchvlm.engine.decoder import Decoder
+from batchvlm.engine.faults import failure_of, free_memory, is_oom
+from batchvlm.engine.memory import MemoryPlan
+from batchvlm.engine.rows import Row
+from batchvlm.records import Failure
+
+log = logging.getLogger(__name__)
+
+_LENGTH_STEP = {"cpu": 64, "cuda": 256}
+_MIN_SLOTS = {"cpu": 8, "cuda": 64}
+"""On a GPU slots are made anew less often: with them go the graphs of their steps."""
+
+
+class SlotRoom:
+    """Slots of one length, as many as there is memory and use for.
+
+    Args:
+        plan: how much memory they may take.
+        decoder: forgets what it knows of slots that go.
+        device: where they are.
+    """
+
+    def __init__(self, plan: MemoryPlan, decoder: Decoder, device: torch.device) -> None:
+        self._plan, self._decoder, self._device = plan, decoder, device
+        kind = "cuda" if device.type == "cuda" else "cpu"
+        self._length_step, self._min_slots = _LENGTH_STEP[kind], _MIN_SLOTS[kind]
+        self.cache: SlotCache | None = None
+        """None before the first row: how many slots there is memory for is known from it on."""
+
+    def leave(self) -> None:
+        """Give up the slots."""
+        self._decoder.forget_slots()
+        self.cache = None
+
+    def num_slots(self, num_rows: int) -> int:
+        """Slots that there are, or could be.
+
+        Args:
+            num_rows: rows at hand, in slots or waiting.
+        """
+        if self.cache is None:
+            return 1
+        could_be = self._plan.num_slots(self.cache.bytes_per_token, self.cache.length)
+        return max(self.cache.num_slots, min(could_be, self._num_wanted(num_rows)))
+
+    def _num_wanted(self, num_rows: int) -> int:
+        """In powers of two: a short job takes little memory."""
+        return max(self._min_slots, 1 << (num_rows - 1).bit_length())
+
+    def has_slot_for(
+        self, row: Row, rows: Sequence[Row], *, max_tokens: int, num_rows: int
+    ) -> bool | Failure:
+        """See to it that there is a free slot, long enough for one row more.
+
+        Args:
+            row: the row.
+            rows: rows in the first slots, in this order.
+            max_tokens: what the longest row at hand needs.
+            num_rows: rows at hand, in slots or waiting.
+
+        Returns:
+            False where it has to wait until rows are done; where there is no memory, why. `rows`
+            are then in slots as they were, or in none where `cache` is None.
+        """
+        length = -(-max_tokens // self._length_step) * self._length_step
+        cache, num_used = self.cache, len(rows)
+        num_slots = self._plan.num_slots(row.prepared.bytes_per_token, length)
+        num_slots = min(num_slots, self._num_wanted(num_rows))
+        if cache is not None and length <= cache.length:
+            if num_used < cache.num_slots:
+                return True
+            # More slots, also for shorter rows once the long ones are done, are worth a copy.
+            if 2 * length > cache.length and num_slots < 2 * cache.num_slots:
+                return False
+            num_used = cache.num_slots
+        if num_slots <= num_used:
+            return False
+        # What was there must not be held by this name while the new slots are made.
+        cache = None
+        failure = self._resize(row.prepared.pieces[0], rows, num_slots, length)
+        if failure is not None:
+            return failure
+        assert self.cache is not None
+        return len(rows) < self.cache.num_slots
+
+    def _resize(
+        self, like: RowCache, rows: Sequence[Row], num_slots: int, length: int
+    ) -> Failure | None:
+        """Slots of another number or length, with the rows in them that are in some."""
+        before = self.cache
+        kept: list[RowCache] = []
+        if before is not None:
+            # The old buffers go before the new ones come: there may be no room for both.
+            try:
+                kept = [before.row(i, row.num_cached) for i, row in enumerate(rows)]
+            except Exception as error:
+                if not is_oom(error):
+                    raise
+                return failure_of(error)
+            like = before.row(0, 0)
+        shape_before = (before.num_slots, before.length) if before is not None else None
+        before = None
+        self.leave()
+        failure: Failure | None = None
+        while num_slots > len(kept):
+            failure = self._make(like, num_slots, length)
+            if failure is None:
+                break
+            num_slots //= 2
+        if failure is not None and shape_before is not None:
+            for shape in (shape_before, (len(kept), shape_before[1])):
+                if shape[0] and self._make(like, *shape) is None:
+                    break
+        if self.cache is not None:
+            for slot, piece in enumerate(kept):
+                self.cache.put(slot, [piece])
+        return failure
+
+    def _make(self, like: RowCache, num_slots: int, length: int) -> Failure | None:
+        """Make the slots; why there is no memory for them, if so."""
+        try:
+            self.cache = SlotCache(like, num_slots=num_slots, length=length)
+            return None
+        except Exception as error:
+            if not is_oom(error):
+                raise
+            failure = failure_of(error)
+        free_memory(self._device)
+        log.warning("no memory for %d slots of %d tokens", num_slots, length)
+        self._plan.lower_cache(num_slots * length * like.bytes_per_token)
+        return failure
