@@ -124,10 +124,11 @@ def table(args: argparse.Namespace, dtype: str) -> list[str]:
             runs[system.name].append(run(system, args.peer))
             seconds = runs[system.name][-1]["wall_s"]
             print(f"{dtype} round {number + 1}: {system.name} {seconds:.2f} s", file=sys.stderr)
+    busy = f"{os.getloadavg()[2]:.1f} processes running on average"
     median = {n: statistics.median(r["wall_s"] for r in several) for n, several in runs.items()}
     base = median["batchvlm, slots"]
     lines = [
-        f"**{dtype}**, {args.threads} threads",
+        f"**{dtype}**, {args.threads} threads; {busy} over the last quarter of an hour",
         "",
         "| system | wall s, median (range) | over batchvlm's | CPU s of the process |",
         "|---|--:|--:|--:|",
@@ -140,15 +141,16 @@ def table(args: argparse.Namespace, dtype: str) -> list[str]:
             f"| {median[name] / base:.2f} | {cpu:.0f} |"
         )
     mine = min(runs["batchvlm, slots"], key=lambda r: abs(r["wall_s"] - base))
-    parts = {key: mine[f"{key}_s"] for key in ("preprocess", "vision", "prefill", "decode")}
+    parts = {key: mine[f"{key}_s"] for key in ("wait", "vision", "prefill", "decode")}
     rest = mine["wall_s"] - sum(parts.values())
     useful = sum(len(ids) for ids in mine["answers"].values())
     lines += [
         "",
         "Where batchvlm's seconds went: "
         + ", ".join(f"{key} {seconds:.1f}" for key, seconds in parts.items())
-        + f", the rest {rest:.1f}. {mine['row_steps']} row-steps for {useful} tokens (the first of "
-        f"a row comes of its prompt); {mine['padding_share']:.1%} padding in prompts.",
+        + f", the rest {rest:.1f}; preprocessing beside them, in a thread, "
+        f"{mine['preprocess_s']:.1f}. {mine['row_steps']} row-steps for {useful} tokens (the first "
+        f"of a row comes of its prompt); {mine['padding_share']:.1%} padding in prompts.",
     ]
     theirs = args.peer / f"o_vllm_{dtype}.json"
     if theirs.exists() and dtype == "float32":

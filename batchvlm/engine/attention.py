@@ -85,6 +85,7 @@ class Slots:
     """int64 [B]: where each row's new token lies."""
     spans: tuple[Span, ...]
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
     _flash: dict[tuple[int, int], flash.Bounds] = field(default_factory=dict)
 
     def mask(self, span: Span, window: int | None) -> Tensor:
@@ -98,6 +99,15 @@ class Slots:
                 mask_BS &= places_S > newest_B1 - window
             self._masks[key] = mask_BS[:, None, None]
         return self._masks[key]
+
+    def bias(self, span: Span, window: int | None, dtype: torch.dtype) -> Tensor:
+        """The mask as what is added to scores, made once for all layers: [B, 1, 1, length]."""
+        key = (span.start, window, dtype)
+        if key not in self._biases:
+            mask = self.mask(span, window)
+            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            self._biases[key] = zeros.masked_fill_(~mask, -torch.inf)
+        return self._biases[key]
 
     def flash_bounds(self, slot_length: int, *, num_queries: int) -> flash.Bounds:
         """So many queries a row, at its position, over slots of one length behind one another."""
@@ -150,6 +160,11 @@ def attending(form: Packed | Slots) -> Iterator[None]:
         _form = before
 
 
+def announced() -> Packed | Slots | None:
+    """The form in which a forward runs; None outside of `attending`."""
+    return _form
+
+
 def attention(
     module: Any,
     query: Tensor,
@@ -196,7 +211,10 @@ class _Scores:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool
     ) -> Tensor:
-        """[.., H, T, D] queries over [.., H or K, L, D] keys; `mask` bool, true where seen."""
+        """[.., H, T, D] queries over [.., H or K, L, D] keys; `mask` bool, true where seen.
+
+        Without a soft cap it may also be what is added to the scores.
+        """
         is_grouped = query.shape[-3] != key.shape[-3]
         if is_grouped and mask is not None and query.is_cuda:
             # There torch's fast kernels take a mask or grouped heads, not both.
@@ -290,9 +308,14 @@ def _over_slots(
     if score.softcap is None and flash.is_able(query):
         return _over_slots_by_flash(score, query, key, value, slots, window)
     num_groups = num_heads // key.shape[1]
-    # The query heads of one key head side by side, as if they were queries behind one another:
-    # keys and values are read once for all of them.
-    grouped = query.view(num_rows, key.shape[1], num_groups, size)
+    is_cpu = query.device.type == "cpu"
+    if is_cpu and num_groups == 2 and query.dtype != torch.float32:
+        grouped = query  # in half precision one query computed twice costs less than two together
+    else:
+        # The query heads of one key head side by side, as if they were queries behind one another:
+        # keys and values are read once for all of them.
+        grouped = query.view(num_rows, key.shape[1], num_groups, size)
+    has_bias = is_cpu and score.softcap is None
     outs = []
     for span in slots.spans:
         rows = slice(span.start, span.stop)
@@ -301,7 +324,7 @@ def _over_slots(
                 grouped[rows],
                 key[rows, :, : span.length],
                 value[rows, :, : span.length],
-                slots.mask(span, window),
+                slots.bias(span, window, query.dtype) if has_bias else slots.mask(span, window),
                 is_causal=False,
             )
         )

@@ -94,6 +94,8 @@ class Decoder:
         self._mark_ids = getattr(model.config, "visual_indicator_token_ids", None) or []
         self.sees_ahead: bool | None = None
         """Whether tokens of a prompt attend to later ones; None until a prompt with images ran."""
+        self._text_sees_ahead: bool | None = None
+        """Likewise of prompts of text alone."""
 
     def prompt(self, sample: Sample) -> Prompt:
         """A sample's prompt, with the positions that the model would give it alone."""
@@ -165,7 +167,13 @@ class Decoder:
             )
         if images is not None:
             self.sees_ahead = bool(self.sees_ahead) or form.sees_ahead
+        else:
+            self._text_sees_ahead = bool(self._text_sees_ahead) or form.sees_ahead
         return out.logits[0, : len(ends)], cache
+
+    def is_causal(self, *, has_images: bool) -> bool:
+        """Whether prompts with or without images are known to be causal: they may be cut."""
+        return self.sees_ahead is False or (not has_images and self._text_sees_ahead is False)
 
     def image_places(self, sample: Sample) -> npt.NDArray[np.intp] | None:
         """Where a prompt's image tokens lie, [image tokens]; None where they cannot be told.

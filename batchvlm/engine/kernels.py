@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batchvlm.engine.lean import make_decoder_lean
+from batchvlm.engine.lean_encoder import make_encoder_lean
+
 log = logging.getLogger(__name__)
 
 _QUICK_GELU = 1.702
@@ -54,11 +57,12 @@ class RMSNorm(nn.Module):
     def __init__(self, original: Any) -> None:
         super().__init__()
         self.weight = original.weight
-        self._eps = float(original.variance_epsilon)
+        eps = float(original.variance_epsilon)
+        self._eps = torch.tensor(eps, dtype=torch.float32, device=original.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(x.shape[-1]).add_(self._eps).rsqrt_()
+        scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
         normed: Tensor = (x * scale).to(x.dtype)
         return normed.mul_(self.weight)
 
@@ -80,7 +84,10 @@ def tune(model: Any) -> None:
             parent._modules[name] = new
             kind = type(new).__name__
             num_replaced[kind] = num_replaced.get(kind, 0) + 1
-    if num_replaced:
+    if is_cpu:
+        num_replaced["parts of the encoder"] = make_encoder_lean(model)
+        num_replaced["layers of the decoder"] = make_decoder_lean(model)
+    if any(num_replaced.values()):
         log.debug("replaced %s", ", ".join(f"{n} {kind}" for kind, n in num_replaced.items()))
 
 

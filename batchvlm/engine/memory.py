@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 _MAX_SLOTS = {"cpu": 64, "cuda": 256}
 _PACK_TOKENS = {"cpu": 1024, "cuda": 16_384}
 """Prompt tokens in one pack. Past these, a pack is no more efficient: it only takes memory."""
-_VISION_CELLS = {"cpu": 4 << 20, "cuda": 64 << 20}
+_VISION_CELLS = {"cpu": 1 << 20, "cuda": 64 << 20}
 """Numbers in the pixel arrays of one batch of images."""
 _CACHE_SHARE = 0.6
 """Share of the free memory that keys and values may take; the rest is for activations, for image

@@ -79,7 +79,8 @@ class Prefill:
         self._postponed: list[WaitingRow] = []
         """Rows that did not fit beside others."""
         self._failed: list[tuple[Sample, Failure]] = []
-        self._has_prefixes = False
+        self._searched: set[bool] = set()
+        """Whether prefixes were looked for among waiting rows without and with images."""
 
     @property
     def num_waiting(self) -> int:
@@ -102,7 +103,7 @@ class Prefill:
             lengths[row.group] = max(row.lengths, lengths.get(row.group, (0, 0)))
         rows.sort(key=lambda r: (lengths[r.group], r.group, r.lengths, -r.sample.row_index))
         self._waiting = rows + self._waiting
-        self._has_prefixes = False
+        self._searched.clear()
 
     def next_pack(self, *, is_alone: bool) -> list[Prepared]:
         """Compute the next rows' prompts, as many as go into one pack.
@@ -122,9 +123,11 @@ class Prefill:
             if not is_alone:
                 return []
             self._waiting, self._postponed = self._postponed, []
-        if self._is_shared and not self._has_prefixes and self._decoder.sees_ahead is False:
-            self._has_prefixes = True
-            find_prefixes(self._waiting, self._decoder)
+        for has_images in (True, False) if self._is_shared else ():
+            if has_images not in self._searched and self._decoder.is_causal(has_images=has_images):
+                self._searched.add(has_images)
+                alike = [row for row in self._waiting if bool(row.units) is has_images]
+                find_prefixes(alike, self._decoder)
         pack: list[WaitingRow] = []
         num_tokens = 0
         begun: set[int] = set()
@@ -238,7 +241,8 @@ class Prefill:
         """A row for which memory was short, in smaller and smaller pieces; None: not even so."""
         before = self._plan.pack_tokens
         num_tokens = min(before, num_new_tokens_of(row, set()))
-        while self._decoder.sees_ahead is False and num_tokens > _MIN_PIECE_TOKENS:
+        is_causal = self._decoder.is_causal(has_images=bool(row.units))
+        while is_causal and num_tokens > _MIN_PIECE_TOKENS:
             self._plan.lower_pack(num_tokens)
             num_tokens = self._plan.pack_tokens
             try:
@@ -257,8 +261,8 @@ class Prefill:
         for row in rows:
             row.prompt = row.prompt or self._decoder.prompt(row.sample)
         self._compute_prefixes(rows)
-        if len(rows) == 1 and self._decoder.sees_ahead is False:
-            row = rows[0]
+        row = rows[0]
+        if len(rows) == 1 and self._decoder.is_causal(has_images=bool(row.units)):
             assert row.prompt is not None
             cache, logits_EV = self._compute_up_to(row, len(row.prompt))
             sample = row.sample.without_images()

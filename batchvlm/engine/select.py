@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 
 from batchvlm.config import EngineName, JobConfig
+from batchvlm.engine.allocator import keep_freed_memory
 from batchvlm.engine.generate import GenerateEngine, eos_ids, refuse_unable
 from batchvlm.engine.kernels import tune
 from batchvlm.engine.protocol import Engine
@@ -63,6 +64,8 @@ def choose_engine(model: Any, tokenizer: Any, cfg: JobConfig) -> Engine:
         ModelError: the engine that was asked for cannot run it.
     """
     refuse_unable(model)
+    if model.device.type == "cpu":
+        keep_freed_memory()
     tune(model)
     reason = why_not_slots(model, is_asked_for=cfg.engine.name is EngineName.slots)
     if cfg.model.attn_implementation not in (None, "sdpa"):

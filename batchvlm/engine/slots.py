@@ -23,14 +23,14 @@ from batchvlm.engine.answers import expand, join
 from batchvlm.engine.attention import Span
 from batchvlm.engine.clock import Clock
 from batchvlm.engine.decoder import Decoder
-from batchvlm.engine.faults import device_error, failure_of, free_memory
+from batchvlm.engine.faults import device_error, failure_of, free_memory, is_oom
 from batchvlm.engine.feed import Feed
 from batchvlm.engine.fusing import align, is_half_on_gpu, seconds_to_fusing
 from batchvlm.engine.memory import MemoryPlan
 from batchvlm.engine.prefill import Prefill
 from batchvlm.engine.room import SlotRoom
 from batchvlm.engine.rows import Chosen, Row
-from batchvlm.engine.sampling import RowSampler
+from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
 from batchvlm.engine.waiting import PreparedRow
 from batchvlm.errors import ErrorType, ModelError
@@ -321,8 +321,28 @@ class SlotEngine:
         return spans
 
     def _choose(self, start: int, stop: int, logits_BV: Tensor) -> None:
-        """Choose the next token of slots `start` to `stop`."""
-        choice = self._sampler.choose(logits_BV, slice(start, stop))
+        """Choose the next token of slots `start` to `stop`, in halves where memory is short."""
+        try:
+            choice = self._sampler.choose(logits_BV, slice(start, stop))
+        except Exception as error:
+            if not is_oom(error):
+                raise
+            failure = failure_of(error)
+        else:
+            self._note(start, stop, choice)
+            return
+        free_memory(self._device)
+        if stop - start == 1:
+            row = self._rows[start]
+            row.is_over = row.is_answered = True
+            self._ready.append((row.sample, failure))
+            return
+        middle = (start + stop) // 2
+        self._choose(start, middle, logits_BV[: middle - start])
+        self._choose(middle, stop, logits_BV[middle - start :])
+
+    def _note(self, start: int, stop: int, choice: Choice) -> None:
+        """Take note of tokens that are chosen, though not yet read."""
         self._ids_N[start:stop] = choice.ids_B
         self._positions_N[start:stop] += 1
         rows = self._rows[start:stop]

@@ -52,11 +52,6 @@ class RowStop:
         """Ids so far, one that ended the answer included."""
         return tuple(self._ids)
 
-    @property
-    def is_known_to_end_next(self) -> bool:
-        """Whether the next token ends the answer whatever it is."""
-        return len(self._ids) + 1 >= self._row.max_new_tokens
-
     def push(self, token: int, logprob: float | None = None) -> bool:
         """Take the next token.
 

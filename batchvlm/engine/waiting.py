@@ -80,11 +80,14 @@ Prepared = PreparedRow | tuple[Sample, Failure]
 
 
 def find_prefixes(waiting: Sequence[WaitingRow], decoder: Decoder) -> None:
-    """Note the beginnings, all images in them, that waiting rows share."""
+    """Note the beginnings, all images in them, that waiting rows share.
+
+    Rows without images share one: a system prompt, or a template's first words.
+    """
     groups = defaultdict(list)
     for row in waiting:
         if row.prefix is None:
-            groups[row.group].append(row)
+            groups[row.group if row.units else ()].append(row)
     for rows in groups.values():
         places = decoder.image_places(rows[0].sample)
         if len(rows) < 2 or places is None:

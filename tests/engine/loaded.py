@@ -24,6 +24,7 @@ from batchvlm.config import (
 )
 from batchvlm.engine.collate import collate
 from batchvlm.engine.generate import _ALONE, GenerateEngine, eos_ids
+from batchvlm.engine.kernels import tune
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.loading import load_processor
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
@@ -78,6 +79,7 @@ class Loaded:
     model: Any
     _samples: dict[tuple[Question, int], Sample] = field(default_factory=dict)
     _references: dict[tuple[Question, int], list[int]] = field(default_factory=dict)
+    _tuned: list[Any] = field(default_factory=list)
 
     def slots(
         self, *, sort_window: int = 512, eos: Sequence[int] | None = None, **cfg: Any
@@ -85,12 +87,19 @@ class Loaded:
         """An engine over slots, with these settings of `EngineConfig`; without a canary."""
         tokenizer = self.processor.tokenizer
         return SlotEngine(
-            self.model,
+            self.tuned(),
             tokenizer,
             BatchingConfig(sort_window=sort_window),
             EngineConfig(**{"canary": False, **cfg}),
             eos_ids=eos_ids(self.model, tokenizer) if eos is None else eos,
         )
+
+    def tuned(self) -> Any:
+        """A copy of the model in the cheaper form in which the package runs it."""
+        if not self._tuned:
+            self._tuned.append(copy.deepcopy(self.model))
+            tune(self._tuned[0])
+        return self._tuned[0]
 
     def ask(self, row_index: int, question: Question, seed: int = 0, **generation: Any) -> Sample:
         """`sample`, with settings of its own; each prompt is prepared once."""

@@ -13,7 +13,7 @@ from batchvlm.engine.vision import Entry
 from batchvlm.engine.waiting import common_length, cut
 
 from .families import needs_slots
-from .loaded import ABOUT_ONE, Loaded, Question
+from .loaded import ABOUT_NONE, ABOUT_ONE, Loaded, Question
 from .outcomes import run
 
 pytestmark = needs_slots
@@ -84,11 +84,13 @@ def test_what_rows_have_in_common(rows: list[list[int]]) -> None:
     assert length == most or len({tuple(row[: length + 1]) for row in rows}) > 1
 
 
-def shared_tokens(small: Loaded, asks: list[tuple[Question, int]], **cfg: Any) -> int:
+def shared_tokens(
+    small: Loaded, asks: list[tuple[Question, int]], first: Question = ABOUT_ONE, **cfg: Any
+) -> int:
     """Tokens that were not computed because another row had computed them."""
     engine = small.slots(max_prefill_tokens=1, eos=[], **cfg)
     # What the family allows is known after one row.
-    run(engine, [small.ask(0, ABOUT_ONE)])
+    run(engine, [small.ask(0, first)])
     before = engine.stats.prompt_tokens
     samples = [small.ask(i, *ask, max_new_tokens=1) for i, ask in enumerate(asks)]
     for outcome, ask in zip(run(engine, samples), asks, strict=True):
@@ -124,3 +126,20 @@ class TestBeginnings:
         asks = self.asks(self.LONG + "a", self.LONG + "b", self.LONG + "c")
         ids = [small.ask(0, *ask).features["input_ids"][0] for ask in asks]
         assert shared_tokens(small, asks) == 2 * common_length(ids)
+
+    def test_rows_of_text_alone_share_their_first_words(self, small: Loaded) -> None:
+        asks = self.asks(self.LONG + "a", self.LONG + "b", self.LONG + "c", sizes=())
+        ids = [small.ask(0, *ask).features["input_ids"][0] for ask in asks]
+        assert shared_tokens(small, asks, ABOUT_NONE) == 2 * common_length(ids)
+        assert shared_tokens(small, asks, ABOUT_ONE) == 2 * common_length(ids)
+        assert shared_tokens(small, asks, ABOUT_NONE, share_images=False) == 0
+
+    def test_a_long_text_without_images_is_computed_in_pieces(self, small: Loaded) -> None:
+        (ask,) = self.asks(self.LONG * 8, sizes=())
+        engine = small.slots(max_prefill_tokens=32, eos=[])
+        run(engine, [small.ask(0, ABOUT_NONE)])
+        before = engine.stats.num_batches
+        (outcome,) = run(engine, [small.ask(0, *ask, max_new_tokens=4)])
+        assert list(outcome.token_ids) == small.known(*ask)[:4]
+        length = small.ask(0, *ask).prompt_tokens
+        assert engine.stats.num_batches - before == -(-length // 32)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from batchvlm.engine import room
 from batchvlm.engine.decoder import Decoder
+from batchvlm.engine.sampling import RowSampler
 from batchvlm.engine.vision import ImageFeatures
 from batchvlm.errors import ErrorType
 from batchvlm.records import Failure
@@ -94,6 +95,23 @@ class TestMemory:
         assert len(steps) <= 3
         assert len(images) <= 5
         assert len(caches) <= 5 + sum(never_fits)
+
+    def test_choosing_for_too_many_rows_is_halved_down_to_the_row(self, small: Loaded) -> None:
+        rows = [(QUESTIONS[0], seed % 2, 8) for seed in range(6)]
+        engine = small.slots(max_slots=8, eos=[])
+        most = 2
+
+        def is_too_much(self: Any, logits_BV: Any, slots: slice) -> bool:
+            return len(logits_BV) > most
+
+        with failing(RowSampler, "choose", is_too_much, OUT_OF_MEMORY) as raised:
+            outcomes = run(engine, asked(small, rows))
+            assert raised
+            check(outcomes, answers(small, rows), [False] * 6)
+            most = 0
+            outcomes = run(engine, asked(small, rows))
+        check(outcomes, answers(small, rows), [True] * 6)
+        assert all(o.error_type is ErrorType.OOM for o in outcomes if isinstance(o, Failure))
 
     def test_a_prompt_that_fits_only_alone_waits_for_the_others(self, small: Loaded) -> None:
         long, short = QUESTIONS[11], QUESTIONS[0]
@@ -211,7 +229,8 @@ def test_a_prompt_that_never_fits_leaves_packs_as_large_as_they_were(small: Load
         return any(len(piece.prompt) == samples[1].prompt_tokens for piece in pieces)
 
     with failing(Decoder, "prefill", is_long, OUT_OF_MEMORY):
-        outcomes = run(small.slots(sort_window=2, eos=[]), samples)
+        # A beginning that rows share would be a piece by itself.
+        outcomes = run(small.slots(sort_window=2, share_images=False, eos=[]), samples)
     check(outcomes, answers(small, rows), [i == 1 for i in range(len(rows))])
     assert outcomes[1].error_type is ErrorType.OOM
     assert packs[-3:] == [2, 2, 2]

@@ -33,12 +33,7 @@ def answer(stop: RowStop) -> Completion:
 class TestLimit:
     def test_a_row_is_done_at_its_limit(self, tokenizer: Any) -> None:
         stop = RowStop(row(max_new_tokens=3), frozenset(), tokenizer)
-        known = []
-        for token in (70, 71, 72):
-            known.append(stop.is_known_to_end_next)
-            is_over = stop.push(token)
-            assert is_over is known[-1]
-        assert known == [False, False, True]
+        assert [stop.push(token) for token in (70, 71, 72)] == [False, False, True]
         assert stop.num_tokens == 3
         assert stop.token_ids == (70, 71, 72)
         assert answer(stop) == Completion(
@@ -51,7 +46,6 @@ class TestLimit:
 
     def test_one_token(self, tokenizer: Any) -> None:
         stop = RowStop(row(max_new_tokens=1), frozenset(), tokenizer)
-        assert stop.is_known_to_end_next
         assert stop.push(70)
 
 
