@@ -109,6 +109,7 @@ class Collector:
         with self._lock:
             self._missing[shard.index] = shard.num_rows - len(writer.finished_rows)
             self.metrics.num_found += len(writer.finished_rows)
+            self.metrics.found_errors.update(writer.found_errors)
             self._writers[shard.index] = writer
         self.beat()
         return writer.finished_rows

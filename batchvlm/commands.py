@@ -59,6 +59,8 @@ def status(argv: Sequence[str]) -> ExitCode:
     print(f"rows     {found.num_done:,} of {found.num_rows:,} ({share:.1%})", end="")
     print(f", {unfinished:,} of them in unfinished shards" if unfinished else "")
     print(f"shards   {found.num_finished:,} of {found.num_shards:,} finished")
+    for name in found.damaged:
+        print(f"damaged  {name}: delete it, and the same command computes its rows again")
     if found.errors:
         print(f"errors   {_counts(found.errors)}")
     if found.num_waiting:
@@ -77,8 +79,8 @@ def compact(argv: Sequence[str]) -> ExitCode:
     parser = _parser(
         "compact",
         "Merge the parts of a finished job into fewer, larger ones, in the order of the input.",
-        "OUT/data is whole at every instant, whatever is killed. Resume, verify and status know "
-        "merged parts; retry.errors does not, so retry first.",
+        "OUT/data is whole at every instant, whatever is killed. The merged parts need room beside "
+        "the old ones meanwhile. Resume, retry, verify and status know merged parts.",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(

@@ -36,6 +36,8 @@ _FAULTS = {
 }
 _WHITE = (255, 255, 255)
 _BITS_PER_SAMPLE = 258
+_MAX_PATH_CHARS = 200
+"""Of a path that a message names."""
 _STRIP_PIXELS = 1 << 20
 """Converted at once where the whole image would take too much memory."""
 # What brings a picture of each EXIF orientation upright.
@@ -127,6 +129,8 @@ def _one_line(error: Exception) -> str:
 def _read_file(path: str | None, image_root: str | None, max_bytes: int) -> bytes:
     """A file's bytes; of one that is too long, one byte too many."""
     assert path is not None
+    # Escaped: a path can hold anything, line ends among it.
+    named = repr(path if len(path) <= _MAX_PATH_CHARS else f"...{path[-_MAX_PATH_CHARS:]}")
     if image_root is None:
         raise RowError(ErrorType.FORBIDDEN, "the row names a path and data.image_root is not set")
     try:
@@ -134,12 +138,12 @@ def _read_file(path: str | None, image_root: str | None, max_bytes: int) -> byte
         real = os.path.realpath(os.path.join(root, path))
         if os.path.commonpath((root, real)) != root:
             raise RowError(
-                ErrorType.FORBIDDEN, f"the path leads out of data.image_root={image_root}"
+                ErrorType.FORBIDDEN, f"{named} leads out of data.image_root={image_root}"
             )
         # Not blocking: a named pipe would hang, a device would never end.
         with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise RowError(ErrorType.MISSING_IMAGE, "the path is no regular file")
+                raise RowError(ErrorType.MISSING_IMAGE, f"{named} is no regular file")
             return file.read(max_bytes + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a valid path"
@@ -147,7 +151,7 @@ def _read_file(path: str | None, image_root: str | None, max_bytes: int) -> byte
         is_fault = isinstance(error, OSError) and error.errno in _FAULTS
         raise RowError(
             ErrorType.FETCH if is_fault else ErrorType.MISSING_IMAGE,
-            f"the image file cannot be read: {reason}",
+            f"the image file {named} cannot be read: {reason}",
         ) from error
 
 

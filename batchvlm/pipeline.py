@@ -24,6 +24,7 @@ from batchvlm.identity import (
 )
 from batchvlm.job import Job, open_job
 from batchvlm.output.folder import OutputFolder
+from batchvlm.output.parts import look_into_parts
 from batchvlm.output.run_file import save_run
 from batchvlm.output.writer import needs_retry
 from batchvlm.preprocess import PreprocessSpec
@@ -79,6 +80,9 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
     mine = shards_of_task(job.run.plan, cfg.runtime)
     finished = _finished(job, mine)
     metrics = Metrics()
+    if not job.is_overwriting:
+        done = {shard.index for shard in mine} & finished
+        metrics.found_errors = look_into_parts(job.folder, job.run, done)
     if any(shard.index not in finished for shard in mine):
         # The workers load their libraries while this process loads torch and the model.
         watchdog = Watchdog(
@@ -118,7 +122,7 @@ def _finished(job: Job, shards: Sequence[Shard]) -> frozenset[int]:
         shard.index
         for shard in shards
         if (part := job.folder.find_part(shard.index, num_shards)) is not None
-        and needs_retry(job.folder, part.path, shard.index, job.cfg.retry)
+        and needs_retry(job.folder, part.path, shard, job.cfg.retry)
     }
 
 

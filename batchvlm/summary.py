@@ -26,9 +26,10 @@ def print_summary(summary: Summary) -> None:
     metrics = summary.metrics
     print()
     print(_headline(summary))
-    if metrics.errors:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in metrics.errors.most_common())
-        print(f"errors   {kinds}")
+    for word, errors in (("errors", metrics.errors), ("earlier", metrics.found_errors)):
+        if errors:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in errors.most_common())
+            print(f"{word:<8} {kinds}")
     engine = metrics.engine
     if metrics.num_rows:
         per_s = 1 / max(metrics.run_s, 1e-9)
@@ -55,10 +56,12 @@ def _short(path: str) -> str:
 def _headline(summary: Summary) -> str:
     metrics = summary.metrics
     share = "" if summary.num_mine == summary.num_rows else f" of {summary.num_rows:,}"
+    num_errors = metrics.found_errors.total()
+    with_errors = f", {num_errors:,} of them errors" if num_errors else ""
     found = f", {summary.num_found:,} were there already" if summary.num_found else ""
     return (
         f"rows     {summary.num_mine:,}{share}: {metrics.num_success:,} answered, "
-        f"{metrics.num_errors:,} errors{found}"
+        f"{metrics.num_errors:,} errors{found}{with_errors}"
     )
 
 

@@ -60,7 +60,8 @@ def test_run_without_arguments_captions_the_samples(tmp_path: Path) -> None:
     assert "29 of 29 rows (100%)" in done.stderr
     again = command("run", cwd=tmp_path)
     assert again.returncode == ExitCode.DONE
-    assert f"{len(rows)} were there already" in again.stdout
+    assert f"{len(rows)} were there already, 5 of them errors" in again.stdout
+    assert "earlier  2 decode, 2 missing_image, 1 too_large" in again.stdout
     assert good[0][0][:30] in again.stdout
 
 

@@ -26,7 +26,8 @@ def test_verify_says_yes_or_what_is_wrong(
         "input        8 rows",
         "output       6 rows: 5 success, 1 error",
         "errors       1 decode",
-        "missing     2 rows: 6-7",
+        "missing     1 rows: 7",
+        "unfinished  1 rows: 6; they are in segments, the same command brings them into parts",
         "not whole",
     ]
     run_job(tmp_path, "ours")
@@ -47,6 +48,15 @@ def test_status_for_people_and_programs(tmp_path: Path, capsys: pytest.CaptureFi
     main(["status", "--json", str(tmp_path)])
     found = json.loads(capsys.readouterr().out)
     assert (found["num_done"], found["errors"]) == (7, {"decode": 1})
+    part = OutputFolder(tmp_path).part(0, 2)
+    part.write_bytes(part.read_bytes()[:-9])
+    main(["status", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "rows     1 of 8 (12.5%), 1 of them in unfinished shards",
+        "shards   0 of 2 finished",
+    ]
+    assert "damaged  part-00000-of-00002.parquet: delete it, and the same command" in lines[2]
 
 
 def test_compact_by_rows_and_by_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

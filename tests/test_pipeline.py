@@ -25,7 +25,11 @@ from batchvlm.errors import (
     FingerprintError,
     InputError,
     ModelError,
+    OutputError,
 )
+from batchvlm.output.compact import compact
+from batchvlm.output.folder import OutputFolder
+from batchvlm.output.verify import verify
 from batchvlm.output.writer import ShardWriter
 from batchvlm.pipeline import Summary, run_job
 from batchvlm.records import Completion, EngineStats, Failure, FinishReason, Sample
@@ -543,3 +547,31 @@ def test_every_source_reaches_the_output(tmp_path: Path) -> None:
         assert [row["row_index"] for row in rows] == list(range(5)), name
         assert len({row["id"] for row in rows}) == 5, name
     assert rows_of(tmp_path / "out" / "folder")[2]["id"] == "2.png"
+
+
+def test_a_part_copied_over_another_is_refused(tmp_path: Path, write_parquet: Writer) -> None:
+    source, out = write_parquet([picture()] * 30), tmp_path / "out"
+    run(out, source)
+    one, other = sorted((out / "data").iterdir())[1:3]
+    content = other.read_bytes()
+    other.write_bytes(one.read_bytes())
+    with pytest.raises(OutputError, match=r"part-00002-of-00004\.parquet holds shard 1"):
+        run(out, source)
+    # A slice of the job that the part is not of has no quarrel with it.
+    run(out, source, "runtime.num_tasks=2", "runtime.task_id=1")
+    other.write_bytes(content)
+    run(out, source)
+
+
+def test_merged_parts_are_retried(tmp_path: Path, write_parquet: Writer) -> None:
+    source, out = write_parquet([picture()] * 30), tmp_path / "out"
+    run(out, source, engine=FakeEngine(failing=[3, 14, 29]))
+    compact(OutputFolder(out), target_rows=20)
+    again = run(out, source)
+    assert (again.num_found, again.metrics.found_errors) == (30, {"engine": 3})
+    engine = FakeEngine()
+    done = run(out, source, "retry.errors=[engine]", engine=engine)
+    assert sorted(engine.seen) == [3, 14, 29]
+    assert done.metrics.num_rows == 3 and not done.metrics.found_errors
+    assert [row["generated_text"] for row in rows_of(out)] == [f"row {i}" for i in range(30)]
+    assert verify(OutputFolder(out)).faults == []

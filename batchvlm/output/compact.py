@@ -26,6 +26,7 @@ from batchvlm.output.exchange import exchange_data, restore_data
 from batchvlm.output.folder import (
     OutputFolder,
     Part,
+    is_full,
     make_folder,
     new_attempt,
     output_error,
@@ -87,9 +88,7 @@ def compact(
             return Compaction(num_before=len(parts), num_after=len(parts))
         make_folder(aside)
         try:
-            for group in groups:
-                name = folder.part(group[0].first, num_shards, group[-1].last).name
-                _put(folder, group, aside / name)
+            _merge(folder, groups, aside, num_shards)
             sync_folder(aside)
             _compare([part.path for part in parts], sorted(aside.iterdir()))
             with folder.lock():
@@ -130,6 +129,25 @@ def _group(
         group_bytes += size_bytes
     if group:
         yield group
+
+
+def _merge(
+    folder: OutputFolder, groups: Sequence[Sequence[Part]], aside: Path, num_shards: int
+) -> None:
+    try:
+        for group in groups:
+            name = folder.part(group[0].first, num_shards, group[-1].last).name
+            _put(folder, group, aside / name)
+    except (OSError, OutputError) as error:
+        if not is_full(error):
+            raise
+        merged = [part.path for group in groups if len(group) > 1 for part in group]
+        size_bytes = sum(path.stat().st_size for path in merged)
+        raise OutputError(
+            f"no room to compact {folder.root}: the merged parts take {size_bytes:,} bytes beside "
+            "the old ones until they are whole",
+            hint="make room and run compact again, the output is as it was",
+        ) from error
 
 
 def _state(parts: Sequence[Part]) -> list[tuple[str, int, int]]:

@@ -404,8 +404,15 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
+def is_full(error: BaseException | None) -> bool:
+    """Whether the disk, or a quota, had no room; also of what an `OutputError` was made from."""
+    if isinstance(error, OutputError):
+        error = error.__cause__
+    return isinstance(error, OSError) and error.errno in _NO_SPACE
+
+
 def output_error(action: str, path: Path, error: OSError) -> OutputError:
-    if error.errno in _NO_SPACE:
+    if is_full(error):
         hint = "make room and run the same command again: finished rows are kept"
     else:
         hint = "see to the folder, or name another output.dir"

@@ -160,18 +160,31 @@ def newest(segments: Sequence[Segment]) -> dict[int, Segment]:
     return found
 
 
-def inspect(folder: OutputFolder, path: Path, shard: Shard, schema: pa.Schema) -> Segment:
+def inspect(
+    folder: OutputFolder,
+    path: Path,
+    shard: Shard,
+    schema: pa.Schema,
+    *,
+    merged: str | None = None,
+) -> Segment:
     """Read a segment, or a shard's part, once and note what is in it.
+
+    Args:
+        merged: the mark of a merged part; rows of other shards in it are passed over.
 
     Raises:
         UnreadableSegment: it is damaged, gone, or not of this run and shard.
     """
+    marks = dict(schema.metadata)
+    if merged is not None:
+        marks[SHARD_KEY] = merged.encode()
     try:
         with folder.open(path) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             metadata = parquet.schema_arrow.metadata or {}
             for key in (FINGERPRINT_KEY, SHARD_KEY):
-                if metadata.get(key) != schema.metadata[key]:
+                if metadata.get(key) != marks[key]:
                     raise UnreadableSegment(f"{key.decode()} is not that of this run and shard")
             rows: set[int] = set()
             groups = []
@@ -179,7 +192,12 @@ def inspect(folder: OutputFolder, path: Path, shard: Shard, schema: pa.Schema) -
             errors: dict[int, str] = {}
             size_bytes = 0
             for group in range(parquet.num_row_groups):
+                if merged is not None and not _may_hold(parquet.metadata, group, shard):
+                    groups.append((0, -1))
+                    continue
                 table = _check_schema(parquet.read_row_group(group), schema)
+                if merged is not None:
+                    table = _rows_of(table, shard)
                 places = _row_offsets(table, shard)
                 offsets = places.tolist()
                 if not all(0 <= row < shard.num_rows for row in offsets):
@@ -200,6 +218,52 @@ def inspect(folder: OutputFolder, path: Path, shard: Shard, schema: pa.Schema) -
         again=again,
         errors=errors,
     )
+
+
+def _may_hold(metadata: pq.FileMetaData, group: int, shard: Shard) -> bool:
+    """Whether a row group may hold rows of a shard, by its footer."""
+    columns = metadata.row_group(group)
+    for i in range(columns.num_columns):
+        if columns.column(i).path_in_schema == "row_index":
+            stats = columns.column(i).statistics
+            if stats is None or not stats.has_min_max:
+                return True
+            stop = shard.first_row_index + shard.num_rows
+            return bool(stats.min < stop and shard.first_row_index <= stats.max)
+    return True
+
+
+def _rows_of(table: pa.Table, shard: Shard) -> pa.Table:
+    """The rows of a shard in a table that is in input order."""
+    low, high = np.searchsorted(_row_offsets(table, shard), [0, shard.num_rows])
+    return table.slice(low, high - low)
+
+
+def around(
+    folder: OutputFolder, path: Path, shard: Shard, tables: Iterable[pa.Table]
+) -> Iterator[pa.Table]:
+    """A merged part's rows, those of one shard replaced by other tables.
+
+    Raises:
+        UnreadableSegment: the merged part was readable before, and is not any more.
+    """
+    is_put = False
+    try:
+        with folder.open(path) as file:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            for group in range(parquet.num_row_groups):
+                table = parquet.read_row_group(group).replace_schema_metadata(None)
+                low, high = np.searchsorted(_row_offsets(table, shard), [0, shard.num_rows])
+                if low:
+                    yield table.slice(0, low)
+                if low < table.num_rows and not is_put:
+                    yield from tables
+                    is_put = True
+                if high < table.num_rows:
+                    yield table.slice(high)
+    except (OSError, pa.ArrowException) as error:
+        raise UnreadableSegment(f"{path}: {error}") from error
+    assert is_put, f"{path} holds no row of shard {shard.index}"
 
 
 def _outcomes(

@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Progress:
     num_shards: int
     num_finished: int
     """Shards that have their part."""
+    damaged: list[str]
+    """Parts that cannot be read; their rows count as not done."""
     num_waiting: int
     """Rows answered again that wait for a run with `retry.errors`."""
     errors: Counter[str]
@@ -54,11 +57,18 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> P
     run = open_run(folder)
     num_shards = len(run.plan)
     parts = folder.parts(num_shards)
-    finished = {index for part in parts for index in range(part.first, part.last + 1)}
-    in_parts = sum(run.plan[index].num_rows for index in finished)
     errors: Counter[str] = Counter()
+    damaged: list[Part] = []
     for part in parts:
-        errors.update(kind for _, kind in _outcomes(folder, [part.path]))
+        try:
+            errors.update(kind for _, kind in _read_outcomes(folder, part.path))
+        except FileNotFoundError:
+            continue  # `compact` has just put another one into its place
+        except (OSError, pa.ArrowException):
+            damaged.append(part)
+    whole = [part for part in parts if part not in damaged]
+    finished = {index for part in whole for index in range(part.first, part.last + 1)}
+    in_parts = sum(run.plan[index].num_rows for index in finished)
     in_segments = waiting = 0
     for index in folder.shards_with_segments():
         if index not in finished:
@@ -77,6 +87,7 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> P
         num_in_segments=in_segments,
         num_shards=num_shards,
         num_finished=len(finished),
+        damaged=[part.path.name for part in damaged],
         num_waiting=waiting,
         errors=errors,
         rows_per_s=sum(float(m.get("rows_per_s", 0)) for m in live),
@@ -89,13 +100,15 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> P
 def _outcomes(folder: OutputFolder, paths: Iterable[Path]) -> Iterator[tuple[int, str]]:
     """Row index and error type, "" for none; a file that vanished or is damaged has no rows."""
     for path in paths:
-        try:
-            with folder.open(path) as file:
-                table = pq.ParquetFile(file).read(columns=["row_index", "error_type"])
-        except (OSError, pa.ArrowException):
-            continue
-        kinds = (kind or "" for kind in table["error_type"].to_pylist())
-        yield from zip(table["row_index"].to_pylist(), kinds, strict=True)
+        with suppress(OSError, pa.ArrowException):
+            yield from _read_outcomes(folder, path)
+
+
+def _read_outcomes(folder: OutputFolder, path: Path) -> list[tuple[int, str]]:
+    with folder.open(path) as file:
+        table = pq.ParquetFile(file).read(columns=["row_index", "error_type"])
+    kinds = (kind or "" for kind in table["error_type"].to_pylist())
+    return list(zip(table["row_index"].to_pylist(), kinds, strict=True))
 
 
 def _setting(run: RunFile, name: str, default: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from batchvlm.output.segments import FINGERPRINT_KEY
 
 _MAX_RANGES = 20
 """Ranges of rows that a line names at most."""
+_MAX_FILES = 10
+"""Files that a line names at most."""
 _MAX_COUNTED = 255
 
 
@@ -64,26 +67,58 @@ def verify(folder: OutputFolder) -> Verdict:
     verdict = Verdict(num_rows=num_rows)
     seen = np.zeros(num_rows, np.uint8)
     foreign: list[npt.NDArray[np.int64]] = []
+    readable = []
     for path in folder.data_files():
         try:
             rows = _read_part(folder, path, run, verdict)
         except (OSError, pa.ArrowException, OutputError) as error:
             verdict.faults.append(f"unreadable  {path.name}: {' '.join(str(error).split())[:200]}")
             continue
+        readable.append(path)
         is_ours = (rows >= 0) & (rows < num_rows)
         foreign.append(rows[~is_ours])
         # Not `seen[rows] += 1`, which counts a row that is in `rows` twice once.
         places, counts = np.unique(rows[is_ours], return_counts=True)
         seen[places] = np.minimum(seen[places] + counts, _MAX_COUNTED)
+    missing, double = np.flatnonzero(seen == 0), np.flatnonzero(seen > 1)
     strange = np.unique(np.concatenate([*foreign, np.empty(0, np.int64)]))
-    for word, found in (
-        ("missing", np.flatnonzero(seen == 0)),
-        ("double", np.flatnonzero(seen > 1)),
-        ("foreign", strange),
+    waiting = np.intersect1d(missing, _rows_in_segments(folder, run) if len(missing) else [])
+    for word, found, more in (
+        ("missing", np.setdiff1d(missing, waiting), ""),
+        ("unfinished", waiting, "; they are in segments, the same command brings them into parts"),
+        ("double", double, _named(folder, readable, double)),
+        ("foreign", strange, _named(folder, readable, strange)),
     ):
         if len(found):
-            verdict.faults.append(f"{word:<10}  {len(found):,} rows: {ranges(found)}")
+            verdict.faults.append(f"{word:<10}  {len(found):,} rows: {ranges(found)}{more}")
     return verdict
+
+
+def _rows_in_segments(folder: OutputFolder, run: RunFile) -> npt.NDArray[np.int64]:
+    """Rows in readable segments of this run."""
+    found = [np.empty(0, np.int64)]
+    for index in folder.shards_with_segments():
+        for path in folder.list_segments(index):
+            # One that is damaged, or was just made part of a part, holds no row.
+            with suppress(OSError, pa.ArrowException), folder.open(path) as file:
+                parquet = pq.ParquetFile(file)
+                marks = parquet.schema_arrow.metadata or {}
+                if marks.get(FINGERPRINT_KEY) == run.fingerprint.encode():
+                    found.append(parquet.read(columns=["row_index"])["row_index"].to_numpy())
+    return np.concatenate(found)
+
+
+def _named(folder: OutputFolder, paths: Sequence[Path], rows: npt.NDArray[Any]) -> str:
+    """The files that hold some of these rows."""
+    names = []
+    for path in paths if len(rows) else ():
+        with suppress(OSError, pa.ArrowException), folder.open(path) as file:
+            table = pq.ParquetFile(file).read(columns=["row_index"])
+            if np.isin(table["row_index"].to_numpy(), rows).any():
+                names.append(path.relative_to(folder.data).as_posix())
+    shown = ", ".join(names[:_MAX_FILES])
+    more = f" and {len(names) - _MAX_FILES:,} more files" if len(names) > _MAX_FILES else ""
+    return f"; in {shown}{more}" if names else ""
 
 
 def _read_part(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from batchvlm.output.schema import Provenance, to_table
 from batchvlm.output.segments import (
     Segment,
     UnreadableSegment,
+    around,
     in_order,
     inspect,
     newest,
@@ -38,21 +40,25 @@ def is_retried(retry: RetryConfig, error_type: str | None, attempts: int) -> boo
     return error_type in retry.errors and attempts < retry.max_attempts
 
 
-def needs_retry(folder: OutputFolder, part: Path, index: int, retry: RetryConfig) -> bool:
+def needs_retry(folder: OutputFolder, part: Path, shard: Shard, retry: RetryConfig) -> bool:
     """Whether a finished shard has rows to answer again, or rows that were and wait for the part.
 
     Raises:
         OutputError: the part cannot be read.
     """
-    if folder.list_segments(index, is_retry=True):
+    if folder.list_segments(shard.index, is_retry=True):
         return True
     try:
         with folder.open(part) as file:
-            table = pq.ParquetFile(file).read(columns=["error_type", "attempts"])
+            table = pq.ParquetFile(file).read(columns=["row_index", "error_type", "attempts"])
     except (OSError, pa.ArrowException) as error:
         raise OutputError(f"cannot read {part}: {error}", hint="see to the file") from error
-    outcomes = zip(table["error_type"].to_pylist(), table["attempts"].to_pylist(), strict=True)
-    return any(is_retried(retry, kind, attempts) for kind, attempts in outcomes)
+    # A merged part holds rows of other shards too.
+    first, stop = shard.first_row_index, shard.first_row_index + shard.num_rows
+    return any(
+        first <= row < stop and is_retried(retry, kind, attempts)
+        for row, kind, attempts in zip(*(column.to_pylist() for column in table), strict=True)
+    )
 
 
 class ShardWriter:
@@ -75,13 +81,15 @@ class ShardWriter:
         clock: seconds, never going backwards.
 
     Raises:
-        OutputError: the folder cannot be read, or the part is a merged one and has rows to retry.
+        OutputError: the folder cannot be read.
     """
 
     finished_rows: frozenset[int]
     """Offsets of the rows that earlier attempts answered; all of them where the part is there."""
     attempts: dict[int, int]
     """Of rows that are to be answered again: how often they will have been tried."""
+    found_errors: Counter[str]
+    """Error types of the rows in `finished_rows`, where the shard has no part yet or is retried."""
 
     def __init__(
         self,
@@ -116,6 +124,7 @@ class ShardWriter:
         self.attempts: dict[int, int] = {}
         self._segments: list[Segment] = []
         self.finished_rows = frozenset(range(shard.num_rows))
+        self.found_errors = Counter()
         if self._is_finished and not self._is_retry:
             folder.remove_segments(shard.index)
         else:
@@ -208,8 +217,11 @@ class ShardWriter:
         )
         rows = newest([*self._segments, *self._read_parts()])
         for row, segment in rows.items():
-            if is_retried(self._retry, segment.errors.get(row), segment.attempts(row)):
+            kind = segment.errors.get(row)
+            if is_retried(self._retry, kind, segment.attempts(row)):
                 self.attempts[row] = segment.attempts(row) + 1
+            elif kind is not None:
+                self.found_errors[kind] += 1
         self.finished_rows = frozenset(rows.keys() - self.attempts.keys())
 
     def _read_parts(self) -> list[Segment]:
@@ -217,13 +229,9 @@ class ShardWriter:
         part = self._folder.find_part(self._shard.index, self._num_shards)
         if part is None:
             return []
-        if part.path != self._part:
-            raise OutputError(
-                f"{part.path} holds rows to retry, and merged parts stay as they are",
-                hint="retry before compacting",
-            )
+        merged = None if part.first == part.last else f"{part.first}-{part.last}"
         try:
-            return [inspect(self._folder, part.path, self._shard, self._schema)]
+            return [inspect(self._folder, part.path, self._shard, self._schema, merged=merged)]
         except UnreadableSegment as error:
             raise OutputError(
                 f"cannot read {part.path}: {error}",
@@ -247,14 +255,20 @@ class ShardWriter:
             rows = newest([*parts, *waiting])
             if self._pending or any(segment is not parts[0] for segment in rows.values()):
                 try:
-                    self._write_part([*waiting, *parts])
+                    self._write_part([*waiting, *parts], into=parts[0].path)
                 except UnreadableSegment as error:
                     raise _lost_segment(error) from error
             self._folder.remove_segments(self._shard.index, is_retry=True, only=known)
 
-    def _write_part(self, segments: Sequence[Segment]) -> None:
-        tables = in_order(self._folder, segments, self._pending_table(), self._shard, self._schema)
-        self._folder.commit_file(lambda file: write_tables(tables, file, self._schema), self._part)
+    def _write_part(self, segments: Sequence[Segment], *, into: Path | None = None) -> None:
+        """Write the part, or a merged one (`into`) with this shard's rows anew."""
+        pending, schema = self._pending_table(), self._schema
+        tables = in_order(self._folder, segments, pending, self._shard, schema)
+        if into is not None and into != self._part:
+            tables = around(self._folder, into, self._shard, tables)
+            schema = schema.with_metadata(pq.read_schema(into).metadata)
+        final = into or self._part
+        self._folder.commit_file(lambda file: write_tables(tables, file, schema), final)
 
     def _pending_table(self) -> pa.Table:
         rows = sorted(self._pending, key=lambda result: result.row)

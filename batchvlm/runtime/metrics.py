@@ -27,6 +27,8 @@ class Metrics:
     num_rows: int = 0
     num_found: int = 0
     """Rows that earlier runs had finished."""
+    found_errors: Counter[str] = field(default_factory=Counter)
+    """Error types of these."""
     num_success: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)

@@ -16,10 +16,11 @@ from batchvlm.output import compact as compact_module
 from batchvlm.output import exchange as exchange_module
 from batchvlm.output.compact import compact
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.run_file import find_run, save_run
+from batchvlm.output.run_file import find_run, read_run, save_run
 from batchvlm.output.schema import Provenance
 from batchvlm.output.verify import verify
-from batchvlm.output.writer import ShardWriter
+from batchvlm.output.writer import ShardWriter, needs_retry
+from batchvlm.records import Status
 
 from .faults import FaultPoint, Killed
 from .make import SCHEMA, make_plan, make_result, read_data
@@ -145,11 +146,86 @@ def test_a_part_that_is_replaced_meanwhile_is_not_lost(
     assert len(names(folder)) == 7
 
 
-def test_merged_parts_are_not_retried(tmp_path: Path) -> None:
+def test_rows_of_merged_parts_are_answered_again(tmp_path: Path) -> None:
+    """`make_result` fails every seventh row, from the third on."""
+    folder = job(tmp_path)
+    before = read_data(folder).to_pylist()
+    compact(folder, target_rows=10)
+    merged = names(folder)
+    run = read_run(folder)
+    assert run is not None
+    about = Provenance(model="m", fingerprint=run.fingerprint, run_id="again")
+    policy = RetryConfig(errors=["decode"])
+    failed = {row["row_index"] for row in before if row["status"] == "error"}
+    assert failed == {3, 10, 17, 24}
+    seen = set()
+    for shard in run.plan:
+        part = folder.find_part(shard.index, NUM_SHARDS)
+        assert part is not None
+        if not needs_retry(folder, part.path, shard, policy):
+            continue
+        writer = ShardWriter(
+            folder, shard, NUM_SHARDS, SCHEMA, about, flush_every_s=1e9, retry=policy
+        )
+        for row in writer.attempts:
+            seen.add(shard.first_row_index + row)
+            again = {"status": Status.SUCCESS, "failure": None, "generated_text": "again"}
+            writer.add(make_result(shard, row, attempts=writer.attempts[row], **again))
+            writer.flush()
+        assert writer.commit() == part.path
+        assert not needs_retry(folder, part.path, shard, policy)
+    assert seen == failed and names(folder) == merged
+    assert folder.shards_with_segments(is_retry=True) == []
+    assert verify(folder).faults == []
+    for old, new in zip(before, read_data(folder).to_pylist(), strict=True):
+        if old["row_index"] in failed:
+            found = (new["status"], new["attempts"], new["generated_text"], new["run_id"])
+            assert found == ("success", 2, "again", "again")
+        else:
+            assert new == old
+    compact(folder, target_rows=80)
+    assert verify(folder).faults == []
+
+
+def test_two_retries_of_one_merged_part(tmp_path: Path) -> None:
+    """Of two shards in it, each by a process of its own: neither undoes the other's rows."""
     folder = job(tmp_path)
     compact(folder, target_rows=80)
-    with pytest.raises(OutputError, match="retry before compacting"):
-        job(tmp_path, retry=RetryConfig(errors=["decode"]))
+    run = read_run(folder)
+    assert run is not None
+    about = Provenance(model="m", fingerprint=run.fingerprint, run_id="again")
+    policy = RetryConfig(errors=["decode"])
+    writers = [
+        ShardWriter(folder, run.plan[i], NUM_SHARDS, SCHEMA, about, flush_every_s=1e9, retry=policy)
+        for i in (0, 2, 4, 6)
+    ]
+    for writer, index in zip(writers, (0, 2, 4, 6), strict=True):
+        for row in writer.attempts:
+            again = {"status": Status.SUCCESS, "failure": None, "generated_text": "again"}
+            writer.add(make_result(run.plan[index], row, attempts=2, **again))
+    for writer in reversed(writers):
+        writer.commit()
+    assert read_data(folder)["attempts"].to_pylist().count(2) == 4
+    assert read_data(folder)["row_index"].to_pylist() == list(range(25))
+    assert set(read_data(folder)["status"].to_pylist()) == {"success"}
+
+
+def test_a_full_disk_is_told_what_compact_needs(
+    tmp_path: Path, fault_points: list[FaultPoint]
+) -> None:
+    folder = job(tmp_path)
+    before = names(folder)
+    fault_points.append(FaultPoint(0, "full"))
+    with pytest.raises(OutputError) as caught:
+        compact(folder, target_rows=80)
+    fault_points.append(FaultPoint(-1, "full"))
+    size = sum(path.stat().st_size for path in folder.data_files())
+    assert str(caught.value) == (
+        f"no room to compact {folder.root}: the merged parts take {size:,} bytes beside the old "
+        "ones until they are whole; make room and run compact again, the output is as it was"
+    )
+    assert names(folder) == before
+    assert not list(folder.inner.glob("compact-*"))
 
 
 def test_a_garbled_part_is_not_merged(tmp_path: Path) -> None:

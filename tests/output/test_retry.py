@@ -74,8 +74,8 @@ def test_a_retry_supersedes_the_rows_it_names_and_no_other(tmp_path: Path) -> No
     finish(folder)
     before = read_data(folder)
     part = folder.part(0, 2)
-    assert needs_retry(folder, part, 0, RETRY)
-    assert not needs_retry(folder, part, 0, RetryConfig(errors=["timeout"]))
+    assert needs_retry(folder, part, SHARD, RETRY)
+    assert not needs_retry(folder, part, SHARD, RetryConfig(errors=["timeout"]))
     writer = retry(folder)
     assert writer.finished_rows == set(range(21)) - FAILED
     assert writer.attempts == dict.fromkeys(FAILED, 2)
@@ -89,7 +89,7 @@ def test_a_retry_supersedes_the_rows_it_names_and_no_other(tmp_path: Path) -> No
             assert new["generated_text"] == f"again {new['row_index']}"
         else:
             assert new == old
-    assert not needs_retry(folder, part, 0, RETRY)
+    assert not needs_retry(folder, part, SHARD, RETRY)
     assert folder.shards_with_segments(is_retry=True) == []
 
 
@@ -113,7 +113,7 @@ def test_rows_that_were_all_answered_before_the_kill_only_need_the_commit(tmp_pa
     folder = OutputFolder(tmp_path)
     finish(folder)
     answer(retry(folder), sorted(FAILED), flush=True)
-    assert needs_retry(folder, folder.part(0, 2), 0, RETRY)
+    assert needs_retry(folder, folder.part(0, 2), SHARD, RETRY)
     writer = retry(folder)
     assert writer.finished_rows == set(range(21))
     writer.commit()
@@ -130,7 +130,7 @@ def test_a_row_is_given_up_after_max_attempts(tmp_path: Path) -> None:
             writer.add(failed(row, attempts=attempts))
         writer.commit()
         assert column(folder, "attempts").count(attempts) == 3
-    assert not needs_retry(folder, folder.part(0, 2), 0, RETRY)
+    assert not needs_retry(folder, folder.part(0, 2), SHARD, RETRY)
     assert retry(folder).attempts == {}
 
 
@@ -203,7 +203,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     part = folder.part(0, 2)
     part.write_bytes(part.read_bytes()[:-9])
     with pytest.raises(OutputError, match=r"cannot read .*part-00000"):
-        needs_retry(folder, part, 0, RETRY)
+        needs_retry(folder, part, SHARD, RETRY)
     with pytest.raises(OutputError, match=r"cannot read .*part-00000.*computed again"):
         retry(folder)
 

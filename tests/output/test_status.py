@@ -34,6 +34,16 @@ def test_a_dead_job_half_way(tmp_path: Path) -> None:
     assert found.written_s_ago is not None and found.written_s_ago < 3600
 
 
+def test_a_truncated_part_is_named_and_its_rows_are_not_done(tmp_path: Path) -> None:
+    run_job(tmp_path, "ours")
+    folder = OutputFolder(tmp_path)
+    part = folder.part(0, 2)
+    part.write_bytes(part.read_bytes()[:-9])
+    found = status(folder)
+    assert found.damaged == [part.name]
+    assert (found.num_done, found.num_finished, found.errors) == (2, 1, {})
+
+
 def test_live_processes_and_their_rate(tmp_path: Path) -> None:
     run_job(tmp_path, "ours", stop_after=3)
     folder = OutputFolder(tmp_path)

@@ -44,7 +44,10 @@ def test_a_finished_job_is_whole(folder: OutputFolder) -> None:
 
 def test_an_unfinished_job_misses_rows(tmp_path: Path) -> None:
     run_job(tmp_path, "ours", stop_after=7)
-    assert verify(OutputFolder(tmp_path)).faults == ["missing     2 rows: 6-7"]
+    assert verify(OutputFolder(tmp_path)).faults == [
+        "missing     1 rows: 7",
+        "unfinished  1 rows: 6; they are in segments, the same command brings them into parts",
+    ]
 
 
 def test_missing_double_and_foreign_rows_are_named(folder: OutputFolder) -> None:
@@ -58,8 +61,8 @@ def test_missing_double_and_foreign_rows_are_named(folder: OutputFolder) -> None
     last.unlink()
     assert verify(folder).faults == [
         "missing     2 rows: 6-7",
-        "double      4 rows: 0-3",
-        "foreign     2 rows: -3, 8",
+        "double      4 rows: 0-3; in copy.parquet, part-00000-of-00002.parquet",
+        "foreign     2 rows: -3, 8; in odd.parquet",
     ]
 
 
@@ -67,7 +70,19 @@ def test_a_row_twice_in_one_part(folder: OutputFolder) -> None:
     part = folder.part(0, 2)
     table = pq.read_table(part)
     pq.write_table(table.take([0, 1, 2, 3, 4, 4]), part)
-    assert verify(folder).faults == ["missing     1 rows: 5", "double      1 rows: 4"]
+    assert verify(folder).faults == [
+        "missing     1 rows: 5",
+        "double      1 rows: 4; in part-00000-of-00002.parquet",
+    ]
+
+
+def test_a_copy_over_another_part(folder: OutputFolder) -> None:
+    first, last = folder.part(0, 2), folder.part(1, 2)
+    last.write_bytes(first.read_bytes())
+    assert verify(folder).faults == [
+        "missing     2 rows: 6-7",
+        "double      6 rows: 0-5; in part-00000-of-00002.parquet, part-00001-of-00002.parquet",
+    ]
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbled", "empty"])

@@ -1,0 +1,102 @@
+"""What is in finished shards' parts, from their footers as far as these say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchvlm.errors import OutputError
+from batchvlm.output.folder import OutputFolder, Part
+from batchvlm.output.run_file import RunFile
+from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY
+
+_NUM_THREADS = 8
+"""Footers of a network file system are mostly waited for."""
+
+
+def look_into_parts(folder: OutputFolder, run: RunFile, wanted: Collection[int]) -> Counter[str]:
+    """See that the parts of finished shards are what their names say.
+
+    Reads footers, and two columns of parts that hold failed rows.
+
+    Args:
+        wanted: indices of the shards that are looked at.
+
+    Returns:
+        Error types of their rows.
+
+    Raises:
+        OutputError: a part is damaged, of another run, or of other shards than its name says.
+    """
+    parts = [
+        part
+        for part in folder.parts(len(run.plan))
+        if any(index in wanted for index in range(part.first, part.last + 1))
+    ]
+    errors: Counter[str] = Counter()
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        for found in threads.map(lambda part: _look_into(folder, run, part, wanted), parts):
+            errors.update(found)
+    return errors
+
+
+def _look_into(
+    folder: OutputFolder, run: RunFile, part: Part, wanted: Collection[int]
+) -> Counter[str]:
+    try:
+        with folder.open(part.path) as file:
+            parquet = pq.ParquetFile(file)
+            _check_marks(parquet, run, part)
+            if not _has_errors(parquet.metadata):
+                return Counter()
+            table = parquet.read(columns=["row_index", "error_type"])
+    except FileNotFoundError:
+        return Counter()  # `compact` has just put another one into its place
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(
+            f"{part.path} cannot be read: {' '.join(str(error).split())[:200]}",
+            hint="if it is damaged, delete it and run the same command again: "
+            "its rows are computed again",
+        ) from error
+    starts = [shard.first_row_index for shard in run.plan]
+    shards = np.searchsorted(starts, table["row_index"].to_numpy(), side="right") - 1
+    kinds = table["error_type"].to_pylist()
+    return Counter(
+        kind for index, kind in zip(shards.tolist(), kinds, strict=True) if kind and index in wanted
+    )
+
+
+def _check_marks(parquet: pq.ParquetFile, run: RunFile, part: Part) -> None:
+    marks = parquet.schema_arrow.metadata or {}
+    name = str(part.first) if part.first == part.last else f"{part.first}-{part.last}"
+    shard = marks.get(SHARD_KEY, b"none of its shards").decode()
+    num_rows = sum(s.num_rows for s in run.plan[part.first : part.last + 1])
+    if marks.get(FINGERPRINT_KEY) != run.fingerprint.encode():
+        problem = "is of another run"
+    elif shard != name:
+        problem = f"holds shard {shard}, which is not what its name says"
+    elif parquet.metadata.num_rows != num_rows:
+        problem = f"has {parquet.metadata.num_rows} rows, its shards {num_rows}"
+    else:
+        return
+    raise OutputError(
+        f"{part.path} {problem}",
+        hint="delete it and run the same command again: its rows are computed again",
+    )
+
+
+def _has_errors(metadata: pq.FileMetaData) -> bool:
+    """Whether any row has an error type, as far as the footer says; True where it does not."""
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        columns = (group.column(j) for j in range(group.num_columns))
+        column = next((c for c in columns if c.path_in_schema == "error_type"), None)
+        stats = column.statistics if column is not None else None
+        if stats is None or not stats.has_null_count or stats.null_count < group.num_rows:
+            return True
+    return False

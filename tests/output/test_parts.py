@@ -1,0 +1,54 @@
+"""Parts are what their names say, and how many of their rows failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from batchvlm.errors import OutputError
+from batchvlm.output.compact import compact
+from batchvlm.output.folder import OutputFolder
+from batchvlm.output.parts import look_into_parts
+from batchvlm.output.run_file import RunFile, read_run
+
+from .test_compact import NUM_SHARDS, job
+from .test_overwrite import run_job
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[OutputFolder, RunFile]:
+    folder = job(tmp_path / "out")
+    run = read_run(folder)
+    assert run is not None
+    return folder, run
+
+
+def test_errors_are_those_of_the_shards_asked_for(finished: tuple[OutputFolder, RunFile]) -> None:
+    folder, run = finished  # rows 3, 10, 17, 24 failed: in shards 0, 2, 4, 6
+    for _ in range(2):
+        assert look_into_parts(folder, run, range(NUM_SHARDS)) == {"decode": 4}
+        assert look_into_parts(folder, run, {0, 1, 2}) == {"decode": 2}
+        assert look_into_parts(folder, run, {1, 5}) == {}
+        compact(folder, target_rows=12)
+
+
+def test_a_copy_under_another_name(finished: tuple[OutputFolder, RunFile]) -> None:
+    folder, run = finished
+    one, other = folder.part(1, NUM_SHARDS), folder.part(4, NUM_SHARDS)
+    other.write_bytes(one.read_bytes())
+    assert look_into_parts(folder, run, {0, 1, 2, 3}) == {"decode": 2}
+    with pytest.raises(OutputError, match=r"part-00004-of-00007.parquet holds shard 1, which is"):
+        look_into_parts(folder, run, {4})
+
+
+def test_damage_and_other_runs(finished: tuple[OutputFolder, RunFile], tmp_path: Path) -> None:
+    folder, run = finished
+    part = folder.part(0, NUM_SHARDS)
+    part.write_bytes(part.read_bytes()[:-9])
+    with pytest.raises(OutputError, match=r"part-00000.* cannot be read.*delete it"):
+        look_into_parts(folder, run, {0})
+    run_job(tmp_path / "other", "theirs")
+    part.write_bytes(OutputFolder(tmp_path / "other").part(0, 2).read_bytes())
+    with pytest.raises(OutputError, match=r"part-00000-of-00007.parquet is of another run"):
+        look_into_parts(folder, run, {0})
