@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from batchvlm import __version__
+from batchvlm.config import JobConfig
 from batchvlm.errors import BatchvlmError, ConfigError, ExitCode, TooManyErrors
 from batchvlm.runtime.signals import Interrupted, catch_signals, ignore_signals
 
@@ -20,6 +21,8 @@ batchvlm: run a vision-language model over a whole dataset, one output row for e
   batchvlm run                            caption the bundled images with the bundled model
   batchvlm run data=parquet data.path=F model=hub model.path=NAME output.dir=OUT
                                           caption your own images with a model of the Hub
+  batchvlm plan [the same settings]       what that job will be: rows, tokens, memory, mistakes
+  batchvlm preview [the same settings]    a few of its rows answered here, token by token
   batchvlm run --help                     groups, settings, examples
   batchvlm run --cfg job                  every setting with its value, and nothing else
   eval "$(batchvlm -sc install=bash)"     tab completion; also install=zsh, install=fish
@@ -52,10 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             from batchvlm.report import commands as report_commands
 
             return _run_command(getattr(report_commands, name), rest)
+        case ["plan" | "preview" as name, *rest]:
+            from batchvlm.before import commands as before
+
+            job, overrides = getattr(before, name)(rest)
+            return run_app("run", overrides, program=f"batchvlm {name}", job=job)
         case ["-sc" | "--shell-completion", *_]:
             # The script that Hydra installs asks the program itself, whatever command is typed.
             line = os.environ.get("COMP_LINE", "")
-            os.environ["COMP_LINE"] = line.replace("batchvlm run ", "batchvlm ", 1)
+            for word in ("run", "plan", "preview"):
+                line = line.replace(f"batchvlm {word} ", "batchvlm ", 1)
+            os.environ["COMP_LINE"] = line
             return run_app("run", args, program="batchvlm")
         case ["--version"]:
             print(f"batchvlm {__version__}")
@@ -64,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_USAGE, end="")
             return ExitCode.DONE
         case _:
-            known = "run, status, verify, compact, export, report, compare"
+            known = "run, plan, preview, status, verify, compact, export, report, compare"
             print(f"batchvlm: error: {args[0]} is no command; there are {known}", file=sys.stderr)
             return ExitCode.USAGE
 
@@ -85,7 +95,11 @@ def _run_command(command: Callable[[Sequence[str]], ExitCode], argv: Sequence[st
 
 
 def run_app(
-    config_name: str, overrides: Sequence[str] | None = None, *, program: str = "batchvlm run"
+    config_name: str,
+    overrides: Sequence[str] | None = None,
+    *,
+    program: str = "batchvlm run",
+    job: Callable[[JobConfig], None] | None = None,
 ) -> int:
     """Run the Hydra app on one of the primary configs and return the exit code.
 
@@ -93,6 +107,7 @@ def run_app(
         config_name: run, caption, vqa or extract.
         overrides: Hydra's command line; None takes the process's.
         program: what Hydra calls it.
+        job: what is done with the settings; None: the job that they describe.
     """
     # Before torch loads its OpenMP: idle threads that spin steal the cores of the workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -105,7 +120,7 @@ def run_app(
     if overrides is not None:
         sys.argv = [program, *overrides]
     try:
-        return _run_hydra(config_name)
+        return _run_hydra(config_name, job or _run_job)
     except BatchvlmError as error:
         _say(error)
         return error.exit_code
@@ -114,7 +129,7 @@ def run_app(
         return ExitCode.INTERRUPTED
 
 
-def _run_hydra(config_name: str) -> int:
+def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
     import hydra
     from omegaconf import DictConfig
 
@@ -124,24 +139,15 @@ def _run_hydra(config_name: str) -> int:
 
     def task(node: DictConfig) -> None:
         try:
-            _run_job(node)
+            cfg = read_config(node)
+            _set_up_process()
+            job(cfg)
         except BatchvlmError as error:
             # Not raised through Hydra: of a sweep, the other jobs shall still run.
             _say(error)
             codes.append(error.exit_code)
         except BrokenPipeError as error:
             raise RuntimeError("a pipe within the job broke") from error
-
-    def _run_job(node: DictConfig) -> None:
-        cfg = read_config(node)
-        from batchvlm.pipeline import run_job
-        from batchvlm.summary import print_summary
-
-        _set_up_process()
-        summary = run_job(cfg)
-        with _reader_may_leave():
-            print_summary(summary)
-        ignore_signals()
 
     _check_flags()
     register_schema()
@@ -154,6 +160,16 @@ def _run_hydra(config_name: str) -> int:
             raise
         raise explain(error) from error
     return max(codes)
+
+
+def _run_job(cfg: JobConfig) -> None:
+    from batchvlm.pipeline import run_job
+    from batchvlm.summary import print_summary
+
+    summary = run_job(cfg)
+    with _reader_may_leave():
+        print_summary(summary)
+    ignore_signals()
 
 
 @contextmanager

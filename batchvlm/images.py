@@ -11,7 +11,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -101,11 +101,7 @@ def load_image(
     data = at_hand(ref, {}).data
     if data is None:
         data = _read_file(ref.path, image_root, max_image_bytes)
-    if len(data) > max_image_bytes:
-        raise RowError(
-            ErrorType.TOO_LARGE,
-            f"the image has more bytes than data.max_image_bytes={max_image_bytes}",
-        )
+    _check_bytes(len(data), max_image_bytes)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; the pixels decide
@@ -119,6 +115,63 @@ def load_image(
         ) from error
 
 
+def image_size(
+    ref: ImageRef, *, image_root: str | None, max_image_bytes: int, max_source_pixels: int
+) -> tuple[int, int]:
+    """(width, height) of an image, upright, from its header alone.
+
+    Args:
+        ref, image_root, max_image_bytes, max_source_pixels: as in `load_image`.
+
+    Raises:
+        RowError: as `load_image`, as far as a header tells.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        if ref.data is not None:
+            file: Any = io.BytesIO(ref.data)
+            num_bytes = len(ref.data)
+        else:
+            file = stack.enter_context(_open_file(ref.path, image_root))
+            num_bytes = os.fstat(file.fileno()).st_size
+        _check_bytes(num_bytes, max_image_bytes)
+        try:
+            image = Image.open(file, formats=_FORMATS)
+            _check_size(image.size, max_source_pixels)
+            turn = None
+            with contextlib.suppress(Exception):
+                turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except RowError:
+            raise
+        except Exception as error:
+            raise RowError(
+                ErrorType.DECODE, f"{num_bytes} bytes are no readable image: {_one_line(error)}"
+            ) from error
+    width, height = image.size
+    return (height, width) if turn in (5, 6, 7, 8) else (width, height)
+
+
+def _check_bytes(num_bytes: int, max_image_bytes: int) -> None:
+    if num_bytes > max_image_bytes:
+        raise RowError(
+            ErrorType.TOO_LARGE,
+            f"the image has more bytes than data.max_image_bytes={max_image_bytes}",
+        )
+
+
+def _check_size(size: tuple[int, int], max_source_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise RowError(ErrorType.DECODE, f"the image is {width} x {height} pixels")
+    if width * height > max_source_pixels:
+        raise RowError(
+            ErrorType.TOO_LARGE,
+            f"the header claims {width} x {height} pixels, more than "
+            f"data.max_source_pixels={max_source_pixels}",
+        )
+
+
 def _one_line(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "unknown format"
@@ -128,6 +181,13 @@ def _one_line(error: Exception) -> str:
 
 def _read_file(path: str | None, image_root: str | None, max_bytes: int) -> bytes:
     """A file's bytes; of one that is too long, one byte too many."""
+    with _open_file(path, image_root) as file:
+        return file.read(max_bytes + 1)
+
+
+@contextlib.contextmanager
+def _open_file(path: str | None, image_root: str | None) -> Iterator[BinaryIO]:
+    """Open a file below the root; reading it within the block may fail in the same ways."""
     assert path is not None
     # Escaped: a path can hold anything, line ends among it.
     named = repr(path if len(path) <= _MAX_PATH_CHARS else f"...{path[-_MAX_PATH_CHARS:]}")
@@ -144,7 +204,7 @@ def _read_file(path: str | None, image_root: str | None, max_bytes: int) -> byte
         with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise RowError(ErrorType.MISSING_IMAGE, f"{named} is no regular file")
-            return file.read(max_bytes + 1)
+            yield file
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a valid path"
         # A fault of the disk or the network may be gone with the next try; the file was named well.
@@ -158,14 +218,7 @@ def _read_file(path: str | None, image_root: str | None, max_bytes: int) -> byte
 def _decode(data: bytes, *, max_source_pixels: int, max_pixels: int) -> Image.Image:
     image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     width, height = image.size
-    if width < 1 or height < 1:
-        raise RowError(ErrorType.DECODE, f"the image is {width} x {height} pixels")
-    if width * height > max_source_pixels:
-        raise RowError(
-            ErrorType.TOO_LARGE,
-            f"the header claims {width} x {height} pixels, more than "
-            f"data.max_source_pixels={max_source_pixels}",
-        )
+    _check_size(image.size, max_source_pixels)
     if image.format == "PNG":
         # Pillow decodes pixels whose checksum is wrong, browsers do not.
         Image.open(io.BytesIO(data), formats=("PNG",)).verify()

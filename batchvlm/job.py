@@ -14,6 +14,7 @@ from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import RunFile, differs, find_run, read_run
 from batchvlm.output.schema import kept_fields, output_schema
 from batchvlm.plan import plan_shards
+from batchvlm.preprocess import PreprocessSpec
 from batchvlm.prompts import PromptBuilder
 from batchvlm.settings import to_plain
 from batchvlm.sources import Source, check_columns, open_source
@@ -37,6 +38,20 @@ class Job:
     """Arrow schema of the output."""
     is_overwriting: bool = False
     """Whether the folder still holds another run, which gives way once the model has loaded."""
+
+    def preprocess_spec(self) -> PreprocessSpec:
+        """What whoever prepares its samples needs to know."""
+        cfg = self.cfg
+        return PreprocessSpec(
+            model=cfg.model,
+            task=cfg.task,
+            columns=cfg.data.columns,
+            generation=cfg.generation,
+            image_root=self.source.image_root,
+            max_source_pixels=cfg.data.max_source_pixels,
+            max_image_bytes=cfg.data.max_image_bytes,
+            device=cfg.engine.device,
+        )
 
 
 def open_job(cfg: JobConfig) -> Job:

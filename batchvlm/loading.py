@@ -142,6 +142,32 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
         return model.to(device).eval()  # type: ignore[arg-type]
 
 
+def load_skeleton(cfg: ModelConfig) -> Any:
+    """A model of the right class and shapes without weights: on the device `meta`.
+
+    Raises:
+        ModelError: as `load_model`, as far as the config tells.
+    """
+    has_torchvision()
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    with explained(cfg, "config"):
+        config = AutoConfig.from_pretrained(cfg.path, **_hub_kwargs(cfg))
+        text = config.get_text_config(decoder=True)
+        saved = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
+        dtype = saved if cfg.dtype == "auto" else cfg.dtype
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        kwargs = {"trust_remote_code": cfg.trust_remote_code, "dtype": dtype}
+        with torch.device("meta"):
+            try:
+                return AutoModelForImageTextToText.from_config(config, **kwargs)  # type: ignore[no-untyped-call]
+            except ValueError as error:
+                if "Unrecognized configuration class" not in str(error):
+                    raise
+                return AutoModelForMultimodalLM.from_config(config, **kwargs)  # type: ignore[no-untyped-call]
+
+
 def _hub_kwargs(cfg: ModelConfig) -> dict[str, Any]:
     return {"revision": cfg.revision or "main", "trust_remote_code": cfg.trust_remote_code}
 

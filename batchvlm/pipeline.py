@@ -27,7 +27,6 @@ from batchvlm.output.folder import OutputFolder
 from batchvlm.output.parts import look_into_parts
 from batchvlm.output.run_file import save_run
 from batchvlm.output.writer import needs_retry
-from batchvlm.preprocess import PreprocessSpec
 from batchvlm.records import (
     Completion,
     Failure,
@@ -215,16 +214,7 @@ def _open_pool(job: Job) -> WorkerPool:
     cfg = job.cfg
     num_workers = cfg.runtime.num_workers
     return WorkerPool(
-        PreprocessSpec(
-            model=cfg.model,
-            task=cfg.task,
-            columns=cfg.data.columns,
-            generation=cfg.generation,
-            image_root=job.source.image_root,
-            max_source_pixels=cfg.data.max_source_pixels,
-            max_image_bytes=cfg.data.max_image_bytes,
-            device=cfg.engine.device,
-        ),
+        job.preprocess_spec(),
         num_workers=default_num_workers() if num_workers is None else num_workers,
         timeout_s=cfg.runtime.sample_timeout_s,
     )

@@ -115,9 +115,7 @@ class Preprocessor:
         if self._limits.image_token_id is not None:
             num_image_tokens = int((features["input_ids"] == self._limits.image_token_id).sum())
         generation = prompt.generation
-        longest = self._spec.model.max_prompt_tokens
         if self._limits.max_positions is not None:
-            longest = min(longest or self._limits.max_positions, self._limits.max_positions - 1)
             room = self._limits.max_positions - num_tokens
             if 0 < room < generation.max_new_tokens:
                 generation = replace(
@@ -125,12 +123,7 @@ class Preprocessor:
                     max_new_tokens=room,
                     min_new_tokens=min(generation.min_new_tokens, room),
                 )
-        if longest is not None and num_tokens > longest:
-            raise RowError(
-                ErrorType.PROMPT_TOO_LONG,
-                f"the prompt is {num_tokens} tokens, {num_image_tokens} of them of "
-                f"{len(images)} images; the limit is {longest}",
-            )
+        check_length(self._spec.model, self._limits, num_tokens, num_image_tokens, len(images))
         return Sample(
             row_index=prompt.row_index,
             features=features,
@@ -141,6 +134,25 @@ class Preprocessor:
             generation=generation,
             json_schema=prompt.json_schema,
             turns_left=prompt.turns_left,
+        )
+
+
+def check_length(
+    cfg: ModelConfig, limits: ModelLimits, num_tokens: int, num_image_tokens: int, num_images: int
+) -> None:
+    """Refuse a prompt that is longer than the model takes, or than the settings allow.
+
+    Raises:
+        RowError: `prompt_too_long`.
+    """
+    longest = cfg.max_prompt_tokens
+    if limits.max_positions is not None:
+        longest = min(longest or limits.max_positions, limits.max_positions - 1)
+    if longest is not None and num_tokens > longest:
+        raise RowError(
+            ErrorType.PROMPT_TOO_LONG,
+            f"the prompt is {num_tokens} tokens, {num_image_tokens} of them of "
+            f"{num_images} images; the limit is {longest}",
         )
 
 
@@ -176,14 +188,7 @@ class ChatTemplate:
             The processor's arrays for a batch of this one row: `input_ids` int64 [1, T] and,
             as the family has them, `pixel_values`, `image_grid_thw`, `token_type_ids`, ...
         """
-        pictures = iter(images)
-        filled = [
-            {
-                "role": m["role"],
-                "content": [self._fill(part, pictures) for part in _joined(m["content"])],
-            }
-            for m in messages
-        ]
+        filled = self._filled(messages, images)
         if self._template is None:
             texts = [p["text"] for m in filled for p in m["content"] if p["type"] == "text"]
             # A list of images a prompt: a flat list would be one image for each of many prompts.
@@ -204,7 +209,29 @@ class ChatTemplate:
         arrays = {key: np.asarray(value) for key, value in encoded.items()}
         return {key: array for key, array in arrays.items() if array.dtype.kind in "biuf"}
 
-    def _fill(self, part: Mapping[str, Any], pictures: Iterator[Image.Image]) -> dict[str, Any]:
+    def text(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> str:
+        """The rendered template, with one placeholder for each image."""
+        filled = self._filled(messages, images)
+        if self._template is None:
+            return "".join(p["text"] for m in filled for p in m["content"] if p["type"] == "text")
+        rendered: str = self._processor.apply_chat_template(
+            filled, chat_template=self._template, tokenize=False, add_generation_prompt=True
+        )
+        return rendered
+
+    def _filled(
+        self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]
+    ) -> list[dict[str, Any]]:
+        pictures = iter(images)
+        return [
+            {
+                "role": m["role"],
+                "content": [self._fill(part, pictures) for part in _joined(m["content"])],
+            }
+            for m in messages
+        ]
+
+    def _fill(self, part: Mapping[str, Any], pictures: Iterator[Any]) -> dict[str, Any]:
         if part["type"] == "image":
             return {"type": "image", "image": next(pictures)}
         text = self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", part["text"])

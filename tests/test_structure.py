@@ -52,7 +52,7 @@ ALLOWED = {
 TOP = {
     *("batchvlm.job", "batchvlm.turns", "batchvlm.collector", "batchvlm.pipeline"),
     "batchvlm.summary",
-    *("batchvlm.commands", "batchvlm.cli", "batchvlm.__main__"),
+    *("batchvlm.before", "batchvlm.commands", "batchvlm.cli", "batchvlm.__main__"),
 }
 
 

@@ -19,6 +19,7 @@ from batchvlm.config import BatchingConfig, ModelConfig
 from batchvlm.engine.answers import expand, join
 from batchvlm.engine.collate import collate
 from batchvlm.engine.faults import device_error, failure_of, free_memory
+from batchvlm.engine.protocol import OnToken
 from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
 from batchvlm.errors import ModelError
@@ -58,6 +59,7 @@ class GenerateEngine:
 
     def __init__(self, model: Any, tokenizer: Any, batching: BatchingConfig | None = None) -> None:
         self.stats = EngineStats()
+        self.on_token: OnToken | None = None
         self._batching = batching or BatchingConfig()
         self._model = model
         self._tokenizer = tokenizer
@@ -132,7 +134,8 @@ class GenerateEngine:
         chosen = ChosenToken(sampler)
         ends = frozenset(self._eos_ids)
         stops = [RowStop(sample.generation, ends, self._tokenizer) for sample in samples]
-        criterion = RowStops(stops, chosen, self._eos_ids)
+        rows = [sample.row_index if sample.answer == 0 else None for sample in samples]
+        criterion = RowStops(stops, chosen, self._eos_ids, rows=rows, on_token=self.on_token)
         generate = self._model.generate
         if self._model.config.model_type in _OWN_GENERATE:
             generate = partial(GenerationMixin.generate, self._model)
@@ -217,7 +220,13 @@ class RowStops(StoppingCriteria):
     """Ends each row of a batch by its own `RowStop`, or because its logits are no numbers."""
 
     def __init__(
-        self, stops: Sequence[RowStop], chosen: ChosenToken, eos_ids: Sequence[int]
+        self,
+        stops: Sequence[RowStop],
+        chosen: ChosenToken,
+        eos_ids: Sequence[int],
+        *,
+        rows: Sequence[int | None] = (),
+        on_token: OnToken | None = None,
     ) -> None:
         # generate() looks for this name to know that finished rows must be padded.
         self.eos_token_id = torch.tensor(list(eos_ids) or [-1])
@@ -226,6 +235,8 @@ class RowStops(StoppingCriteria):
         self._stops = stops
         self._chosen = chosen
         self._is_done = [False] * len(stops)
+        self._rows = rows
+        self._on_token = on_token
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         choice = self._chosen.choice
@@ -234,6 +245,8 @@ class RowStops(StoppingCriteria):
         for i, stop in enumerate(self._stops):
             if self._is_done[i]:
                 continue
+            if self._on_token is not None and (row_index := self._rows[i]) is not None:
+                self._on_token(row_index, tokens[i])
             if is_finite[i]:
                 self._is_done[i] = stop.push(tokens[i], logprobs[i])
             else:

@@ -34,9 +34,10 @@ class MemoryPlan:
     Args:
         cfg: a limit that is not null counts as it is.
         device: where the model is, its weights loaded.
+        taken_bytes: what is still to come there before keys and values do.
     """
 
-    def __init__(self, cfg: EngineConfig, device: torch.device) -> None:
+    def __init__(self, cfg: EngineConfig, device: torch.device, *, taken_bytes: int = 0) -> None:
         kind = "cuda" if device.type == "cuda" else "cpu"
         self.max_slots = cfg.max_slots or _MAX_SLOTS[kind]
         """Rows decoded at once."""
@@ -47,7 +48,9 @@ class MemoryPlan:
         """Prompt tokens in one forward."""
         self.vision_cells = _VISION_CELLS[kind]
         """Numbers in the pixel arrays of one forward of the image encoder."""
-        self._cache_bytes = int(cfg.memory_fraction * _CACHE_SHARE * free_bytes(device))
+        self._cache_bytes = int(
+            cfg.memory_fraction * _CACHE_SHARE * max(0, free_bytes(device) - taken_bytes)
+        )
 
     def count_good_step(self) -> None:
         """Note a decode step that went well: after many of them, more rows are tried again."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 from batchvlm.records import Completion, EngineStats, Failure, Sample
+
+OnToken = Callable[[int, int], None]
+"""Takes a row's index and the next token of its first answer."""
 
 
 class Engine(Protocol):

@@ -28,6 +28,7 @@ from batchvlm.engine.feed import Feed
 from batchvlm.engine.fusing import align, is_half_on_gpu, seconds_to_fusing
 from batchvlm.engine.memory import MemoryPlan
 from batchvlm.engine.prefill import Prefill
+from batchvlm.engine.protocol import OnToken
 from batchvlm.engine.room import SlotRoom
 from batchvlm.engine.rows import Chosen, Row
 from batchvlm.engine.sampling import Choice, RowSampler
@@ -70,6 +71,7 @@ class SlotEngine:
         suppress_ids: Sequence[int] = (),
     ) -> None:
         self.stats = EngineStats()
+        self.on_token: OnToken | None = None
         self._model = model
         self._tokenizer = tokenizer
         self._batching = batching
@@ -358,6 +360,8 @@ class SlotEngine:
         for row, token, is_finite, logprob in chosen.read():
             if row.is_answered:
                 continue  # a token beyond its end, chosen before that was known
+            if self.on_token is not None and row.sample.answer == 0:
+                self.on_token(row.sample.row_index, token)
             outcome: Completion | Failure
             try:
                 if not is_finite:

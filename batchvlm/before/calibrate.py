@@ -1,0 +1,97 @@
+"""A few real rows answered, to know how long all of them will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from batchvlm.engine import Engine, open_engine
+from batchvlm.errors import InputError
+from batchvlm.job import Job
+from batchvlm.preprocess import Preprocessor
+from batchvlm.records import Completion, Record, Sample
+from batchvlm.runtime.ranks import find_rank
+
+_WARM_UP_ROWS = 4
+_FIRST_ROWS = 16
+_ENOUGH_S = 8.0
+"""A trial that takes this long is the last; the next would have four times as many rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What was measured, for one process on one device."""
+
+    num_rows: int
+    """That were answered in the last and longest trial."""
+    load_s: float
+    run_s: float
+    prepare_s: float
+    """Seconds of one core to prepare these rows."""
+    prompt_tokens: int
+    completion_tokens: int
+    """Of these rows."""
+
+    @property
+    def rows_per_s(self) -> float:
+        return self.num_rows / self.run_s
+
+    @property
+    def s_per_token(self) -> float:
+        """Seconds for a token of prompt or answer."""
+        return self.run_s / (self.prompt_tokens + self.completion_tokens)
+
+
+def calibrate(job: Job, records: Sequence[Record], *, engine: Engine | None = None) -> Speed:
+    """Answer rows in trials of growing size, until one took long enough to be told by.
+
+    Args:
+        records: rows that stand for all of them.
+        engine: takes the place of the model that the configuration names.
+
+    Raises:
+        InputError: none of the rows can be prepared.
+        ModelError: the model cannot be loaded.
+    """
+    preprocessor = Preprocessor(job.preprocess_spec())
+    start_s = time.perf_counter()
+    engine = engine or open_engine(
+        job.cfg, device=find_rank(job.cfg.engine, job.cfg.runtime).device
+    )
+    load_s = time.perf_counter() - start_s
+    num_rows = _FIRST_ROWS
+    # Not the first rows: those of a trial shall be from all over the input.
+    warm_up, _ = _prepare(preprocessor, records[:: max(1, len(records) // _WARM_UP_ROWS)])
+    if not warm_up:
+        raise InputError(
+            "none of the rows drawn can be prepared, so there is nothing to calibrate by",
+            hint="run batchvlm plan without --calibrate to see why",
+        )
+    list(engine.run(warm_up[:_WARM_UP_ROWS]))
+    while True:
+        step = max(1, len(records) // num_rows)
+        samples, prepare_s = _prepare(preprocessor, records[::step][:num_rows])
+        samples = samples or warm_up
+        start_s = time.perf_counter()
+        outcomes = list(engine.run(samples))
+        run_s = time.perf_counter() - start_s
+        if run_s >= _ENOUGH_S or num_rows >= len(records):
+            break
+        num_rows *= 4
+    answered = [outcome for _, outcome in outcomes if isinstance(outcome, Completion)]
+    return Speed(
+        num_rows=len(samples),
+        load_s=load_s,
+        run_s=max(run_s, 1e-9),
+        prepare_s=prepare_s,
+        prompt_tokens=sum(sample.prompt_tokens for sample in samples),
+        completion_tokens=sum(len(c.token_ids) for c in answered),
+    )
+
+
+def _prepare(preprocessor: Preprocessor, records: Sequence[Record]) -> tuple[list[Sample], float]:
+    start_s = time.perf_counter()
+    outcomes = [preprocessor.prepare(record) for record in records]
+    prepare_s = time.perf_counter() - start_s
+    return [outcome for outcome in outcomes if isinstance(outcome, Sample)], prepare_s

@@ -1,0 +1,87 @@
+"""The command lines of `batchvlm plan` and `batchvlm preview`: flags and a job's settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+
+from batchvlm.config import JobConfig
+
+Command = tuple[Callable[[JobConfig], None], list[str]]
+"""What to do with the settings, and the command line that makes them."""
+
+
+def plan(argv: Sequence[str]) -> Command:
+    """`batchvlm plan`."""
+    parser = _parser(
+        "plan",
+        "Say what a job will be before it is one: rows, shards, tokens, memory, time, and rows "
+        "that cannot work. Reads metadata, prompts and image headers; computes nothing unless told "
+        "to calibrate, and writes nothing.",
+    )
+    parser.add_argument(
+        "--calibrate", action="store_true", help="load the model and answer some rows, to tell time"
+    )
+    parser.add_argument(
+        "--sample", type=_positive, default=1000, metavar="N", help="rows looked at (1000)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args, overrides = parser.parse_known_args(argv)
+
+    def show(cfg: JobConfig) -> None:
+        from batchvlm.before.plan import make_plan
+        from batchvlm.before.table import as_dict, table
+        from batchvlm.job import open_job
+
+        found = make_plan(open_job(cfg), num_sampled=args.sample, with_speed=args.calibrate)
+        print(json.dumps(as_dict(found)) if args.json else "\n".join(table(found)))
+
+    return show, overrides
+
+
+def preview(argv: Sequence[str]) -> Command:
+    """`batchvlm preview`."""
+    parser = _parser(
+        "preview",
+        "Answer a few rows here in the terminal: image, exact prompt, the answer as it comes, "
+        "tokens and time. Writes nothing.",
+    )
+    parser.add_argument("-n", type=_positive, default=5, metavar="N", help="rows (5)")
+    parser.add_argument(
+        "--seed", type=_number, default=0, metavar="N", help="decides which rows are drawn (0)"
+    )
+    parser.add_argument(
+        "--no-images", dest="images", action="store_false", help="show no thumbnails"
+    )
+    args, overrides = parser.parse_known_args(argv)
+
+    def show(cfg: JobConfig) -> None:
+        from batchvlm.before.preview import preview
+        from batchvlm.job import open_job
+
+        preview(open_job(cfg), num_rows=args.n, seed=args.seed, with_images=args.images)
+
+    return show, overrides
+
+
+def _parser(name: str, about: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"batchvlm {name}",
+        usage=f"batchvlm {name} [flags] [settings as for batchvlm run]",
+        description=about,
+        epilog="Everything else is a setting of the job: batchvlm run --help lists them.",
+        allow_abbrev=False,
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0 or more")
+    return int(text)

@@ -1,0 +1,107 @@
+"""Rows of the input that stand for all of it."""
+
+from __future__ import annotations
+
+import random
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from batchvlm.job import Job
+from batchvlm.records import Record, Shard
+
+_NUM_PLACES = 20
+_MAX_S = 20.0
+"""Whatever the input lies on, a plan is there in seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Rows that were read."""
+
+    records: Sequence[Record]
+    num_rows: int
+    """Of the whole input."""
+    num_places: int
+    """Stretches of neighbouring rows that they are from."""
+
+    @property
+    def is_all(self) -> bool:
+        return len(self.records) == self.num_rows
+
+
+def spread(plan: Sequence[Shard], num_rows: int) -> list[Shard]:
+    """Stretches of rows, evenly spread over the input, about `num_rows` in sum.
+
+    Where there are many shards a stretch begins where a shard does: a Parquet file is read from
+    the beginning of a row group.
+    """
+    total = sum(shard.num_rows for shard in plan)
+    if total <= num_rows:
+        return list(plan)
+    num_places = min(_NUM_PLACES, num_rows)
+    width = -(-num_rows // num_places)
+    pieces: list[Shard] = []
+    for i in range(num_places):
+        at = i * total // num_places
+        shard = shard_of(plan, at)
+        first = 0
+        if len(plan) < num_places:
+            first = min(at - shard.first_row_index, max(0, shard.num_rows - width))
+        start = shard.first_row_index + first
+        if pieces:  # never into the one before
+            start = max(start, pieces[-1].first_row_index + pieces[-1].num_rows)
+        first = start - shard.first_row_index
+        if first < shard.num_rows:
+            pieces.append(piece_of(shard, first, min(width, shard.num_rows - first)))
+    return pieces
+
+
+def shard_of(plan: Sequence[Shard], row_index: int) -> Shard:
+    """The shard that holds a row."""
+    return plan[bisect_right(plan, row_index, key=lambda shard: shard.first_row_index) - 1]
+
+
+def piece_of(shard: Shard, first: int, num_rows: int) -> Shard:
+    """Rows `first` to `first + num_rows` of a shard, to be read like a shard."""
+    return replace(
+        shard,
+        first_row=shard.first_row + first,
+        num_rows=num_rows,
+        first_row_index=shard.first_row_index + first,
+    )
+
+
+def draw_spread(job: Job, num_rows: int, *, clock: Callable[[], float] = time.monotonic) -> Drawn:
+    """Read rows that are spread over the input; fewer where reading takes too long."""
+    start_s = clock()
+    records: list[Record] = []
+    pieces = spread(job.run.plan, num_rows)
+    # From front, middle and end first: whenever time is up, all parts of the input had a turn.
+    order = sorted(range(len(pieces)), key=lambda i: int(f"{i:032b}"[::-1], 2))
+    num_places = 0
+    for place in order:
+        if num_places and clock() - start_s > _MAX_S:
+            break
+        records += job.source.read_shard(pieces[place], job.prompt_columns)
+        num_places += 1
+    records.sort(key=lambda record: record.row_index)
+    return Drawn(
+        records=records,
+        num_rows=sum(shard.num_rows for shard in job.run.plan),
+        num_places=num_places,
+    )
+
+
+def draw_random(job: Job, num_rows: int, *, seed: int) -> list[Record]:
+    """Read rows drawn at random; the same seed draws the same."""
+    plan = job.run.plan
+    total = sum(shard.num_rows for shard in plan)
+    chosen = sorted(random.Random(seed).sample(range(total), min(num_rows, total)))
+    records: list[Record] = []
+    for row_index in chosen:
+        shard = shard_of(plan, row_index)
+        alone = piece_of(shard, row_index - shard.first_row_index, 1)
+        records += job.source.read_shard(alone, job.prompt_columns)
+    return records

@@ -1,0 +1,85 @@
+"""What a model takes of the memory, known before its weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from batchvlm.config import EngineName, JobConfig
+from batchvlm.engine.generate import refuse_unable
+from batchvlm.engine.memory import MemoryPlan, free_bytes
+from batchvlm.engine.select import why_not_slots
+from batchvlm.errors import ModelError
+from batchvlm.loading import load_skeleton
+from batchvlm.runtime.ranks import find_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """A model on a device."""
+
+    class_name: str
+    dtype: str
+    num_params: int
+    weight_bytes: int
+    token_bytes: int
+    """Keys and values of one token, where all layers keep all of them."""
+    device: str
+    free_bytes: int
+    """Of the device, without the weights."""
+    engine: EngineName
+    """`slots` or `generate`."""
+    reason: str
+    """Why not over slots; empty where it is."""
+    num_slots: int
+    """Rows of the greatest length that there is memory for at once."""
+
+
+def foresee(cfg: JobConfig, *, row_tokens: int) -> Footprint:
+    """Look at a model without loading it.
+
+    Args:
+        row_tokens: prompt and answer of the longest row.
+
+    Raises:
+        ModelError: neither engine, or not the one that was asked for, runs the model.
+        ConfigError: `engine.device` names a device that is not here.
+    """
+    model = load_skeleton(cfg.model)
+    refuse_unable(model)
+    reason = why_not_slots(model, is_asked_for=cfg.engine.name is EngineName.slots)
+    if cfg.model.attn_implementation not in (None, "sdpa"):
+        reason = f"model.attn_implementation={cfg.model.attn_implementation} is asked for"
+    if cfg.engine.name is EngineName.slots and reason:
+        raise ModelError(
+            f"engine=slots cannot run {type(model).__name__}: {reason}",
+            hint="engine=auto or engine=generate runs it by transformers' generate()",
+        )
+    name = cfg.engine.name
+    if name is EngineName.auto:
+        name = EngineName.generate if reason else EngineName.slots
+    device = torch.device(find_rank(cfg.engine, cfg.runtime).device)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    token_bytes = _token_bytes(model.config.get_text_config(decoder=True), model.dtype)
+    plan = MemoryPlan(cfg.engine, device, taken_bytes=weight_bytes)
+    return Footprint(
+        class_name=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_params=sum(p.numel() for p in model.parameters()),
+        weight_bytes=weight_bytes,
+        token_bytes=token_bytes,
+        device=str(device),
+        free_bytes=free_bytes(device),
+        engine=name,
+        reason=reason,
+        num_slots=plan.num_slots(token_bytes, max(1, row_tokens)),
+    )
+
+
+def _token_bytes(text: Any, dtype: torch.dtype) -> int:
+    num_heads = text.num_attention_heads
+    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    return int(2 * text.num_hidden_layers * num_kv_heads * head_dim * dtype.itemsize)

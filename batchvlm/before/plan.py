@@ -1,0 +1,136 @@
+"""What a job will be, before it is one: rows, tokens, memory, time, and rows that cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from batchvlm.batching import group_by_length
+from batchvlm.before.calibrate import Speed, calibrate
+from batchvlm.before.drawn import Drawn, draw_spread
+from batchvlm.before.footprint import Footprint, foresee
+from batchvlm.before.tokens import RowCount, TokenCounter
+from batchvlm.config import BatchingConfig, EngineName
+from batchvlm.job import Job
+from batchvlm.records import Generation, Sample
+from batchvlm.runtime.ranks import shards_of_task
+from batchvlm.runtime.workers import default_num_workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """How long the rows that are left will take."""
+
+    speed: Speed
+    engine_s: float
+    """Of one process that never waits for data."""
+    prepare_s: float
+    """Of the worker processes that prepare samples for it."""
+
+    @property
+    def total_s(self) -> float:
+        """From the start of one process to its end."""
+        return self.speed.load_s + max(self.engine_s, self.prepare_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that `batchvlm plan` says."""
+
+    job: Job
+    num_rows: int
+    num_files: int
+    num_mine: int
+    """Rows of this task."""
+    num_done: int
+    """Of these, in finished shards."""
+    drawn: Drawn
+    counts: Sequence[RowCount]
+    """Of rows that can be answered."""
+    failed: Sequence[RowCount]
+    footprint: Footprint
+    num_batches: int
+    """engine=generate: batches of the drawn rows."""
+    padding_share: float
+    """Share of the prompt positions that will be padding."""
+    estimate: Estimate | None = None
+
+    @property
+    def num_todo(self) -> int:
+        return self.num_mine - self.num_done
+
+
+def make_plan(job: Job, *, num_sampled: int, with_speed: bool) -> Plan:
+    """Look at a job without computing it.
+
+    Args:
+        num_sampled: rows that are looked at.
+        with_speed: load the model and answer some rows.
+
+    Raises:
+        BatchvlmError: the job cannot be done.
+    """
+    cfg, plan = job.cfg, job.run.plan
+    counter = TokenCounter(job)
+    drawn = draw_spread(job, num_sampled)
+    looked_at = [counter.count(record) for record in drawn.records]
+    counts = [row for row in looked_at if row.failure is None]
+    longest = max((row.prompt_tokens + row.max_new_tokens for row in counts), default=1)
+    footprint = foresee(cfg, row_tokens=longest)
+    num_batches, padding_share = 0, 0.0
+    if footprint.engine is EngineName.generate:
+        num_batches, padding_share = _padding(counts, cfg.batching)
+    mine = shards_of_task(plan, cfg.runtime)
+    finished = frozenset() if job.is_overwriting else job.folder.finished_shards(len(plan))
+    num_mine = sum(shard.num_rows for shard in mine)
+    found = Plan(
+        job=job,
+        num_rows=sum(shard.num_rows for shard in plan),
+        num_files=len({shard.source_file for shard in plan}),
+        num_mine=num_mine,
+        num_done=sum(shard.num_rows for shard in mine if shard.index in finished),
+        drawn=drawn,
+        counts=counts,
+        failed=[row for row in looked_at if row.failure is not None],
+        footprint=footprint,
+        num_batches=num_batches,
+        padding_share=padding_share,
+    )
+    if not with_speed:
+        return found
+    return replace(found, estimate=_estimate(found, calibrate(job, drawn.records)))
+
+
+def _padding(counts: Sequence[RowCount], cfg: BatchingConfig) -> tuple[int, float]:
+    """Batches of `generate()`, and the share of their prompt positions that is padding."""
+    samples = [
+        Sample(
+            row_index=row.row_index,
+            features={"input_ids": np.zeros((1, row.prompt_tokens), np.int8)},
+            image_tokens=row.image_tokens,
+            image_sizes=(),
+            generation=Generation(max_new_tokens=row.max_new_tokens),
+        )
+        for row in counts
+    ]
+    batches = list(group_by_length(samples, cfg))
+    num_cells = sum(batch.padded_tokens for batch in batches)
+    num_tokens = sum(batch.prompt_tokens for batch in batches)
+    return len(batches), 1 - num_tokens / num_cells if num_cells else 0.0
+
+
+def _estimate(plan: Plan, speed: Speed) -> Estimate:
+    num_looked_at = len(plan.counts) + len(plan.failed)
+    num_answered = plan.num_todo * len(plan.counts) / num_looked_at
+    # By tokens: the rows of the trial may be longer or shorter than those of the whole sample.
+    prompt = float(np.mean([row.prompt_tokens for row in plan.counts]))
+    answer = speed.completion_tokens / speed.num_rows
+    workers = plan.job.cfg.runtime.num_workers
+    num_workers = default_num_workers() if workers is None else workers
+    return Estimate(
+        speed=speed,
+        engine_s=num_answered * (prompt + answer) * speed.s_per_token,
+        prepare_s=plan.num_todo * speed.prepare_s / speed.num_rows / max(1, num_workers),
+    )

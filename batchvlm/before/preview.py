@@ -1,0 +1,153 @@
+"""A few rows answered in the terminal, one after the other, each token as it comes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import groupby
+from typing import Any
+
+from transformers import TextStreamer
+
+from batchvlm.before.drawn import draw_random
+from batchvlm.before.thumbnail import print_thumbnail
+from batchvlm.engine import Engine, open_engine
+from batchvlm.errors import RowError
+from batchvlm.images import load_image
+from batchvlm.job import Job
+from batchvlm.loading import load_processor
+from batchvlm.preprocess import Preprocessor
+from batchvlm.prompts import PromptBuilder
+from batchvlm.records import Completion, Failure, Record
+from batchvlm.runtime.ranks import find_rank
+
+_MAX_THUMBNAILS = 4
+"""Of one row."""
+_THUMBNAIL_PIXELS = 512 * 512
+_MIN_RUN = 4
+"""Of a token that is repeated this often, the prompt shows one and the number."""
+
+
+def preview(
+    job: Job, *, num_rows: int, seed: int, with_images: bool, engine: Engine | None = None
+) -> None:
+    """Answer rows drawn at random and print all about them.
+
+    Args:
+        seed: the same seed draws the same rows.
+        with_images: show thumbnails where the terminal can.
+        engine: takes the place of the model that the configuration names.
+
+    Raises:
+        BatchvlmError: the job cannot be done.
+    """
+    records = draw_random(job, num_rows, seed=seed)
+    preprocessor = Preprocessor(job.preprocess_spec())
+    tokenizer = load_processor(job.cfg.model).tokenizer
+    engine = engine or open_engine(
+        job.cfg, device=find_rank(job.cfg.engine, job.cfg.runtime).device
+    )
+    for place, record in enumerate(records, start=1):
+        print(f"\n--- {place} of {len(records)}: row {record.row_index}, {printable(record.id)}")
+        if with_images and sys.stdout.isatty():
+            _show_images(job, record)
+        _answer(job, record, preprocessor, tokenizer, engine)
+
+
+def _answer(
+    job: Job, record: Record, preprocessor: Preprocessor, tokenizer: Any, engine: Engine
+) -> None:
+    sample = preprocessor.prepare(record)
+    if isinstance(sample, Failure):
+        print(f"{sample.error_type}: {printable(sample.message)}")
+        return
+    print(readable(sample.features["input_ids"][0].tolist(), tokenizer), end="", flush=True)
+    # One row at a time, so that answers do not mix.
+    streamer = _Streamer(tokenizer)
+    if hasattr(engine, "on_token"):
+        engine.on_token = streamer.push
+    start_s = time.perf_counter()
+    ((_, outcome),) = engine.run([sample])
+    run_s = time.perf_counter() - start_s
+    streamer.end()  # type: ignore[no-untyped-call]
+    if isinstance(outcome, Failure):
+        print(f"\n{outcome.error_type}: {printable(outcome.message)}")
+        return
+    if not streamer.has_said:
+        print(printable(outcome.text))
+    print("\n" + "; ".join(_facts(job, outcome, sample.prompt_tokens, sample.image_tokens, run_s)))
+    reading = job.task.read(outcome.text, json_schema=sample.json_schema)
+    if reading.failure is not None:
+        print(f"{reading.failure.error_type}: {printable(reading.failure.message)}")
+    elif reading.parsed is not None:
+        print(f"parsed: {printable(reading.parsed)}")
+
+
+def _facts(
+    job: Job, outcome: Completion, prompt_tokens: int, image_tokens: int, run_s: float
+) -> Iterator[str]:
+    num_tokens = len(outcome.token_ids)
+    yield f"{prompt_tokens:,} tokens of prompt, {image_tokens:,} of them of images"
+    yield f"{num_tokens:,} of answer in {run_s:.2f} s ({num_tokens / max(run_s, 1e-9):,.0f}/s)"
+    limit = job.cfg.generation.max_new_tokens
+    ended = {"length": f"cut at its limit (generation.max_new_tokens={limit})"}
+    yield ended.get(str(outcome.finish_reason), f"ended by {outcome.finish_reason}")
+
+
+def _show_images(job: Job, record: Record) -> None:
+    cfg = job.cfg
+    if record.failure is not None:
+        return
+    prompts = PromptBuilder(task=cfg.task, columns=cfg.data.columns, generation=cfg.generation)
+    # What is wrong with a row is said once, where its sample is made.
+    with suppress(RowError):
+        for ref in prompts.build(record).images[:_MAX_THUMBNAILS]:
+            print_thumbnail(
+                load_image(
+                    ref,
+                    image_root=job.source.image_root,
+                    max_image_bytes=cfg.data.max_image_bytes,
+                    max_source_pixels=cfg.data.max_source_pixels,
+                    max_pixels=_THUMBNAIL_PIXELS,
+                )
+            )
+
+
+class _Streamer(TextStreamer):
+    """Prints an answer word by word, without what a terminal would take for orders."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.has_said = False
+
+    def push(self, row_index: int, token: int) -> None:
+        """Take the next token."""
+        import torch
+
+        self.put(torch.tensor([token]))  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what is sure not to change any more."""
+        self.has_said = self.has_said or bool(text)
+        print(printable(text), end="", flush=True)
+
+
+def readable(ids: Sequence[int], tokenizer: Any) -> str:
+    """A prompt as the model takes it, control tokens and all; long runs of a token are counted."""
+    pieces: list[str] = []
+    text: list[int] = []
+    for token, group in groupby(ids):
+        length = len(list(group))
+        if length < _MIN_RUN or len(tokenizer.decode([token]).strip()) < _MIN_RUN:
+            text += [token] * length
+            continue
+        pieces += [tokenizer.decode(text), f"{tokenizer.decode([token])}[{length} times]"]
+        text = []
+    return printable("".join([*pieces, tokenizer.decode(text)]))
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, but for line ends and tabs, are left out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)

@@ -1,0 +1,262 @@
+"""A plan as text: a table, small histograms, and what will not work."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from batchvlm.before.plan import Plan
+from batchvlm.before.tokens import RowCount
+from batchvlm.config import EngineName
+
+_NUM_BINS = 8
+_BAR = 40
+_NUM_EXAMPLES = 3
+
+
+def table(plan: Plan) -> Iterator[str]:
+    """The lines of `batchvlm plan`."""
+    yield from _job(plan)
+    yield from _distributions(plan)
+    yield from _memory(plan)
+    yield from _time(plan)
+    yield from _failures(plan)
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """The same for programs."""
+    footprint, estimate = plan.footprint, plan.estimate
+    return {
+        "num_rows": plan.num_rows,
+        "num_files": plan.num_files,
+        "num_shards": len(plan.job.run.plan),
+        "num_mine": plan.num_mine,
+        "num_done": plan.num_done,
+        "num_sampled": len(plan.drawn.records),
+        "fingerprint": plan.job.run.fingerprint,
+        "prompt_tokens": _quantiles([row.prompt_tokens for row in plan.counts]),
+        "image_tokens": _quantiles([row.image_tokens for row in plan.counts]),
+        "images": sum(len(row.sizes) for row in plan.counts),
+        "failures": {kind: len(rows) for kind, rows in _by_kind(plan.failed).items()},
+        "padding_share": plan.padding_share,
+        "engine": footprint.engine.value,
+        "device": footprint.device,
+        "num_params": footprint.num_params,
+        "weight_bytes": footprint.weight_bytes,
+        "free_bytes": footprint.free_bytes,
+        "token_bytes": footprint.token_bytes,
+        "num_slots": footprint.num_slots,
+        "rows_per_s": estimate.speed.rows_per_s if estimate else None,
+        "estimated_s": estimate.total_s if estimate else None,
+    }
+
+
+def _job(plan: Plan) -> Iterator[str]:
+    job, footprint = plan.job, plan.footprint
+    per_shard = max(shard.num_rows for shard in job.run.plan)
+    yield _line(
+        "input",
+        f"{_count(plan.num_rows, 'row')} in {_count(plan.num_files, 'file')}; "
+        f"{_count(len(job.run.plan), 'shard')} of at most {_count(per_shard, 'row')}",
+    )
+    runtime = job.cfg.runtime
+    if runtime.num_tasks > 1:
+        yield _line(
+            "task",
+            f"{runtime.task_id} of {runtime.num_tasks}: {_count(plan.num_mine, 'row')}",
+        )
+    if job.is_overwriting:
+        state = "another run is there and will be overwritten"
+    elif plan.num_done:
+        state = f"{_count(plan.num_done, 'row')} done, {plan.num_todo:,} left"
+    else:
+        state = "nothing done yet"
+    yield _line("output", f"{job.folder.root}: {state}")
+    engine = f"engine {footprint.engine.value}"
+    if footprint.reason:
+        engine += f", since {footprint.reason}"
+    yield _line(
+        "model",
+        f"{footprint.class_name}, {_si(footprint.num_params)} parameters in {footprint.dtype}; "
+        f"{engine}",
+    )
+    num_drawn = len(plan.drawn.records)
+    if plan.drawn.is_all:
+        yield _line("looked at", "every row")
+    else:
+        places = _count(plan.drawn.num_places, "place")
+        yield _line(
+            "looked at",
+            f"{_count(num_drawn, 'row')} from {places} of the input; "
+            "what follows is told by them (--sample N)",
+        )
+
+
+def _distributions(plan: Plan) -> Iterator[str]:
+    if not plan.counts:
+        return
+    sizes = [size for row in plan.counts for size in row.sizes]
+    yield ""
+    if sizes:
+        by_area = sorted(sizes, key=lambda size: size[0] * size[1])
+        shown = [f"{w} x {h}" for w, h in (by_area[0], by_area[len(sizes) // 2], by_area[-1])]
+        yield _line(
+            "images",
+            f"{len(sizes) / len(plan.counts):.2f} a row; pixels: {shown[0]} at least, "
+            f"{shown[1]} at the median, {shown[2]} at most",
+        )
+    columns = {
+        "prompt tokens": [row.prompt_tokens for row in plan.counts],
+        "of images": [row.image_tokens for row in plan.counts],
+        "room to answer": [row.max_new_tokens for row in plan.counts],
+    }
+    heads = ["least", "median", "mean", "95%", "most"]
+    yield " " * 16 + "".join(f"{head:>9}" for head in heads)
+    for name, values in columns.items():
+        yield f"{name:<16}" + "".join(f"{q:>9,.0f}" for q in _quantiles(values).values())
+    for name in ("prompt tokens", "of images"):
+        if len(set(columns[name])) > 1:
+            yield ""
+            yield name if name == "prompt tokens" else "image tokens"
+            yield from histogram(columns[name])
+
+
+def histogram(values: Sequence[int]) -> Iterator[str]:
+    """Lines of bars: how many values lie in each of a few equal ranges of whole numbers."""
+    low, high = min(values), max(values)
+    width = -(-(high - low + 1) // _NUM_BINS)
+    places = [(value - low) // width for value in values]
+    counts = [places.count(place) for place in range(max(places) + 1)]
+    digits = len(f"{high:,}")
+    for place, count in enumerate(counts):
+        first, last = low + place * width, min(low + (place + 1) * width - 1, high)
+        # A bar that is there at all is seen.
+        bar = "█" * max(round(_BAR * count / max(counts)), count > 0)
+        yield f"  {first:>{digits},} - {last:>{digits},}  {bar}{' ' if bar else ''}{count:,}"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    footprint = plan.footprint
+    yield ""
+    if footprint.engine is EngineName.slots:
+        yield _line("padding", "none: prompts are computed in packs, answers in slots")
+    elif plan.num_batches:
+        rows = len(plan.counts) / plan.num_batches
+        yield _line(
+            "padding", f"{plan.padding_share:.0%} of the prompts, in batches of {rows:.0f} rows"
+        )
+    yield _line(
+        "memory",
+        f"{_bytes(footprint.weight_bytes)} of weights, {_bytes(footprint.token_bytes)} for each "
+        f"token under way; {_bytes(footprint.free_bytes)} free on {footprint.device}",
+    )
+    if footprint.weight_bytes > footprint.free_bytes:
+        yield _line("", f"the weights do not fit on {footprint.device}")
+    elif plan.counts and footprint.engine is EngineName.slots:
+        longest = max(row.prompt_tokens + row.max_new_tokens for row in plan.counts)
+        yield _line(
+            "slots",
+            f"{footprint.num_slots:,} rows at once, even of the longest ({longest:,} tokens with "
+            f"its answer, {_bytes(longest * footprint.token_bytes)})",
+        )
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    estimate = plan.estimate
+    if estimate is None:
+        yield _line("time", "--calibrate answers some rows to tell")
+        return
+    speed = estimate.speed
+    yield _line(
+        "speed",
+        f"{speed.rows_per_s:,.1f} rows/s, {speed.completion_tokens / speed.run_s:,.0f} tokens/s "
+        f"on {plan.footprint.device}, by {_count(speed.num_rows, 'row')} answered in "
+        f"{speed.run_s:.1f} s",
+    )
+    limit = "the engine"
+    if estimate.prepare_s > estimate.engine_s:
+        limit = "preparing samples: runtime.num_workers"
+    yield _line(
+        "time",
+        f"{_duration(estimate.total_s)} for {_count(plan.num_todo, 'row')} on one device, "
+        f"{_duration(speed.load_s)} of it to load; the limit is {limit}",
+    )
+    if plan.footprint.device.startswith("cuda"):
+        total_s = estimate.total_s * plan.num_rows / max(1, plan.num_mine)
+        yield _line("", f"{total_s / 3600:,.2f} GPU-hours for the whole input")
+
+
+def _failures(plan: Plan) -> Iterator[str]:
+    yield ""
+    num_drawn = len(plan.drawn.records)
+    if not plan.failed:
+        yield "nothing is seen that cannot work"
+        return
+    share = len(plan.failed) / num_drawn
+    about = "" if plan.drawn.is_all else f", about {share * plan.num_rows:,.0f} of the whole input"
+    yield f"cannot work: {len(plan.failed):,} of {_count(num_drawn, 'row')} ({share:.1%}{about})"
+    for kind, rows in _by_kind(plan.failed).items():
+        yield f"  {len(rows):,} {kind}"
+        for row in rows[:_NUM_EXAMPLES]:
+            assert row.failure is not None
+            yield f"    row {row.row_index}, {_cut(row.id, 32)}: {_cut(row.failure.message, 160)}"
+
+
+def _by_kind(failed: Sequence[RowCount]) -> dict[str, list[RowCount]]:
+    """Rows by error type, the commonest first."""
+    kinds: defaultdict[str, list[RowCount]] = defaultdict(list)
+    for row in failed:
+        assert row.failure is not None
+        kinds[str(row.failure.error_type)].append(row)
+    return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
+
+
+def _quantiles(values: Sequence[int]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {
+        "min": float(min(values)),
+        "median": float(np.median(values)),
+        "mean": float(np.mean(values)),
+        "p95": float(np.quantile(values, 0.95)),
+        "max": float(max(values)),
+    }
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<10} {text}"
+
+
+def _count(count: int, word: str) -> str:
+    return f"{count:,} {word}" + ("" if count == 1 else "s")
+
+
+def _cut(text: str, width: int) -> str:
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def _si(number: float) -> str:
+    for unit in ("", " k", " M", " B"):
+        if number < 1000 or unit == " B":
+            return f"{number:.3g}{unit}" if number < 1000 else f"{number:,.0f}{unit}"
+        number /= 1000
+    raise AssertionError
+
+
+def _bytes(number: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min"

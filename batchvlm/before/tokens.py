@@ -1,0 +1,142 @@
+"""How long a row's prompt will be, from its text and the headers of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from batchvlm.errors import ErrorType, RowError
+from batchvlm.images import capped_size, image_size
+from batchvlm.job import Job
+from batchvlm.loading import load_limits, load_processor
+from batchvlm.preprocess import ChatTemplate, check_length
+from batchvlm.prompts import PromptBuilder
+from batchvlm.recent import KEY, RecentImageProcessor
+from batchvlm.records import Failure, Prompt, Record
+
+_CHECKED_ROWS = 3
+"""Rows with images that are counted in both ways before the quick one is trusted."""
+_RECENT_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCount:
+    """What is known of one row."""
+
+    row_index: int
+    id: str
+    failure: Failure | None = None
+    """Why it cannot be answered; the counts are then 0."""
+    prompt_tokens: int = 0
+    """With image tokens."""
+    image_tokens: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
+    """(width, height) in pixels of its images, upright, as they are in the input."""
+    max_new_tokens: int = 0
+
+
+class TokenCounter:
+    """Counts the tokens of prompts without decoding an image.
+
+    The processor is given blank images of the right sizes. Where it can tell tokens from sizes
+    alone, and does so rightly for the first rows, it is asked just that.
+
+    Raises:
+        ModelError: the processor cannot be loaded.
+    """
+
+    def __init__(self, job: Job) -> None:
+        cfg = job.cfg
+        self._cfg = cfg
+        self._image_root = job.source.image_root
+        self._prompts = PromptBuilder(
+            task=cfg.task, columns=cfg.data.columns, generation=cfg.generation
+        )
+        self._processor = load_processor(cfg.model)
+        self._limits = load_limits(cfg.model)
+        self._chat = ChatTemplate(self._processor)
+        # Blank images of one size are one image to it.
+        self._processor.image_processor = RecentImageProcessor(
+            self._processor.image_processor, _RECENT_BYTES
+        )
+        self._num_to_check = _CHECKED_ROWS
+        self._is_quick = hasattr(self._processor, "_get_num_multimodal_tokens")
+
+    def count(self, record: Record) -> RowCount:
+        """Count one row. Never raises on a row."""
+        try:
+            if record.failure is not None:
+                raise RowError(record.failure.error_type, record.failure.message)
+            return self._count(record, self._prompts.build(record))
+        except RowError as error:
+            failure = Failure(error_type=error.error_type, message=error.message)
+        # A processor can raise anything on sizes that it did not expect.
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            failure = Failure(
+                error_type=ErrorType.PREPROCESS, message=f"{type(error).__name__}: {text}"
+            )
+        return RowCount(row_index=record.row_index, id=record.id, failure=failure)
+
+    def _count(self, record: Record, prompt: Prompt) -> RowCount:
+        data = self._cfg.data
+        sizes = [
+            image_size(
+                ref,
+                image_root=self._image_root,
+                max_image_bytes=data.max_image_bytes,
+                max_source_pixels=data.max_source_pixels,
+            )
+            for ref in prompt.images
+        ]
+        seen = [capped_size(size, self._cfg.model.max_image_pixels) for size in sizes]
+        num_tokens, num_image_tokens = self._num_tokens(prompt, seen)
+        check_length(self._cfg.model, self._limits, num_tokens, num_image_tokens, len(sizes))
+        room = prompt.generation.max_new_tokens
+        if self._limits.max_positions is not None:
+            room = min(room, self._limits.max_positions - num_tokens)
+        return RowCount(
+            row_index=record.row_index,
+            id=record.id,
+            prompt_tokens=num_tokens,
+            image_tokens=num_image_tokens,
+            sizes=tuple(sizes),
+            max_new_tokens=room,
+        )
+
+    def _num_tokens(self, prompt: Prompt, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        if not self._is_quick or not sizes:
+            return self._by_processor(prompt, sizes)
+        if self._num_to_check == 0:
+            return self._by_sizes(prompt, sizes)
+        self._num_to_check -= 1
+        exact = self._by_processor(prompt, sizes)
+        try:
+            self._is_quick = self._by_sizes(prompt, sizes) == exact
+        except Exception:  # not every processor can, and each says so in its own way
+            self._is_quick = False
+        return exact
+
+    def _by_processor(self, prompt: Prompt, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        ids = self._chat.encode(prompt.messages, [_blank(size) for size in sizes])["input_ids"]
+        token_id = self._limits.image_token_id
+        return ids.shape[-1], 0 if token_id is None else int((ids == token_id).sum())
+
+    def _by_sizes(self, prompt: Prompt, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        tokenizer = self._processor.tokenizer
+        text = self._chat.text(prompt.messages, sizes)
+        num_text = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        told: Any = self._processor._get_num_multimodal_tokens(
+            image_sizes=[(height, width) for width, height in sizes]
+        )
+        num_image = sum(told.num_image_tokens)
+        return num_text - len(sizes) + num_image, num_image
+
+
+def _blank(size: tuple[int, int]) -> Image.Image:
+    image = Image.new("RGB", size, "white")
+    image.info[KEY] = f"blank {size}"
+    return image

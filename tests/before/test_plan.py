@@ -1,0 +1,161 @@
+"""What `batchvlm plan` counts and prints, held against what a run then finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchvlm.before.commands import plan as plan_command
+from batchvlm.before.plan import Plan, make_plan
+from batchvlm.before.table import histogram, table
+from batchvlm.before.tokens import TokenCounter
+from batchvlm.config import EngineName
+from batchvlm.job import Job, open_job
+from batchvlm.loading import ModelLimits
+from batchvlm.preprocess import Preprocessor
+from batchvlm.records import Failure
+from batchvlm.settings import compose
+from tests.engine.families.qwen import qwen2_vl
+
+from .test_drawn import demo_job
+
+
+def planned(job: Job, *, num_sampled: int = 1000, with_speed: bool = False) -> Plan:
+    return make_plan(job, num_sampled=num_sampled, with_speed=with_speed)
+
+
+def test_headers_tell_what_preparing_a_row_finds(tmp_path: Path) -> None:
+    job = demo_job(tmp_path, "task=vqa", "model.max_prompt_tokens=65")
+    counter, preprocessor = TokenCounter(job), Preprocessor(job.preprocess_spec())
+    outcomes = []
+    for record in job.source.read_shard(job.run.plan[0], job.prompt_columns):
+        counted, sample = counter.count(record), preprocessor.prepare(record)
+        if record.id == "broken-truncated":
+            continue  # its header is whole
+        if isinstance(sample, Failure):
+            assert counted.failure == sample
+            outcomes.append(str(sample.error_type))
+        else:
+            assert counted.failure is None
+            assert counted.prompt_tokens == sample.prompt_tokens
+            assert counted.image_tokens == sample.image_tokens
+            assert counted.max_new_tokens == sample.generation.max_new_tokens
+    assert set(outcomes) == {"decode", "missing_image", "too_large", "prompt_too_long"}
+    assert 29 - 1 - len(outcomes) > 15
+
+
+def test_a_processor_that_knows_tokens_from_sizes_is_asked_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen2-VL's does; its first rows are counted in both ways."""
+    _, processor = qwen2_vl()
+    limits = ModelLimits(
+        max_positions=None, image_token_id=processor.image_token_id, patch_size=None
+    )
+    monkeypatch.setattr("batchvlm.before.tokens.load_processor", lambda cfg: processor)
+    monkeypatch.setattr("batchvlm.before.tokens.load_limits", lambda cfg: limits)
+    job = demo_job(tmp_path)
+    quick, exact = TokenCounter(job), TokenCounter(job)
+    exact._is_quick = False
+    seen: list[Any] = []
+    real = quick._by_processor
+    monkeypatch.setattr(quick, "_by_processor", lambda *a: seen.append(a) or real(*a))  # type: ignore[func-returns-value]
+    records = list(job.source.read_shard(job.run.plan[0], job.prompt_columns))
+    found = [quick.count(record) for record in records]
+    assert quick._is_quick and len(seen) == 3
+    assert [row.prompt_tokens for row in found] == [
+        exact.count(record).prompt_tokens for record in records
+    ]
+    assert len({row.prompt_tokens for row in found}) > 5
+
+
+def test_a_plan_of_the_demo(tmp_path: Path) -> None:
+    found = planned(demo_job(tmp_path))
+    lines = list(table(found))
+    assert lines[0] == "input      29 rows in 1 file; 1 shard of at most 29 rows"
+    assert lines[1].endswith("out: nothing done yet")
+    assert "1.63 M parameters in float32; engine slots" in lines[2]
+    assert "looked at  every row" in lines
+    assert any(line.split() == ["prompt", "tokens", *["58"] * 5] for line in lines)
+    assert "cannot work: 4 of 29 rows (13.8%)" in lines
+    assert any("broken-bomb: the header claims 30000 x 30000 pixels" in line for line in lines)
+    assert any("'no-such-folder/no-such-file.png' cannot be read" in line for line in lines)
+    assert "time       --calibrate answers some rows to tell" in lines
+    # Exactly what the safetensors file holds.
+    assert found.footprint.weight_bytes == pytest.approx(6.5e6, rel=0.02)
+    assert not (tmp_path / "out").exists()
+
+
+def test_padding_slices_and_a_part_of_the_input(tmp_path: Path) -> None:
+    job = demo_job(
+        tmp_path,
+        *("task=vqa", "engine=generate", "output.rows_per_shard=10"),
+        *("runtime.num_tasks=2", "runtime.task_id=1", "batching.max_batch_size=8"),
+    )
+    found = planned(job, num_sampled=12)
+    lines = list(table(found))
+    assert "task       1 of 2: 13 rows" in lines
+    assert lines[4].startswith("looked at  12 rows from 12 places of the input")
+    assert found.footprint.engine is EngineName.generate
+    assert found.num_batches >= 2 and 0 < found.padding_share < 0.3
+    (padding,) = [line for line in lines if line.startswith("padding")]
+    assert f"{found.padding_share:.0%} of the prompts, in batches of" in padding
+    assert any(line.startswith("cannot work: ") and "of the whole input)" in line for line in lines)
+
+
+def test_calibrating_answers_rows(tmp_path: Path) -> None:
+    found = planned(demo_job(tmp_path, "generation.max_new_tokens=8"), with_speed=True)
+    assert found.estimate is not None
+    speed = found.estimate.speed
+    assert speed.num_rows == 24  # all that can be prepared
+    assert speed.prompt_tokens == 24 * 58 and 24 <= speed.completion_tokens <= 24 * 8
+    # All rows have as many tokens, so the estimate is the trial, scaled.
+    share = 25 / 24  # the half file shows only when it is decoded
+    assert found.estimate.engine_s == pytest.approx(share * speed.run_s, rel=0.02)
+    lines = list(table(found))
+    assert any(line.startswith("speed ") and "by 24 rows answered" in line for line in lines)
+    assert any(line.startswith("time ") and "for 29 rows on one device" in line for line in lines)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_object_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show, overrides = plan_command(["--json", "task=vqa", "--sample", "10", "data.max_rows=20"])
+    assert overrides == ["task=vqa", "data.max_rows=20"]
+    show(compose("run", [*overrides, f"output.dir={tmp_path / 'out'}"]))
+    found = json.loads(capsys.readouterr().out)
+    assert (found["num_rows"], found["num_sampled"], found["engine"]) == (20, 10, "slots")
+    assert found["failures"].keys() <= {"decode", "missing_image", "too_large"}
+    assert found["estimated_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("values", "lines"),
+    [
+        ([7, 7, 7], ["  7 - 7  " + "█" * 40 + " 3"]),
+        (
+            [0, 1, 1, 1, 15],
+            [
+                "   0 -  1  " + "█" * 40 + " 4",
+                *[f"  {low:>2} - {low + 1:>2}  0" for low in (2, 4, 6, 8, 10, 12)],
+                "  14 - 15  " + "█" * 10 + " 1",
+            ],
+        ),
+        ([1] * 1000 + [8], ["  1 - 1  " + "█" * 40 + " 1,000"]),
+    ],
+)
+def test_a_histogram(values: list[int], lines: list[str]) -> None:
+    shown = list(histogram(values))
+    assert shown[: len(lines)] == lines
+    assert len(shown) <= 8
+    if max(values) == 8:
+        assert shown[-1] == "  8 - 8  █ 1"
+
+
+def test_mistakes_of_a_plan_are_those_of_a_run(tmp_path: Path) -> None:
+    from batchvlm.errors import InputError
+
+    with pytest.raises(InputError, match="no_such_column"):
+        open_job(compose("run", ["task.prompt='{{ no_such_column }}'"]))

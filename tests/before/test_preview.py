@@ -1,0 +1,111 @@
+"""What `batchvlm preview` shows of a row."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from batchvlm.before.preview import preview, printable
+from batchvlm.before.thumbnail import half_blocks
+from batchvlm.settings import compose
+
+from .test_drawn import demo_job
+
+
+@pytest.mark.parametrize("engine", ["slots", "generate"])
+def test_rows_prompts_and_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
+    job = demo_job(tmp_path, "task=extract", f"engine={engine}", "generation.max_new_tokens=60")
+    preview(job, num_rows=4, seed=3, with_images=True)
+    shown = capsys.readouterr().out
+    assert shown.count("\n--- ") == 4 and "--- 4 of 4: row " in shown
+    # The chat template's own words, and the image as one of its tokens.
+    assert shown.count("<image>[36 times]") == shown.count("List the objects as JSON.") == 4
+    assert '<|im_start|>assistant\n{"objects":' in shown
+    assert shown.count("60 tokens of prompt, 36 of them of images; ") == 4
+    # Two objects fit into 60 tokens, four do not.
+    assert shown.count('parsed: {"count":') + shown.count('parsed: {"objects":') >= 1
+    assert "cut at its limit (generation.max_new_tokens=60)" in shown
+    assert "invalid_json: " in shown
+    assert "\x1b" not in shown  # no terminal, no picture
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_are_shown_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all at once when the row is done."""
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stdout", Recorder(written))
+    preview(demo_job(tmp_path), num_rows=1, seed=4, with_images=False)
+    start = next(i for i, text in enumerate(written) if "assistant" in text)
+    end = next(i for i, text in enumerate(written) if "tokens of prompt" in text)
+    words = [text for text in written[start + 1 : end] if text.strip()]
+    assert len(words) >= 5
+
+
+class Recorder:
+    def __init__(self, written: list[str]) -> None:
+        self._written = written
+
+    def write(self, text: str) -> int:
+        self._written.append(text)
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_a_row_that_cannot_work_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preview(demo_job(tmp_path), num_rows=29, seed=0, with_images=False, engine=Silent())
+    shown = capsys.readouterr().out
+    for kind in ("decode: ", "missing_image: ", "too_large: the header claims", "engine: told to"):
+        assert f"\n{kind}" in shown
+
+
+class Silent:
+    """Fails on every row."""
+
+    def run(self, samples: Any) -> Any:
+        from batchvlm.errors import ErrorType
+        from batchvlm.records import Failure
+
+        for sample in samples:
+            yield sample.row_index, Failure(error_type=ErrorType.ENGINE, message="told to")
+
+
+def test_a_picture_of_half_blocks() -> None:
+    image = Image.new("RGB", (4, 4), (250, 0, 0))
+    image.paste((0, 0, 250), (0, 2, 4, 4))
+    lines = half_blocks(image, columns=4, rows=2).splitlines()
+    assert len(lines) == 2 and all(line.count("▀") == 4 for line in lines)
+    assert lines[0].startswith("\x1b[38;2;250;0;0m\x1b[48;2;250;0;0m▀")
+    assert lines[1].startswith("\x1b[38;2;0;0;250m") and lines[1].endswith("\x1b[0m")
+    # Of an odd number of pixels, the last line has no lower half.
+    assert half_blocks(image.crop((0, 0, 4, 3)), columns=4, rows=2).count("\x1b[48") == 4
+    wide = half_blocks(Image.new("L", (400, 10)), columns=40)
+    assert len(wide.splitlines()) == 1 and wide.count("▀") == 40
+
+
+def test_a_terminal_takes_no_orders_from_data() -> None:
+    assert printable("a\x1b[2Jb\nc\td\x07\x9b") == "a [2Jb\nc\td  "
+
+
+def test_flags_and_settings_are_told_apart() -> None:
+    from batchvlm.before.commands import preview as command
+
+    _, overrides = command(["-n", "3", "task=vqa", "--seed=7", "--config-dir", "conf", "a.b=c d"])
+    assert overrides == ["task=vqa", "--config-dir", "conf", "a.b=c d"]
+    for wrong in (["-n", "0"], ["--seed", "x"]):
+        with pytest.raises(SystemExit) as caught:
+            command(wrong)
+        assert caught.value.code == 2
+    assert compose("run", ["task=vqa"]).task.name.value == "vqa"
