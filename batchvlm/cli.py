@@ -6,13 +6,16 @@ import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NoReturn
 
 from batchvlm import __version__
 from batchvlm.config import JobConfig
 from batchvlm.errors import BatchvlmError, ConfigError, ExitCode, TooManyErrors
+from batchvlm.runtime.logs import set_up_logging
 from batchvlm.runtime.signals import Interrupted, catch_signals, ignore_signals
 
 _USAGE = """\
@@ -35,6 +38,7 @@ batchvlm: run a vision-language model over a whole dataset, one output row for e
   batchvlm compare OUT_A OUT_B            two outputs of one input, row by row
   batchvlm --version
 
+With --debug an error also shows where in the program it happened.
 Interrupted? Run the same command again: it goes on where it stopped.
 Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 3 more failed rows than
 runtime.max_error_rate, 75 interrupted, run me again, 130 stopped by a second Ctrl-C.
@@ -43,7 +47,7 @@ runtime.max_error_rate, 75 interrupted, run me again, 130 stopped by a second Ct
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `batchvlm` command."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = _without_debug(sys.argv[1:] if argv is None else argv)
     match args:
         case ["run", *rest]:
             return run_app("run", rest)
@@ -79,19 +83,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             return ExitCode.USAGE
 
 
+def _without_debug(args: Sequence[str]) -> list[str]:
+    """The command line without `--debug`, which is noted."""
+    _debug.is_on = "--debug" in args
+    return [arg for arg in args if arg != "--debug"]
+
+
+@dataclass
+class _Debug:
+    is_on: bool = False
+    """Whether errors show where they happened."""
+
+
+_debug = _Debug()
+
+
 def _run_command(command: Callable[[Sequence[str]], ExitCode], argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         return int(command(argv))
     except BatchvlmError as error:
-        _say(error)
-        return error.exit_code
+        return _say(error)
     except BrokenPipeError:
         # Whoever reads along (`| head`) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
     except KeyboardInterrupt:
         return ExitCode.STOPPED
+    except Exception as error:
+        return _say(error)
 
 
 def run_app(
@@ -117,16 +137,17 @@ def run_app(
     # Hydra would print errors in its own words; this makes it raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     catch_signals()
-    if overrides is not None:
+    if overrides is None:
+        sys.argv[1:] = _without_debug(sys.argv[1:])
+    else:
         sys.argv = [program, *overrides]
     try:
         return _run_hydra(config_name, job or _run_job)
-    except BatchvlmError as error:
-        _say(error)
-        return error.exit_code
     except (Interrupted, KeyboardInterrupt):
         print("batchvlm: interrupted; run the same command again to go on", file=sys.stderr)
         return ExitCode.INTERRUPTED
+    except Exception as error:
+        return _say(error)
 
 
 def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
@@ -140,14 +161,13 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
     def task(node: DictConfig) -> None:
         try:
             cfg = read_config(node)
-            _set_up_process()
+            _set_up_process(cfg)
             job(cfg)
-        except BatchvlmError as error:
-            # Not raised through Hydra: of a sweep, the other jobs shall still run.
-            _say(error)
-            codes.append(error.exit_code)
         except BrokenPipeError as error:
             raise RuntimeError("a pipe within the job broke") from error
+        except Exception as error:
+            # Not raised through Hydra: of a sweep, the other jobs shall still run.
+            codes.append(_say(error))
 
     _check_flags()
     register_schema()
@@ -209,18 +229,26 @@ def _check_flags() -> None:
     parser.parse_args()
 
 
-def _say(error: BatchvlmError) -> None:
-    print(f"batchvlm: error: {error}", file=sys.stderr)
-    if isinstance(error, TooManyErrors):
-        print("\n".join(error.causes), file=sys.stderr)
+def _say(error: Exception) -> ExitCode:
+    """Say in one line what went wrong, and where if that was asked for."""
+    if _debug.is_on:
+        traceback.print_exception(error)
+    if isinstance(error, BatchvlmError):
+        print(f"batchvlm: error: {error}", file=sys.stderr)
+        if isinstance(error, TooManyErrors):
+            print("\n".join(error.causes), file=sys.stderr)
+        return error.exit_code
+    # Nobody foresaw it: a mistake of this program, or of a library.
+    text = " ".join(str(error).split())[:300]
+    hint = "" if _debug.is_on else "; the same command with --debug shows where"
+    print(f"batchvlm: error: {type(error).__name__}: {text}{hint}", file=sys.stderr)
+    return ExitCode.FAILED
 
 
-def _set_up_process() -> None:
+def _set_up_process(cfg: JobConfig) -> None:
     # Again: of a sweep, the job before has left signals ignored.
     catch_signals()
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
+    set_up_logging(as_json=cfg.runtime.log_json)
     for name in ("accelerate", "fsspec", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):

@@ -118,10 +118,12 @@ class Collector:
         """Pass samples on to batching; write the rows that have failed already."""
         for item in prepared:
             if isinstance(item.outcome, Failure):
+                self.metrics.count_prepared(0)
                 self._write(_result(item.record, item.outcome), progress)
             else:
                 # The pixels are the engine's to keep, not longer than it needs them.
                 sample = item.outcome.without_images()
+                self.metrics.count_prepared(sample.prompt_tokens)
                 self._under_way[item.record.row_index] = (item.record, sample)
                 yield item.outcome
 

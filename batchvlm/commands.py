@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batchvlm.errors import ExitCode, OutputError
+
+if TYPE_CHECKING:
+    from batchvlm.output.status import Progress
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -46,14 +52,34 @@ def status(argv: Sequence[str]) -> ExitCode:
         "Writes nothing; a machine that shares the folder will do.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--watch",
+        type=_seconds,
+        nargs="?",
+        const=5.0,
+        metavar="SECONDS",
+        help="look again every so often, 5 seconds without a number, until the job is done",
+    )
     args = parser.parse_args(argv)
     from batchvlm.output.folder import OutputFolder
     from batchvlm.output.status import status
 
-    found = status(OutputFolder(args.out))
-    if args.json:
-        print(json.dumps(vars(found)))
-        return ExitCode.DONE
+    while True:
+        found = status(OutputFolder(args.out))
+        if args.watch and sys.stdout.isatty():
+            print("\x1b[H\x1b[2J", end="")  # from the top of an empty screen
+        if args.json:
+            print(json.dumps(vars(found)), flush=True)
+        else:
+            _print_status(found)
+        if not args.watch or found.num_done == found.num_rows:
+            return ExitCode.DONE
+        time.sleep(args.watch)
+        if not args.json:
+            print(flush=True)
+
+
+def _print_status(found: Progress) -> None:
     share = found.num_done / max(found.num_rows, 1)
     unfinished = found.num_in_segments
     print(f"rows     {found.num_done:,} of {found.num_rows:,} ({share:.1%})", end="")
@@ -71,7 +97,6 @@ def status(argv: Sequence[str]) -> ExitCode:
         print(f"speed    {found.rows_per_s:,.1f} rows/s of {found.num_live} processes{left}")
     if found.written_s_ago is not None:
         print(f"written  {_duration(found.written_s_ago)} ago")
-    return ExitCode.DONE
 
 
 def compact(argv: Sequence[str]) -> ExitCode:
@@ -149,6 +174,16 @@ def _size(text: str) -> int:
     if match is None or not (size := int(float(match[1]) * _UNITS[match[2]])):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 2GB")
     return size
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return seconds
 
 
 def _count(text: str) -> int:

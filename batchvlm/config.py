@@ -338,6 +338,8 @@ class RuntimeConfig:
     """Preparing one row may take this long, in seconds; needs `num_workers` above 0."""
     log_every_s: float = 10.0
     """Seconds between progress lines where stderr is no terminal."""
+    log_json: bool = False
+    """Write each log line as a JSON object, progress with its numbers; no bar is drawn."""
     max_error_rate: float | None = None
     """A share of failed rows above this ends the run, exit code 3; null: never."""
     max_error_rate_after: int = 100
@@ -347,6 +349,23 @@ class RuntimeConfig:
     finished rows to disk and exits with 75; null: wait forever."""
     grace_s: float = 30.0
     """From a signal to the exit, in seconds, whatever the model is doing then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where the counts of a running job also go. Each process is a run of its own there."""
+
+    trackers: list[str] = field(default_factory=list)
+    """`tensorboard`, `wandb`: through accelerate's trackers; each needs its package."""
+    project: str = "batchvlm"
+    """wandb: the project."""
+    dir: str | None = None
+    """Folder for what trackers write; null: `_batchvlm/tracking` in the output folder."""
+    prometheus_file: str | None = None
+    """File in the Prometheus text format, for node_exporter's textfile collector (`*.prom`). Of a
+    job of several processes, each adds its task and rank to the name."""
+    every_s: float = 10.0
+    """Seconds between two sets of counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,3 +381,4 @@ class JobConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     retry: RetryConfig = field(default_factory=RetryConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -35,12 +35,15 @@ from batchvlm.records import (
     Shard,
 )
 from batchvlm.report.card import write_finished_card
+from batchvlm.report.redact import redact_all
 from batchvlm.runtime.metrics import Metrics, TimeLine
 from batchvlm.runtime.prefetch import Prefetcher
 from batchvlm.runtime.progress import Progress
-from batchvlm.runtime.ranks import find_rank, shards_of_task
+from batchvlm.runtime.ranks import Rank, find_rank, memory_of, shards_of_task
+from batchvlm.runtime.trackers import Place, Trackers, check_installed
 from batchvlm.runtime.watchdog import Ticker, Watchdog
 from batchvlm.runtime.workers import WorkerPool, default_num_workers
+from batchvlm.settings import to_plain
 from batchvlm.turns import Turns
 
 if TYPE_CHECKING:
@@ -74,6 +77,7 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
     Raises:
         BatchvlmError: the job cannot be done; finished rows are on disk.
     """
+    check_installed(cfg.tracking)
     job = open_job(cfg)
     cfg = job.cfg
     mine = shards_of_task(job.run.plan, cfg.runtime)
@@ -172,6 +176,7 @@ def _compute(
             collector.flush_if_due, every_s=max(cfg.output.flush_every_s, 1.0), name="flush"
         )
         stack.enter_context(flush)
+        trackers = stack.enter_context(_open_trackers(job, metrics, rank))
         collector.is_running = True
         collector.beat()
         progress = stack.enter_context(
@@ -179,6 +184,8 @@ def _compute(
                 metrics,
                 total=sum(shard.num_rows for shard in mine),
                 log_every_s=cfg.runtime.log_every_s,
+                has_bar=not cfg.runtime.log_json,
+                memory=lambda: memory_of(rank.device),
             )
         )
         metrics.engine = engine.stats
@@ -189,6 +196,7 @@ def _compute(
             collector.finish(row_index, outcome, progress)
             metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
             time_line.tick()
+            trackers.tick()
         collector.finish_all(progress)
         metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
 
@@ -208,6 +216,23 @@ def _answers(
             yield answer
         if turns is None or turns.is_over or not num_answers:
             return
+
+
+def _open_trackers(job: Job, metrics: Metrics, rank: Rank) -> Trackers:
+    cfg = job.cfg
+    place = Place(
+        output=job.folder.root.name,
+        task_id=cfg.runtime.task_id,
+        rank=rank.index,
+        is_one_of_many=cfg.runtime.num_tasks > 1 or rank.world_size > 1,
+    )
+    return Trackers(
+        cfg.tracking,
+        metrics,
+        place,
+        folder=job.folder.inner / "tracking",
+        settings=redact_all(to_plain(cfg)),
+    )
 
 
 def _open_pool(job: Job) -> WorkerPool:

@@ -27,6 +27,7 @@ from batchvlm.config import GENERATION_LIMITS, DataConfig, JobConfig, SourceKind
 from batchvlm.errors import ConfigError, ErrorType
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_TRACKERS = ("tensorboard", "wandb")
 _ROOTS = tuple(f.name for f in fields(JobConfig))
 
 
@@ -255,6 +256,7 @@ def _check_ranges(cfg: JobConfig) -> None:
     _at_least("runtime.max_error_rate_after", runtime.max_error_rate_after, 1)
     _at_least("runtime.stall_timeout_s", runtime.stall_timeout_s, 1)
     _at_least("runtime.grace_s", runtime.grace_s, 0.1)
+    _at_least("tracking.every_s", cfg.tracking.every_s, 0.1)
     if runtime.max_error_rate is not None:
         _between("runtime.max_error_rate", runtime.max_error_rate, 0, 1)
     if not 0 <= runtime.task_id < runtime.num_tasks:
@@ -295,6 +297,11 @@ def _check_choices(cfg: JobConfig) -> None:
             raise ConfigError(
                 f"retry.errors names {name!r}, which is no error type",
                 hint=f"there are {', '.join(ErrorType)}",
+            )
+    for name in cfg.tracking.trackers:
+        if name not in _TRACKERS:
+            raise ConfigError(
+                f"tracking.trackers names {name!r}", hint=f"there are {', '.join(_TRACKERS)}"
             )
     if "" in cfg.generation.stop:
         raise ConfigError("generation.stop holds an empty string, which ends every answer")

@@ -151,8 +151,54 @@ def test_a_reader_that_leaves_is_no_failure(tmp_path: Path, args: list[str]) -> 
     assert all(" INFO " in line for line in lines)
 
 
-def test_tab_completion(tmp_path: Path) -> None:
-    line = "batchvlm run task=e"
+def test_a_traceback_only_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--debug", "data.max_rows=-1"]) == ExitCode.USAGE
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and "ConfigError" in shown
+    assert shown.endswith("batchvlm: error: data.max_rows=-1 must be at least 1\n")
+
+    def broken(*args: Any) -> None:
+        raise KeyError("nobody foresaw it")
+
+    monkeypatch.setattr("batchvlm.output.status.status", broken)
+    monkeypatch.setattr("batchvlm.pipeline.run_job", broken)
+    for command_line in (["status", str(tmp_path)], ["run", f"output.dir={tmp_path / 'out'}"]):
+        assert main(command_line) == ExitCode.FAILED
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == (
+            "batchvlm: error: KeyError: 'nobody foresaw it'; "
+            "the same command with --debug shows where"
+        )
+        assert main([*command_line, "--debug"]) == ExitCode.FAILED
+        assert "in broken" in capsys.readouterr().err
+
+
+def test_log_lines_for_programs(tmp_path: Path) -> None:
+    done = command(
+        "run", "runtime.log_json=true", "data.max_rows=12", "runtime.num_workers=0",
+        "tracking.prometheus_file=job.prom", "output.dir=out", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == ExitCode.DONE, done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert all(line["level"] == "info" for line in lines)
+    assert (lines[-1]["rows"], lines[-1]["total_rows"], lines[-1]["left_s"]) == (12, 12, 0)
+    assert lines[-1]["errors"] == {"decode": 1} or lines[-1]["errors"]
+    assert 'batchvlm_rows_total{output="out"' in (tmp_path / "job.prom").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("batchvlm run task=e", ["task=extract"]),
+        ("batchvlm plan task=e", ["task=extract"]),
+        ("batchvlm preview engine=s", ["engine=slots"]),
+    ],
+)
+def test_tab_completion(tmp_path: Path, line: str, words: list[str]) -> None:
     done = subprocess.run(
         [*BATCHVLM, "-sc", "query=bash"],
         cwd=tmp_path,
@@ -160,7 +206,7 @@ def test_tab_completion(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.stdout.split() == ["task=extract"], done.stderr
+    assert done.stdout.split() == words, done.stderr
     assert "hydra_bash_completion batchvlm" in command("-sc", "install=bash", cwd=tmp_path).stdout
 
 

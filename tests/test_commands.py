@@ -59,6 +59,30 @@ def test_status_for_people_and_programs(tmp_path: Path, capsys: pytest.CaptureFi
     assert "damaged  part-00000-of-00002.parquet: delete it, and the same command" in lines[2]
 
 
+def test_status_is_watched_until_the_job_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_job(tmp_path, "ours", stop_after=3)
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        run_job(tmp_path, "ours", stop_after=3 if len(waited) == 1 else 99)
+
+    monkeypatch.setattr("batchvlm.commands.time.sleep", sleep)
+    assert main(["status", str(tmp_path), "--watch", "0.5"]) == ExitCode.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:13] for line in lines if line.startswith("rows")] == [
+        "rows     3 of",
+        "rows     6 of",
+        "rows     8 of",
+    ]
+    assert waited == [0.5, 0.5] and "\x1b" not in "".join(lines)
+    assert main(["status", str(tmp_path), "--watch"]) == ExitCode.DONE
+    with pytest.raises(SystemExit):
+        main(["status", str(tmp_path), "--watch", "0"])
+
+
 def test_compact_by_rows_and_by_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job(tmp_path)
     assert main(["compact", str(tmp_path), "--rows", "8"]) == ExitCode.DONE

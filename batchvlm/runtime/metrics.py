@@ -34,6 +34,12 @@ class Metrics:
     examples: dict[str, str] = field(default_factory=dict)
     """Of each error type the first row that had it, and its message."""
     finish_reasons: Counter[str] = field(default_factory=Counter)
+    num_prepared: int = 0
+    """Rows that are ready for the engine or have failed before it."""
+    prepared_tokens: int = 0
+    """Prompt tokens of these."""
+    prompt_tokens: int = 0
+    """Of rows that are done, as all that follow."""
     image_tokens: int = 0
     completion_tokens: int = 0
     start_s: float = 0.0
@@ -53,6 +59,43 @@ class Metrics:
         """Share of the running time that the engine waited for samples."""
         return self.wait_s / self.run_s if self.run_s else 0.0
 
+    def count_prepared(self, prompt_tokens: int) -> None:
+        """Count a row that is ready for the engine, or has failed before it (0 tokens)."""
+        self.num_prepared += 1
+        self.prepared_tokens += prompt_tokens
+
+    def share_done(self, num_todo: int) -> float:
+        """How much of the work is done, between 0 and 1, by tokens rather than rows.
+
+        Rows are answered longest first, so that the rows done stand for more than their number.
+        What is prepared comes in input order: its mean stands for the rows that nobody has seen.
+
+        Args:
+            num_todo: rows that are done or to be done by this process.
+        """
+        num_answered = max(self.num_success, 1)
+        answer = self._token_cost() * self.completion_tokens / num_answered
+        done = self.prompt_tokens + answer * self.num_success
+        num_prepared = max(self.num_prepared, self.num_rows, 1)
+        under_way = self.prepared_tokens - self.prompt_tokens
+        mean = self.prepared_tokens / num_prepared
+        # Of the rows that are still to come, as many fail as of those that are done.
+        answer *= self.num_success / max(self.num_rows, 1)
+        left = max(under_way, 0) + (num_prepared - self.num_rows) * answer
+        left += max(num_todo - num_prepared, 0) * (mean + answer)
+        if done + left <= 0:  # nothing but failures so far
+            return self.num_rows / max(num_todo, 1)
+        return done / (done + left)
+
+    def _token_cost(self) -> float:
+        """What a token of an answer costs, in tokens of a prompt."""
+        prompt_s = self.engine.vision_s + self.engine.prefill_s
+        if not (prompt_s and self.engine.decode_s and self.engine.prompt_tokens):
+            return 1.0
+        a_prompt_token = prompt_s / self.engine.prompt_tokens
+        an_answer_token = self.engine.decode_s / max(self.completion_tokens, 1)
+        return min(max(an_answer_token / a_prompt_token, 1 / 16), 64.0)
+
     def count_result(self, result: Result) -> None:
         """Count one row."""
         self.num_rows += 1
@@ -63,6 +106,7 @@ class Metrics:
             self.examples.setdefault(kind, f"{result.id}: {result.failure.message}")
         if result.finish_reason is not None:
             self.finish_reasons[str(result.finish_reason)] += 1
+        self.prompt_tokens += result.prompt_tokens or 0
         self.completion_tokens += result.completion_tokens or 0
         self.image_tokens += result.image_tokens or 0
 

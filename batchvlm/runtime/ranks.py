@@ -47,6 +47,16 @@ def find_rank(engine: EngineConfig, runtime: RuntimeConfig) -> Rank:
     return Rank(index=state.process_index, world_size=state.num_processes, device=device)
 
 
+def memory_of(device: str) -> tuple[int, int] | None:
+    """Bytes in use on an accelerator, by whomever, and bytes there are; None of a CPU."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free, total
+
+
 def shards_of_task(plan: Sequence[Shard], runtime: RuntimeConfig) -> list[Shard]:
     """The shards of one slice of the job, which its ranks divide among themselves."""
     return [s for s in plan if s.index % runtime.num_tasks == runtime.task_id]

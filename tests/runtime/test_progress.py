@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 
 from batchvlm.errors import ErrorType
 from batchvlm.records import EngineStats, Failure, FinishReason, Result, Status
+from batchvlm.runtime.logs import DATA
 from batchvlm.runtime.metrics import Metrics
 from batchvlm.runtime.progress import Progress
 
@@ -38,10 +42,87 @@ def test_the_time_left_follows_from_this_runs_own_rate(caplog: pytest.LogCapture
             metrics.count_result(result(row, failure))
             progress.advance()
     # 20 rows in 20 s, 40 were there before, so 40 rows and 40 s are left.
+    # One of 10 rows failed and cost nothing, which no later row is expected to do more often.
     assert [r.getMessage() for r in caplog.records] == [
-        "50 of 100 rows (50%), 1.0 rows/s, 4 tok/s, 1 errors, 00:50 left",
-        "60 of 100 rows (60%), 1.0 rows/s, 5 tok/s, 1 errors, 00:40 left",
+        "50 of 100 rows (50%), 1.0 rows/s, 4 tok/s, 1 errors, 0% waiting for data, 00:50 left",
+        "60 of 100 rows (60%), 1.0 rows/s, 5 tok/s, 1 errors, 0% waiting for data, 00:40 left",
     ]
+    assert caplog.records[-1].__dict__[DATA] == {
+        "rows": 60,
+        "total_rows": 100,
+        "rows_per_s": 1.0,
+        "completion_tokens": 95,
+        "errors": {"decode": 1},
+        "wait_share": 0.0,
+        "memory_bytes": None,
+        "left_s": 40.0,
+    }
+
+
+@dataclass
+class Simulated:
+    """A job whose rows differ in cost by a factor of hundreds, run longest first by windows.
+
+    A token of an answer costs as much as ten of a prompt; nobody tells the progress so.
+    """
+
+    seed: int
+    now: float = 0.0
+    num_rows: int = 8000
+    window: int = 512
+
+    def run(self, metrics: Metrics, look: Callable[[float], None]) -> float:
+        """Answer every row; `look` is called after each one. Returns the time that it took."""
+        draw = random.Random(self.seed)
+        rows = [
+            (int(draw.lognormvariate(5, 1.2)) + 20, 1 + int(draw.expovariate(1 / 60)))
+            for _ in range(self.num_rows)
+        ]
+        ahead = 0
+        for start in range(0, self.num_rows, self.window):
+            window = sorted(rows[start : start + self.window], reverse=True)
+            # Workers are a window ahead.
+            while ahead < min(start + 2 * self.window, self.num_rows):
+                metrics.count_prepared(rows[ahead][0])
+                ahead += 1
+            for i, (prompt, answer) in enumerate(window):
+                is_error = (start + i) % 10 == 0
+                prompt_s, decode_s = 0.001 * prompt, 0.0 if is_error else 0.01 * answer
+                self.now += prompt_s + decode_s
+                metrics.engine.prefill_s += prompt_s
+                metrics.engine.prompt_tokens += prompt
+                metrics.engine.decode_s += decode_s
+                failure = Failure(error_type=ErrorType.OOM, message="") if is_error else None
+                done = replace(
+                    result(start + i, failure),
+                    prompt_tokens=prompt,
+                    completion_tokens=None if is_error else answer,
+                )
+                metrics.count_result(done)
+                look(self.now)
+        return self.now
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_time_left_is_right_after_a_tenth_of_a_skewed_job(seed: int) -> None:
+    whole_s = Simulated(seed).run(Metrics(), lambda now: None)
+    job, metrics = Simulated(seed), Metrics()
+    found: dict[str, float] = {}
+    with Progress(metrics, total=job.num_rows, log_every_s=1e9, clock=lambda: job.now) as progress:
+
+        def look(now: float) -> None:
+            for share in (0.1, 0.25, 0.5):
+                if now >= share * whole_s and f"{share}" not in found:
+                    found[f"{share}"] = progress.left_s / (whole_s - now)
+                    by_rows = now * (job.num_rows / metrics.num_rows - 1)
+                    found[f"{share} by rows"] = by_rows / (whole_s - now)
+
+        job.run(metrics, look)
+        assert progress.left_s == pytest.approx(0, abs=1e-6)
+    for share in ("0.1", "0.25", "0.5"):
+        assert found[share] == pytest.approx(1, abs=0.1)
+    # Which is not for nothing: in the middle of a window, rows alone tell less.
+    assert abs(found["0.1 by rows"] - 1) > 1.5 * abs(found["0.1"] - 1)
 
 
 def test_the_last_row_is_always_shown(caplog: pytest.LogCaptureFixture) -> None:
@@ -60,12 +141,14 @@ def test_a_bar_in_a_terminal(
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     metrics = Metrics()
-    with Progress(metrics, total=2, log_every_s=10) as progress:
+    memory = (3_000_000_000, 80_000_000_000)
+    with Progress(metrics, total=2, log_every_s=10, memory=lambda: memory) as progress:
         metrics.num_found = 1
         metrics.count_result(result(0, Failure(error_type=ErrorType.OOM, message="")))
         progress.advance()
     shown = capsys.readouterr().err
     assert "2/2" in shown and "tok/s, 1 errors" in shown
+    assert "0% waiting for data, 3.0 of 80 GB, 00:00 left" in shown
 
 
 def test_metrics_of_batches_and_rows() -> None:
