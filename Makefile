@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test soak lint format clean
+.PHONY: demo test soak docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/batchvlm run
@@ -20,10 +20,16 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
-# Long jobs, real kills, and walks over every fault point. More kills: make soak KILLS=500
+# Long jobs, real kills, walks over every fault point, and what docs/ tells people to type. More kills: make soak KILLS=500
 KILLS ?= 40
 soak: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m 'soak or kill' --kills $(KILLS)
+	$(BIN)/python -m pytest -m 'soak or kill or docs' --kills $(KILLS)
+
+# The pages of docs/, in build/docs; a dead link is an error.
+docs: $(VENV)/.installed-test
+	$(BIN)/python docs/settings_page.py
+	$(BIN)/sphinx-build -W -q docs build/docs
+	@echo "build/docs/index.html"
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -232,9 +232,9 @@ class _Collector:
             ("run_seconds", "Seconds since the model was ready", metrics.run_s),
             ("wait_seconds", "Seconds that the engine waited for data", metrics.wait_s),
         )
-        for name, about, count in totals:
+        for name, about, number in totals:
             family = CounterMetricFamily(f"batchvlm_{name}", about, labels=labels)
-            family.add_metric(values, count)
+            family.add_metric(values, number)
             yield family
         found = GaugeMetricFamily(
             "batchvlm_rows_found", "Rows that earlier runs had finished", labels=labels
