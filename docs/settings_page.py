@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -87,7 +88,7 @@ def _docstrings(kind: type) -> dict[str, str]:
     tree = ast.parse(inspect.getsource(kind))
     (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
     found = {}
-    for field, below in zip(body, body[1:], strict=False):
+    for field, below in pairwise(body):
         is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
             found[field.target.id] = str(below.value.value)  # type: ignore[attr-defined]
