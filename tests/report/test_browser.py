@@ -210,6 +210,13 @@ def test_a_phone_never_scrolls_sideways(browser: Any, page: str, scheme: str) ->
         "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     )
     assert widths[0] <= widths[1] <= 360
+    # No error type is broken within its word.
+    lines = browser.execute_script(
+        "return [...document.querySelectorAll('.errors tbody th')].map((cell) => {"
+        "const range = document.createRange(); range.selectNodeContents(cell);"
+        "return range.getClientRects().length; })"
+    )
+    assert lines and set(lines) == {1}
 
 
 def test_light_and_dark_are_both_readable(browser: Any, page: str) -> None:
