@@ -8,10 +8,8 @@ from typing import Any
 import torch
 
 from batchvlm.config import EngineName, JobConfig
-from batchvlm.engine.generate import refuse_unable
 from batchvlm.engine.memory import MemoryPlan, free_bytes
-from batchvlm.engine.select import why_not_slots
-from batchvlm.errors import ModelError
+from batchvlm.engine.select import name_engine
 from batchvlm.loading import load_skeleton
 from batchvlm.runtime.ranks import find_rank
 
@@ -48,18 +46,7 @@ def foresee(cfg: JobConfig, *, row_tokens: int) -> Footprint:
         ConfigError: `engine.device` names a device that is not here.
     """
     model = load_skeleton(cfg.model)
-    refuse_unable(model)
-    reason = why_not_slots(model, is_asked_for=cfg.engine.name is EngineName.slots)
-    if cfg.model.attn_implementation not in (None, "sdpa"):
-        reason = f"model.attn_implementation={cfg.model.attn_implementation} is asked for"
-    if cfg.engine.name is EngineName.slots and reason:
-        raise ModelError(
-            f"engine=slots cannot run {type(model).__name__}: {reason}",
-            hint="engine=auto or engine=generate runs it by transformers' generate()",
-        )
-    name = cfg.engine.name
-    if name is EngineName.auto:
-        name = EngineName.generate if reason else EngineName.slots
+    name, reason = name_engine(model, cfg)
     device = torch.device(find_rank(cfg.engine, cfg.runtime).device)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     token_bytes = _token_bytes(model.config.get_text_config(decoder=True), model.dtype)

@@ -63,10 +63,31 @@ def choose_engine(model: Any, tokenizer: Any, cfg: JobConfig) -> Engine:
     Raises:
         ModelError: the engine that was asked for cannot run it.
     """
-    refuse_unable(model)
+    name, reason = name_engine(model, cfg)
     if model.device.type == "cpu":
         keep_freed_memory()
     tune(model)
+    if name is EngineName.generate:
+        if reason:
+            log.info("%s runs by generate(): %s", type(model).__name__, reason)
+        return GenerateEngine(model, tokenizer, cfg.batching)
+    return SlotEngine(
+        model,
+        tokenizer,
+        cfg.batching,
+        cfg.engine,
+        eos_ids=eos_ids(model, tokenizer),
+        suppress_ids=tuple(model.generation_config.suppress_tokens or ()),
+    )
+
+
+def name_engine(model: Any, cfg: JobConfig) -> tuple[EngineName, str]:
+    """The engine of a model, which needs no weights for this, and why not slots where not.
+
+    Raises:
+        ModelError: the engine that was asked for cannot run it.
+    """
+    refuse_unable(model)
     reason = why_not_slots(model, is_asked_for=cfg.engine.name is EngineName.slots)
     if cfg.model.attn_implementation not in (None, "sdpa"):
         reason = f"model.attn_implementation={cfg.model.attn_implementation} is asked for"
@@ -76,19 +97,11 @@ def choose_engine(model: Any, tokenizer: Any, cfg: JobConfig) -> Engine:
                 f"engine=slots cannot run {type(model).__name__}: {reason}",
                 hint="engine=auto or engine=generate runs it by transformers' generate()",
             )
-        case EngineName.auto if reason:
-            log.info("%s runs by generate(): %s", type(model).__name__, reason)
-            return GenerateEngine(model, tokenizer, cfg.batching)
         case EngineName.generate:
-            return GenerateEngine(model, tokenizer, cfg.batching)
-    return SlotEngine(
-        model,
-        tokenizer,
-        cfg.batching,
-        cfg.engine,
-        eos_ids=eos_ids(model, tokenizer),
-        suppress_ids=tuple(model.generation_config.suppress_tokens or ()),
-    )
+            return EngineName.generate, ""
+        case EngineName.auto if reason:
+            return EngineName.generate, reason
+    return EngineName.slots, ""
 
 
 def why_not_slots(model: Any, *, is_asked_for: bool = False) -> str:
