@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import logging
 import os
@@ -18,27 +19,34 @@ from batchvlm.errors import BatchvlmError, ConfigError, ExitCode, TooManyErrors
 from batchvlm.runtime.logs import set_up_logging
 from batchvlm.runtime.signals import Interrupted, catch_signals, ignore_signals
 
+_COMMANDS = ("run", "plan", "preview", "status", "verify", "report", "compare", "compact", "export")
+
 _USAGE = """\
 batchvlm: run a vision-language model over a whole dataset, one output row for every input row.
 
-  batchvlm run                            caption the bundled images with the bundled model
-  batchvlm run data=parquet data.path=F model=hub model.path=NAME output.dir=OUT
-                                          caption your own images with a model of the Hub
-  batchvlm plan [the same settings]       what that job will be: rows, tokens, memory, mistakes
-  batchvlm preview [the same settings]    a few of its rows answered here, token by token
+Try it (bundled images, bundled model):
+  batchvlm run
+
+Your own images, a model of the Hub; the same settings for all three:
+  batchvlm plan     data=parquet data.path=F model=hub model.path=NAME     what the job will be
+  batchvlm preview  data=parquet data.path=F model=hub model.path=NAME     a few rows answered here
+  batchvlm run      data=parquet data.path=F model=hub model.path=NAME output.dir=OUT
+
+Its output:
+  batchvlm status OUT             how far the job is, running or dead; --watch
+  batchvlm verify OUT             whether every input row is there exactly once
+  batchvlm report OUT             one HTML file: counts, speed, errors, a gallery of rows
+  batchvlm compare OUT_A OUT_B    two outputs of one input, row by row
+  batchvlm compact OUT            merge the parts of a finished job into larger ones
+  batchvlm export OUT --to openai --path FILE     the answers as an OpenAI batch output file
+
+More:
   batchvlm run --help                     groups, settings, examples
   batchvlm run --cfg job                  every setting with its value, and nothing else
   eval "$(batchvlm -sc install=bash)"     tab completion; also install=zsh, install=fish
-  batchvlm status OUT                     how far a job is, running or dead
-  batchvlm verify OUT                     whether every input row is there exactly once
-  batchvlm compact OUT                    merge the parts of a finished job into larger ones
-  batchvlm export OUT --to openai --path FILE
-                                          the answers as an OpenAI batch output file
-  batchvlm report OUT                     one HTML file: counts, speed, errors, a gallery of rows
-  batchvlm compare OUT_A OUT_B            two outputs of one input, row by row
   batchvlm --version
+  --debug, with any command               an error also shows where it happened
 
-With --debug an error also shows where in the program it happened.
 Interrupted? Run the same command again: it goes on where it stopped.
 Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 3 more failed rows than
 runtime.max_error_rate, 75 interrupted, run me again, 130 stopped by a second Ctrl-C.
@@ -78,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_USAGE, end="")
             return ExitCode.DONE
         case _:
-            known = "run, plan, preview, status, verify, compact, export, report, compare"
-            print(f"batchvlm: error: {args[0]} is no command; there are {known}", file=sys.stderr)
-            return ExitCode.USAGE
+            near = difflib.get_close_matches(args[0], [*_COMMANDS, "--help", "--version"], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_COMMANDS)}"
+            return _say(ConfigError(f"{args[0]} is no command", hint=hint))
 
 
 def _without_debug(args: Sequence[str]) -> list[str]:
@@ -213,10 +221,11 @@ def _check_flags() -> None:
 
     def refuse(message: str) -> NoReturn:
         what = message.partition("unrecognized arguments: ")[2].split(" ")[0]
+        named = sys.argv[0] if sys.argv[0].startswith("batchvlm ") else "batchvlm run"
         if not what:
-            hint = "batchvlm run --help lists the flags"
+            hint = f"{named} --help lists the flags"
         elif what.startswith("-"):
-            message, hint = f"{what} is no flag", "batchvlm run --help lists the flags"
+            message, hint = f"{what} is no flag", f"{named} --help lists the flags"
             if "." in what or "=" in what:
                 hint = f"settings have no dashes: {what.lstrip('-')}"
         else:

@@ -155,12 +155,22 @@ def explain(error: Exception) -> ConfigError:
     lines = [line for line in lines if not line.startswith("See https://")]
     if len(lines) > 1 and lines[1].startswith("Available options"):
         options = itertools.takewhile(lambda line: not line.startswith("Config search"), lines[2:])
-        return ConfigError(lines[0], hint=f"there are {', '.join(options)}")
+        hint = f"there are {', '.join(options)}"
+        if option := re.search(r"Could not find '(\w+)/([^']+)'", lines[0]):
+            group, name = option.groups()
+            if group in ("data", "model"):
+                hint += f"; a name of your own is {group}.path={name}"
+            return ConfigError(f"{group}={name} is no option of {group}", hint=hint)
+        return ConfigError(lines[0], hint=hint)
     return ConfigError(lines[0] if lines else type(error).__name__, hint="; ".join(lines[1:3]))
 
 
 def _unreadable(override: str) -> ConfigError:
-    key, _, value = override.partition("=")
+    key, equals, value = override.partition("=")
+    if not equals:
+        # What most people try first is the input's name alone.
+        hint = f"an input is named by data=parquet data.path={override}, say; --help tells more"
+        return ConfigError(f"{override} is no setting, which is written key=value", hint=hint)
     hint = "quote a value with spaces, braces or commas twice: 'task.prompt=\"Is it red?\"'"
     if value.startswith("[") != value.endswith("]"):
         hint = f"write a list as '{key}=[{value.strip('[]')}]'"
