@@ -60,7 +60,7 @@ REFUSED = {
     "generation.temprature=1": "did you mean generation.temperature?",
     "+extra=1": "extra is no setting",
     "+data.extra=1": "data.extra is no setting",
-    "nonsense": "cannot read the override nonsense",
+    "nonsense": "nonsense is no setting, which is written key=value",
     "task.prompt={{ a }}": "quote a value",
     "data=parqet": "there are demo, folder, hf, jsonl, openai, parquet, webdataset",
     "data=parquet": "data.path is required and not set; add data.path=",
