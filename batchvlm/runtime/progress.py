@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from tqdm import tqdm
 
@@ -19,6 +20,34 @@ log = logging.getLogger(__name__)
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
 
+class Counts(Protocol):
+    """How far another rank is."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def num_found(self) -> int: ...
+
+    @property
+    def num_errors(self) -> int: ...
+
+    @property
+    def completion_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """The counts of all ranks at one instant."""
+
+    num_done: int
+    rows_per_s: float
+    tokens_per_s: float
+    completion_tokens: int
+    num_errors: int
+    left_s: float
+
+
 class Progress:
     """Shows rows, rows/s, output tokens/s, errors, waits, memory and the time left.
 
@@ -28,8 +57,10 @@ class Progress:
     Args:
         metrics: what is counted elsewhere and shown here; `num_found` may grow on the way, since
             segments are found shard by shard.
-        total: rows that this process owes.
+        total: rows that this process owes, together with the others.
         log_every_s: seconds between lines where stderr is no terminal.
+        others: how far the other ranks of a launch are.
+        is_shown: of several ranks one shows all.
         has_bar: draw a bar where stderr is a terminal.
         memory: bytes in use on the accelerator and bytes there are; None without one.
         clock: seconds, monotonic.
@@ -41,6 +72,8 @@ class Progress:
         *,
         total: int,
         log_every_s: float,
+        others: Callable[[], Iterable[Counts]] = tuple,
+        is_shown: bool = True,
         has_bar: bool = True,
         memory: Callable[[], tuple[int, int] | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -48,11 +81,14 @@ class Progress:
         self._metrics = metrics
         self._total = total
         self._log_every_s = log_every_s
+        self._others = others
+        self._is_shown = is_shown
         self._memory = memory
         self._clock = clock
         self._start = self._last_line = clock()
+        self._num_told = -1
         self._bar = None
-        if has_bar and sys.stderr.isatty():
+        if is_shown and has_bar and sys.stderr.isatty():
             # smoothing=0: batches come in bursts, longest first; only the mean rate is honest.
             self._bar = tqdm(
                 total=total,
@@ -62,7 +98,6 @@ class Progress:
                 dynamic_ncols=True,
                 bar_format=_BAR,
             )
-            self._num_found = metrics.num_found
 
     def __enter__(self) -> Self:
         return self
@@ -79,58 +114,79 @@ class Progress:
     @property
     def left_s(self) -> float:
         """Seconds until the last row, as far as can be told."""
-        elapsed_s = self._clock() - self._start
-        share = self._metrics.share_done(self._total - self._metrics.num_found)
-        return elapsed_s * (1 - share) / share if share else 0.0
+        return self._look(self._clock()).left_s
 
     def advance(self) -> None:
-        """Show that one more row is done."""
-        now, metrics = self._clock(), self._metrics
-        if self._bar is not None:
-            num_new = metrics.num_found - self._num_found
-            self._num_found += num_new
-            self._bar.initial += num_new
-            self._bar.n += num_new
-            is_last = self._bar.n + 1 >= self._total
-            if is_last or now - self._last_line >= self._bar.mininterval:
-                self._last_line = now
-                self._bar.set_postfix_str(", ".join(self._facts(now)), refresh=False)
-            self._bar.update()
+        """Show that one more row is done, here or at another rank."""
+        if not self._is_shown:
             return
-        done = metrics.num_found + metrics.num_rows
-        if now - self._last_line >= self._log_every_s or done == self._total:
-            self._last_line = now
-            rows_per_s = metrics.num_rows / max(now - self._start, 1e-9)
-            log.info(
-                "%d of %d rows (%.0f%%), %.1f rows/s, %s",
-                done,
-                self._total,
-                100 * done / self._total,
-                rows_per_s,
-                ", ".join(self._facts(now)),
-                extra={
-                    DATA: {
-                        "rows": done,
-                        "total_rows": self._total,
-                        "rows_per_s": round(rows_per_s, 3),
-                        "completion_tokens": metrics.completion_tokens,
-                        "errors": dict(metrics.errors),
-                        "wait_share": round(metrics.wait_share, 4),
-                        "memory_bytes": (self._memory() or (None,))[0],
-                        "left_s": round(self.left_s, 1),
-                    }
-                },
-            )
+        now = self._clock()
+        every_s = self._log_every_s if self._bar is None else self._bar.mininterval
+        mine = self._metrics
+        is_due = now - self._last_line >= every_s
+        # Cheap to ask for each row: the other ranks are looked at when a line is due.
+        if not is_due and mine.num_found + mine.num_rows < self._total and self._others is tuple:
+            if self._bar is not None:
+                self._bar.initial = mine.num_found
+                self._bar.update(mine.num_found + mine.num_rows - self._bar.n)
+            return
+        look = self._look(now)
+        is_last = look.num_done == self._total and self._num_told != look.num_done
+        if not is_due and not is_last:
+            return
+        self._last_line, self._num_told = now, look.num_done
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(self._facts(look)), refresh=False)
+            self._bar.update(look.num_done - self._bar.n)
+            self._bar.refresh()
+            return
+        log.info(
+            "%d of %d rows (%.0f%%), %.1f rows/s, %s",
+            look.num_done,
+            self._total,
+            100 * look.num_done / self._total,
+            look.rows_per_s,
+            ", ".join(self._facts(look)),
+            extra={
+                DATA: {
+                    "rows": look.num_done,
+                    "total_rows": self._total,
+                    "rows_per_s": round(look.rows_per_s, 3),
+                    "completion_tokens": look.completion_tokens,
+                    "errors": look.num_errors,
+                    "wait_share": round(mine.wait_share, 4),
+                    "memory_bytes": (self._memory() or (None,))[0],
+                    "left_s": round(look.left_s, 1),
+                }
+            },
+        )
 
-    def _facts(self, now: float) -> list[str]:
-        metrics = self._metrics
-        tokens_per_s = metrics.completion_tokens / max(now - self._start, 1e-9)
+    def _look(self, now: float) -> _Look:
+        mine, others = self._metrics, list(self._others())
+        num_rows = mine.num_rows + sum(counts.num_rows for counts in others)
+        num_found = mine.num_found + sum(counts.num_found for counts in others)
+        tokens = mine.completion_tokens + sum(counts.completion_tokens for counts in others)
+        elapsed_s = max(now - self._start, 1e-9)
+        # Of the others only rows are known: theirs are taken to be like ours.
+        share = mine.share_done(self._total - num_found) * num_rows / max(mine.num_rows, 1)
+        num_done = num_found + num_rows
+        share = 1.0 if num_done >= self._total else min(share, 1.0)
+        return _Look(
+            num_done=num_done,
+            rows_per_s=num_rows / elapsed_s,
+            tokens_per_s=tokens / elapsed_s,
+            completion_tokens=tokens,
+            num_errors=mine.num_errors + sum(counts.num_errors for counts in others),
+            left_s=elapsed_s * (1 - share) / share if share > 0 else 0.0,
+        )
+
+    def _facts(self, look: _Look) -> list[str]:
         facts = [
-            f"{tokens_per_s:,.0f} tok/s",
-            f"{metrics.num_errors} errors",
-            f"{metrics.wait_share:.0%} waiting for data",
+            f"{look.tokens_per_s:,.0f} tok/s",
+            f"{look.num_errors} errors",
+            f"{self._metrics.wait_share:.0%} waiting for data",
         ]
         if (memory := self._memory()) is not None:
             used, there = (number / 1e9 for number in memory)
             facts.append(f"{used:.1f} of {there:.0f} GB")
-        return [*facts, f"{tqdm.format_interval(self.left_s)} left"]
+        return [*facts, f"{tqdm.format_interval(look.left_s)} left"]

@@ -52,7 +52,7 @@ def test_the_time_left_follows_from_this_runs_own_rate(caplog: pytest.LogCapture
         "total_rows": 100,
         "rows_per_s": 1.0,
         "completion_tokens": 95,
-        "errors": {"decode": 1},
+        "errors": 1,
         "wait_share": 0.0,
         "memory_bytes": None,
         "left_s": 40.0,
@@ -161,3 +161,32 @@ def test_metrics_of_batches_and_rows() -> None:
     assert plain["engine"]["num_batches"] == 1
     assert plain["errors"] == {"oom": 1} and plain["finish_reasons"] == {"stop": 1}
     assert (plain["rows_per_s"], plain["wait_share"]) == (1.0, 0.25)
+
+
+@dataclass(frozen=True)
+class Rank:
+    num_rows: int
+    num_found: int
+    num_errors: int
+    completion_tokens: int
+
+
+def test_one_rank_shows_all_and_the_others_show_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    now = 0.0
+    others = [Rank(num_rows=30, num_found=10, num_errors=1, completion_tokens=60)]
+    shown = Progress(
+        Metrics(num_rows=10, completion_tokens=20, num_found=20),
+        total=100,
+        log_every_s=10,
+        others=lambda: others,
+        clock=lambda: now,
+    )
+    hidden = Progress(Metrics(num_rows=9), total=9, log_every_s=0, is_shown=False)
+    now = 10.0
+    for progress in (shown, hidden):
+        progress.advance()
+    # 40 rows in 10 s, 30 are left.
+    assert [r.getMessage() for r in caplog.records] == [
+        "70 of 100 rows (70%), 4.0 rows/s, 8 tok/s, 1 errors, 0% waiting for data, 00:07 left"
+    ]
