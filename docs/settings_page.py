@@ -27,8 +27,8 @@ _HEAD = """\
 
 Set any of them on the command line as `group.setting=value`, or choose an option of a group as
 `group=option`; `batchvlm run --cfg job` prints what a command would use. A list is written
-`'stop=[a,b]'`, a text with spaces `'task.prompt="Is it red?"'`, nothing at all `null`. A folder of
-your own options is named by `--config-dir`.
+`'generation.stop=[a,b]'`, a text with spaces `'task.prompt="Is it red?"'`, nothing at all `null`. A
+folder of your own options is named by `--config-dir`.
 """
 
 
@@ -71,6 +71,9 @@ def _rows(kind: type, prefix: str) -> Iterator[str]:
             continue
         default = factory() if factory is not MISSING else field.default
         about = _one_line(docs.get(field.name, ""))
+        named = types[field.name]
+        if not about and isinstance(named, type) and issubclass(named, Enum):
+            about = _one_line(named.__doc__)
         limits = config.GENERATION_LIMITS.get(field.name) if prefix == "generation." else None
         if limits is not None:
             about = f"{about} From {limits[0]:,g} to {limits[1]:,g}.".strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def calibrate(job: Job, records: Sequence[Record], *, engine: Engine | None = No
     """Answer rows in trials of growing size, until one took long enough to be told by.
 
     Args:
-        records: rows that stand for all of them.
+        records: rows that stand for all of them; the fewer that fail, the better.
         engine: takes the place of the model that the configuration names.
 
     Raises:
@@ -61,17 +62,17 @@ def calibrate(job: Job, records: Sequence[Record], *, engine: Engine | None = No
     )
     load_s = time.perf_counter() - start_s
     num_rows = _FIRST_ROWS
-    # Not the first rows: those of a trial shall be from all over the input.
-    warm_up, _ = _prepare(preprocessor, records[:: max(1, len(records) // _WARM_UP_ROWS)])
+    # Rows of a trial shall be from all over the input.
+    records = random.Random(0).sample(records, len(records))
+    warm_up, _ = _prepare(preprocessor, records[:_WARM_UP_ROWS])
     if not warm_up:
         raise InputError(
             "none of the rows drawn can be prepared, so there is nothing to calibrate by",
             hint="run batchvlm plan without --calibrate to see why",
         )
-    list(engine.run(warm_up[:_WARM_UP_ROWS]))
+    list(engine.run(warm_up))
     while True:
-        step = max(1, len(records) // num_rows)
-        samples, prepare_s = _prepare(preprocessor, records[::step][:num_rows])
+        samples, prepare_s = _prepare(preprocessor, records[:num_rows])
         samples = samples or warm_up
         start_s = time.perf_counter()
         outcomes = list(engine.run(samples))

@@ -100,7 +100,9 @@ def make_plan(job: Job, *, num_sampled: int, with_speed: bool) -> Plan:
     )
     if not with_speed:
         return found
-    return replace(found, estimate=_estimate(found, calibrate(job, drawn.records)))
+    good = {row.row_index for row in counts}
+    speed = calibrate(job, [record for record in drawn.records if record.row_index in good])
+    return replace(found, estimate=_estimate(found, speed))
 
 
 def _padding(counts: Sequence[RowCount], cfg: BatchingConfig) -> tuple[int, float]:
