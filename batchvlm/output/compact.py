@@ -65,7 +65,9 @@ def compact(
             f"{folder.root} is not whole, {faults[0]}",
             hint=f"only a finished job is compacted; see batchvlm verify {folder.root}",
         )
-    if waiting := folder.shards_with_segments(is_retry=True):
+    retried = folder.shards_with_segments(is_retry=True)
+    # A kill may have left a folder of none.
+    if waiting := [index for index in retried if folder.list_segments(index, is_retry=True)]:
         raise OutputError(
             f"{folder.root}: rows of {len(waiting)} shards were answered again and wait for a run",
             hint="run the command with its retry.errors once more",

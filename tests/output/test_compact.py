@@ -210,6 +210,60 @@ def test_two_retries_of_one_merged_part(tmp_path: Path) -> None:
     assert set(read_data(folder)["status"].to_pylist()) == {"success"}
 
 
+@pytest.mark.kill
+@pytest.mark.parametrize("mode", ["half", "killed after"])
+def test_a_fault_at_every_call_of_a_retry_of_merged_parts(
+    tmp_path: Path, fault_points: list[FaultPoint], mode: str
+) -> None:
+    policy = RetryConfig(errors=["decode"])
+
+    def again(folder: OutputFolder) -> None:
+        run = read_run(folder)
+        assert run is not None
+        about = Provenance(model="m", fingerprint=run.fingerprint, run_id="again")
+        for shard in run.plan[:4]:
+            part = folder.find_part(shard.index, NUM_SHARDS)
+            assert part is not None
+            if not needs_retry(folder, part.path, shard, policy):
+                continue
+            writer = ShardWriter(
+                folder, shard, NUM_SHARDS, SCHEMA, about, flush_every_s=1e9, retry=policy
+            )
+            for row in sorted(writer.attempts):
+                values = {"status": Status.SUCCESS, "failure": None, "generated_text": "again"}
+                writer.add(make_result(shard, row, attempts=writer.attempts[row], **values))
+                writer.flush()
+            writer.commit()
+
+    plain = job(tmp_path / "plain")
+    compact(plain, target_rows=80)
+    again(plain)
+    new = read_data(plain)
+    assert new["attempts"].to_pylist().count(2) == 2
+    num_raised = 0
+    for fatal in range(1000):
+        folder = job(tmp_path / str(fatal))
+        compact(folder, target_rows=80)
+        point = FaultPoint(fatal, mode)
+        fault_points.append(point)
+        try:
+            again(folder)
+        except (OutputError, Killed):
+            num_raised += 1
+        fault_points.append(FaultPoint(-1, mode))
+        if point.num_calls <= fatal:
+            break
+        # Whole at every instant: each row is the old one or the new one.
+        assert read_data(folder)["row_index"].to_pylist() == list(range(25)), f"call {fatal}"
+        assert verify(folder).faults == []
+        again(OutputFolder(folder.root))
+        assert read_data(folder).equals(new), f"call {fatal}"
+        # At most an empty folder is left, which keeps nobody from merging further.
+        assert not list(folder.retries.rglob("*.parquet"))
+        compact(folder, target_rows=80)
+    assert fatal > 15 and num_raised > 0.3 * fatal
+
+
 def test_a_full_disk_is_told_what_compact_needs(
     tmp_path: Path, fault_points: list[FaultPoint]
 ) -> None:
