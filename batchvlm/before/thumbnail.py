@@ -14,27 +14,25 @@ _ROWS = 15
 
 def print_thumbnail(image: Image.Image) -> None:
     """Print a picture to stdout, which is a terminal."""
-    renderable = _pixels(image)
-    if renderable is None:
+    if not _print_pixels(image):
         print(half_blocks(image))
-        return
-    from rich.console import Console
-
-    Console().print(renderable)
 
 
-def _pixels(image: Image.Image) -> Any:
-    """The picture for a terminal that draws pixels (kitty, sixel); None where there is none."""
+def _print_pixels(image: Image.Image) -> bool:
+    """Print a picture to a terminal that draws pixels (kitty's protocol, sixel), if it does."""
     if not sys.stdin.isatty():
-        return None  # nobody answers what the terminal can do
+        return False  # nobody answers what the terminal can do
     try:
+        from rich.console import Console
         from textual_image.renderable import Image as Renderable
         from textual_image.renderable import SixelImage, TGPImage
+
+        if not issubclass(Renderable, SixelImage | TGPImage):
+            return False
+        Console().print(Renderable(image, width=_COLUMNS))
     except Exception:  # not installed, or a terminal that answers nonsense
-        return None
-    if not issubclass(Renderable, SixelImage | TGPImage):
-        return None
-    return Renderable(image, width=_COLUMNS)
+        return False
+    return True
 
 
 def half_blocks(image: Image.Image, *, columns: int = _COLUMNS, rows: int = _ROWS) -> str:

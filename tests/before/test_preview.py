@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from batchvlm.before.preview import preview, printable
-from batchvlm.before.thumbnail import half_blocks
+from batchvlm.before.thumbnail import half_blocks, print_thumbnail
 from batchvlm.settings import compose
 
 from .test_drawn import demo_job
@@ -93,6 +93,31 @@ def test_a_picture_of_half_blocks() -> None:
     assert half_blocks(image.crop((0, 0, 4, 3)), columns=4, rows=2).count("\x1b[48") == 4
     wide = half_blocks(Image.new("L", (400, 10)), columns=40)
     assert len(wide.splitlines()) == 1 and wide.count("▀") == 40
+
+
+def test_a_terminal_that_draws_pixels_gets_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import textual_image.renderable as renderable
+    from textual_image import _terminal
+
+    image = Image.new("RGB", (60, 30), "red")
+    print_thumbnail(image)
+    assert "▀" in capsys.readouterr().out  # stdin is no terminal that could be asked
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(renderable, "Image", renderable.SixelImage)
+    monkeypatch.setattr(renderable.sixel, "get_cell_size", lambda: _terminal.CellSize(10, 20))
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    print_thumbnail(image)
+    shown = capsys.readouterr().out
+    assert "\x1bP" in shown and "▀" not in shown
+
+    def refuse() -> None:
+        raise _terminal.TerminalError("no answer")
+
+    monkeypatch.setattr(renderable.sixel, "get_cell_size", refuse)
+    print_thumbnail(image)
+    assert "▀" in capsys.readouterr().out
 
 
 def test_a_terminal_takes_no_orders_from_data() -> None:
