@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchvlm.errors import ExitCode, OutputError
+from batchvlm.words import duration
 
 if TYPE_CHECKING:
     from batchvlm.output.status import Progress
@@ -93,10 +94,10 @@ def _print_status(found: Progress) -> None:
         print(f"retried  {found.num_waiting:,} rows wait for a run with retry.errors")
     if found.num_live:
         left_s = (found.num_rows - found.num_done) / max(found.rows_per_s, 1e-9)
-        left = f", {_duration(left_s)} left" if found.rows_per_s else ""
+        left = f", {duration(left_s)} left" if found.rows_per_s else ""
         print(f"speed    {found.rows_per_s:,.1f} rows/s of {found.num_live} processes{left}")
     if found.written_s_ago is not None:
-        print(f"written  {_duration(found.written_s_ago)} ago")
+        print(f"written  {duration(found.written_s_ago)} ago")
 
 
 def compact(argv: Sequence[str]) -> ExitCode:
@@ -190,10 +191,3 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return int(text)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

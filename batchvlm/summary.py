@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from batchvlm.errors import OutputError
 from batchvlm.pipeline import Summary
+from batchvlm.words import printable
 
 _NUM_ANSWERS = 5
 _NUM_ERRORS = 5
@@ -102,10 +103,6 @@ def _print_row(name: str, text: str, width: int) -> None:
 
 def _shorten(text: str, width: int) -> str:
     """One line of at most `width` characters."""
-    line = " ".join(_printable(text).split())
-    return line if len(line) <= width else f"{line[: width - 3].rstrip()}..."
-
-
-def _printable(text: str) -> str:
     # What a model or a file says must not reach the terminal as control codes.
-    return "".join(c if c.isprintable() else " " for c in text)
+    line = " ".join(printable(text).split())
+    return line if len(line) <= width else f"{line[: width - 3].rstrip()}..."

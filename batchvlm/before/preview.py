@@ -22,6 +22,7 @@ from batchvlm.preprocess import Preprocessor
 from batchvlm.prompts import PromptBuilder
 from batchvlm.records import Completion, Failure, Record
 from batchvlm.runtime.ranks import find_rank
+from batchvlm.words import printable
 
 _MAX_THUMBNAILS = 4
 """Of one row."""
@@ -131,7 +132,7 @@ class _Streamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what is sure not to change any more."""
         self.has_said = self.has_said or bool(text)
-        print(printable(text), end="", flush=True)
+        print(printable(text, keep="\n\t"), end="", flush=True)
 
 
 def readable(ids: Sequence[int], tokenizer: Any) -> str:
@@ -145,9 +146,4 @@ def readable(ids: Sequence[int], tokenizer: Any) -> str:
             continue
         pieces += [tokenizer.decode(text), f"{tokenizer.decode([token])}[{length} times]"]
         text = []
-    return printable("".join([*pieces, tokenizer.decode(text)]))
-
-
-def printable(text: str) -> str:
-    """Text whose control characters, but for line ends and tabs, are left out."""
-    return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
+    return printable("".join([*pieces, tokenizer.decode(text)]), keep="\n\t")

@@ -11,6 +11,7 @@ import numpy as np
 from batchvlm.before.plan import Plan
 from batchvlm.before.tokens import RowCount
 from batchvlm.config import EngineName
+from batchvlm.words import duration, large_number, num_bytes, printable
 
 _NUM_BINS = 8
 _BAR = 40
@@ -80,8 +81,8 @@ def _job(plan: Plan) -> Iterator[str]:
         engine += f", since {footprint.reason}"
     yield _line(
         "model",
-        f"{footprint.class_name}, {_si(footprint.num_params)} parameters in {footprint.dtype}; "
-        f"{engine}",
+        f"{footprint.class_name}, {large_number(footprint.num_params)} parameters in "
+        f"{footprint.dtype}; {engine}",
     )
     num_drawn = len(plan.drawn.records)
     if plan.drawn.is_all:
@@ -150,8 +151,8 @@ def _memory(plan: Plan) -> Iterator[str]:
         )
     yield _line(
         "memory",
-        f"{_bytes(footprint.weight_bytes)} of weights, {_bytes(footprint.token_bytes)} for each "
-        f"token under way; {_bytes(footprint.free_bytes)} free on {footprint.device}",
+        f"{num_bytes(footprint.weight_bytes)} of weights, {num_bytes(footprint.token_bytes)} for "
+        f"each token under way; {num_bytes(footprint.free_bytes)} free on {footprint.device}",
     )
     if footprint.weight_bytes > footprint.free_bytes:
         yield _line("", f"the weights do not fit on {footprint.device}")
@@ -160,7 +161,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield _line(
             "slots",
             f"{footprint.num_slots:,} rows at once, even of the longest ({longest:,} tokens with "
-            f"its answer, {_bytes(longest * footprint.token_bytes)})",
+            f"its answer, {num_bytes(longest * footprint.token_bytes)})",
         )
 
 
@@ -181,8 +182,8 @@ def _time(plan: Plan) -> Iterator[str]:
         limit = "preparing samples: runtime.num_workers"
     yield _line(
         "time",
-        f"{_duration(estimate.total_s)} for {_count(plan.num_todo, 'row')} on one device, "
-        f"{_duration(speed.load_s)} of it to load; the limit is {limit}",
+        f"{duration(estimate.total_s)} for {_count(plan.num_todo, 'row')} on one device, "
+        f"{duration(speed.load_s)} of it to load; the limit is {limit}",
     )
     if plan.footprint.device.startswith("cuda"):
         total_s = estimate.total_s * plan.num_rows / max(1, plan.num_mine)
@@ -235,28 +236,5 @@ def _count(count: int, word: str) -> str:
 
 
 def _cut(text: str, width: int) -> str:
-    line = "".join(c if c.isprintable() else " " for c in text)
+    line = printable(text)
     return line if len(line) <= width else f"{line[: width - 3]}..."
-
-
-def _si(number: float) -> str:
-    for unit in ("", " k", " M", " B"):
-        if number < 1000 or unit == " B":
-            return f"{number:.3g}{unit}" if number < 1000 else f"{number:,.0f}{unit}"
-        number /= 1000
-    raise AssertionError
-
-
-def _bytes(number: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min"

@@ -27,6 +27,7 @@ from batchvlm.report.outputs import Output, job_config, read_processes
 from batchvlm.report.page import render, share
 from batchvlm.report.plots import check_library, paired_plot, seconds
 from batchvlm.report.redact import redact, redact_all
+from batchvlm.words import printable
 
 _MAX_WORDS = 1500
 """Of both answers; longer ones are told apart by their common beginning and end alone."""
@@ -57,7 +58,8 @@ def table(a: Output, b: Output, found: Comparison) -> str:
         )
     ranked = _ranked_fields(found)
     if ranked:
-        names = [_printable(name) for name, _, _ in ranked[:_NUM_FIELDS]]
+        # Names of fields are the model's words: no control codes for the terminal.
+        names = [printable(name) for name, _, _ in ranked[:_NUM_FIELDS]]
         width = max(map(len, names))
         lines += ["", "agreement by field, lowest first"]
         lines += [
@@ -282,8 +284,3 @@ def _ends(a: Sequence[str], b: Sequence[str]) -> Iterator[tuple[str, int, int, i
     yield "equal", 0, head, 0, head
     yield "replace", head, len(a) - tail, head, len(b) - tail
     yield "equal", len(a) - tail, len(a), len(b) - tail, len(b)
-
-
-def _printable(text: str) -> str:
-    # Names of fields are the model's words: no control codes for the terminal.
-    return "".join(char if char.isprintable() else " " for char in text)

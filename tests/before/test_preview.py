@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from batchvlm.before.preview import preview, printable
+from batchvlm.before.preview import preview
 from batchvlm.before.thumbnail import half_blocks, print_thumbnail
 from batchvlm.settings import compose
 
@@ -118,10 +118,6 @@ def test_a_terminal_that_draws_pixels_gets_them(
     monkeypatch.setattr(renderable.sixel, "get_cell_size", refuse)
     print_thumbnail(image)
     assert "▀" in capsys.readouterr().out
-
-
-def test_a_terminal_takes_no_orders_from_data() -> None:
-    assert printable("a\x1b[2Jb\nc\td\x07\x9b") == "a [2Jb\nc\td  "
 
 
 def test_flags_and_settings_are_told_apart() -> None:

@@ -1,0 +1,42 @@
+"""Numbers and texts as people read them in a terminal."""
+
+from __future__ import annotations
+
+_BYTES = ("bytes", "kB", "MB", "GB", "TB")
+_POWERS = ("", " k", " M", " B", " T")
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Text without control characters: what a model or a file says must give a terminal no orders.
+
+    Args:
+        keep: control characters that stay, such as line ends.
+    """
+    return "".join(c if c.isprintable() or c in keep else " " for c in text)
+
+
+def duration(seconds: float) -> str:
+    """`95 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min"
+
+
+def num_bytes(number: float) -> str:
+    """`643 kB`, in powers of 1,000."""
+    return _scaled(number, tuple(f" {unit}" for unit in _BYTES))
+
+
+def large_number(number: float) -> str:
+    """`1.63 M`, in powers of 1,000."""
+    return _scaled(number, _POWERS)
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    place = 0
+    # What would be rounded to 1,000 is one of the next unit.
+    while number >= 999.5 and place < len(units) - 1:
+        number /= 1000
+        place += 1
+    return f"{number:.3g}{units[place]}"

@@ -1,0 +1,34 @@
+"""Numbers and texts for people."""
+
+from __future__ import annotations
+
+import pytest
+
+from batchvlm.words import duration, large_number, num_bytes, printable
+
+
+def test_a_terminal_takes_no_orders_from_data() -> None:
+    assert printable("a\x1b[2Jb\nc\td\x07\x9b\u202e") == "a [2Jb c d   "
+    assert printable("a\x1b[2Jb\nc\td\x07\x9b", keep="\n\t") == "a [2Jb\nc\td  "
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (119, "119 s"),
+        (121, "2 min"),
+        (3599, "1 h 0 min"),
+        (12_000, "3 h 20 min"),
+        (1e7, "2,777 h 47 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_large_numbers() -> None:
+    assert [num_bytes(n) for n in (0, 512, 999.7, 2048, 6.53e6, 1.5e11, 2e15)] == [
+        *("0 bytes", "512 bytes", "1 kB", "2.05 kB", "6.53 MB", "150 GB", "2e+03 TB"),
+    ]
+    assert [large_number(n) for n in (999, 1_634_000, 7_600_000_000)] == ["999", "1.63 M", "7.6 B"]
