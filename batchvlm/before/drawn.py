@@ -8,10 +8,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from batchvlm.job import Job
+from batchvlm.config import JobConfig, OnMismatch
+from batchvlm.job import Job, open_job
 from batchvlm.records import Record, Shard
 
 _NUM_PLACES = 20
+_MAX_STREAMED = 1000
+"""Rows of a stream among which a preview draws."""
 _MAX_S = 20.0
 """Whatever the input lies on, a plan is there in seconds."""
 
@@ -77,7 +80,7 @@ def draw_spread(job: Job, num_rows: int, *, clock: Callable[[], float] = time.mo
     """Read rows that are spread over the input; fewer where reading takes too long."""
     start_s = clock()
     records: list[Record] = []
-    pieces = spread(job.run.plan, num_rows)
+    pieces = spread(_within_reach(job, num_rows), num_rows)
     # From front, middle and end first: whenever time is up, all parts of the input had a turn.
     order = sorted(range(len(pieces)), key=lambda i: int(f"{i:032b}"[::-1], 2))
     num_places = 0
@@ -94,9 +97,34 @@ def draw_spread(job: Job, num_rows: int, *, clock: Callable[[], float] = time.mo
     )
 
 
-def draw_random(job: Job, num_rows: int, *, seed: int) -> list[Record]:
-    """Read rows drawn at random; the same seed draws the same."""
+def look_at(cfg: JobConfig) -> Job:
+    """Check a job without a quarrel about what its output folder holds.
+
+    Returns:
+        The job; `is_overwriting` where the folder holds the answers to another question, whatever
+        would become of them.
+
+    Raises:
+        BatchvlmError: as `open_job`.
+    """
+    output = replace(cfg.output, on_mismatch=OnMismatch.overwrite)
+    job = open_job(replace(cfg, output=output))
+    return replace(job, cfg=replace(job.cfg, output=cfg.output))
+
+
+def _within_reach(job: Job, num_rows: int) -> Sequence[Shard]:
+    """The shards that can be read without all that lies before them: of a stream, the first."""
     plan = job.run.plan
+    if not job.cfg.data.streaming:
+        return plan
+    starts = [shard for shard in plan if shard.first_row_index < num_rows]
+    rest = num_rows - starts[-1].first_row_index
+    return [*starts[:-1], piece_of(starts[-1], 0, min(rest, starts[-1].num_rows))]
+
+
+def draw_random(job: Job, num_rows: int, *, seed: int) -> list[Record]:
+    """Read rows drawn at random; the same seed draws the same. Of a stream, of its beginning."""
+    plan = _within_reach(job, _MAX_STREAMED)
     total = sum(shard.num_rows for shard in plan)
     chosen = sorted(random.Random(seed).sample(range(total), min(num_rows, total)))
     records: list[Record] = []

@@ -10,12 +10,17 @@ import numpy as np
 
 from batchvlm.before.plan import Plan
 from batchvlm.before.tokens import RowCount
-from batchvlm.config import EngineName
+from batchvlm.config import EngineName, OnMismatch
 from batchvlm.words import duration, large_number, num_bytes, printable
 
 _NUM_BINS = 8
 _BAR = 40
 _NUM_EXAMPLES = 3
+_ON_MISMATCH = {
+    OnMismatch.error: "refuse it (output.dir, output.on_mismatch)",
+    OnMismatch.new_folder: "write to a new folder beside it",
+    OnMismatch.overwrite: "overwrite them",
+}
 
 
 def table(plan: Plan) -> Iterator[str]:
@@ -70,7 +75,8 @@ def _job(plan: Plan) -> Iterator[str]:
             f"{runtime.task_id} of {runtime.num_tasks}: {_count(plan.num_mine, 'row')}",
         )
     if job.is_overwriting:
-        state = "another run is there and will be overwritten"
+        state = "holds the answers to another question; a run would "
+        state += _ON_MISMATCH[job.cfg.output.on_mismatch]
     elif plan.num_done:
         state = f"{_count(plan.num_done, 'row')} done, {plan.num_todo:,} left"
     else:

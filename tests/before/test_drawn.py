@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -55,6 +56,16 @@ def test_the_same_seed_draws_the_same_rows(tmp_path: Path) -> None:
     draws = [[record.row_index for record in draw_random(job, 5, seed=seed)] for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert len(set(draws[0])) == 5
+    assert len(draw_random(job, 1000, seed=0)) == 29
+
+
+def test_of_a_stream_only_the_beginning_is_read(tmp_path: Path) -> None:
+    job = demo_job(tmp_path, "output.rows_per_shard=8")
+    data = replace(job.cfg.data, streaming=True)
+    job = replace(job, cfg=replace(job.cfg, data=data))
+    drawn = draw_spread(job, 12)
+    assert [record.row_index for record in drawn.records] == list(range(12))
+    assert drawn.num_rows == 29 and not drawn.is_all
     assert len(draw_random(job, 1000, seed=0)) == 29
 
 

@@ -15,6 +15,8 @@ from batchvlm.before.tokens import TokenCounter
 from batchvlm.config import EngineName
 from batchvlm.job import Job, open_job
 from batchvlm.loading import ModelLimits
+from batchvlm.output.folder import OutputFolder
+from batchvlm.output.run_file import save_run
 from batchvlm.preprocess import Preprocessor
 from batchvlm.records import Failure
 from batchvlm.settings import compose
@@ -152,6 +154,24 @@ def test_a_histogram(values: list[int], lines: list[str]) -> None:
     assert len(shown) <= 8
     if max(values) == 8:
         assert shown[-1] == "  8 - 8  █ 1"
+
+
+def test_another_question_in_the_folder_is_no_mistake_yet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever tries prompts has not decided yet where the answers shall go."""
+    out = OutputFolder(tmp_path / "out")
+    save_run(out, demo_job(tmp_path).run)
+    show, overrides = plan_command(["task.prompt=Why?", f"output.dir={out.root}"])
+    for on_mismatch, words in (
+        ("error", "a run would refuse it (output.dir, output.on_mismatch)"),
+        ("new_folder", "a run would write to a new folder beside it"),
+    ):
+        show(compose("run", [*overrides, f"output.on_mismatch={on_mismatch}"]))
+        line = capsys.readouterr().out.splitlines()[1]
+        assert line.endswith(f"out: holds the answers to another question; {words}")
+    show(compose("run", [f"output.dir={out.root}"]))
+    assert capsys.readouterr().out.splitlines()[1].endswith("out: nothing done yet")
 
 
 def test_mistakes_of_a_plan_are_those_of_a_run(tmp_path: Path) -> None:
