@@ -19,7 +19,7 @@ from batchvlm.errors import BatchvlmError, ConfigError, ExitCode, TooManyErrors
 from batchvlm.runtime.logs import set_up_logging
 from batchvlm.runtime.signals import Interrupted, catch_signals, ignore_signals
 
-_COMMANDS = ("run", "plan", "preview", "status", "verify", "report", "compare", "compact", "export")
+COMMANDS = ("run", "plan", "preview", "status", "verify", "report", "compare", "compact", "export")
 
 _USAGE = """\
 batchvlm: run a vision-language model over a whole dataset, one output row for every input row.
@@ -86,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_USAGE, end="")
             return ExitCode.DONE
         case _:
-            near = difflib.get_close_matches(args[0], [*_COMMANDS, "--help", "--version"], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_COMMANDS)}"
+            near = difflib.get_close_matches(args[0], [*COMMANDS, "--help", "--version"], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
             return _say(ConfigError(f"{args[0]} is no command", hint=hint))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from batchvlm.before import commands as before
+from batchvlm.cli import COMMANDS
 from batchvlm.errors import ConfigError
 from batchvlm.settings import compose
 
@@ -26,7 +27,8 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 SLURM = {"SLURM_ARRAY_TASK_COUNT": "16", "SLURM_ARRAY_TASK_ID": "3"}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-LOOKS_AT = {"status", "verify", "compact", "report", "compare"}
+SETTINGS = {"run", "plan", "preview"}
+"""Commands that take the settings of a job."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,14 @@ def check(words: list[str], where: str) -> None:
         case ["batchvlm", "plan" | "preview" as name, *rest]:
             _, overrides = getattr(before, name)(rest)
             composed(overrides, where)
-        case ["batchvlm", name, *_] if name in LOOKS_AT:
+        case ["batchvlm", name, *_] if name in set(COMMANDS) - SETTINGS:
             pass  # run below
-        case ["accelerate", "launch", script, *rest] | ["python", script, *rest] if (
-            "jobs" in script
-        ):
+        case ["srun" | "torchrun", *rest]:
+            place = next(
+                i for i, word in enumerate(rest) if word == "batchvlm" or word.startswith("jobs/")
+            )
+            check(rest[place:] if rest[place] == "batchvlm" else ["python", *rest[place:]], where)
+        case ["accelerate", "launch", script, *rest] | ["python", script, *rest]:
             assert (ROOT / script).is_file(), where
             composed(rest, where, Path(script).stem)
         case ["make", *targets]:
@@ -124,8 +129,8 @@ def check(words: list[str], where: str) -> None:
 
 
 def composed(overrides: list[str], where: str, config_name: str = "run") -> None:
-    if "..." in overrides or any(word.startswith("--") for word in overrides):
-        return
+    if "..." in overrides or any(word.startswith("-") for word in overrides):
+        return  # not all of it is there, or Hydra has more to say
     try:
         compose(config_name, overrides)
     except ConfigError as error:
