@@ -118,12 +118,13 @@ class Collector:
         """Pass samples on to batching; write the rows that have failed already."""
         for item in prepared:
             if isinstance(item.outcome, Failure):
-                self.metrics.count_prepared(0)
+                self.metrics.count_prepared(0, is_again=bool(item.record.said))
                 self._write(_result(item.record, item.outcome), progress)
             else:
                 # The pixels are the engine's to keep, not longer than it needs them.
                 sample = item.outcome.without_images()
-                self.metrics.count_prepared(sample.prompt_tokens)
+                is_again = bool(item.record.said)
+                self.metrics.count_prepared(sample.prompt_tokens, is_again=is_again)
                 self._under_way[item.record.row_index] = (item.record, sample)
                 yield item.outcome
 

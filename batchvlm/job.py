@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchvlm.config import JobConfig, OnMismatch, SourceKind, TaskName
 from batchvlm.errors import FingerprintError, InputError
@@ -19,6 +19,9 @@ from batchvlm.prompts import PromptBuilder
 from batchvlm.settings import to_plain
 from batchvlm.sources import Source, check_columns, open_source
 from batchvlm.tasks import Task, open_task
+
+if TYPE_CHECKING:
+    from batchvlm.fetch.ahead import Fetcher
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,25 @@ class Job:
             max_source_pixels=cfg.data.max_source_pixels,
             max_image_bytes=cfg.data.max_image_bytes,
             device=cfg.engine.device,
+        )
+
+    def open_fetcher(self) -> Fetcher:
+        """What fetches the images that rows name by addresses, where `data.allow_remote` is set."""
+        # What it needs is an extra.
+        from batchvlm.fetch.addresses import Allowed
+        from batchvlm.fetch.ahead import Fetcher
+        from batchvlm.fetch.client import FetchLimits
+
+        data = self.cfg.data
+        return Fetcher(
+            Allowed(tuple(data.allow_hosts)),
+            FetchLimits(
+                timeout_s=data.fetch_timeout_s,
+                attempts=data.fetch_attempts,
+                concurrency=data.fetch_concurrency,
+                max_image_bytes=data.max_image_bytes,
+            ),
+            self.prompts.addresses,
         )
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchvlm.collector import Collector, Prepared
 from batchvlm.config import JobConfig, TaskName
@@ -45,9 +45,6 @@ from batchvlm.runtime.watchdog import Ticker, Watchdog
 from batchvlm.runtime.workers import WorkerPool, default_num_workers
 from batchvlm.settings import to_plain
 from batchvlm.turns import Turns
-
-if TYPE_CHECKING:
-    from batchvlm.fetch.ahead import Fetcher
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +146,7 @@ def _compute(
             save_run(job.folder, job.run, overwrite=True)
         records = _read(job, todo, collector)
         if cfg.data.allow_remote:
-            records = stack.enter_context(_open_fetcher(job)).ahead(records)
+            records = stack.enter_context(job.open_fetcher()).ahead(records)
         turns = Turns(records) if cfg.task.name is TaskName.dialog else None
         collector.turns = turns
         ready = stack.enter_context(
@@ -242,25 +239,6 @@ def _open_pool(job: Job) -> WorkerPool:
         job.preprocess_spec(),
         num_workers=default_num_workers() if num_workers is None else num_workers,
         timeout_s=cfg.runtime.sample_timeout_s,
-    )
-
-
-def _open_fetcher(job: Job) -> Fetcher:
-    # What it needs is an extra.
-    from batchvlm.fetch.addresses import Allowed
-    from batchvlm.fetch.ahead import Fetcher
-    from batchvlm.fetch.client import FetchLimits
-
-    data = job.cfg.data
-    return Fetcher(
-        Allowed(tuple(data.allow_hosts)),
-        FetchLimits(
-            timeout_s=data.fetch_timeout_s,
-            attempts=data.fetch_attempts,
-            concurrency=data.fetch_concurrency,
-            max_image_bytes=data.max_image_bytes,
-        ),
-        job.prompts.addresses,
     )
 
 

@@ -89,7 +89,7 @@ def draw_spread(job: Job, num_rows: int, *, clock: Callable[[], float] = time.mo
             break
         records += job.source.read_shard(pieces[place], job.prompt_columns)
         num_places += 1
-    records.sort(key=lambda record: record.row_index)
+    records = _with_images(job, sorted(records, key=lambda record: record.row_index))
     return Drawn(
         records=records,
         num_rows=sum(shard.num_rows for shard in job.run.plan),
@@ -132,4 +132,12 @@ def draw_random(job: Job, num_rows: int, *, seed: int) -> list[Record]:
         shard = shard_of(plan, row_index)
         alone = piece_of(shard, row_index - shard.first_row_index, 1)
         records += job.source.read_shard(alone, job.prompt_columns)
-    return records
+    return _with_images(job, records)
+
+
+def _with_images(job: Job, records: list[Record]) -> list[Record]:
+    """The same rows with the images that they name by addresses, where these may be fetched."""
+    if not job.cfg.data.allow_remote:
+        return records
+    with job.open_fetcher() as fetcher:
+        return [record for record in fetcher.ahead(records) if record is not None]

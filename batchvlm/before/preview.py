@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -15,7 +16,7 @@ from batchvlm.before.drawn import draw_random
 from batchvlm.before.thumbnail import print_thumbnail
 from batchvlm.engine import Engine, open_engine
 from batchvlm.errors import RowError
-from batchvlm.images import load_image
+from batchvlm.images import at_hand, load_image
 from batchvlm.job import Job
 from batchvlm.loading import load_processor
 from batchvlm.preprocess import Preprocessor
@@ -80,7 +81,11 @@ def _answer(
         print(printable(outcome.text))
     print("\n" + "; ".join(_facts(job, outcome, sample.prompt_tokens, sample.image_tokens, run_s)))
     reading = job.task.read(outcome.text, json_schema=sample.json_schema)
-    if reading.failure is not None:
+    if sample.turns_left:
+        # The next turn of a dialog: the answer is part of its prompt.
+        record = replace(record, said=(*record.said, outcome))
+        _answer(job, record, preprocessor, tokenizer, engine)
+    elif reading.failure is not None:
         print(f"{reading.failure.error_type}: {printable(reading.failure.message)}")
     elif reading.parsed is not None:
         print(f"parsed: {printable(reading.parsed)}")
@@ -107,7 +112,7 @@ def _show_images(job: Job, record: Record) -> None:
         for ref in prompts.build(record).images[:_MAX_THUMBNAILS]:
             print_thumbnail(
                 load_image(
-                    ref,
+                    at_hand(ref, record.fetched),
                     image_root=job.source.image_root,
                     max_image_bytes=cfg.data.max_image_bytes,
                     max_source_pixels=cfg.data.max_source_pixels,

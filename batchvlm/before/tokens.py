@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from batchvlm.errors import ErrorType, RowError
-from batchvlm.images import capped_size, image_size
+from batchvlm.images import at_hand, capped_size, image_size
 from batchvlm.job import Job
 from batchvlm.loading import load_limits, load_processor
 from batchvlm.preprocess import ChatTemplate, check_length
@@ -85,7 +85,7 @@ class TokenCounter:
         data = self._cfg.data
         sizes = [
             image_size(
-                ref,
+                at_hand(ref, record.fetched),
                 image_root=self._image_root,
                 max_image_bytes=data.max_image_bytes,
                 max_source_pixels=data.max_source_pixels,

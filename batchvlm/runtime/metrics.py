@@ -59,9 +59,13 @@ class Metrics:
         """Share of the running time that the engine waited for samples."""
         return self.wait_s / self.run_s if self.run_s else 0.0
 
-    def count_prepared(self, prompt_tokens: int) -> None:
-        """Count a row that is ready for the engine, or has failed before it (0 tokens)."""
-        self.num_prepared += 1
+    def count_prepared(self, prompt_tokens: int, *, is_again: bool = False) -> None:
+        """Count a row that is ready for the engine, or has failed before it (0 tokens).
+
+        Args:
+            is_again: it was counted before: a further turn of a dialog.
+        """
+        self.num_prepared += not is_again
         self.prepared_tokens += prompt_tokens
 
     def share_done(self, num_todo: int) -> float:

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from batchvlm import demo
 from batchvlm.before.preview import preview
 from batchvlm.before.thumbnail import half_blocks, print_thumbnail
 from batchvlm.settings import compose
@@ -130,3 +133,17 @@ def test_flags_and_settings_are_told_apart() -> None:
             command(wrong)
         assert caught.value.code == 2
     assert compose("run", ["task=vqa"]).task.name.value == "vqa"
+
+
+def test_a_dialog_is_shown_turn_by_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = pq.read_table(demo.SAMPLES_PATH).slice(0, 1)
+    turns = pa.array([["Describe the image.", "How many shapes are there?"]])
+    pq.write_table(rows.append_column("turns", turns), tmp_path / "in.parquet")
+    job = demo_job(
+        tmp_path, "task=dialog", "data=parquet", f"data.path={tmp_path / 'in.parquet'}",
+        "data.columns.turns=turns",
+    )  # fmt: skip
+    preview(job, num_rows=1, seed=0, with_images=False)
+    shown = capsys.readouterr().out
+    assert shown.count("--- ") == 1 and shown.count("tokens of prompt") == 2
+    assert shown.count("Describe the image.") == 2  # the second prompt holds the first turn
