@@ -63,7 +63,7 @@ REFUSED = {
     "in.parquet": "in.parquet is no setting, which is written key=value; an input is named by data",
     "data=in.parquet": "data=in.parquet is no option of data; there are demo, folder, hf, jso",
     "model=org/name": "a name of your own is model.path=org/name",
-    "task=cption": "task=cption is no option of task; there are caption, extract, vqa",
+    "task=cption": "task=cption is no option of task; there are caption, ",
     "task.prompt={{ a }}": "quote a value",
     "data=parqet": "there are demo, folder, hf, jsonl, openai, parquet, webdataset",
     "data=parquet": "data.path is required and not set; add data.path=",
