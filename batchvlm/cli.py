@@ -258,7 +258,7 @@ def _set_up_process(cfg: JobConfig) -> None:
     # Again: of a sweep, the job before has left signals ignored.
     catch_signals()
     set_up_logging(as_json=cfg.runtime.log_json)
-    for name in ("accelerate", "fsspec", "httpx"):
+    for name in ("accelerate", "fsspec", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a letter of an answer must not end a finished run.

@@ -203,17 +203,20 @@ class Collector:
         # With several answers the task judges the first; tokens are counted of all.
         reading = self.job.task.read(completion.text, json_schema=sample.json_schema)
         answers = (*record.said, completion, *completion.alternatives)
+        result = _result(record, reading.failure, sample)
+        if completion.usage is not None:
+            result = replace(result, prompt_tokens=completion.usage.prompt_tokens)
         return replace(
-            _result(record, reading.failure, sample),
+            result,
             generated_text=completion.text,
             generated_texts=tuple(answer.text for answer in answers),
             finish_reasons=tuple(answer.finish_reason for answer in answers),
-            token_ids=completion.token_ids,
+            token_ids=completion.token_ids if completion.usage is None else None,
             logprobs=completion.logprobs,
             parsed=reading.parsed,
             json_valid=reading.json_valid,
             finish_reason=completion.finish_reason,
-            completion_tokens=sum(len(answer.token_ids) for answer in answers),
+            completion_tokens=_num_tokens(answers),
             latency_s=completion.latency_s + sum(answer.latency_s for answer in record.said),
         )
 
@@ -256,6 +259,7 @@ class Collector:
 
 def _result(record: Record, failure: Failure | None, sample: Sample | None = None) -> Result:
     """The output row of a record as far as it is known without an answer."""
+    is_counted = sample is not None and bool(sample.features)
     return Result(
         row=record.row,
         row_index=record.row_index,
@@ -266,9 +270,16 @@ def _result(record: Record, failure: Failure | None, sample: Sample | None = Non
         failure=failure,
         generated_texts=tuple(answer.text for answer in record.said) or None,
         finish_reasons=tuple(answer.finish_reason for answer in record.said) or None,
-        completion_tokens=sum(len(answer.token_ids) for answer in record.said) or None,
-        prompt_tokens=sample.prompt_tokens if sample else None,
-        image_tokens=sample.image_tokens if sample else None,
+        completion_tokens=_num_tokens(record.said) or None,
+        prompt_tokens=sample.prompt_tokens if sample and is_counted else None,
+        image_tokens=sample.image_tokens if sample and is_counted else None,
         num_images=len(sample.image_sizes) if sample else None,
         image_sizes=sample.image_sizes if sample else None,
     )
+
+
+def _num_tokens(answers: Iterable[Completion]) -> int | None:
+    """Tokens of these answers; None where a server did not say of one."""
+    counts = [answer.num_tokens for answer in answers]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None

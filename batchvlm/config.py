@@ -41,6 +41,35 @@ class EngineName(StrEnum):
     auto = "auto"
     slots = "slots"
     generate = "generate"
+    endpoint = "endpoint"
+
+
+class Quantization(StrEnum):
+    """How weights are made smaller, by which library."""
+
+    quanto_int8 = "quanto_int8"
+    quanto_int4 = "quanto_int4"
+    quanto_float8 = "quanto_float8"
+    bnb_int8 = "bnb_int8"
+    bnb_nf4 = "bnb_nf4"
+    torchao_int8 = "torchao_int8"
+    torchao_int8_dynamic = "torchao_int8_dynamic"
+    torchao_float8 = "torchao_float8"
+
+
+class ImageFormat(StrEnum):
+    """How an image travels to a server."""
+
+    png = "png"
+    jpeg = "jpeg"
+
+
+class ResponseFormat(StrEnum):
+    """How a server is told the JSON schema of an answer."""
+
+    json_schema = "json_schema"
+    tgi = "tgi"
+    none = "none"
 
 
 class OnMismatch(StrEnum):
@@ -145,7 +174,7 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model answers (`model=demo|hub`)."""
+    """Which model answers (`model=demo|hub`, or a preset such as `qwen2_5_vl`)."""
 
     path: str = MISSING
     """Hub name or local folder."""
@@ -158,6 +187,21 @@ class ModelConfig:
     attn_implementation: str | None = None
     """`sdpa`, `eager`, `flash_attention_2`, ...; null: transformers' choice. With any but `sdpa`,
     `engine=auto` takes `generate()`."""
+    device_map: Any = None
+    """For a model larger than one GPU: `auto`, `balanced`, `sequential`, or a mapping of modules to
+    devices, as accelerate takes it. Runs by `generate()`, in a launch of one process."""
+    quantization: Quantization | None = None
+    """`quanto_int8|int4|float8`, `bnb_int8|nf4`, `torchao_int8|int8_dynamic|float8`; the extras
+    `quanto`, `bitsandbytes` and `torchao` bring the libraries."""
+    quantization_skip: list[str] | None = None
+    """Modules to leave as they are, by full path or its last part; null: all but the language
+    model's layers."""
+    adapter: str | None = None
+    """A PEFT adapter (LoRA) for the model: hub name or local folder; the extra `peft`."""
+    adapter_revision: str | None = None
+    """Its commit, tag or branch on the hub."""
+    adapter_subfolder: str | None = None
+    """The folder within its repository."""
     image_backend: ImageBackend = ImageBackend.auto
     """`auto`: torchvision where it works, else pil. Answers can depend on it."""
     max_image_pixels: int = 2_408_448
@@ -171,12 +215,42 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+    """The OpenAI-compatible server that answers where `engine=endpoint`."""
+
+    url: str | None = None
+    """Its address, such as `http://node7:8000/v1`; without a path, `/v1` is added."""
+    model: str | None = None
+    """The model's name there; null: `model.path`."""
+    token_env: str = "BATCHVLM_ENDPOINT_TOKEN"
+    """The environment variable that holds the token, where the server wants one. A token is no
+    setting: settings are written into the output folder."""
+    max_concurrency: int = 32
+    """Requests under way at once."""
+    timeout_s: float = 600.0
+    """One request may take this long, in seconds."""
+    max_attempts: int = 4
+    """A row on which a server that answers others fails so often is an error row."""
+    patience_s: float = 900.0
+    """A server that answers nothing for so long, in seconds, ends the run with exit code 75."""
+    image_format: ImageFormat = ImageFormat.png
+    """`png`: the pixels that a local run would see; `jpeg` (quality 95): a fifth of the bytes, and
+    a fifteenth of the workers' time."""
+    response_format: ResponseFormat = ResponseFormat.json_schema
+    """How an extract task's schema is sent: `json_schema` as OpenAI has it, `tgi` as older TGI
+    wants it, `none` for a server that refuses both."""
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    """Sent along with every request, for what only this server has: `top_k`, `min_p`,
+    `chat_template_kwargs`, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What runs the model (`engine=auto|slots|generate`)."""
+    """What runs the model (`engine=auto|slots|generate|endpoint`)."""
 
     name: EngineName = EngineName.auto
     """`slots`: continuous batching of our own; `generate`: transformers' `generate()`; `auto`:
-    slots for the families that allow it."""
+    slots for the families that allow it; `endpoint`: a server."""
     device: str = "auto"
     """`auto` (this rank's GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
     memory_fraction: float = 0.9
@@ -195,6 +269,12 @@ class EngineConfig:
     """slots: on a GPU, play the kernels of a decode step back as one; off only to measure."""
     canary: bool = True
     """slots: before the first row, compare two rows with the model's own forward."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+
+
+def sent_as(engine: EngineConfig) -> ImageFormat | None:
+    """How images are sent to a server; None where the model runs here."""
+    return engine.endpoint.image_format if engine.name is EngineName.endpoint else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,6 +75,12 @@ class DeviceError(BatchvlmError):
     exit_code = ExitCode.INTERRUPTED
 
 
+class EndpointError(BatchvlmError):
+    """The server that answers is not there, or answers nobody."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
 class OutputError(BatchvlmError):
     """The output folder cannot be written, or holds something that is not ours."""
 
@@ -115,13 +121,14 @@ class ErrorType(StrEnum):
     FORBIDDEN = "forbidden"
     """The row asks for a file or an address that the configuration does not allow."""
     TIMEOUT = "timeout"
-    """Preparing the row took longer than `runtime.sample_timeout_s`."""
+    """Preparing the row took longer than `runtime.sample_timeout_s`, or a server's answer longer
+    than `engine.endpoint.timeout_s`."""
     PREPROCESS = "preprocess"
     """The model's processor failed on the row, or its worker process died."""
     OOM = "oom"
     """The row does not fit into memory even in a batch of its own."""
     ENGINE = "engine"
-    """The model raised on the row, even in a batch of its own."""
+    """The model raised on the row, even in a batch of its own, or the server refused it."""
     INVALID_JSON = "invalid_json"
     """The answer is no JSON, or breaks the schema; `generated_text` still holds it."""
 

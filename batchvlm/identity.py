@@ -16,7 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from batchvlm.config import JobConfig, ModelConfig, TaskConfig
+from batchvlm.adapters import pin_adapter
+from batchvlm.config import EndpointConfig, EngineName, JobConfig, ModelConfig, TaskConfig
 from batchvlm.errors import ModelError
 from batchvlm.loading import explained, resolve_backend
 from batchvlm.records import InputFile
@@ -54,7 +55,9 @@ def answer_identity(cfg: JobConfig, files: Sequence[InputFile]) -> dict[str, Any
             "max_source_pixels": cfg.data.max_source_pixels,
         },
         "task": _task_identity(cfg.task),
-        "model": _model_identity(cfg.model),
+        "model": _served_identity(cfg.model, cfg.engine.endpoint)
+        if cfg.engine.name is EngineName.endpoint
+        else _model_identity(cfg.model),
         "generation": to_plain(cfg.generation),
     }
 
@@ -89,6 +92,7 @@ def pin_model(cfg: ModelConfig) -> ModelConfig:
     Raises:
         ModelError: there is no such model.
     """
+    cfg = pin_adapter(cfg)
     if os.path.isdir(cfg.path):
         return cfg
     if os.path.exists(cfg.path) or cfg.path.startswith((".", "~", os.sep)):
@@ -103,6 +107,13 @@ def pin_model(cfg: ModelConfig) -> ModelConfig:
             cfg.path, revision=cfg.revision or "main", trust_remote_code=cfg.trust_remote_code
         )
     return replace(cfg, revision=getattr(config, "_commit_hash", None) or cfg.revision)
+
+
+def served_model(cfg: ModelConfig, endpoint: EndpointConfig) -> ModelConfig:
+    """The model that a server has under its name there; nothing of it is here to be pinned."""
+    if endpoint.model is None:
+        return replace(cfg, revision=None)
+    return replace(cfg, path=endpoint.model, name=endpoint.model, revision=None)
 
 
 def model_name(cfg: ModelConfig) -> str:
@@ -141,11 +152,39 @@ def _model_identity(cfg: ModelConfig) -> dict[str, Any]:
         "max_prompt_tokens": cfg.max_prompt_tokens,
         "processor_kwargs": to_plain(cfg.processor_kwargs),
     }
+    # Named where they are set, so that outputs of before they were there stay valid.
+    if cfg.quantization is not None:
+        skip = cfg.quantization_skip
+        identity["quantization"] = cfg.quantization.value
+        identity["quantization_skip"] = None if skip is None else sorted(skip)
+    if cfg.adapter is not None:
+        identity["adapter"] = _adapter_identity(cfg)
     if os.path.isdir(cfg.path):
         # The folder may lie elsewhere on the next machine; what is in it must not differ.
         with explained(cfg, "files"):
             return identity | {"files": _folder_digest(Path(cfg.path))}
     return identity | {"path": cfg.path, "commit": cfg.revision}
+
+
+def _adapter_identity(cfg: ModelConfig) -> dict[str, Any]:
+    assert cfg.adapter is not None
+    if not os.path.isdir(cfg.adapter):
+        where = {"path": cfg.adapter, "commit": cfg.adapter_revision}
+        return where | {"subfolder": cfg.adapter_subfolder}
+    with explained(cfg, "adapter"):
+        return {"files": _folder_digest(Path(cfg.adapter, cfg.adapter_subfolder or ""))}
+
+
+def _served_identity(cfg: ModelConfig, endpoint: EndpointConfig) -> dict[str, Any]:
+    # Not the address: a server moves from node to node. What it loaded under the name, it alone
+    # knows.
+    return {
+        "served": cfg.path,
+        "max_image_pixels": cfg.max_image_pixels,
+        "image_format": endpoint.image_format.value,
+        "response_format": endpoint.response_format.value,
+        "extra_body": to_plain(endpoint.extra_body),
+    }
 
 
 def _folder_digest(folder: Path) -> str:

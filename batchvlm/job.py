@@ -6,9 +6,15 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from batchvlm.config import JobConfig, OnMismatch, SourceKind, TaskName
+from batchvlm.config import EngineName, JobConfig, OnMismatch, SourceKind, TaskName, sent_as
 from batchvlm.errors import FingerprintError, InputError
-from batchvlm.identity import answer_identity, output_layout, package_versions, pin_model
+from batchvlm.identity import (
+    answer_identity,
+    output_layout,
+    package_versions,
+    pin_model,
+    served_model,
+)
 from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import RunFile, differs, find_run, read_run
@@ -54,6 +60,7 @@ class Job:
             max_source_pixels=cfg.data.max_source_pixels,
             max_image_bytes=cfg.data.max_image_bytes,
             device=cfg.engine.device,
+            sent_as=sent_as(cfg.engine),
         )
 
     def open_fetcher(self) -> Fetcher:
@@ -106,7 +113,11 @@ def open_job(cfg: JobConfig) -> Job:
     plan = plan_shards(files, rows_per_shard=cfg.output.rows_per_shard, max_rows=cfg.data.max_rows)
     if not plan:
         raise InputError(f"data.path={cfg.data.path} holds no rows")
-    cfg = replace(cfg, model=pin_model(cfg.model))
+    is_served = cfg.engine.name is EngineName.endpoint
+    cfg = replace(
+        cfg,
+        model=served_model(cfg.model, cfg.engine.endpoint) if is_served else pin_model(cfg.model),
+    )
     identity = answer_identity(cfg, files)
     about: dict[str, Any] = {
         "identity": identity,

@@ -11,15 +11,28 @@ import importlib.util
 import inspect
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from batchvlm.adapters import apply_adapter
 from batchvlm.config import ImageBackend, ModelConfig
 from batchvlm.errors import BatchvlmError, ModelError
+from batchvlm.quantization import (
+    check_installed,
+    check_quantized,
+    modules_to_skip,
+    quantization_config,
+)
 
 log = logging.getLogger(__name__)
+
+
+for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    # transformers imports them where they are installed, and they tell programmers, in every
+    # process, which of their kernels are not for this machine.
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 @cache
@@ -69,6 +82,8 @@ class ModelLimits:
     image_token_id: int | None
     patch_size: int | None
     """Pixels a side of a vision patch, where one number says it."""
+    is_encoder_decoder: bool = False
+    """Whether prompt and answer have positions of their own each."""
 
 
 def load_limits(cfg: ModelConfig) -> ModelLimits:
@@ -80,14 +95,15 @@ def load_limits(cfg: ModelConfig) -> ModelLimits:
     text = config.get_text_config(decoder=True)
     vision = getattr(config, "vision_config", None)
     patch = getattr(vision, "patch_size", None)
-    token_id = getattr(config, "image_token_id", None)
-    if token_id is None:
-        token_id = getattr(config, "image_token_index", None)
+    places = (config, "image_token_id"), (config, "image_token_index"), (vision, "image_token_id")
+    named = (getattr(place, name, None) for place, name in places)
+    token_id = next((i for i in named if i is not None), None)
     positions = getattr(text, "max_position_embeddings", None)
     return ModelLimits(
         max_positions=positions if isinstance(positions, int) and positions > 0 else None,
         image_token_id=token_id,
         patch_size=patch if isinstance(patch, int) else None,
+        is_encoder_decoder=bool(config.is_encoder_decoder),
     )
 
 
@@ -123,23 +139,107 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
     """
     has_torchvision()
     import torch
-    from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
     from transformers.utils import logging as hub_logging
 
     if not sys.stderr.isatty():
         hub_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if cfg.quantization is not None:
+        check_installed(cfg.quantization)
     kwargs: dict[str, Any] = dict(_hub_kwargs(cfg))
     kwargs["dtype"] = cfg.dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     if cfg.attn_implementation is not None:
         kwargs["attn_implementation"] = cfg.attn_implementation
+    skip: list[str] = []
     with explained(cfg, "model"):
+        if cfg.quantization is not None:
+            skeleton = _skeleton(cfg)
+            skip = modules_to_skip(skeleton, cfg.quantization_skip)
+            compute = kwargs["dtype"] if cfg.dtype != "auto" else skeleton.dtype
+            kwargs["quantization_config"] = quantization_config(
+                cfg.quantization, skip, dtype=compute
+            )
+        if cfg.device_map is not None:
+            kwargs["device_map"] = cfg.device_map
+        elif cfg.quantization is not None:
+            # Quantized on the way in; some cannot be moved afterwards.
+            kwargs["device_map"] = {"": device}
+        model, info = _by_class(
+            cfg, lambda auto: auto.from_pretrained(cfg.path, output_loading_info=True, **kwargs)
+        )
+        _check_whole(model, sorted(info["missing_keys"]), cfg)
+        if cfg.quantization is not None:
+            check_quantized(model, skip)
+        if "device_map" not in kwargs:
+            model = model.to(device)
+        if cfg.adapter is not None:
+            apply_adapter(model, cfg)
+        return model.eval()
+
+
+def _check_whole(model: Any, missing: Sequence[str], cfg: ModelConfig) -> None:
+    """Refuse a model that would speak with weights drawn at random.
+
+    transformers draws what a checkpoint lacks and says so in a report for programmers. Of the
+    vision part, something that no answer needs is often missing.
+
+    Raises:
+        ModelError: weights of the language model are missing.
+    """
+    if not missing:
+        return
+    vital = {id(model.get_output_embeddings()), id(model.get_decoder())} - {id(None), id(model)}
+    inside = tuple(f"{path}." for path, m in model.named_modules() if id(m) in vital)
+    lacking = [name for name in missing if name.startswith(inside)]
+    if lacking:
+        raise ModelError(
+            f"model.path={cfg.path}: {len(lacking)} weights of the language model are not in it, "
+            f"such as {lacking[0]}",
+            hint="the download may be cut short, or the repository be another model's",
+        )
+    log.warning(
+        "%d weights of %s are not in it and drawn at random, such as %s",
+        len(missing),
+        cfg.path,
+        missing[0],
+    )
+
+
+def _skeleton(cfg: ModelConfig) -> Any:
+    """The model without its weights: its modules and their names."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(cfg.path, **_hub_kwargs(cfg))
+    trusted = {"trust_remote_code": cfg.trust_remote_code}
+    with torch.device("meta"):
+        return _by_class(cfg, lambda auto: auto.from_config(config, **trusted))
+
+
+def _by_class(cfg: ModelConfig, make: Callable[[Any], Any]) -> Any:
+    """Make a model with the first of transformers' auto classes that knows its kind.
+
+    Raises:
+        ValueError: none does.
+    """
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+    )
+
+    autos: list[Any] = [AutoModelForImageTextToText, AutoModelForMultimodalLM]
+    if cfg.trust_remote_code:
+        # Code of a repository's own names itself by these, too.
+        autos += [AutoModelForCausalLM, AutoModel]
+    for auto in autos:
         try:
-            model = AutoModelForImageTextToText.from_pretrained(cfg.path, **kwargs)
+            return make(auto)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
-            model = AutoModelForMultimodalLM.from_pretrained(cfg.path, **kwargs)
-        return model.to(device).eval()  # type: ignore[arg-type]
+            unknown = error
+    raise unknown
 
 
 def load_skeleton(cfg: ModelConfig) -> Any:
@@ -188,8 +288,8 @@ def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
         if "trust_remote_code" in str(error) and not cfg.trust_remote_code:
             raise ModelError(
                 f"model.path={cfg.path} needs Python code that comes with its repository",
-                hint="model.trust_remote_code=true runs that code with all your rights; "
-                "read it first, and pin model.revision",
+                hint="model.trust_remote_code=true runs that code with all your rights, in every "
+                "process of the job: read it first, and pin model.revision to what you read",
             ) from error
         hint = ""
         if isinstance(error, OSError):

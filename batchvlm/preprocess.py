@@ -15,14 +15,29 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from batchvlm.config import ColumnsConfig, DataConfig, GenerationConfig, ModelConfig, TaskConfig
+from batchvlm.config import (
+    ColumnsConfig,
+    DataConfig,
+    GenerationConfig,
+    ImageFormat,
+    ModelConfig,
+    TaskConfig,
+)
 from batchvlm.errors import ErrorType, RowError
-from batchvlm.images import at_hand, load_image
+from batchvlm.images import at_hand, image_file, load_image
 from batchvlm.loading import ModelLimits, load_limits, load_processor
-from batchvlm.pixels import bytes_of, find_table, leave_as_bytes
 from batchvlm.prompts import PromptBuilder
 from batchvlm.recent import KEY, Recent, RecentImageProcessor
-from batchvlm.records import Array, Failure, ImageRef, PixelTable, Prompt, Record, Sample
+from batchvlm.records import (
+    Array,
+    ChatRequest,
+    Failure,
+    ImageRef,
+    PixelTable,
+    Prompt,
+    Record,
+    Sample,
+)
 
 _RECENT_BYTES = 128 << 20
 """Of what the processor made of pictures that a worker keeps: two of Qwen-VL's at the default
@@ -42,6 +57,8 @@ class PreprocessSpec:
     max_image_bytes: int = DataConfig.max_image_bytes
     device: str = "cpu"
     """As `engine.device` names it: for a GPU, pixels may stay bytes."""
+    sent_as: ImageFormat | None = None
+    """Set where a server has the processor: images are sent to it in this format."""
 
 
 class Preprocessor:
@@ -56,13 +73,18 @@ class Preprocessor:
         self._prompts = PromptBuilder(
             task=spec.task, columns=spec.columns, generation=spec.generation
         )
+        self._recent: Recent[Image.Image] = Recent(_RECENT_BYTES // 4)
+        if spec.sent_as is not None:
+            return
         self._processor = load_processor(spec.model)
         self._pixel_table: PixelTable | None = None
         if is_for_gpu(spec.device):
+            # Here, since it imports torch, and workers for a server do without.
+            from batchvlm.pixels import find_table, leave_as_bytes
+
             self._pixel_table = find_table(self._processor.image_processor)
             if self._pixel_table is not None:
                 leave_as_bytes(self._processor.image_processor)
-        self._recent: Recent[Image.Image] = Recent(_RECENT_BYTES // 4)
         self._processor.image_processor = RecentImageProcessor(
             self._processor.image_processor, _RECENT_BYTES
         )
@@ -76,7 +98,10 @@ class Preprocessor:
         try:
             prompt = self._prompts.build(record)
             refs = [at_hand(ref, record.fetched) for ref in prompt.images]
-            return self._sample(prompt, [self._picture(ref) for ref in refs])
+            pictures = [self._picture(ref) for ref in refs]
+            if self._spec.sent_as is not None:
+                return _request(prompt, pictures, self._spec.sent_as)
+            return self._sample(prompt, pictures)
         except RowError as error:
             return Failure(error_type=error.error_type, message=error.message)
         # A processor can raise anything on an image that it did not expect.
@@ -107,6 +132,8 @@ class Preprocessor:
         features = self._chat.encode(prompt.messages, images)
         table = self._pixel_table if "pixel_values" in features else None
         if table is not None:
+            from batchvlm.pixels import bytes_of
+
             pixels = bytes_of(features["pixel_values"])
             assert pixels is not None, "a processor that makes bytes of some images only"
             features["pixel_values"] = pixels
@@ -116,7 +143,8 @@ class Preprocessor:
             num_image_tokens = int((features["input_ids"] == self._limits.image_token_id).sum())
         generation = prompt.generation
         if self._limits.max_positions is not None:
-            room = self._limits.max_positions - num_tokens
+            is_apart = self._limits.is_encoder_decoder
+            room = self._limits.max_positions - (1 if is_apart else num_tokens)
             if 0 < room < generation.max_new_tokens:
                 generation = replace(
                     generation,
@@ -154,6 +182,21 @@ def check_length(
             f"the prompt is {num_tokens} tokens, {num_image_tokens} of them of "
             f"{num_images} images; the limit is {longest}",
         )
+
+
+def _request(prompt: Prompt, images: Sequence[Image.Image], kind: ImageFormat) -> Sample:
+    """The sample of a prompt that a server tokenizes."""
+    return Sample(
+        row_index=prompt.row_index,
+        features={},
+        image_tokens=0,
+        image_sizes=tuple(image.size for image in images),
+        generation=prompt.generation,
+        json_schema=prompt.json_schema,
+        request=ChatRequest(
+            messages=prompt.messages, images=tuple(image_file(image, kind) for image in images)
+        ),
+    )
 
 
 class ChatTemplate:

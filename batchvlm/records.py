@@ -151,13 +151,28 @@ class PixelTable:
     third dimension from the end."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest:
+    """A prompt as a server takes it: nothing is tokenized here."""
+
+    messages: Sequence[Mapping[str, Any]]
+    """As a `Prompt` has them, with image slots."""
+    images: tuple[bytes, ...]
+    """An image file for each slot, in order."""
+
+    @property
+    def size_bytes(self) -> int:
+        return size_of_value(self.images) + size_of_value(self.messages)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """A prompt as the model takes it, not yet padded."""
 
     row_index: int
     features: Mapping[str, Array]
-    """What the processor returned for this row alone: `input_ids` [1, T], `pixel_values`, ..."""
+    """What the processor returned for this row alone: `input_ids` [1, T], `pixel_values`, ...;
+    empty where a server has the processor."""
     image_tokens: int
     image_sizes: tuple[tuple[int, int], ...]
     """(width, height) in pixels of each image as the model sees it."""
@@ -171,19 +186,23 @@ class Sample:
     """Of a dialog: turns that follow this one."""
     answer: int = 0
     """Which of the row's answers this is for, where it wants several."""
+    request: ChatRequest | None = None
+    """In place of `features`, where a server answers."""
 
     @property
     def prompt_tokens(self) -> int:
-        """Length of the prompt, image tokens included."""
-        return int(self.features["input_ids"].shape[-1])
+        """Length of the prompt, image tokens included; 0 where only a server knows."""
+        return int(self.features["input_ids"].shape[-1]) if self.features else 0
 
     def without_images(self) -> Sample:
         """What is needed of a sample whose prompt is computed: no pixels."""
-        return replace(self, features={"input_ids": self.features["input_ids"]})
+        ids = {name: ids for name, ids in self.features.items() if name == "input_ids"}
+        return replace(self, features=ids, request=None)
 
     @cached_property
     def size_bytes(self) -> int:
-        return sum(array.nbytes for array in self.features.values())
+        sent_bytes = 0 if self.request is None else self.request.size_bytes
+        return sent_bytes + sum(array.nbytes for array in self.features.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,12 +231,21 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens as a server counted them; None where it does not say."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What the model answered to one sample."""
 
     row_index: int
     token_ids: tuple[int, ...]
-    """Generated ids, with the end-of-sequence token where one was generated."""
+    """Generated ids, with the end-of-sequence token where one was generated; empty where a server
+    keeps them to itself."""
     logprobs: tuple[float, ...] | None = None
     """Log-probability of each of these ids, where `Generation.logprobs` asks for them."""
     text: str
@@ -226,6 +254,13 @@ class Completion:
     """Seconds from the start of the row's batch until its answer was complete."""
     alternatives: tuple[Completion, ...] = ()
     """Further answers to the row, where it wants several."""
+    usage: Usage | None = None
+    """Set where a server answered."""
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens of this answer."""
+        return len(self.token_ids) if self.usage is None else self.usage.completion_tokens
 
 
 @dataclass(slots=True, kw_only=True)

@@ -23,11 +23,19 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from batchvlm import demo
-from batchvlm.config import GENERATION_LIMITS, DataConfig, JobConfig, SourceKind, TaskName
+from batchvlm.config import (
+    GENERATION_LIMITS,
+    DataConfig,
+    JobConfig,
+    SourceKind,
+    TaskName,
+)
+from batchvlm.endpoint_settings import check_endpoint
 from batchvlm.errors import ConfigError, ErrorType
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _TRACKERS = ("tensorboard", "wandb")
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _ROOTS = tuple(f.name for f in fields(JobConfig))
 
 
@@ -42,8 +50,9 @@ def register_schema() -> None:
     """Make `JobConfig` known to Hydra as `job_schema`, and the demo's files as resolvers."""
     schema = OmegaConf.structured(JobConfig)
     _unlock(schema)
-    # The one place where any key is welcome: it is the processor's.
+    # The two places where any key is welcome: it is the processor's, or the server's.
     OmegaConf.set_struct(schema.model._get_node("processor_kwargs"), False)
+    OmegaConf.set_struct(schema.engine.endpoint._get_node("extra_body"), False)
     ConfigStore.instance().store(name="job_schema", node=schema)
     paths = {"model": demo.MODEL_DIR, "samples": demo.SAMPLES_PATH}
     OmegaConf.register_new_resolver(
@@ -267,6 +276,11 @@ def _check_ranges(cfg: JobConfig) -> None:
     _at_least("runtime.stall_timeout_s", runtime.stall_timeout_s, 1)
     _at_least("runtime.grace_s", runtime.grace_s, 0.1)
     _at_least("tracking.every_s", cfg.tracking.every_s, 0.1)
+    endpoint = cfg.engine.endpoint
+    _between("engine.endpoint.max_concurrency", endpoint.max_concurrency, 1, 1024)
+    _at_least("engine.endpoint.timeout_s", endpoint.timeout_s, 0.1)
+    _at_least("engine.endpoint.max_attempts", endpoint.max_attempts, 1)
+    _at_least("engine.endpoint.patience_s", endpoint.patience_s, 0)
     if runtime.max_error_rate is not None:
         _between("runtime.max_error_rate", runtime.max_error_rate, 0, 1)
     if not 0 <= runtime.task_id < runtime.num_tasks:
@@ -279,6 +293,12 @@ def _check_ranges(cfg: JobConfig) -> None:
 def _check_choices(cfg: JobConfig) -> None:
     if cfg.model.dtype not in _DTYPES:
         raise ConfigError(f"model.dtype={cfg.model.dtype} must be one of {', '.join(_DTYPES)}")
+    where = cfg.model.device_map
+    if not (where is None or isinstance(where, dict) or where in _DEVICE_MAPS):
+        raise ConfigError(
+            f"model.device_map={where} must be one of {', '.join(_DEVICE_MAPS)}, or a mapping of "
+            "modules to devices"
+        )
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", cfg.engine.device):
         raise ConfigError(
             f"engine.device={cfg.engine.device} must be auto, cpu, cuda, cuda:N, xpu or mps"
@@ -333,6 +353,14 @@ def _check_combinations(cfg: JobConfig) -> None:
             f"task.output.json_schema has no effect with task={cfg.task.name.value}",
             hint="choose task=extract",
         )
+    model = cfg.model
+    for key, needs in (
+        ("quantization_skip", "quantization"),
+        ("adapter_revision", "adapter"),
+        ("adapter_subfolder", "adapter"),
+    ):
+        if getattr(model, key) is not None and getattr(model, needs) is None:
+            raise ConfigError(f"model.{key} has no effect without model.{needs}")
     gen = cfg.generation
     if gen.num_return_sequences > 1 and not (gen.temperature > 0 or gen.columns.temperature):
         raise ConfigError(
@@ -347,6 +375,7 @@ def _check_combinations(cfg: JobConfig) -> None:
                     f"data.{key} has no effect with data.source={cfg.data.source.value}",
                     hint="it belongs to data=hf",
                 )
+    check_endpoint(cfg)
     if cfg.data.allow_hosts and not cfg.data.allow_remote:
         raise ConfigError(
             "data.allow_hosts has no effect without data.allow_remote=true",

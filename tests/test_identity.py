@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from batchvlm import identity
-from batchvlm.identity import answer_identity, model_name, output_layout
+from batchvlm.identity import answer_identity, model_name, output_layout, served_model
 from batchvlm.records import InputFile
 from batchvlm.settings import compose
 
@@ -53,7 +54,9 @@ def test_other_weights_in_the_same_folder(
         ("generation.stop_on_repetition=false", True),
         ("generation.logprobs=true", True),
         ("data.columns.image=[image]", True),
+        ("model.quantization=torchao_int8", True),
         ("model.attn_implementation=eager", False),
+        ("model.device_map=auto", False),
         ("model.name=other", False),
         ("engine.device=cpu", False),
         ("batching.max_batch_size=1", False),
@@ -65,6 +68,53 @@ def test_other_weights_in_the_same_folder(
 def test_which_settings_an_answer_depends_on(override: str, is_other: bool) -> None:
     plain, changed = (answer_identity(compose("run", o), FILES) for o in ([], [override]))
     assert (plain != changed) is is_other
+
+
+@pytest.mark.parametrize(
+    ("override", "is_other"),
+    [
+        ("engine.endpoint.url=http://elsewhere:9000", False),
+        ("engine.endpoint.max_concurrency=1", False),
+        ("engine.endpoint.token_env=OTHER", False),
+        ("model.dtype=bfloat16", False),  # the server's to choose
+        ("engine.endpoint.model=other", True),
+        ("engine.endpoint.image_format=jpeg", True),
+        ("engine.endpoint.response_format=none", True),
+        ("engine.endpoint.extra_body.top_k=3", True),
+        ("model.max_image_pixels=1000", True),
+        ("generation.temperature=0.5", True),
+    ],
+)
+def test_what_a_servers_answer_depends_on(override: str, is_other: bool) -> None:
+    def identity_of(*overrides: str) -> object:
+        server = ("engine=endpoint", "engine.endpoint.url=http://node7")
+        cfg = compose("run", [*server, *overrides])
+        model = served_model(cfg.model, cfg.engine.endpoint)
+        return answer_identity(replace(cfg, model=model), FILES)
+
+    assert (identity_of() != identity_of(override)) is is_other
+
+
+def test_an_adapter_is_known_by_content_or_commit(tmp_path: Path) -> None:
+    def identity_of(*overrides: str) -> object:
+        return answer_identity(compose("run", overrides), FILES)["model"]
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    same = [identity_of(f"model.adapter={tmp_path}/{name}") for name in ("a", "b")]
+    assert same[0] == same[1] != identity_of()
+    (tmp_path / "b" / "adapter_config.json").write_text('{"r": 4}')
+    assert identity_of(f"model.adapter={tmp_path}/b") != same[0]
+    by_hub = ("model.adapter=user/lora", "model.adapter_revision=abc")
+    assert identity_of(*by_hub) != identity_of(*by_hub, "model.adapter_subfolder=vision")
+
+
+def test_which_modules_are_quantized_is_part_of_it() -> None:
+    def identity_of(*overrides: str) -> object:
+        return answer_identity(compose("run", ["model.quantization=bnb_nf4", *overrides]), FILES)
+
+    assert identity_of() != identity_of("model.quantization_skip=[lm_head]")
 
 
 def test_the_input_is_known_by_content() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from batchvlm import demo, identity
 from batchvlm.config import ModelConfig
+from batchvlm.engine.select import why_not_slots
 from batchvlm.errors import ModelError
 from batchvlm.identity import answer_identity, pin_model
-from batchvlm.loading import load_model, load_processor
+from batchvlm.loading import load_limits, load_model, load_processor
 from batchvlm.settings import compose
 
 
@@ -37,6 +41,19 @@ def test_weights_that_were_cut_off(model: Path, num_bytes: int) -> None:
     assert not message.endswith(": ")
 
 
+def test_weights_that_are_missing(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = load_file(model / "model.safetensors")
+    lacking = [name for name in weights if "text_model.layers.1.mlp" in name]
+    save_file({k: v for k, v in weights.items() if k not in lacking}, model / "model.safetensors")
+    message = refused(load_model, ModelConfig(path=str(model)), device="cpu")
+    assert f"{len(lacking)} weights of the language model are not in it" in message
+    assert "text_model.layers.1.mlp" in message
+    unused = next(name for name in weights if "vision_model.post_layernorm" in name)
+    save_file({k: v for k, v in weights.items() if k != unused}, model / "model.safetensors")
+    load_model(ModelConfig(path=str(model)), device="cpu")
+    assert f"1 weights of {model} are not in it and drawn at random, such as" in caplog.text
+
+
 def test_a_processor_of_another_form(model: Path) -> None:
     (model / "processor_config.json").write_text("[]")
     message = refused(load_processor, ModelConfig(path=str(model)))
@@ -57,3 +74,59 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"")
     for path in ("/nonexistent", "./none", "~/none", f"{tmp_path}/none", f"{tmp_path}/model.gguf"):
         assert f"model.path={path}: no such folder" in refused(pin_model, ModelConfig(path=path))
+
+
+CONFIGURATION = """
+from transformers import Idefics3Config
+
+class OwnConfig(Idefics3Config):
+    model_type = "own_idefics3"
+"""
+MODELING = """
+from transformers import Idefics3ForConditionalGeneration
+from .configuration_own import OwnConfig
+
+class OwnModel(Idefics3ForConditionalGeneration):
+    config_class = OwnConfig
+"""
+
+
+class TestARepositoryWithCodeOfItsOwn:
+    @pytest.fixture
+    def own(self, model: Path) -> Path:
+        """The demo model with classes of its own, as older MiniCPM-V, Qwen-VL-Chat or CogVLM2."""
+        folder = model
+        (folder / "configuration_own.py").write_text(CONFIGURATION)
+        (folder / "modeling_own.py").write_text(MODELING)
+        config = json.loads((folder / "config.json").read_text())
+        classes = {"AutoConfig": "configuration_own.OwnConfig"}
+        classes["AutoModelForCausalLM"] = "modeling_own.OwnModel"
+        config |= {"model_type": "own_idefics3", "auto_map": classes}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    def test_is_refused_with_what_turning_it_on_means(self, own: Path) -> None:
+        cfg = ModelConfig(path=str(own), dtype="float32")
+        for call in (load_limits, lambda cfg: load_model(cfg, device="cpu")):
+            message = refused(call, cfg)
+            assert "needs Python code that comes with its repository" in message
+            assert "model.trust_remote_code=true runs that code with all your rights" in message
+            assert "pin model.revision" in message
+
+    def test_runs_where_it_is_trusted(self, own: Path) -> None:
+        plain = load_model(ModelConfig(path=str(demo.MODEL_DIR), dtype="float32"), device="cpu")
+        cfg = ModelConfig(path=str(own), dtype="float32", trust_remote_code=True)
+        model = load_model(cfg, device="cpu")
+        assert type(model).__name__ == "OwnModel"
+        assert load_limits(cfg).image_token_id == plain.config.image_token_id
+        ids = torch.tensor([[5, 6, 7]])
+        ours, theirs = (m(input_ids=ids).logits for m in (model, plain))
+        assert torch.equal(ours, theirs)
+        assert why_not_slots(model).startswith("model type own_idefics3 was not tried over slots")
+
+    def test_an_unknown_kind_without_code_is_not_taken_for_one(self, own: Path) -> None:
+        config = json.loads((own / "config.json").read_text())
+        del config["auto_map"]
+        (own / "config.json").write_text(json.dumps(config))
+        message = refused(load_limits, ModelConfig(path=str(own)))
+        assert "own_idefics3" in message and "trust_remote_code" not in message

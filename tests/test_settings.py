@@ -28,9 +28,16 @@ def test_every_option_of_every_group_composes(option: str) -> None:
         "data=webdataset": ["data.path=in.tar"],
         "data=openai": ["data.path=requests.jsonl"],
         "model=hub": ["model.path=user/model"],
+        "engine=endpoint": ["engine.endpoint.url=http://localhost:8000"],
     }
     cfg = compose("run", [option, *required.get(option, [])])
     assert isinstance(cfg, JobConfig)
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("model=")])
+def test_no_preset_runs_a_strangers_code(option: str) -> None:
+    path = ["model.path=user/model"] if option == "model=hub" else []
+    assert compose("run", [option, *path]).model.trust_remote_code is False
 
 
 @pytest.mark.parametrize("name", PRIMARY)
@@ -67,6 +74,7 @@ REFUSED = {
     "task.prompt={{ a }}": "quote a value",
     "data=parqet": "there are demo, folder, hf, jsonl, openai, parquet, webdataset",
     "data=parquet": "data.path is required and not set; add data.path=",
+    "engine=endpoint": "engine.endpoint.url is required and not set; add engine.endpoint.url=http",
     "model=hub": "model.path is required",
     "generation.max_new_tokens=many": "generation.max_new_tokens: Value 'many'",
     "generation.max_new_tokens=0": "generation.max_new_tokens=0 must lie between 1 and",
@@ -91,6 +99,10 @@ REFUSED = {
     "runtime.task_id=1": "runtime.task_id=1 must lie between 0 and runtime.num_tasks - 1 = 0",
     "runtime.num_workers=-1": "runtime.num_workers=-1 must be at least 0",
     "model.dtype=f32": "model.dtype=f32 must be one of auto, float32, bfloat16, float16",
+    "model.quantization=int3": "expected one of [quanto_int8, quanto_int4,",
+    "model.quantization_skip=[a]": "quantization_skip has no effect without model.quantization",
+    "model.adapter_revision=a": "model.adapter_revision has no effect without model.adapter",
+    "model.device_map=gpu": "model.device_map=gpu must be one of auto, balanced,",
     "model.image_backend=opencv": "expected one of [auto, pil, torchvision]",
     "engine.device=gpu": "engine.device=gpu must be auto, cpu, cuda",
     "data.columns.image={a: 1}": "data.columns.image",
@@ -106,6 +118,42 @@ REFUSED = {
     "data.allow_hosts=[x]": "data.allow_hosts has no effect without data.allow_remote=true",
     "task.output.json_schema=s.json": "has no effect with task=caption; choose task=extract",
 }
+
+
+ENDPOINT = ("engine=endpoint", "engine.endpoint.url=http://node7:8000/v1")
+REFUSED_OF_A_SERVER = {
+    "engine.endpoint.url=null": "engine.endpoint.url is required and not set",
+    "engine.endpoint.url=node7:8000": "engine.endpoint.url is no http or https address",
+    "engine.endpoint.url=http://": "engine.endpoint.url is no http or https address",
+    "engine.endpoint.url='http://[::1'": "engine.endpoint.url is no http or https address",
+    "engine.endpoint.url=http://me:secret@node7": "holds a user, a query or a fragment",
+    "engine.endpoint.url='http://node7/v1?key=secret'": "holds a user, a query or a fragment",
+    "engine.endpoint.token_env=sk-secret": "token_env is no name of an environment variable",
+    "engine.endpoint.max_concurrency=0": "max_concurrency=0 must lie between 1 and 1024",
+    "engine.endpoint.timeout_s=0": "engine.endpoint.timeout_s=0.0 must be at least 0.1",
+    "engine.endpoint.patience_s=-1": "engine.endpoint.patience_s=-1.0 must be at least 0",
+    "engine.endpoint.image_format=bmp": "expected one of [png, jpeg]",
+    "engine.endpoint.extra_body.messages=[]": "extra_body.messages is not for you to set",
+    "generation.top_k=3": "put it into engine.endpoint.extra_body",
+    "generation.min_p=0.1": "engine=endpoint cannot send generation.min_p",
+    "generation.ignore_eos=true": "engine=endpoint cannot send generation.ignore_eos",
+    "output.token_ids=true": "engine=endpoint has no tokens of its own for output.token_ids",
+    "model.max_prompt_tokens=9": "has no tokens of its own for model.max_prompt_tokens",
+    "engine=auto": "engine.endpoint.url has no effect with engine=auto",
+}
+
+
+@pytest.mark.parametrize("override", list(REFUSED_OF_A_SERVER))
+def test_what_a_server_cannot_do_is_refused_and_no_secret_repeated(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose("run", [*ENDPOINT, override])
+    assert REFUSED_OF_A_SERVER[override] in str(caught.value)
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_a_servers_own_settings_pass_through() -> None:
+    cfg = compose("run", [*ENDPOINT, "engine.endpoint.extra_body.chat_template_kwargs={a: true}"])
+    assert cfg.engine.endpoint.extra_body == {"chat_template_kwargs": {"a": True}}
 
 
 @pytest.mark.parametrize("override", list(REFUSED))

@@ -22,7 +22,8 @@ ALLOWED = {
     "batchvlm.errors": set(),
     "batchvlm.records": {"batchvlm.errors"},
     "batchvlm.words": set(),
-    "batchvlm.settings": {"batchvlm.demo"},
+    "batchvlm.endpoint_settings": set(),
+    "batchvlm.settings": {"batchvlm.demo", "batchvlm.endpoint_settings"},
     "batchvlm.plan": set(),
     "batchvlm.sources": set(),
     "batchvlm.messages": set(),
@@ -32,7 +33,9 @@ ALLOWED = {
     "batchvlm.images": set(),
     "batchvlm.recent": set(),
     "batchvlm.pixels": set(),
-    "batchvlm.loading": set(),
+    "batchvlm.quantization": set(),
+    "batchvlm.adapters": set(),
+    "batchvlm.loading": {"batchvlm.adapters", "batchvlm.quantization"},
     "batchvlm.preprocess": {
         "batchvlm.images",
         "batchvlm.loading",
@@ -41,10 +44,15 @@ ALLOWED = {
         "batchvlm.recent",
     },
     "batchvlm.batching": set(),
-    "batchvlm.engine": {"batchvlm.batching", "batchvlm.loading", "batchvlm.pixels"},
+    "batchvlm.engine": {
+        *("batchvlm.batching", "batchvlm.loading", "batchvlm.pixels", "batchvlm.quantization"),
+        "batchvlm.schemas",
+    },
     "batchvlm.tasks": {"batchvlm.schemas"},
     "batchvlm.output": set(),
-    "batchvlm.identity": {"batchvlm.loading", "batchvlm.schemas", "batchvlm.settings"},
+    "batchvlm.identity": {
+        *("batchvlm.adapters", "batchvlm.loading", "batchvlm.schemas", "batchvlm.settings"),
+    },
     "batchvlm.runtime": {"batchvlm.preprocess"},
     "batchvlm.report": {
         *("batchvlm.identity", "batchvlm.images", "batchvlm.output", "batchvlm.prompts"),

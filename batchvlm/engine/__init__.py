@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchvlm.config import JobConfig
+from batchvlm.config import EngineName, JobConfig
 from batchvlm.engine.protocol import Engine, SampleStream
 
 __all__ = ["Engine", "SampleStream", "open_engine"]
@@ -13,7 +13,12 @@ def open_engine(cfg: JobConfig, *, device: str) -> Engine:
 
     Raises:
         ModelError: the model cannot be loaded, or the engine that was asked for cannot run it.
+        EndpointError: the server that is to answer is not there.
     """
+    if cfg.engine.name is EngineName.endpoint:
+        from batchvlm.engine.endpoint import EndpointEngine
+
+        return EndpointEngine.open(cfg)
     # torch takes seconds to import, and a job is checked without it.
     from batchvlm.engine.select import select_engine
 

@@ -52,14 +52,28 @@ def left_pad(rows: Sequence[Array], *, pad_id: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
 
 
-def collate(samples: Sequence[Sample], *, pad_id: int) -> dict[str, Tensor]:
+def right_pad(rows: Sequence[Array], *, pad_id: int) -> tuple[Tensor, Tensor]:
+    """As `left_pad`, on the right: an encoder counts positions from the first column."""
+    ids_BT, mask_BT = left_pad([row[::-1] for row in rows], pad_id=pad_id)
+    return ids_BT.flip(1), mask_BT.flip(1)
+
+
+def collate(
+    samples: Sequence[Sample], *, pad_id: int, pads_right: bool = False
+) -> dict[str, Tensor]:
     """Join samples into the keyword arguments of the model's `generate`.
 
+    Args:
+        samples: at least one.
+        pad_id: id for padded cells.
+        pads_right: pad on the right, for encoder-decoders.
+
     Returns:
-        `input_ids` and `attention_mask` [B, T] on the left padded; every other feature joined
-        by `join_features` over the samples that have it.
+        `input_ids` and `attention_mask` [B, T], padded; every other feature joined by
+        `join_features` over the samples that have it.
     """
-    ids_BT, mask_BT = left_pad([s.features["input_ids"][0] for s in samples], pad_id=pad_id)
+    pad = right_pad if pads_right else left_pad
+    ids_BT, mask_BT = pad([s.features["input_ids"][0] for s in samples], pad_id=pad_id)
     batch = {"input_ids": ids_BT, "attention_mask": mask_BT}
     names = dict.fromkeys(name for sample in samples for name in sample.features)
     for name in names:
@@ -71,7 +85,7 @@ def collate(samples: Sequence[Sample], *, pad_id: int) -> dict[str, Tensor]:
                 else np.zeros(s.prompt_tokens, dtype=np.int64)
                 for s in samples
             ]
-            batch[name], _ = left_pad(rows, pad_id=0)
+            batch[name], _ = pad(rows, pad_id=0)
     joined = {*names} - {*_NOT_COLLATED, *_PER_TOKEN}
     rest = [{n: a for n, a in with_numbers(s).items() if n in joined} for s in samples]
     return batch | join_features(rest)

@@ -22,8 +22,9 @@ from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.protocol import OnToken
 from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
-from batchvlm.errors import ModelError
+from batchvlm.errors import ErrorType
 from batchvlm.loading import load_model, load_processor
+from batchvlm.quantization import refuses_inference_mode
 from batchvlm.records import (
     Completion,
     EngineStats,
@@ -41,11 +42,20 @@ _ALONE = frozenset({"mllama"})
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
     # There all images of a batch are merged by the rows and columns of the first.
     _ALONE |= {"minicpmv4_6"}
-# Families that ignore all images of a row but the first.
-_ONE_IMAGE = frozenset({"blip-2"})
+# Families that take one image a row, neither none nor several: given several, some answer about the
+# first as if there were no others.
+ONE_IMAGE = frozenset({"blip-2", "florence2", "instructblip"})
+# Families whose generate() hands on to that of their language model, which has settings of its own.
+_INNER_GENERATE = frozenset({"blip-2", "instructblip"})
+# Families that say places and areas by special tokens.
+_SPEAKS_IN_TOKENS = frozenset({"florence2"})
 # Families whose own generate() loses logits processors; it can also draw images, which nobody asks.
 _OWN_GENERATE = frozenset({"janus"})
-_KEPT_DEFAULTS = ("bos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+_KEPT_DEFAULTS = (
+    *("bos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
+    # What the answers of an encoder-decoder begin with.
+    *("decoder_start_token_id", "forced_bos_token_id"),
+)
 
 
 class GenerateEngine:
@@ -62,12 +72,17 @@ class GenerateEngine:
         self.on_token: OnToken | None = None
         self._batching = batching or BatchingConfig()
         self._model = model
-        self._tokenizer = tokenizer
+        kind = model.config.model_type
+        self._tokenizer = SpokenTokens(tokenizer) if kind in _SPEAKS_IN_TOKENS else tokenizer
+        self._takes_one_image = kind in ONE_IMAGE
+        self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._eos_ids = eos_ids(model, tokenizer)
         pad_id = tokenizer.pad_token_id
         self._pad_id = pad_id if pad_id is not None else next(iter(self._eos_ids), 0)
-        refuse_unable(model)
         model.generation_config = without_defaults(model.generation_config, pad_id=self._pad_id)
+        if kind in _INNER_GENERATE:
+            inner = model.language_model
+            inner.generation_config = without_defaults(inner.generation_config, pad_id=self._pad_id)
 
     @classmethod
     def load(cls, cfg: ModelConfig, batching: BatchingConfig, *, device: str) -> GenerateEngine:
@@ -91,15 +106,29 @@ class GenerateEngine:
                 "%s answers row by row: its rows cannot be batched", type(self._model).__name__
             )
         for batch in group_by_length(samples, self._batching):
-            groups = [(sample,) for sample in batch.samples] if is_alone else [batch.samples]
+            able = batch.samples
+            if self._takes_one_image:
+                able = tuple(sample for sample in able if len(sample.image_sizes) == 1)
+                for sample in batch.samples:
+                    if len(sample.image_sizes) != 1:
+                        yield sample, self._not_one_image(len(sample.image_sizes))
+            groups = [(sample,) for sample in able] if is_alone else [able] if able else []
             for group in groups:
                 yield from self._run_or_split(group)
+
+    def _not_one_image(self, num_images: int) -> Failure:
+        return Failure(
+            error_type=ErrorType.PROMPT if num_images else ErrorType.MISSING_IMAGE,
+            message=f"{type(self._model).__name__} takes one image a row, not {num_images}",
+        )
 
     def _run_or_split(
         self, samples: Sequence[Sample]
     ) -> Iterator[tuple[Sample, Completion | Failure]]:
+        is_inference = not refuses_inference_mode(self._model)
         try:
-            outcomes = self._generate(samples)
+            with torch.no_grad(), torch.inference_mode(is_inference):
+                outcomes = self._generate(samples)
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except Exception as error:
@@ -119,15 +148,17 @@ class GenerateEngine:
         yield from self._run_or_split(samples[:middle])
         yield from self._run_or_split(samples[middle:])
 
-    @torch.inference_mode()
     def _generate(self, samples: Sequence[Sample]) -> list[Completion | Failure]:
         start = time.perf_counter()
         device = self._model.device
         inputs = {
             name: self._to_device(tensor)
-            for name, tensor in collate(samples, pad_id=self._pad_id).items()
+            for name, tensor in collate(
+                samples, pad_id=self._pad_id, pads_right=self._is_encoder_decoder
+            ).items()
         }
-        prompt_width = inputs["input_ids"].shape[1]
+        # The answer of an encoder-decoder stands alone, behind a token that starts it.
+        prompt_width = 1 if self._is_encoder_decoder else inputs["input_ids"].shape[1]
         sampler = RowSampler(len(samples), eos_ids=self._eos_ids, device=device)
         for i, sample in enumerate(samples):
             sampler.admit(i, sample.generation, sample.features["input_ids"])
@@ -161,30 +192,19 @@ class GenerateEngine:
         return tensor.to(self._model.device)
 
 
-def refuse_unable(model: Any) -> None:
-    """Refuse a model that neither engine runs.
-
-    Raises:
-        ModelError: it is an encoder-decoder, or shows the images of a row wrongly.
-    """
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise ModelError(f"{name} is an encoder-decoder; only decoder-only models run yet")
-    if model.config.model_type in _ONE_IMAGE:
-        raise ModelError(
-            f"{name} takes one image a row, and would answer about the first of several as if "
-            "there were no others; it does not run yet"
-        )
-
-
 def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends an answer: those of the generation config, and the tokenizer's.
 
     Both, as in vLLM: repositories often name the end of the text in one and of the turn in the
     other.
     """
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list | tuple) else [configured]
+    configs = [model.generation_config]
+    if model.config.model_type in _INNER_GENERATE:
+        configs.append(model.language_model.generation_config)
+    ids: list[int | None] = []
+    for config in configs:
+        named = config.eos_token_id
+        ids += named if isinstance(named, list | tuple) else [named]
     return tuple(dict.fromkeys(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None))
 
 
@@ -200,6 +220,24 @@ def without_defaults(config: Any, *, pad_id: int) -> Any:
             setattr(config, name, value)
     config.update(do_sample=False, pad_token_id=pad_id)
     return config
+
+
+class SpokenTokens:
+    """A tokenizer that leaves out of an answer only what begins, ends and pads it.
+
+    Of other special tokens, such as Florence-2's `<loc_52>`, the answer consists.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        self.all_special_ids = [i for i in ids if i is not None]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        if skip_special_tokens:
+            ids = [i for i in ids if i not in self.all_special_ids]
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
 
 
 class ChosenToken(LogitsProcessor):

@@ -171,7 +171,8 @@ def make_decoder_lean(model: Any) -> int:
         How many were.
     """
     decoder = model.get_decoder()
-    if not can_pack(model.dtype):
+    # Encoder-decoders, and language models in a shell of their own, have their layers elsewhere.
+    if not can_pack(model.dtype) or not hasattr(decoder, "layers"):
         return 0
     rope = Rope()
     has_axes = hasattr(model.base_model, "get_rope_index")

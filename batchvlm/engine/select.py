@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from typing import Any
 
 import transformers
 
 from batchvlm.config import EngineName, JobConfig
 from batchvlm.engine.allocator import keep_freed_memory
-from batchvlm.engine.generate import GenerateEngine, eos_ids, refuse_unable
+from batchvlm.engine.generate import ONE_IMAGE, GenerateEngine, eos_ids
 from batchvlm.engine.kernels import tune
 from batchvlm.engine.protocol import Engine
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.errors import ModelError
 from batchvlm.loading import load_model, load_processor
+from batchvlm.quantization import refuses_inference_mode
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,12 @@ _VERIFIED = frozenset(
 
 def select_engine(cfg: JobConfig, *, device: str) -> Engine:
     """Load the model and choose its engine; see `open_engine`."""
+    if cfg.model.device_map is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ModelError(
+            "model.device_map spreads the model over the GPUs that each process of this launch "
+            "wants for itself",
+            hint="start one process (batchvlm run), or leave model.device_map out",
+        )
     # The processor first: whatever is wrong with it is known before the weights are read.
     tokenizer = load_processor(cfg.model).tokenizer
     return choose_engine(load_model(cfg.model, device=device), tokenizer, cfg)
@@ -87,10 +95,11 @@ def name_engine(model: Any, cfg: JobConfig) -> tuple[EngineName, str]:
     Raises:
         ModelError: the engine that was asked for cannot run it.
     """
-    refuse_unable(model)
     reason = why_not_slots(model, is_asked_for=cfg.engine.name is EngineName.slots)
     if cfg.model.attn_implementation not in (None, "sdpa"):
         reason = f"model.attn_implementation={cfg.model.attn_implementation} is asked for"
+    if cfg.model.device_map is not None:
+        reason = "model.device_map is asked for"
     match cfg.engine.name:
         case EngineName.slots if reason:
             raise ModelError(
@@ -114,11 +123,15 @@ def why_not_slots(model: Any, *, is_asked_for: bool = False) -> str:
     config = model.config
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
+    if config.model_type in ONE_IMAGE:
+        return "it takes exactly one image a row"
     if not hasattr(model.base_model, "get_image_features"):
         return "it gives no image features of its own"
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         # In no family before transformers 5.18.
         return f"it takes no image features from outside in transformers {transformers.__version__}"
+    if refuses_inference_mode(model):
+        return "Quanto's int4 weights do not run in inference mode"
     text = config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if other := kinds - {"full_attention", "sliding_attention"}:
@@ -126,6 +139,9 @@ def why_not_slots(model: Any, *, is_asked_for: bool = False) -> str:
     never = ("begin_suppress_tokens", "bad_words_ids")
     if named := [name for name in never if getattr(model.generation_config, name, None)]:
         return f"its repository sets {' and '.join(named)}"
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    if not is_asked_for and is_quantized and model.device.type == "cuda":
+        return "quantized weights were tried over slots on a CPU alone; engine=slots tries it"
     if not is_asked_for and config.model_type not in _VERIFIED:
         return f"model type {config.model_type} was not tried over slots; engine=slots tries it"
     return ""

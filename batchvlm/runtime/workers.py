@@ -254,9 +254,10 @@ def _deaf_children() -> Iterator[None]:
 
 def _start_worker(spec: PreprocessSpec, parent: int) -> None:
     _leave_with(parent)
-    import torch
+    if spec.sent_as is None:
+        import torch
 
-    torch.set_num_threads(1)  # the workers share the cores with the engine
+        torch.set_num_threads(1)  # the workers share the cores with the engine
     global _preprocessor
     try:
         _preprocessor = Preprocessor(spec)

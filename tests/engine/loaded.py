@@ -52,6 +52,7 @@ ABOUT_ONE_LONGER = Question(
     text="describe the image in one word and then explain it in detail", sizes=((70, 150),)
 )
 ABOUT_TWO = Question(text="compare these two images", sizes=((48, 48), (130, 100)))
+ABOUT_ONE_SMALL = Question(text="a cat or a dog", sizes=((48, 48),))
 ABOUT_NONE = Question(text="how is the lazy dog today?", sizes=())
 
 
@@ -70,6 +71,8 @@ class Loaded:
     """One family, loaded as the package loads it and, apart from that, as transformers does."""
 
     family: Family
+    path: str
+    """The folder of the tiny model."""
     questions: tuple[Question, ...]
     preprocessor: Preprocessor
     text_preprocessor: Preprocessor
@@ -148,7 +151,11 @@ class Loaded:
         """What the model thinks of each row's first token, [B, V]."""
         if self.model.config.model_type in _ALONE and len(samples) > 1:
             return torch.cat([self.first_logits([sample]) for sample in samples])
-        inputs = collate(samples, pad_id=self.processor.tokenizer.pad_token_id)
+        inputs = collate(
+            samples,
+            pad_id=self.processor.tokenizer.pad_token_id,
+            pads_right=self.family.answers_apart,
+        )
         with torch.inference_mode():
             out = self.model.generate(
                 **inputs,
@@ -162,29 +169,32 @@ class Loaded:
     def reference(self, question: Question, seed: int = 0, **changes: Any) -> list[int]:
         """The answer of transformers by itself, end of sequence included."""
         images = pictures(question, seed)
-        if self.processor.chat_template is None:
-            slots = "<image>" * len(images)
-            inputs = self.processor(
-                text=[slots + question.text], images=[images], return_tensors="pt"
-            )
+        template = self.processor.chat_template or self.processor.tokenizer.chat_template
+        if template is None:
+            # Those that have no template put the slot of their one image by themselves.
+            inputs = self.processor(text=[question.text], images=[images], return_tensors="pt")
         else:
             parts = [{"type": "image", "image": image} for image in images]
             content = [*parts, {"type": "text", "text": question.text}]
             inputs = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}],
+                chat_template=template,
                 tokenize=True,
                 add_generation_prompt=True,
                 return_dict=True,
                 return_tensors="pt",
             )
         plain = copy.copy(self.model)
-        plain.generation_config = copy.deepcopy(self.model.generation_config)
-        plain.generation_config.update(
+        # BLIP-2 hands on to its language model, which heeds its own settings.
+        heeded = plain.language_model if self.model.config.model_type == "blip-2" else plain
+        heeded.generation_config = copy.deepcopy(heeded.generation_config)
+        heeded.generation_config.update(
             **{"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False, **changes}
         )
         with torch.inference_mode():
             ids_BT = plain.generate(**inputs.to(plain.device))
-        return ids_BT[0, inputs["input_ids"].shape[1] :].tolist()
+        num_before = 1 if self.family.answers_apart else inputs["input_ids"].shape[1]
+        return ids_BT[0, num_before:].tolist()
 
 
 def load(family: Family, folder: Path) -> Loaded:
@@ -203,14 +213,16 @@ def load(family: Family, folder: Path) -> Loaded:
     )
     # A row without images comes early, so that rows behind it would notice a shift.
     early = (ABOUT_NONE,) if family.takes_text_alone else ()
+    several = (ABOUT_TWO,) if family.takes_several else (ABOUT_ONE_SMALL,)
     return Loaded(
         family=family,
-        questions=(ABOUT_ONE, *early, ABOUT_TWO, ABOUT_ONE_LONGER),
+        path=str(folder),
+        questions=(ABOUT_ONE, *early, *several, ABOUT_ONE_LONGER),
         preprocessor=Preprocessor(spec),
         text_preprocessor=Preprocessor(replace(spec, columns=ColumnsConfig())),
         engine=GenerateEngine.load(cfg, BatchingConfig(), device="cpu"),
         processor=load_processor(cfg),
-        model=transformers.AutoModelForImageTextToText.from_pretrained(
+        model=transformers.AutoModelForMultimodalLM.from_pretrained(
             folder, dtype=torch.float32
         ).eval(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,18 @@ from transformers.utils import is_torchvision_available
 from batchvlm.config import ModelConfig
 from batchvlm.errors import ErrorType, ModelError
 from batchvlm.loading import load_processor
-from batchvlm.records import Failure, FinishReason
+from batchvlm.records import Completion, Failure, FinishReason
 
 from .families import FAMILIES, Family, llava
-from .loaded import ABOUT_NONE, ABOUT_ONE, ABOUT_ONE_LONGER, ABOUT_TWO, NUM_NEW_TOKENS, Loaded
-from .table import page
+from .loaded import (
+    ABOUT_NONE,
+    ABOUT_ONE,
+    ABOUT_ONE_LONGER,
+    ABOUT_ONE_SMALL,
+    ABOUT_TWO,
+    NUM_NEW_TOKENS,
+    Loaded,
+)
 from .tiny import save
 
 
@@ -61,13 +69,16 @@ def test_each_row_sees_its_own_images(loaded: Loaded) -> None:
 def test_image_tokens_are_counted(loaded: Loaded) -> None:
     one, longer, two = loaded.family.image_tokens
     expected = {ABOUT_ONE: one, ABOUT_ONE_LONGER: longer, ABOUT_TWO: two, ABOUT_NONE: 0}
+    expected[ABOUT_ONE_SMALL] = one
     for sample, question in zip(loaded.samples(), loaded.questions, strict=True):
         assert sample.image_tokens == expected[question]
         assert len(sample.image_sizes) == len(question.sizes)
 
 
 @pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if not f.takes_text_alone], ids=lambda family: family.name
+    "family",
+    [f for f in FAMILIES if f.takes_several and not f.takes_text_alone],
+    ids=lambda family: family.name,
 )
 def test_text_alone_is_an_error_of_its_row_where_a_family_does_not_take_it(
     family: Family, load_once: Callable[[Family], Loaded]
@@ -76,9 +87,21 @@ def test_text_alone_is_an_error_of_its_row_where_a_family_does_not_take_it(
     assert isinstance(outcome, Failure) and outcome.error_type is ErrorType.PREPROCESS
 
 
-def test_the_page_of_models_is_up_to_date() -> None:
-    written = Path(__file__).parents[2] / "docs" / "models.md"
-    assert written.read_text(encoding="utf-8") == page()
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if not f.takes_several], ids=lambda family: family.name
+)
+def test_a_row_that_does_not_have_one_image_is_its_error_where_a_family_takes_one(
+    family: Family, load_once: Callable[[Family], Loaded]
+) -> None:
+    loaded = load_once(family)
+    good = loaded.sample(0, ABOUT_ONE)
+    others = [replace(good, row_index=i, image_sizes=((9, 9),) * n) for i, n in ((1, 2), (2, 0))]
+    outcomes = dict(loaded.engine.run([others[0], good, others[1]]))
+    assert isinstance(outcomes[0], Completion)
+    failures = [outcomes[1], outcomes[2]]
+    assert all(isinstance(failure, Failure) for failure in failures)
+    kinds = [failure.error_type for failure in failures if isinstance(failure, Failure)]
+    assert kinds == [ErrorType.PROMPT, ErrorType.MISSING_IMAGE]
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="with torchvision it may load")

@@ -13,8 +13,7 @@ from transformers import GenerationConfig
 
 from batchvlm.config import BatchingConfig, ModelConfig
 from batchvlm.engine import stops
-from batchvlm.engine.generate import GenerateEngine, eos_ids
-from batchvlm.errors import ModelError
+from batchvlm.engine.generate import GenerateEngine, SpokenTokens, eos_ids
 from batchvlm.records import Completion, FinishReason, Sample
 
 from .outcomes import run
@@ -290,12 +289,16 @@ def test_logprobs_are_those_of_the_models_own_logits(
         torch.testing.assert_close(torch.tensor(answer.logprobs), expected_T, atol=1e-4, rtol=0)
 
 
-def test_an_encoder_decoder_is_refused(model: Any, tokenizer: Any) -> None:
-    other = copy.copy(model)
-    other.config = copy.copy(model.config)
-    other.config.is_encoder_decoder = True
-    with pytest.raises(ModelError, match="LlavaForConditionalGeneration is an encoder-decoder"):
-        GenerateEngine(other, tokenizer)
+def test_answers_keep_the_tokens_that_they_consist_of(tokenizer: Any) -> None:
+    """As Florence-2's places, which are special tokens."""
+    text = "a cat"
+    spoken = SpokenTokens(tokenizer)
+    marks = [i for i in tokenizer.all_special_ids if i not in spoken.all_special_ids]
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(text), *marks[:1], tokenizer.eos_token_id]
+    assert marks
+    said = spoken.decode(ids, skip_special_tokens=True)
+    assert said == text + tokenizer.convert_ids_to_tokens(marks[0])
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 def test_an_engine_loads_from_a_folder(folder: Path, make_samples: Any, reference: Any) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import GenerationConfig
 
 from batchvlm.config import EngineConfig, EngineName, JobConfig, ModelConfig
@@ -18,10 +18,9 @@ from batchvlm.engine.select import select_engine, why_not_slots
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.errors import ExitCode, ModelError
 
-from .families import REFUSED, VERSION, Built, needs_slots
+from .families import VERSION, needs_slots
 from .loaded import Loaded
 from .outcomes import run
-from .tiny import save
 
 
 def job(folder: Path, name: EngineName) -> JobConfig:
@@ -68,17 +67,6 @@ def test_every_family_of_the_tests(loaded: Loaded) -> None:
         assert (loaded.model.config.model_type in _ALONE) == family.is_alone
 
 
-@pytest.mark.parametrize("name", list(EngineName))
-@pytest.mark.parametrize("build", list(REFUSED), ids=lambda build: build.__name__)
-def test_a_family_that_neither_engine_runs(
-    build: Callable[[], Built], name: EngineName, tmp_path: Path
-) -> None:
-    save(tmp_path, *build())
-    with pytest.raises(ModelError, match=REFUSED[build]) as caught:
-        select_engine(job(tmp_path, name), device="cpu")
-    assert "\n" not in caught.value.message
-
-
 @needs_slots
 class TestTypesThatWereNotTried:
     @pytest.fixture(autouse=True)
@@ -121,6 +109,19 @@ class TestModelsThatCannot:
         other = changed()
         other.generation_config = GenerationConfig(**settings)
         assert why_not_slots(other) == f"its repository sets {next(iter(settings))}"
+
+    def test_quantized_weights_on_a_gpu_unless_asked_for(self, changed: Any) -> None:
+        other = changed(quantization_config={"quant_method": "awq"})
+        assert why_not_slots(other) == ""
+
+        class OnGpu:
+            device = torch.device("cuda")
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(other, name)
+
+        assert why_not_slots(OnGpu()).startswith("quantized weights were tried over slots on a CPU")
+        assert why_not_slots(OnGpu(), is_asked_for=True) == ""
 
     def test_a_model_without_images(self, changed: Any) -> None:
         other = changed()

@@ -118,7 +118,7 @@ def processor_of(
 def model_of(config: Any) -> PreTrainedModel:
     """A model of random weights, always the same, whose answers depend on its images."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(config)
+    model = transformers.AutoModelForMultimodalLM.from_config(config)
     embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     with torch.no_grad():
         for name, weight in model.named_parameters():

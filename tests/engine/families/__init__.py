@@ -19,7 +19,7 @@ from ..tiny import Built
 from .gemma import gemma3, paligemma
 from .idefics import idefics2, idefics3, smolvlm
 from .llava import llava, llava_next, llava_onevision, mistral3, pixtral
-from .others import blip_2, deepseek_vl, florence2, janus, mllama
+from .others import blip_2, deepseek_vl, florence2, janus, mllama, phi4_multimodal
 from .qwen import glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from .tiles import aya_vision, internvl, minicpmv4_6, molmo2, ovis2
 
@@ -47,6 +47,10 @@ class Family:
     48 x 48 and 130 x 100."""
     takes_text_alone: bool = True
     """Whether prompts without an image are allowed."""
+    takes_several: bool = True
+    """Whether prompts with several images are allowed; without one, they are not either."""
+    answers_apart: bool = False
+    """Whether the answer stands alone and not behind the prompt: an encoder-decoder."""
     sees_ahead: bool = False
     """Whether image tokens attend to later ones: no prompt is cut, none shares a beginning."""
     is_cut: bool = True
@@ -91,6 +95,8 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+NO_FEATURES = "it gives no image features of its own"
+
 FAMILIES = (
     Family(
         build=aya_vision,
@@ -99,10 +105,29 @@ FAMILIES = (
         image_tokens=(12, 12, 24),
     ),
     Family(
+        build=blip_2,
+        title="BLIP-2",
+        model_class="Blip2ForConditionalGeneration",
+        image_tokens=(8, 8, 0),
+        takes_text_alone=False,
+        takes_several=False,
+        why_not_slots="it takes exactly one image a row",
+    ),
+    Family(
         build=deepseek_vl,
         title="DeepSeek-VL",
         model_class="DeepseekVLForConditionalGeneration",
         image_tokens=(16, 16, 32),
+    ),
+    Family(
+        build=florence2,
+        title="Florence-2",
+        model_class="Florence2ForConditionalGeneration",
+        image_tokens=(50, 50, 0),
+        takes_text_alone=False,
+        takes_several=False,
+        answers_apart=True,
+        why_not_slots="it is an encoder-decoder",
     ),
     Family(
         build=gemma3,
@@ -181,7 +206,7 @@ FAMILIES = (
         title="Llama 3.2 Vision",
         model_class="MllamaForConditionalGeneration",
         image_tokens=(1, 1, 2),
-        why_not_slots="it gives no image features of its own",
+        why_not_slots=NO_FEATURES,
         is_alone=True,
     ),
     Family(
@@ -208,6 +233,14 @@ FAMILIES = (
         image_tokens=(16, 16, 32),
         takes_text_alone=False,
         sees_ahead=True,
+    ),
+    Family(
+        build=phi4_multimodal,
+        title="Phi-4-multimodal",
+        model_class="Phi4MultimodalForCausalLM",
+        image_tokens=(460, 417, 1039),
+        why_not_slots=NO_FEATURES,
+        needs=("torchvision",),
     ),
     Family(
         build=pixtral,
@@ -249,9 +282,3 @@ FAMILIES = (
         needs=("torchvision", "num2words"),
     ),
 )
-
-REFUSED = {
-    blip_2: "Blip2ForConditionalGeneration takes one image a row",
-    florence2: "Florence2ForConditionalGeneration is an encoder-decoder",
-}
-"""Families that neither engine runs, and why."""

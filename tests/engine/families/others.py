@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import transformers as tf
 
 from ..tiny import (
@@ -173,6 +174,7 @@ def florence2() -> Built:
             "bos_token_id": vocabulary.bos_token_id,
             "eos_token_id": vocabulary.eos_token_id,
             "decoder_start_token_id": vocabulary.eos_token_id,
+            "forced_eos_token_id": None,
         },
         image_token_id=token_id(vocabulary, "<image>"),
     )
@@ -180,4 +182,43 @@ def florence2() -> Built:
         size={"height": 56, "width": 56}, do_center_crop=False
     )
     image_processor.image_seq_length = 50
-    return model_of(config), tf.Florence2Processor(image_processor, vocabulary)
+    model = model_of(config)
+    with torch.no_grad():
+        for name, weight in model.model.language_model.named_parameters():
+            if weight.dim() >= 2 and "embed" not in name and "shared" not in name:
+                weight.mul_(2.0)  # it would say the same few tokens
+    return model, tf.Florence2Processor(image_processor, vocabulary)
+
+
+def phi4_multimodal() -> Built:
+    vocabulary = tokenizer(
+        ["<|image|>", "<|audio|>"], image_token="<|image|>", audio_token="<|audio|>"
+    )
+    config = tf.Phi4MultimodalConfig(
+        **text_config(vocabulary, num_key_value_heads=2),
+        # Its processor counts the tokens of crops of this size, whatever size is set.
+        vision_config={
+            **VISION,
+            "image_size": 448,
+            "crop_size": 448,
+            "image_token_id": token_id(vocabulary, "<|image|>"),
+        },
+        audio_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_blocks": 1,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 16,
+            "depthwise_separable_out_channel": 16,
+            "nemo_conv_channels": 16,
+            "input_size": 16,
+            "audio_token_id": token_id(vocabulary, "<|audio|>"),
+        },
+    )
+    processor = tf.Phi4MultimodalProcessor(
+        tf.Phi4MultimodalImageProcessor(dynamic_hd=4),
+        tf.Phi4MultimodalFeatureExtractor(),
+        vocabulary,
+        chat_template=chat_template("<|image|>"),
+    )
+    return model_of(config), processor

@@ -1,0 +1,67 @@
+"""Settings of `engine=endpoint`: an address without secrets, and nothing that no server is told."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit
+
+from batchvlm.config import EngineName, GenerationConfig, JobConfig, SourceKind
+from batchvlm.errors import ConfigError
+
+# What the OpenAI protocol has no word for.
+_NOT_SENT = ("min_new_tokens", "top_k", "min_p", "repetition_penalty", "ignore_eos")
+
+
+def check_endpoint(cfg: JobConfig) -> None:
+    """Refuse what no server can do, and secrets where they would be written down.
+
+    Raises:
+        ConfigError: never repeats what may be a secret.
+    """
+    endpoint, gen = cfg.engine.endpoint, cfg.generation
+    if cfg.engine.name is not EngineName.endpoint:
+        if endpoint.url is not None:
+            raise ConfigError(
+                f"engine.endpoint.url has no effect with engine={cfg.engine.name.value}",
+                hint="choose engine=endpoint",
+            )
+        return
+    if endpoint.url is None:
+        raise ConfigError(
+            "engine.endpoint.url is required and not set",
+            hint="add engine.endpoint.url=http://HOST:PORT/v1 to the command",
+        )
+    try:
+        url = urlsplit(endpoint.url)
+        is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        is_address = False
+    # None of these lines repeats what may hold a password.
+    if not is_address:
+        raise ConfigError("engine.endpoint.url is no http or https address")
+    if "@" in url.netloc or url.query or url.fragment:
+        raise ConfigError(
+            "engine.endpoint.url holds a user, a query or a fragment, and settings are written "
+            "into the output folder",
+            hint="give a token by the environment variable that engine.endpoint.token_env names",
+        )
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", endpoint.token_env):
+        raise ConfigError("engine.endpoint.token_env is no name of an environment variable")
+    for key in _NOT_SENT:
+        # From a row they are sent as vLLM calls them: whoever wrote the row knows the server.
+        if getattr(gen, key) != getattr(GenerationConfig, key):
+            raise ConfigError(
+                f"engine=endpoint cannot send generation.{key}, for which the OpenAI protocol has "
+                "no word",
+                hint="if this server has one, put it into engine.endpoint.extra_body, such as "
+                "engine.endpoint.extra_body.top_k=20",
+            )
+    for setting, is_set in (
+        # A batch file's own form asks for them, and does without.
+        ("output.token_ids", cfg.output.token_ids and cfg.data.source is not SourceKind.openai),
+        ("model.max_prompt_tokens", cfg.model.max_prompt_tokens is not None),
+    ):
+        if is_set:
+            raise ConfigError(f"engine=endpoint has no tokens of its own for {setting}")
+    if reserved := sorted({"messages", "stream", "n"} & {*endpoint.extra_body}):
+        raise ConfigError(f"engine.endpoint.extra_body.{reserved[0]} is not for you to set")

@@ -1,0 +1,396 @@
+"""An OpenAI-compatible server as the engine: rows become requests, replies become completions.
+
+A row that a healthy server refuses or fails on is that row's error. A server that answers nobody is
+no row's fault: rows wait for it, and the run ends with exit code 75 when patience does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import queue
+import random
+import threading
+import time
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from huggingface_hub import get_async_session
+
+from batchvlm.config import EndpointConfig, JobConfig
+from batchvlm.engine.answers import expand, join
+from batchvlm.engine.chat_api import (
+    MalformedReplyError,
+    one_line,
+    read_reply,
+    reason_of,
+    refusal,
+    request_body,
+)
+from batchvlm.engine.protocol import SampleStream
+from batchvlm.errors import EndpointError, ErrorType, ModelError
+from batchvlm.records import Completion, EngineStats, Failure, Sample
+from batchvlm.schemas import read_schema
+
+log = logging.getLogger(__name__)
+
+_FIRST_WAIT_S = 1.0
+_LONGEST_WAIT_S = 30.0
+_CONNECT_S = 10.0
+_PROBE_S = 60.0
+_LOOK_EVERY_S = 0.05
+"""How often new samples are looked for while requests are under way and there is room for more."""
+_PER_CLIENT = 100
+"""Connections that one client opens at most."""
+_IS_NOT_HERE = (401, 403, 404, 405)
+"""Wrong token, address or model: true of every row."""
+_IS_NOT_READY = (408, 409, 425, 429)
+
+_sleep = asyncio.sleep
+_Outcome = tuple[Sample, Completion | Failure]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fault:
+    """Why a request was not answered, this time."""
+
+    reason: str
+    error_type: ErrorType = ErrorType.ENGINE
+    is_busy: bool = False
+    """Whether the server asks to come back later."""
+    wait_s: float | None = None
+    """How much later."""
+
+
+class EndpointEngine:
+    """Sends each row to a server as a chat completion.
+
+    Args:
+        cfg: which server, and how much patience there is with it.
+        model: the model's name there.
+        schema: JSON schema of the answers to rows that bring none of their own.
+    """
+
+    def __init__(self, cfg: EndpointConfig, *, model: str, schema: str | None = None) -> None:
+        assert cfg.url is not None, "settings.py asks for it"
+        self.stats = EngineStats()
+        self._cfg = cfg
+        self._model = model
+        self._schema = schema
+        self._url = _base_url(cfg.url)
+        self._token = os.environ.get(cfg.token_env, "").strip()
+        self._down_since_s: float | None = None
+        self._has_answered = False
+        self._clients: list[Any] = []
+        self._probed_s = float("-inf")
+        self._is_up = False
+
+    @classmethod
+    def open(cls, cfg: JobConfig) -> EndpointEngine:
+        """Wait until the server is there.
+
+        Raises:
+            EndpointError: it is not, for `engine.endpoint.patience_s`.
+            ModelError: it wants another token.
+        """
+        schema = cfg.task.output.json_schema
+        engine = cls(
+            cfg.engine.endpoint,
+            model=cfg.model.path,
+            schema=None if schema is None else read_schema(schema, "task.output.json_schema"),
+        )
+        with _loop() as loop:
+            asyncio.run_coroutine_threadsafe(engine._await_server(), loop).result()
+        return engine
+
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+        """Answer every sample exactly once; see `Engine.run`.
+
+        Raises:
+            EndpointError: the server has answered nothing for `engine.endpoint.patience_s`.
+            ModelError: it knows neither this token nor this model.
+        """
+        # A row that wants several answers is asked for as often, each with a seed of its own: not
+        # every server knows `n`, and the first answer shall be that of a row that wants one.
+        yield from join(self._answer(expand(samples)))
+
+    def _answer(self, samples: SampleStream) -> Iterator[_Outcome]:
+        done: queue.SimpleQueue[_Outcome | BaseException] = queue.SimpleQueue()
+        stream = iter(samples)
+        num_under_way, is_over = 0, False
+        self._probe_lock = asyncio.Lock()
+
+        async def answer(sample: Sample) -> None:
+            try:
+                done.put((sample, await self._ask(sample)))
+            except Exception as error:
+                done.put(error)
+
+        with _loop() as loop:
+            try:
+                while True:
+                    while not is_over and num_under_way < self._cfg.max_concurrency:
+                        if num_under_way and not samples.is_ready():
+                            break
+                        sample = next(stream, None)
+                        if sample is None:
+                            is_over = True
+                            break
+                        asyncio.run_coroutine_threadsafe(answer(sample), loop)
+                        num_under_way += 1
+                    if not num_under_way:
+                        return
+                    has_room = not is_over and num_under_way < self._cfg.max_concurrency
+                    try:
+                        outcome = done.get(timeout=_LOOK_EVERY_S if has_room else None)
+                    except queue.Empty:
+                        continue
+                    if isinstance(outcome, BaseException):
+                        raise outcome
+                    num_under_way -= 1
+                    yield outcome
+            finally:
+                _finish(self._close(), loop)
+
+    async def _ask(self, sample: Sample) -> Completion | Failure:
+        """One row's answer, however often it takes."""
+        body = request_body(
+            sample, self._cfg, model=self._model, schema=sample.json_schema or self._schema
+        )
+        start = time.perf_counter()
+        num_faults, wait_s = 0, _FIRST_WAIT_S
+        while True:
+            outcome = await self._post(body, sample, start)
+            if not isinstance(outcome, _Fault):
+                self._has_answered |= isinstance(outcome, Completion)
+                self._is_there()
+                return outcome
+            # Only a server that answers another request can be failing because of this one.
+            if not outcome.is_busy and await self._answers_others():
+                num_faults += 1
+                if num_faults >= self._cfg.max_attempts:
+                    tries = f"{num_faults} times in a row" if num_faults > 1 else "once"
+                    return Failure(
+                        error_type=outcome.error_type,
+                        message=f"{outcome.reason}, {tries}, while the server answered others",
+                    )
+            else:
+                self._lose_patience(outcome)
+            await _sleep(
+                outcome.wait_s if outcome.wait_s is not None else wait_s * random.uniform(0.5, 1.0)
+            )
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+    async def _post(
+        self, body: bytes, sample: Sample, start: float
+    ) -> Completion | Failure | _Fault:
+        try:
+            async with asyncio.timeout(self._cfg.timeout_s):
+                status, headers, text = await self._call("POST", "/chat/completions", body)
+        except TimeoutError:
+            return _Fault(
+                reason=f"no answer within engine.endpoint.timeout_s={self._cfg.timeout_s:g}",
+                error_type=ErrorType.TIMEOUT,
+            )
+        # Whatever the HTTP library raises: no connection, a broken one, half a reply.
+        except Exception as error:
+            return _Fault(reason=self._say(error))
+        self.stats.num_batches += 1
+        if status == 200:
+            try:
+                outcome = read_reply(text, sample, time.perf_counter() - start)
+            except MalformedReplyError:
+                return _Fault(reason="the server's reply is no chat completion")
+            if isinstance(outcome, Completion) and outcome.usage is not None:
+                self.stats.prompt_tokens += outcome.usage.prompt_tokens or 0
+                self.stats.prompt_cells += outcome.usage.prompt_tokens or 0
+            return outcome
+        reason = reason_of(text, secrets=[self._token] if self._token else [])
+        if status in _IS_NOT_HERE or 300 <= status < 400:
+            if not self._has_answered:
+                raise self._refused(status, reason)
+            return _Fault(reason=f"the server answered {status}: {reason}", is_busy=True)
+        if 400 <= status < 500 and status not in _IS_NOT_READY:
+            if "response_format" in reason and not self._has_answered:
+                raise ModelError(
+                    f"the server answered {status}: {reason}",
+                    hint="engine.endpoint.response_format=none sends no schema",
+                )
+            return refusal(status, reason)
+        return _Fault(
+            reason=f"the server answered {status}: {reason}",
+            is_busy=status in _IS_NOT_READY,
+            wait_s=_retry_after_s(headers, at_most=self._cfg.patience_s),
+        )
+
+    async def _answers_others(self) -> bool:
+        """Whether the server answers a short question without an image, asked from now on.
+
+        Rows that failed together share one.
+        """
+        failed_s = time.monotonic()
+        async with self._probe_lock:
+            if self._probed_s < failed_s:
+                self._probed_s = time.monotonic()
+                self._is_up = await self._probe()
+        if self._is_up:
+            self._is_there()
+        return self._is_up
+
+    async def _probe(self) -> bool:
+        question = {"role": "user", "content": "Hello"}
+        body = {"model": self._model, "messages": [question], "max_tokens": 1, "temperature": 0}
+        try:
+            async with asyncio.timeout(min(_PROBE_S, self._cfg.timeout_s)):
+                status, _, _ = await self._call(
+                    "POST", "/chat/completions", json.dumps(body).encode()
+                )
+        except Exception:
+            return False
+        # A model that takes no text alone says so with a 4xx, and it is there to say it.
+        is_elsewhere = 300 <= status < 400 or status in _IS_NOT_HERE
+        return status < 500 and not is_elsewhere and status not in _IS_NOT_READY
+
+    def _is_there(self) -> None:
+        if self._down_since_s is not None:
+            log.info("the server at %s answers again", self._url)
+        self._down_since_s = None
+
+    def _lose_patience(self, fault: _Fault) -> None:
+        """Count the time in which the server answers nothing.
+
+        Raises:
+            EndpointError: it is up.
+        """
+        now_s = time.monotonic()
+        if self._down_since_s is None:
+            self._down_since_s = now_s
+            log.warning("the server at %s does not answer (%s); waiting", self._url, fault.reason)
+        if now_s - self._down_since_s >= self._cfg.patience_s:
+            raise EndpointError(
+                f"the server at {self._url} has answered nothing for "
+                f"engine.endpoint.patience_s={self._cfg.patience_s:g}: {fault.reason}",
+                hint="finished rows are on disk; see to the server and run the same command again",
+            )
+
+    async def _await_server(self) -> None:
+        try:
+            wait_s = _FIRST_WAIT_S
+            while True:
+                try:
+                    async with asyncio.timeout(_PROBE_S):
+                        status, _, text = await self._call("GET", "/models")
+                    fault = _Fault(reason=f"the server answered {status}")
+                # 404: not every server lists its models.
+                except Exception as error:
+                    status, text, fault = 503, b"", _Fault(reason=self._say(error))
+                if status in (401, 403):
+                    secrets = [self._token] if self._token else []
+                    raise self._refused(status, reason_of(text, secrets=secrets))
+                if status not in (429, 502, 503, 504):
+                    self._is_there()
+                    return
+                self._lose_patience(fault)
+                await _sleep(wait_s * random.uniform(0.5, 1.0))
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        finally:
+            await self._close()
+
+    async def _call(
+        self, method: str, path: str, body: bytes | None = None
+    ) -> tuple[int, Any, bytes]:
+        if not self._clients:
+            count = -(-self._cfg.max_concurrency // _PER_CLIENT)
+            self._clients = [_open_client() for _ in range(count)]
+        headers = {"content-type": "application/json"}
+        if self._token:
+            headers["authorization"] = f"Bearer {self._token}"
+        client = random.choice(self._clients)
+        reply = await client.request(
+            method,
+            f"{self._url}{path}",
+            content=body,
+            headers=headers,
+            timeout=(_CONNECT_S, None, None, None),
+        )
+        return reply.status_code, reply.headers, reply.content
+
+    async def _close(self) -> None:
+        clients, self._clients = self._clients, []
+        for client in clients:
+            await client.aclose()
+
+    def _refused(self, status: int, reason: str) -> ModelError:
+        if status in (401, 403):
+            hint = (
+                f"{self._cfg.token_env} holds the wrong token"
+                if self._token
+                else f"put a token into the environment variable {self._cfg.token_env}"
+            )
+        elif status == 404:
+            hint = f"check engine.endpoint.url, and engine.endpoint.model={self._model}"
+        else:
+            hint = "check engine.endpoint.url, which ends in /v1 as a rule"
+        message = f"the server at {self._url} answered {status}: {reason}"
+        return ModelError(message, hint=hint)
+
+    def _say(self, error: Exception) -> str:
+        text = one_line(str(error))
+        if self._token:
+            text = text.replace(self._token, "***")
+        return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _base_url(url: str) -> str:
+    url = url.rstrip("/").removesuffix("/chat/completions")
+    return url if urlsplit(url).path else f"{url}/v1"
+
+
+def _retry_after_s(headers: Any, *, at_most: float) -> float | None:
+    text = str(headers.get("retry-after", "")).strip()
+    # The other form, a date, is rare; the usual backoff serves.
+    return min(float(text), at_most) if text.isdecimal() and len(text) < 9 else None
+
+
+def _open_client() -> Any:
+    """huggingface_hub's HTTP client, less what is for its own server.
+
+    Its hooks refuse every request where HF_HUB_OFFLINE is set. Redirects are not followed: a token
+    goes to the address that was configured, and nowhere else.
+    """
+    client = get_async_session()
+    client.event_hooks = {"request": [], "response": []}
+    client.follow_redirects = False
+    return client
+
+
+@contextmanager
+def _loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop in a thread of its own; what is under way at the end is cancelled."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="endpoint", daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def _finish(last: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel all tasks of a loop that runs in another thread, then do one last thing."""
+
+    async def cancel() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await last
+
+    asyncio.run_coroutine_threadsafe(cancel(), loop).result()

@@ -1,0 +1,198 @@
+"""Samples as chat requests, and what the replies mean."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from batchvlm.config import EndpointConfig, ImageFormat, ResponseFormat
+from batchvlm.engine.chat_api import (
+    MalformedReplyError,
+    read_reply,
+    reason_of,
+    refusal,
+    request_body,
+)
+from batchvlm.errors import ErrorType
+from batchvlm.images import image_file
+from batchvlm.records import ChatRequest, Completion, Failure, FinishReason, Generation, Sample
+
+from .stand_in import chat
+
+
+def ask(
+    *images: bytes, system: str | None = None, schema: str | None = None, **generation: Any
+) -> Sample:
+    parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
+    if system:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    return Sample(
+        row_index=7,
+        features={},
+        image_tokens=0,
+        image_sizes=(),
+        generation=Generation(**({"max_new_tokens": 8} | generation)),
+        json_schema=schema,
+        request=ChatRequest(messages=messages, images=images),
+    )
+
+
+def body_of(sample: Sample, *, schema: str | None = None, **cfg: Any) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(
+        request_body(sample, EndpointConfig(**cfg), model="m", schema=schema)
+    )
+    return body
+
+
+def noise() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_images_are_sent_as_they_are_seen_here() -> None:
+    picture = noise()
+    picture.info["exif"] = b"secret"
+    body = body_of(ask(image_file(picture, ImageFormat.png), system="Be brief."))
+    system, user = body["messages"]
+    assert system == {"role": "system", "content": "Be brief."}
+    image, text = user["content"]
+    assert text == {"type": "text", "text": "What?"}
+    head, _, data = image["image_url"]["url"].partition(",")
+    assert head == "data:image/png;base64"
+    sent = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert sent.mode == "RGB" and sent.tobytes() == picture.tobytes()
+    assert "exif" not in sent.info
+
+
+def test_jpeg_is_smaller_and_near() -> None:
+    gradient = Image.linear_gradient("L").convert("RGB")
+    as_jpeg = image_file(gradient, ImageFormat.jpeg)
+    assert body_of(ask(as_jpeg))["messages"][0]["content"][0]["image_url"]["url"].startswith(
+        "data:image/jpeg;base64,"
+    )
+    difference = np.asarray(Image.open(io.BytesIO(as_jpeg)), int) - np.asarray(gradient, int)
+    assert abs(difference).max() <= 4
+
+
+def test_settings_mean_what_they_mean_there() -> None:
+    greedy = {"max_tokens": 8, "temperature": 0.0, "model": "m"}
+    body = body_of(ask())
+    assert body.pop("messages") == [{"role": "user", "content": "What?"}]
+    assert body == greedy  # a greedy row draws nothing, and has no seed
+    drawn = body_of(ask(temperature=0.5, top_p=0.9, seed=3, stop=("a", "b"), logprobs=True))
+    del drawn["messages"]
+    assert drawn == greedy | {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 3,
+        "stop": ["a", "b"],
+        "logprobs": True,
+    }
+    rows_own = {"top_k": 3, "min_new_tokens": 2, "ignore_eos": True, "frequency_penalty": -0.5}
+    body = body_of(ask(**rows_own))
+    assert (body["top_k"], body["min_tokens"], body["ignore_eos"]) == (3, 2, True)
+    assert body["frequency_penalty"] == -0.5 and "presence_penalty" not in body
+    assert body_of(ask(), extra_body={"top_k": 5, "max_tokens": 9})["max_tokens"] == 9
+
+
+def test_a_schema_is_sent_in_the_form_that_the_server_knows() -> None:
+    schema = {"type": "object", "properties": {"a": {"const": None}}}
+    text = json.dumps(schema)
+    sent = body_of(ask(), schema=text)["response_format"]
+    assert sent == {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    tgi = body_of(ask(), schema=text, response_format=ResponseFormat.tgi)
+    assert tgi["response_format"] == {"type": "json_object", "value": schema}
+    none = body_of(ask(), schema=text, response_format=ResponseFormat.none)
+    assert "response_format" not in none and "response_format" not in body_of(ask())
+
+
+def read(reply: Any, **generation: Any) -> Completion | Failure:
+    text = reply if isinstance(reply, bytes) else json.dumps(reply.body).encode()
+    return read_reply(text, ask(**generation), 0.5)
+
+
+def test_a_reply_becomes_a_completion() -> None:
+    completion = read(chat("yes"))
+    assert isinstance(completion, Completion) and completion.usage is not None
+    assert (completion.row_index, completion.text, completion.token_ids) == (7, "yes", ())
+    assert (completion.usage.prompt_tokens, completion.num_tokens) == (11, 3)
+    assert completion.finish_reason is FinishReason.STOP and completion.latency_s == 0.5
+    unsaid = read(chat("yes", usage=None))
+    assert isinstance(unsaid, Completion) and unsaid.num_tokens is None
+    null = read(chat("", choice={"message": {"content": None}, "finish_reason": "length"}))
+    assert isinstance(null, Completion)
+    assert (null.text, null.finish_reason) == ("", FinishReason.LENGTH)
+    half = read(b'{"choices": [{"message": {"content": "a\\ud800b"}, "finish_reason": null}]}')
+    assert isinstance(half, Completion) and half.text == "a\ufffdb"
+
+
+def test_logprobs() -> None:
+    content = [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -2}]
+    completion = read(chat("ab", choice={"logprobs": {"content": content}}), logprobs=True)
+    assert isinstance(completion, Completion) and completion.logprobs == (-0.5, -2.0)
+    failure = read(chat("ab"), logprobs=True)
+    assert isinstance(failure, Failure) and "gave no logprobs" in failure.message
+
+
+@pytest.mark.parametrize("reason", ["content_filter", "abort", "tool_calls"])
+def test_half_an_answer_is_none(reason: str) -> None:
+    failure = read(chat("ye", choice={"finish_reason": reason}))
+    assert isinstance(failure, Failure) and failure.error_type is ErrorType.ENGINE
+    assert reason in failure.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"", b"<html>Welcome</html>", b"[]", b"{}", b'{"choices": []}', b"null", b"\xff"),
+        *(b'{"choices": [{}]}', b'{"choices": [{"message": "yes"}]}', b"[" * 100_000),
+        b'{"choices": [{"message": {"content": ["yes"]}}]}',
+        b'{"choices": [{"message": {"content": "yes"}}], "usage": 3}',
+    ],
+    ids=lambda text: text[:30].decode("latin-1"),
+)
+def test_a_reply_that_is_none(text: bytes) -> None:
+    with pytest.raises(MalformedReplyError):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"error": {"message": "too\n long", "code": 400}}, "too long"),
+        ({"detail": [{"msg": "field required", "loc": ["body"]}]}, "field required"),
+        ({"error": "no such model", "error_type": "x"}, "no such model"),
+        ({"message": "got data:image/png;base64,AAAA here"}, "got data:... here"),
+        ({"detail": "key sk-123 is wrong"}, "key *** is wrong"),
+        ({"code": 3}, '{"code": 3}'),
+        (b"Bad Gateway", "Bad Gateway"),
+        (b"", "no reason given"),
+    ],
+    ids=str,
+)
+def test_the_reason_of_an_error_is_one_line_without_payload(body: Any, reason: str) -> None:
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    assert reason_of(text, secrets=["sk-123"]) == reason
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        (
+            "This model's maximum context length is 4096 tokens. However, you requested 9000",
+            ErrorType.PROMPT_TOO_LONG,
+        ),
+        ("`inputs` tokens + `max_new_tokens` must be <= 4096", ErrorType.PROMPT_TOO_LONG),
+        ("cannot identify image file", ErrorType.ENGINE),
+    ],
+)
+def test_what_a_refused_row_is_called(reason: str, kind: ErrorType) -> None:
+    failure = refusal(400, reason)
+    assert failure.error_type is kind and reason in failure.message
