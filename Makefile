@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test soak docs lint format clean
+.PHONY: demo test soak test-slurm docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/batchvlm run
@@ -30,6 +30,10 @@ docs: $(VENV)/.installed-test
 	$(BIN)/python docs/settings_page.py
 	$(BIN)/sphinx-build -W -q docs build/docs
 	@echo "build/docs/index.html"
+
+# Jobs on a real Slurm of four nodes on this machine. As root on Debian; else skipped with the reason.
+test-slurm: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slurm
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

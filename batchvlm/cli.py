@@ -16,6 +16,7 @@ from typing import NoReturn
 from batchvlm import __version__
 from batchvlm.config import JobConfig
 from batchvlm.errors import BatchvlmError, ConfigError, ExitCode, TooManyErrors
+from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.logs import set_up_logging
 from batchvlm.runtime.signals import Interrupted, catch_signals, ignore_signals
 
@@ -59,10 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     match args:
         case ["run", *rest]:
             return run_app("run", rest)
-        case ["verify" | "status" | "compact" | "export" as name, *rest]:
+        case ["verify" | "status" | "compact" as name, *rest]:
             from batchvlm import commands
 
             return _run_command(getattr(commands, name), rest)
+        case ["export", *rest]:
+            from batchvlm.export.commands import export
+
+            return _run_command(export, rest)
         case ["report" | "compare" as name, *rest]:
             from batchvlm.report import commands as report_commands
 
@@ -139,6 +144,9 @@ def run_app(
     """
     # Before torch loads its OpenMP: idle threads that spin steal the cores of the workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if find_launch().world_size > 1:
+        # That rank 0 is gone is said in one line, not in pages of C++ frames.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     # Their warnings are for programmers; what matters to a user is said by this program.
     for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
@@ -165,9 +173,11 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
     from batchvlm.settings import conf_dir, explain, is_mistake, read_config, register_schema
 
     codes = [ExitCode.DONE]
+    pid = os.getpid()
 
     def task(node: DictConfig) -> None:
         try:
+            register_schema()  # a launcher's job is a process that has not seen it
             cfg = read_config(node)
             _set_up_process(cfg)
             job(cfg)
@@ -176,6 +186,10 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
         except Exception as error:
             # Not raised through Hydra: of a sweep, the other jobs shall still run.
             codes.append(_say(error))
+            if os.getpid() != pid:
+                # A launcher runs the job elsewhere, and would take it for done: Hydra carries this
+                # to the process that waits for it.
+                raise BatchvlmError(f"a job of the sweep failed: {error}") from None
 
     _check_flags()
     register_schema()
@@ -184,6 +198,11 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
         with _reader_may_leave():
             app(task)()
     except Exception as error:
+        if type(error).__module__.startswith("submitit."):
+            raise BatchvlmError(
+                "a job of the sweep failed without a word",
+                hint="its log is below hydra.sweep.dir, in .submitit",
+            ) from error
         if not is_mistake(error):
             raise
         raise explain(error) from error

@@ -26,6 +26,7 @@ from batchvlm.records import (
     Status,
     size_of_value,
 )
+from batchvlm.runtime.launch import this_place
 from batchvlm.runtime.metrics import Metrics
 from batchvlm.runtime.progress import Progress
 from batchvlm.runtime.ranks import Rank
@@ -186,7 +187,7 @@ class Collector:
 
     def write_metrics(self, *, is_over: bool = False) -> None:
         """Leave this process's counts in the output folder."""
-        head = {"run_id": self._provenance.run_id, "is_over": is_over}
+        head = {"run_id": self._provenance.run_id, "is_over": is_over, "where": this_place()}
         text = json.dumps(head | self.metrics.as_dict(), indent=2)
         path = self._metrics_file("json")
         self.job.folder.commit_file(lambda file: file.write(text.encode()), path)

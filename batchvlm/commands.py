@@ -1,4 +1,4 @@
-"""The commands that look after an output folder: `verify`, `status`, `compact` and `export`."""
+"""The commands that look after an output folder: `verify`, `status` and `compact`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from batchvlm.errors import ExitCode, OutputError
+from batchvlm.errors import ExitCode
 from batchvlm.words import duration
 
 if TYPE_CHECKING:
-    from batchvlm.output.status import Progress
+    from batchvlm.output.status import Progress, Silent
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?")
+_MAX_SILENT = 10
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -70,7 +71,8 @@ def status(argv: Sequence[str]) -> ExitCode:
         if args.watch and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")  # from the top of an empty screen
         if args.json:
-            print(json.dumps(vars(found)), flush=True)
+            silent = [asdict(worker) for worker in found.silent]
+            print(json.dumps(vars(found) | {"silent": silent}), flush=True)
         else:
             _print_status(found)
         if not args.watch or found.num_done == found.num_rows:
@@ -96,8 +98,19 @@ def _print_status(found: Progress) -> None:
         left_s = (found.num_rows - found.num_done) / max(found.rows_per_s, 1e-9)
         left = f", {duration(left_s)} left" if found.rows_per_s else ""
         print(f"speed    {found.rows_per_s:,.1f} rows/s of {found.num_live} processes{left}")
+    if found.silent and found.num_done < found.num_rows:
+        _print_silent(found.silent)
     if found.written_s_ago is not None:
         print(f"written  {duration(found.written_s_ago)} ago")
+
+
+def _print_silent(silent: Sequence[Silent]) -> None:
+    print(f"silent   {len(silent):,} processes, which have not ended and say nothing:")
+    for worker in silent[:_MAX_SILENT]:
+        where = f" on {worker.where}" if worker.where else ""
+        print(f"         {worker.name}{where}, for {duration(worker.silent_s)}")
+    if len(silent) > _MAX_SILENT:
+        print(f"         and {len(silent) - _MAX_SILENT:,} more")
 
 
 def compact(argv: Sequence[str]) -> ExitCode:
@@ -127,34 +140,6 @@ def compact(argv: Sequence[str]) -> ExitCode:
     else:
         done = compact(folder, target_bytes=args.target_size)
     print(f"{done.num_before:,} parts -> {done.num_after:,} in {folder.data}")
-    return ExitCode.DONE
-
-
-def export(argv: Sequence[str]) -> ExitCode:
-    """`batchvlm export OUT --to FORMAT --path FILE`."""
-    parser = _parser(
-        "export",
-        "Write the answers in the shape that another tool reads, in the order of the input.",
-        "openai: JSON lines as hosted batch APIs and `vllm run-batch` write them, errors included.",
-    )
-    parser.add_argument("--to", choices=["openai"], required=True, help="the shape")
-    parser.add_argument("--path", metavar="FILE", required=True, help="the file to write")
-    parser.add_argument(
-        "--unfinished", action="store_true", help="of a job that is not done, what is"
-    )
-    args = parser.parse_args(argv)
-    from batchvlm.export.openai import write_answers
-    from batchvlm.report.outputs import open_output
-
-    output = open_output(args.out)
-    num_shards = len(output.run.plan)
-    num_finished = len(output.folder.finished_shards(num_shards))
-    if num_finished < num_shards and not args.unfinished:
-        raise OutputError(
-            f"{output.folder.root}: {num_finished:,} of {num_shards:,} shards are finished",
-            hint="finish the job, or export what there is with --unfinished",
-        )
-    print(f"{write_answers(output, Path(args.path)):,} answers -> {args.path}")
     return ExitCode.DONE
 
 

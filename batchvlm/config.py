@@ -429,6 +429,9 @@ class RuntimeConfig:
     finished rows to disk and exits with 75; null: wait forever."""
     grace_s: float = 30.0
     """From a signal to the exit, in seconds, whatever the model is doing then."""
+    walltime_margin_s: float = 90.0
+    """With less of the SLURM job's time left, in seconds, or less than a quarter of it, no further
+    row is begun; the run ends with 75 when those at the engine are answered. 0: never by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ class ExitCode(IntEnum):
     TOO_MANY_ERRORS = 3
     """More rows failed than `runtime.max_error_rate` allows; finished rows are on disk."""
     INTERRUPTED = 75
-    """Stopped with all finished rows on disk, by a signal or because nothing got on; the same
-    command goes on from there."""
+    """Stopped with all finished rows on disk, by a signal, because nothing got on, or because the
+    time of the allocation is up; the same command goes on from there."""
     STOPPED = 130
     """A second Ctrl-C: rows finished since the last flush are lost, and computed again."""
 
@@ -77,6 +77,12 @@ class DeviceError(BatchvlmError):
 
 class EndpointError(BatchvlmError):
     """The server that answers is not there, or answers nobody."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+class UnfinishedError(BatchvlmError):
+    """The run ended at a safe point with rows left to do: the same command goes on."""
 
     exit_code = ExitCode.INTERRUPTED
 

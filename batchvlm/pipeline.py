@@ -19,10 +19,12 @@ from typing import Any
 from batchvlm.collector import Collector, Prepared
 from batchvlm.config import JobConfig, TaskName
 from batchvlm.engine import Engine, open_engine
+from batchvlm.errors import UnfinishedError
 from batchvlm.identity import (
     model_name,
 )
 from batchvlm.job import Job, open_job
+from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.parts import look_into_parts
 from batchvlm.output.run_file import save_run
@@ -36,11 +38,14 @@ from batchvlm.records import (
 )
 from batchvlm.report.card import write_finished_card
 from batchvlm.report.redact import redact_all
+from batchvlm.runtime.claims import TALK_EVERY_S, Peers, claim_shards
+from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.metrics import Metrics, TimeLine
 from batchvlm.runtime.prefetch import Prefetcher
 from batchvlm.runtime.progress import Progress
 from batchvlm.runtime.ranks import Rank, find_rank, memory_of, shards_of_task
 from batchvlm.runtime.trackers import Place, Trackers, check_installed
+from batchvlm.runtime.walltime import Deadline
 from batchvlm.runtime.watchdog import Ticker, Watchdog
 from batchvlm.runtime.workers import WorkerPool, default_num_workers
 from batchvlm.settings import to_plain
@@ -58,7 +63,7 @@ class Summary:
     """Rows of the whole input."""
     num_shards: int
     num_mine: int
-    """Rows that are this process's to compute."""
+    """Rows that were this process's to compute."""
     num_found: int
     """Those of them that earlier runs had finished."""
     metrics: Metrics = field(default_factory=Metrics)
@@ -83,23 +88,35 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
     if not job.is_overwriting:
         done = {shard.index for shard in mine} & finished
         metrics.found_errors = look_into_parts(job.folder, job.run, done)
+    launch = find_launch()
+    num_mine = sum(shard.num_rows for shard in mine)
     if any(shard.index not in finished for shard in mine):
+        deadline = Deadline(cfg.runtime.walltime_margin_s)
+        if deadline.is_near():
+            raise _time_is_up(cfg)
         # The workers load their libraries while this process loads torch and the model.
         watchdog = Watchdog(
             stall_timeout_s=cfg.runtime.stall_timeout_s, grace_s=cfg.runtime.grace_s
         )
         # The watchdog is left last: whatever hangs on the way out has to end too.
         with watchdog, _open_pool(job) as pool:
-            rank = find_rank(cfg.engine, cfg.runtime)
-            mine = mine[rank.index :: rank.world_size]
-            todo = [shard for shard in mine if shard.index not in finished]
-            metrics.num_found = sum(s.num_rows for s in mine if s.index in finished)
-            if todo:
-                collector = Collector(job, metrics, rank, beat=watchdog.beat)
-                watchdog.flush = collector.flush
-                _compute(collector, mine, todo, pool, engine)
-                write_finished_card(job.folder)
-    num_mine = sum(shard.num_rows for shard in mine)
+            rank = find_rank(launch, cfg.engine, cfg.runtime)
+            peers = Peers(launch, _name(job)) if rank.world_size > 1 else None
+            if rank.index == 0:
+                metrics.num_found = sum(s.num_rows for s in mine if s.index in finished)
+            work = _Work(
+                mine=mine,
+                todo=[shard for shard in mine if shard.index not in finished],
+                peers=peers,
+                deadline=deadline,
+            )
+            collector = Collector(job, metrics, rank, beat=watchdog.beat)
+            watchdog.flush = collector.flush
+            _compute(collector, work, pool, engine)
+            if peers is not None:
+                num_mine = metrics.num_found + metrics.num_rows
+                _check_complete(job, mine, peers)
+            write_finished_card(job.folder)
     return Summary(
         folder=job.folder,
         num_rows=sum(shard.num_rows for shard in job.run.plan),
@@ -110,12 +127,90 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
     )
 
 
+@dataclass(kw_only=True)
+class _Work:
+    """What there is to do, with whom, and until when."""
+
+    mine: Sequence[Shard]
+    """The task's shards, the same on all of its ranks."""
+    todo: Sequence[Shard]
+    """Those of them that were not finished at the start."""
+    peers: Peers | None
+    deadline: Deadline
+    num_read: int = 0
+    num_taken: int = 0
+    """Rows that the engine took, or that failed before it."""
+
+    def shards(self) -> Iterator[Shard | None]:
+        """The shards that this rank computes, as long as there is time to begin one.
+
+        None: not yet. Whoever claims far ahead leaves nothing to those who come later, so a rank
+        claims its next shard when the engine has taken half of the latest.
+        """
+        todo = {shard.index for shard in self.todo}
+        shards = claim_shards(self.mine, lambda shard: shard.index in todo, self.peers)
+        enough = 0
+        while True:
+            if self.peers is not None and self.num_read - self.num_taken > enough:
+                yield None
+                continue
+            shard = next(shards, None)
+            if shard is None or self.deadline.is_near():
+                return
+            enough = shard.num_rows // 2
+            yield shard
+
+    def take(self, items: Iterable[Prepared]) -> Iterator[Prepared]:
+        """Pass rows on to the engine, as long as there is time to begin one."""
+        for item in items:
+            if self.deadline.is_near():
+                return
+            self.num_taken += 1
+            yield item
+
+
+def _name(job: Job) -> str:
+    """What a job is called among those of one launch, such as a sweep."""
+    cfg, runtime = job.cfg, job.cfg.runtime
+    return fingerprint(
+        {
+            "run": job.run.fingerprint,
+            "folder": str(job.folder.root),
+            "task": [runtime.task_id, runtime.num_tasks],
+            "retry": to_plain(cfg.retry),
+        }
+    )
+
+
+def _time_is_up(cfg: JobConfig) -> UnfinishedError:
+    return UnfinishedError(
+        "the SLURM job's time is nearly up (runtime.walltime_margin_s="
+        f"{cfg.runtime.walltime_margin_s:g}); finished rows are on disk",
+        hint="run the same command again",
+    )
+
+
+def _check_complete(job: Job, mine: Sequence[Shard], peers: Peers) -> None:
+    """Without the store nobody knows what the other ranks had claimed.
+
+    Raises:
+        UnfinishedError: shards are left, to a rank that died or to the next run.
+    """
+    if peers.is_lost:
+        finished = _finished(job, mine)
+        if num_left := sum(shard.index not in finished for shard in mine):
+            raise UnfinishedError(
+                f"rank 0 was lost, and {num_left} shards are not finished yet",
+                hint="run the same command again once the other ranks have ended",
+            )
+
+
 def _finished(job: Job, shards: Sequence[Shard]) -> frozenset[int]:
     """Indices of the shards that have nothing left to compute."""
     if job.is_overwriting:
         return frozenset()
     num_shards = len(job.run.plan)
-    finished = job.folder.finished_shards(num_shards)
+    finished = job.folder.finished_shards(num_shards, [shard.index for shard in shards])
     if not job.cfg.retry.errors:
         return finished
     return finished - {
@@ -126,25 +221,21 @@ def _finished(job: Job, shards: Sequence[Shard]) -> frozenset[int]:
     }
 
 
-def _compute(
-    collector: Collector,
-    mine: Sequence[Shard],
-    todo: Sequence[Shard],
-    pool: WorkerPool,
-    engine: Engine | None,
-) -> None:
+def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine | None) -> None:
     job, rank, metrics = collector.job, collector.rank, collector.metrics
-    cfg = job.cfg
-    num_todo = sum(shard.num_rows for shard in todo)
+    cfg, peers, deadline = job.cfg, work.peers, work.deadline
+    num_todo = sum(shard.num_rows for shard in work.todo)
     name = model_name(cfg.model)
-    log.info("%d rows in %d shards; loading %s on %s", num_todo, len(todo), name, rank.device)
+    log.info("%d rows in %d shards; loading %s on %s", num_todo, len(work.todo), name, rank.device)
     start = time.perf_counter()
     with ExitStack() as stack:
+        if peers is not None:
+            stack.enter_context(peers.exchange(metrics))
         if job.is_overwriting:
             # Shards are opened on what is there: on nothing, once the old run has given way.
             engine = engine or open_engine(cfg, device=rank.device)
             save_run(job.folder, job.run, overwrite=True)
-        records = _read(job, todo, collector)
+        records = _read(work, collector)
         if cfg.data.allow_remote:
             records = stack.enter_context(job.open_fetcher()).ahead(records)
         turns = Turns(records) if cfg.task.name is TaskName.dialog else None
@@ -179,8 +270,10 @@ def _compute(
         progress = stack.enter_context(
             Progress(
                 metrics,
-                total=sum(shard.num_rows for shard in mine),
+                total=sum(shard.num_rows for shard in work.mine),
                 log_every_s=cfg.runtime.log_every_s,
+                others=peers.heard if peers is not None else tuple,
+                is_shown=rank.index == 0,
                 has_bar=not cfg.runtime.log_json,
                 memory=lambda: memory_of(rank.device),
             )
@@ -188,14 +281,26 @@ def _compute(
         metrics.engine = engine.stats
         time_line = TimeLine(metrics, collector.append_metrics)
         stack.callback(time_line.write)
-        samples = _Samples(ready, collector, progress, turns)
+        samples = _Samples(ready, collector, progress, work, turns)
         for row_index, outcome in _answers(engine, samples, turns):
             collector.finish(row_index, outcome, progress)
             metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
             time_line.tick()
             trackers.tick()
+        if deadline.has_come:
+            raise _time_is_up(cfg)
         collector.finish_all(progress)
         metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
+        if peers is not None:
+            peers.tell(metrics)
+            peers.see_off(lambda: _wait_a_little(collector, progress))
+            progress.advance()
+
+
+def _wait_a_little(collector: Collector, progress: Progress) -> None:
+    time.sleep(TALK_EVERY_S)
+    collector.beat()
+    progress.advance()
 
 
 def _answers(
@@ -242,15 +347,21 @@ def _open_pool(job: Job) -> WorkerPool:
     )
 
 
-def _read(job: Job, shards: Sequence[Shard], collector: Collector) -> Iterator[Record]:
+def _read(work: _Work, collector: Collector) -> Iterator[Record | None]:
+    job = collector.job
     kept = job.cfg.output.keep_columns
-    for shard in shards:
+    for shard in work.shards():
+        if shard is None:
+            yield None
+            continue
         finished = collector.open_shard(shard)
-        yield from job.source.read_shard(shard, job.prompt_columns, kept=kept, skip=finished)
+        for record in job.source.read_shard(shard, job.prompt_columns, kept=kept, skip=finished):
+            work.num_read += 1
+            yield record
 
 
 def _prepare(
-    records: Iterable[Record], pool: WorkerPool, turns: Turns | None = None
+    records: Iterable[Record | None], pool: WorkerPool, turns: Turns | None = None
 ) -> Iterator[Prepared]:
     # Kept columns stay on this side of the process border, prompt columns on the other.
     kept: dict[int, Mapping[str, Any]] = {}
@@ -279,12 +390,13 @@ class _Samples:
     ready: Prefetcher[Prepared]
     collector: Collector
     progress: Progress
+    work: _Work
     turns: Turns | None
 
     def __iter__(self) -> Iterator[Sample]:
         turns = self.turns
         items = self.ready if turns is None else self.ready.items(until=lambda: turns.is_idle)
-        return self.collector.take(items, self.progress)
+        return self.collector.take(self.work.take(items), self.progress)
 
     def is_ready(self) -> bool:
         return self.ready.is_ready()

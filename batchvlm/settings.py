@@ -36,6 +36,7 @@ from batchvlm.errors import ConfigError, ErrorType
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _TRACKERS = ("tensorboard", "wandb")
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/@]*:[^/@]*@")
 _ROOTS = tuple(f.name for f in fields(JobConfig))
 
 
@@ -281,6 +282,7 @@ def _check_ranges(cfg: JobConfig) -> None:
     _at_least("engine.endpoint.timeout_s", endpoint.timeout_s, 0.1)
     _at_least("engine.endpoint.max_attempts", endpoint.max_attempts, 1)
     _at_least("engine.endpoint.patience_s", endpoint.patience_s, 0)
+    _at_least("runtime.walltime_margin_s", runtime.walltime_margin_s, 0)
     if runtime.max_error_rate is not None:
         _between("runtime.max_error_rate", runtime.max_error_rate, 0, 1)
     if not 0 <= runtime.task_id < runtime.num_tasks:
@@ -322,6 +324,11 @@ def _check_choices(cfg: JobConfig) -> None:
     ):
         if value is not None and not value.strip():
             raise ConfigError(f"{key} is empty", hint=meaning)
+        if value is not None and _PASSWORD.match(value):
+            raise ConfigError(
+                f"{key} is a URL with a password, which the output would keep for ever",
+                hint="leave credentials to the environment, as the place's own tools find them",
+            )
     for name in cfg.retry.errors:
         if name not in list(ErrorType):
             raise ConfigError(

@@ -44,8 +44,11 @@ def print_summary(summary: Summary) -> None:
             f"{metrics.wait_share:.0%} of the time waiting for data"
         )
     _print_rows(summary)
-    data = _short(os.path.abspath(summary.folder.data))
-    print(f"output   {data}{os.sep}*.parquet")
+    folder = summary.folder
+    data = folder.address(folder.data)
+    if folder.is_local:
+        data = _short(os.path.abspath(data))
+    print(f"output   {data}/*.parquet")
     print(f'read it  datasets.load_dataset("parquet", data_dir="{data}")')
 
 
@@ -86,8 +89,9 @@ def _read_rows(summary: Summary) -> Any:
     columns = ["id", "status", "error_type", "error_message", "generated_text"]
     for part in summary.folder.parts(summary.num_shards):
         try:
-            for batch in pq.ParquetFile(part.path).iter_batches(batch_size=64, columns=columns):
-                yield from batch.to_pylist()
+            with summary.folder.open(part.path) as file:
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=columns):
+                    yield from batch.to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise OutputError(
                 f"{part.path} cannot be read: {' '.join(str(error).split())[:200]}",

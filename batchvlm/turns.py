@@ -21,10 +21,10 @@ class Turns:
     """A context manager that lets go of the reading thread when left.
 
     Args:
-        records: the input's rows.
+        records: the input's rows; None where there is none yet.
     """
 
-    def __init__(self, records: Iterable[Record]) -> None:
+    def __init__(self, records: Iterable[Record | None]) -> None:
         self.is_idle = False
         """Whether nothing will be ready before the engine answers a row that it has."""
         self.on_idle: Callable[[], None] = lambda: None
@@ -75,11 +75,14 @@ class Turns:
     def to_pool(self) -> Iterator[Record | None]:
         """Every row of every turn, as `WorkerPool.prepare` takes them; in the reading thread."""
         for record in self._records:
-            with self._changed:
-                self._num_open += 1
             # Rows that are under way first: what is begun is held in memory.
             while self._again:
                 yield self._out(self._again.popleft())
+            if record is None:
+                yield None
+                continue
+            with self._changed:
+                self._num_open += 1
             yield self._out(record)
         self._is_read = True
         while not self.is_over and not self._is_left:

@@ -406,7 +406,7 @@ def test_two_ranks_share_the_shards(tmp_path: Path) -> None:
         json.loads(p.read_text())["num_rows"]
         for p in (tmp_path / "out" / "_batchvlm" / "metrics").glob("*.json")
     ]
-    assert counts == [60, 60]
+    assert sum(counts) == 120 and len(counts) == 2
 
 
 def test_a_folder_without_a_processor_is_one_line_too(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from batchvlm.errors import ErrorType, ExitCode, OutputError, TooManyErrors
-from batchvlm.output import folder as folder_module
+from batchvlm.output import disk as disk_module
 from batchvlm.output.folder import OutputFolder
 from batchvlm.records import Completion, Failure, Sample
 from tests.conftest import picture
@@ -169,7 +169,7 @@ def test_a_full_disk_is_waited_for_by_the_clock_and_named_by_the_next_row(
         return open(path, mode, **options)
 
     with monkeypatch.context() as context:
-        context.setattr(folder_module, "open", refuse, raising=False)
+        context.setattr(disk_module, "open", refuse, raising=False)
         with pytest.raises(OutputError, match=r"No space left.*make room and run the same"):
             run(out, source, "output.flush_every_rows=2")
     kept = num_files

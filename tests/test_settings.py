@@ -228,3 +228,12 @@ def test_to_plain_is_json_ready() -> None:
     plain = to_plain(compose("extract"))
     assert plain["task"]["name"] == "extract" and type(plain["task"]["name"]) is str
     assert plain["generation"]["stop"] == []
+
+
+@pytest.mark.parametrize("key", ["data.path", "output.dir"])
+def test_a_password_does_not_get_into_the_output(key: str) -> None:
+    given = f"{key}='s3://key:hunter2@bucket/x'"
+    with pytest.raises(ConfigError, match=f"{key} is a URL with a password") as caught:
+        compose(overrides=["data=parquet", "data.path=x", given])
+    assert "hunter2" not in str(caught.value)
+    compose(overrides=["data=parquet", "data.path='abfs://box@account.dfs.core.windows.net/x'"])

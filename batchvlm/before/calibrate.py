@@ -12,6 +12,7 @@ from batchvlm.errors import InputError
 from batchvlm.job import Job
 from batchvlm.preprocess import Preprocessor
 from batchvlm.records import Completion, Record, Sample
+from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.ranks import find_rank
 
 _WARM_UP_ROWS = 4
@@ -58,7 +59,7 @@ def calibrate(job: Job, records: Sequence[Record], *, engine: Engine | None = No
     preprocessor = Preprocessor(job.preprocess_spec())
     start_s = time.perf_counter()
     engine = engine or open_engine(
-        job.cfg, device=find_rank(job.cfg.engine, job.cfg.runtime).device
+        job.cfg, device=find_rank(find_launch(), job.cfg.engine, job.cfg.runtime).device
     )
     load_s = time.perf_counter() - start_s
     num_rows = _FIRST_ROWS

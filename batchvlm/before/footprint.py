@@ -11,6 +11,7 @@ from batchvlm.config import EngineName, JobConfig
 from batchvlm.engine.memory import MemoryPlan, free_bytes
 from batchvlm.engine.select import name_engine
 from batchvlm.loading import load_skeleton
+from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.ranks import find_rank
 
 
@@ -47,7 +48,7 @@ def foresee(cfg: JobConfig, *, row_tokens: int) -> Footprint:
     """
     model = load_skeleton(cfg.model)
     name, reason = name_engine(model, cfg)
-    device = torch.device(find_rank(cfg.engine, cfg.runtime).device)
+    device = torch.device(find_rank(find_launch(), cfg.engine, cfg.runtime).device)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     token_bytes = _token_bytes(model.config.get_text_config(decoder=True), model.dtype)
     plan = MemoryPlan(cfg.engine, device, taken_bytes=weight_bytes)

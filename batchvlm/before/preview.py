@@ -22,6 +22,7 @@ from batchvlm.loading import load_processor
 from batchvlm.preprocess import Preprocessor
 from batchvlm.prompts import PromptBuilder
 from batchvlm.records import Completion, Failure, Record
+from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.ranks import find_rank
 from batchvlm.words import printable
 
@@ -49,7 +50,7 @@ def preview(
     preprocessor = Preprocessor(job.preprocess_spec())
     tokenizer = load_processor(job.cfg.model).tokenizer
     engine = engine or open_engine(
-        job.cfg, device=find_rank(job.cfg.engine, job.cfg.runtime).device
+        job.cfg, device=find_rank(find_launch(), job.cfg.engine, job.cfg.runtime).device
     )
     for place, record in enumerate(records, start=1):
         print(f"\n--- {place} of {len(records)}: row {record.row_index}, {printable(record.id)}")

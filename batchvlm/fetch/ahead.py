@@ -95,13 +95,24 @@ class Fetcher:
         self._thread.join()
         self._loop.close()
 
-    def ahead(self, records: Iterable[Record]) -> Iterator[Record]:
-        """Yield every record once, with `fetched`; reads on while images are on their way."""
+    def ahead(self, records: Iterable[Record | None]) -> Iterator[Record | None]:
+        """Yield every record once, with `fetched`; reads on while images are on their way.
+
+        A None says that there is no record yet; it is passed on where nothing waits.
+        """
         waiting: deque[_Row] = deque()
         # Rows without an address wait behind others, and may bring images of their own.
         size_bytes = 0
         max_rows = _ROWS_PER_CONNECTION * self._limits.concurrency
         for record in records:
+            if record is None:
+                if waiting:
+                    ready = self._next(waiting)
+                    size_bytes -= _size_of(ready)
+                    yield ready
+                else:
+                    yield None
+                continue
             addresses = [] if record.failure else self._addresses_of(record)
             if not addresses and not waiting:
                 yield record

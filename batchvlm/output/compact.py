@@ -22,16 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchvlm.errors import OutputError
+from batchvlm.output.disk import is_full, make_folder, new_attempt, output_error, sync_folder
 from batchvlm.output.exchange import exchange_data, restore_data
-from batchvlm.output.folder import (
-    OutputFolder,
-    Part,
-    is_full,
-    make_folder,
-    new_attempt,
-    output_error,
-    sync_folder,
-)
+from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY, write_tables
 from batchvlm.output.verify import open_run, verify
 
@@ -59,6 +52,7 @@ def compact(
             it was.
     """
     run = open_run(folder)
+    folder.check_local("exchanging two folders")
     restore_data(folder)
     if faults := verify(folder).faults:
         raise OutputError(
@@ -99,6 +93,8 @@ def compact(
                         f"{folder.data} was written to meanwhile",
                         hint="run compact again when no job is at work on the folder",
                     )
+                # Whoever finds no part of a shard looks for a merged one only where this is.
+                folder.commit_file(lambda file: file.write(b""), folder.compacted)
                 exchange_data(folder, aside)
         finally:
             # What is aside now, new or old, is read by nobody.

@@ -10,7 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from batchvlm.output.folder import OutputFolder, output_error, sync_folder
+from batchvlm.output.disk import output_error, sync_folder
+from batchvlm.output.folder import OutputFolder
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ def restore_data(folder: OutputFolder) -> None:
     Raises:
         OutputError: the file system refuses.
     """
+    if not folder.is_local:
+        return
     try:
         for old in sorted(folder.inner.glob("compact-*.old")):
             if not folder.data.exists():

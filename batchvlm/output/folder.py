@@ -1,4 +1,4 @@
-"""Where everything of an output lies, and every call that touches the disk there.
+"""Where everything of an output lies; `disk.py` and `bucket.py` do what has to be done there.
 
     data/part-00012-of-00480.parquet                      finished shards: the only data
     data/part-00012-to-00047-of-00480.parquet             several of them, merged by `compact`
@@ -15,40 +15,25 @@ nobody.
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import logging
 import os
 import re
-import secrets
-import shutil
-import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from batchvlm.errors import ConfigError, OutputError
+from batchvlm.errors import OutputError
+from batchvlm.output.bucket import Bucket, is_url
+from batchvlm.output.disk import Disk, output_error
+from batchvlm.output.disk import new_attempt as new_attempt
+from batchvlm.output.files import Files
 
-logger = logging.getLogger(__name__)
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_FILE_URL = re.compile(r"^file:/+")
 _PART = re.compile(r"part-(\d{5,})(?:-to-(\d{5,}))?-of-(\d{5,})\.parquet")
+_NAMES_PER_LISTING = 1000
+"""Names that an object store lists in one request; looking at one of them is a request too."""
 _SHARD_FOLDER = re.compile(r"shard-(\d{5,})")
-
-_STALE_S = 24 * 3600.0
-"""Nobody takes a day to write one file: an older one in `tmp` belongs to a dead attempt."""
-
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-
-
-def new_attempt() -> str:
-    """A name that no other writer has, on any machine; a later one sorts after an earlier one."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -61,21 +46,18 @@ class Part:
 
 
 class OutputFolder:
-    """The output folder on a local (or mounted) file system.
+    """The output folder on a disk, or a prefix in an object store.
 
     Args:
-        root: `output.dir`; made when the first file is written.
+        root: `output.dir`; made when the first file is written. A URL names an object store: paths
+            of its files are names here, which only `bucket.py` turns into addresses.
 
     Raises:
-        ConfigError: `root` is a URL.
+        ConfigError: the URL holds a password, or its package is not installed.
     """
 
     def __init__(self, root: str | Path) -> None:
-        if _URL.match(os.fspath(root)):
-            raise ConfigError(
-                f"output.dir={os.fspath(root)!r} is a URL",
-                hint="name a local or mounted folder and copy it to the object store afterwards",
-            )
+        root = _FILE_URL.sub("/", os.fspath(root))
         self.root = Path(root)
         self.data = self.root / "data"
         self.run_json = self.root / "_batchvlm" / "run.json"
@@ -84,48 +66,53 @@ class OutputFolder:
         self.tmp = self.inner / "tmp"
         self.segments = self.inner / "segments"
         self.retries = self.inner / "retries"
+        self.compacted = self.inner / "compacted"
+        """Made before the first merged part: without it each part holds one shard."""
+        self._files: Files = Bucket(root) if is_url(root) else Disk(self.tmp)
+        self._was_compacted: bool | None = None
         self._claim: bytes | None = None
-        self._claim_mark: tuple[int, int, int] | None = None
+        self._claim_mark: tuple[object, ...] | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether paths are those of a disk."""
+        return self._files.is_local
+
+    def address(self, path: Path) -> str:
+        """A path as a person, or `datasets`, takes it."""
+        return self._files.address(path)
+
+    def check_local(self, what: str) -> None:
+        """Refuse what only a disk can do.
+
+        Raises:
+            OutputError: the output is in an object store.
+        """
+        if not self.is_local:
+            raise OutputError(
+                f"{self.address(self.root)} is in an object store, where {what} is not possible",
+                hint="copy the output to a disk first",
+            )
 
     def check_writable(self) -> None:
         """Look whether the folder is writable, or can be made, without touching it.
 
         Raises:
-            ConfigError: it is a file, or belongs to somebody else.
+            ConfigError: it is a file, or belongs to somebody else; a bucket that is not there.
         """
-        path = self.root.absolute()
-        while not os.path.lexists(path) and path.parent != path:
-            path = path.parent
-        code = 0 if path.is_dir() else errno.ENOTDIR
-        if code or not os.access(path, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"output.dir={self.root} cannot be written: {os.strerror(code or errno.EACCES)}",
-                hint="see to the folder, or name another output.dir",
-            )
+        self._files.check_writable(self.root)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other processes out of what follows; a killed holder lets go.
 
-        A file system without locks lets everybody in.
+        A file system without locks, and an object store, let everybody in.
 
         Raises:
             OutputError: the folder cannot be written.
         """
-        try:
-            make_folder(self.inner)
-            fd = os.open(self.inner / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise output_error("write", self.inner / "lock", error) from error
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise output_error("lock", self.inner / "lock", error) from error
+        with self._files.lock(self.inner / "lock"):
             yield
-        finally:
-            os.close(fd)
 
     def claim(self, run_json: bytes) -> None:
         """From here on write nothing unless `run.json` holds exactly this."""
@@ -140,11 +127,10 @@ class OutputFolder:
         if self._claim is None:
             return
         try:
-            stat = self.run_json.stat()
-            mark = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            mark = self._files.mark(self.run_json)
             if mark == self._claim_mark:
                 return
-            text = self.run_json.read_bytes()
+            text = self._files.read_bytes(self.run_json)
         except OSError as error:
             raise OutputError(
                 f"{self.run_json} cannot be found any more: {error.strerror}",
@@ -198,16 +184,43 @@ class OutputFolder:
     def data_files(self) -> list[Path]:
         """Every Parquet file below `data`, as readers of the whole folder find them."""
         try:
-            return sorted(self.data.rglob("*.parquet"))
+            found = [path for path, _ in self._files.below(self.data)]
         except OSError as error:
             raise output_error("read", self.data, error) from error
+        return [path for path in found if path.suffix == ".parquet"]
 
-    def finished_shards(self, num_shards: int) -> frozenset[int]:
-        """Indices of the shards whose parts are there, by one listing.
+    def written(self, folder: Path) -> list[tuple[Path, float]]:
+        """Every file below one of the folders, and when it was written, in seconds since 1970.
+
+        Raises:
+            OutputError: the folder cannot be read.
+        """
+        try:
+            return self._files.below(folder)
+        except OSError as error:
+            raise output_error("read", folder, error) from error
+
+    def finished_shards(
+        self, num_shards: int, among: Sequence[int] | None = None
+    ) -> frozenset[int]:
+        """Indices of the shards whose parts are there.
+
+        Args:
+            among: look at these alone; that is cheaper than a listing where they are few.
 
         Raises:
             OutputError: a part belongs to a plan with another number of shards.
         """
+        if among is not None and len(among) < num_shards / _NAMES_PER_LISTING:
+            paths = [self.part(index, num_shards) for index in among]
+            try:
+                if not self._has_merged():
+                    there = self._files.exist(paths)
+                    return frozenset(
+                        i for i, is_there in zip(among, there, strict=True) if is_there
+                    )
+            except OSError as error:
+                raise output_error("read", self.data, error) from error
         parts = self.parts(num_shards)
         return frozenset(index for part in parts for index in range(part.first, part.last + 1))
 
@@ -216,8 +229,17 @@ class OutputFolder:
         own = self.part(index, num_shards)
         if self.exists(own):
             return Part(index, index, own)
+        if not self._has_merged():
+            # No listing: of 100,000 parts it would be one for each shard.
+            return None
         parts = self.parts(num_shards)
         return next((part for part in parts if part.first <= index <= part.last), None)
+
+    def _has_merged(self) -> bool:
+        # In an object store nothing is compacted, so once it was looked for it is not there.
+        if self.is_local or self._was_compacted is None:
+            self._was_compacted = self.exists(self.compacted)
+        return self._was_compacted
 
     def list_segments(self, index: int, *, is_retry: bool = False) -> list[Path]:
         """The segments of shard `index`, by name, hence the earliest attempt's first."""
@@ -232,13 +254,13 @@ class OutputFolder:
     def exists(self, path: Path) -> bool:
         """Whether a file is there; committed files are complete."""
         try:
-            return path.exists()
+            return self._files.exists(path)
         except OSError as error:
             raise output_error("read", path, error) from error
 
     def open(self, path: Path) -> BinaryIO:
         """Open a committed file for reading. Raises OSError, for the caller knows what it means."""
-        return path.open("rb")
+        return self._files.open(path)
 
     def read_bytes(self, path: Path) -> bytes | None:
         """The whole of a small file; None where there is none.
@@ -247,7 +269,7 @@ class OutputFolder:
             OutputError: it is there and cannot be read.
         """
         try:
-            return path.read_bytes()
+            return self._files.read_bytes(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -269,28 +291,10 @@ class OutputFolder:
         Raises:
             OutputError: the file system refuses. `final` is as it was, or complete.
         """
-        # A name of its own for every file: two attempts, or two ranks forked from one process,
-        # may write the same part at the same time.
-        aside = self.tmp / f"{new_attempt()}-{final.name}"
-        self.check_claim()
         try:
-            make_folder(self.tmp)
-            try:
-                with open(aside, "xb") as file:
-                    write(file)
-                    file.flush()
-                    # A rename survives a killed process, not a lost node: without fsync the name
-                    # can reach the disk before the bytes, and resume would trust it.
-                    os.fsync(file.fileno())
-                self.check_claim()
-                is_ours = _publish(aside, final, replace=replace)
-                sync_folder(final.parent)
-            finally:
-                with suppress(OSError):
-                    aside.unlink(missing_ok=True)
+            return self._files.commit(write, final, replace=replace, check=self.check_claim)
         except OSError as error:
             raise output_error("write", final, error) from error
-        return is_ours
 
     def append_line(self, path: Path, line: bytes) -> None:
         """Add a line to a file that only this process writes. A kill may tear it, no earlier one.
@@ -300,9 +304,7 @@ class OutputFolder:
         """
         self.check_claim()
         try:
-            make_folder(path.parent)
-            with open(path, "ab", buffering=0) as file:
-                file.write(line)
+            self._files.append(path, line)
         except OSError as error:
             raise output_error("write", path, error) from error
 
@@ -314,106 +316,25 @@ class OutputFolder:
         with suppress(OSError, OutputError):
             if names := self._names(folder):
                 # Whoever renamed the part may have died before its name reached the disk.
-                sync_folder(self.data)
+                self._files.sync(self.data)
             for name in names:
                 if only is None or folder / name in only:
-                    (folder / name).unlink(missing_ok=True)
-            folder.rmdir()
+                    self._files.remove(folder / name)
+            self._files.remove_folder(folder)
 
     def remove_leftovers(self, num_shards: int) -> None:
         """Remove what killed attempts left: segments of finished shards, files of a day ago."""
-        finished = self.finished_shards(num_shards)
-        for index in self.shards_with_segments():
-            if index in finished:
-                self.remove_segments(index)
-        old = [self.inner / name for name in self._names(self.inner) if name[:8] == "compact-"]
-        for path in [self.tmp / name for name in self._names(self.tmp)] + old:
-            # Another attempt may be at work right now, so a young file is not ours to judge.
-            with suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_S:
-                    if path.is_dir():
-                        shutil.rmtree(path)
-                    else:
-                        path.unlink()
-                    logger.info("removed %s, left by an attempt that died", path)
+        for index in sorted(self.finished_shards(num_shards, self.shards_with_segments())):
+            self.remove_segments(index)
+        if self.is_local:
+            old = [self.inner / name for name in self._names(self.inner) if name[:8] == "compact-"]
+            self._files.remove_stale([self.tmp / name for name in self._names(self.tmp)] + old)
 
     def _shard_folder(self, index: int, is_retry: bool) -> Path:
         return (self.retries if is_retry else self.segments) / f"shard-{index:05d}"
 
     def _names(self, folder: Path) -> list[str]:
         try:
-            return sorted(os.listdir(folder))
-        except FileNotFoundError:
-            return []
+            return self._files.names(folder)
         except OSError as error:
             raise output_error("read", folder, error) from error
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it, each on disk before anything is put into it."""
-    if path.is_dir():
-        return
-    if path.parent != path:
-        make_folder(path.parent)
-    try:
-        path.mkdir()
-    except FileExistsError:
-        if not path.is_dir():
-            raise
-    sync_folder(path.parent)
-
-
-def _publish(aside: Path, final: Path, *, replace: bool) -> bool:
-    make_folder(final.parent)
-    try:
-        return _move(aside, final, replace=replace)
-    except FileNotFoundError:
-        # Another writer of the shard finished it and removed the folder of its segments just now.
-        make_folder(final.parent)
-        return _move(aside, final, replace=replace)
-
-
-def _move(aside: Path, final: Path, *, replace: bool) -> bool:
-    if not replace:
-        try:
-            os.link(aside, final)
-            return True
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
-                raise
-        # Without hard links a second writer in this instant would win over the first; the caller
-        # reads back what is there in the end.
-        if final.exists():
-            return False
-    os.replace(aside, final)
-    return True
-
-
-def sync_folder(path: Path) -> None:
-    """Bring a folder's entries to disk, which fsync of the files in it does not."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        # Some network and FUSE file systems know no fsync of folders.
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
-            raise
-    finally:
-        os.close(fd)
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether the disk, or a quota, had no room; also of what an `OutputError` was made from."""
-    if isinstance(error, OutputError):
-        error = error.__cause__
-    return isinstance(error, OSError) and error.errno in _NO_SPACE
-
-
-def output_error(action: str, path: Path, error: OSError) -> OutputError:
-    if is_full(error):
-        hint = "make room and run the same command again: finished rows are kept"
-    else:
-        hint = "see to the folder, or name another output.dir"
-    return OutputError(f"cannot {action} {path}: {error.strerror or error}", hint=hint)

@@ -17,13 +17,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from batchvlm.output.folder import (
-    OutputFolder,
-    make_folder,
-    new_attempt,
-    output_error,
-    sync_folder,
-)
+from batchvlm.output.disk import make_folder, new_attempt, output_error, sync_folder
+from batchvlm.output.folder import OutputFolder
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +57,7 @@ def finish_replacing(folder: OutputFolder) -> None:
     Raises:
         OutputError: the file system refuses.
     """
-    if not _left(folder):
+    if not folder.is_local or not _left(folder):
         return
     # Whoever is at it right now holds the lock.
     with folder.lock():

@@ -78,13 +78,17 @@ def find_run(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         packages=packages,
     )
-    # First the data, then the file: a run always has its file before its first part, so parts
-    # without it cannot be those of a run that another process is starting at this moment.
     restore_data(folder)
-    has_data = folder.has_foreign_data()
     finish_replacing(folder)
     run = read_run(folder)
+    has_data = False
+    if run is None:
+        # First the data, then the file once more: a run always has its file before its first part,
+        # so parts without it cannot be those of a run that another process is starting right now.
+        has_data = folder.has_foreign_data()
+        run = read_run(folder)
     if run is not None and overwrite and differs(run, ours):
+        folder.check_local("overwriting")
         return _decode(_encode(ours), folder.run_json)
     if run is not None:
         _check_same(folder, run, ours)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,25 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchvlm.errors import OutputError
 from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.run_file import RunFile
 from batchvlm.output.verify import open_run
 
+_METRICS = re.compile(r"task-(\d+)-rank-(\d+)-.*\.json")
 _LIVE_S = 60.0
 """A process writes its counts at least this often, unless `output.flush_every_s` is longer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent:
+    """A process that died, or hangs, or cannot reach the folder."""
+
+    name: str
+    """Task and rank."""
+    where: str
+    """Machine and SLURM job, as far as it knew."""
+    silent_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +55,10 @@ class Progress:
     rows_per_s: float
     """Of the processes that are at work."""
     num_live: int
+    num_over: int
+    """Processes that ended by themselves, the latest of each task and rank."""
+    silent: list[Silent]
+    """Processes that have neither ended nor said anything for long, the longest silence first."""
     written_s_ago: float | None
     """Seconds since anything was written; None where nothing was."""
     fingerprint: str
@@ -79,8 +96,10 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> P
         waiting += len(dict(_outcomes(folder, folder.list_segments(index, is_retry=True))))
     del errors[""]
     limit_s = max(_LIVE_S, 2 * float(_setting(run, "flush_every_s", 0.0)))
-    live = [m for m, age_s in _metrics(folder, now_s()) if age_s < limit_s and not m.get("is_over")]
-    latest = max(_written_at(folder, parts), default=None)
+    workers = _latest(folder, now_s())
+    running = [worker for worker in workers if not worker.counts.get("is_over")]
+    live = [worker.counts for worker in running if worker.age_s < limit_s]
+    latest = max(_written_at(folder), default=None)
     return Progress(
         num_rows=sum(shard.num_rows for shard in run.plan),
         num_done=in_parts + in_segments,
@@ -92,6 +111,15 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> P
         errors=errors,
         rows_per_s=sum(float(m.get("rows_per_s", 0)) for m in live),
         num_live=len(live),
+        num_over=len(workers) - len(running),
+        silent=sorted(
+            (
+                Silent(name=w.name, where=str(w.counts.get("where", "")), silent_s=w.age_s)
+                for w in running
+                if w.age_s >= limit_s
+            ),
+            key=lambda silent: -silent.silent_s,
+        ),
         written_s_ago=None if latest is None else max(0.0, now_s() - latest),
         fingerprint=run.fingerprint,
     )
@@ -116,19 +144,29 @@ def _setting(run: RunFile, name: str, default: Any) -> Any:
     return output.get(name, default) if isinstance(output, dict) else default
 
 
-def _metrics(folder: OutputFolder, now_s: float) -> Iterator[tuple[dict[str, Any], float]]:
-    for path in sorted(folder.metrics.glob("*.json")):
-        try:
-            yield json.loads(path.read_bytes()), now_s - path.stat().st_mtime
-        except (OSError, ValueError):
-            continue
+@dataclass(frozen=True, kw_only=True)
+class _Worker:
+    name: str
+    counts: dict[str, Any]
+    age_s: float
 
 
-def _written_at(folder: OutputFolder, parts: Sequence[Part]) -> Iterator[float]:
-    looked_at = [folder.metrics, folder.segments, folder.retries]
-    files = [file for place in looked_at for file in place.rglob("*")]
-    for path in [part.path for part in parts] + files:
+def _latest(folder: OutputFolder, now_s: float) -> list[_Worker]:
+    """What the latest process of each task and rank has counted: those before it are history."""
+    latest: dict[str, _Worker] = {}
+    # Names end with the time of the start, so a later process comes later.
+    for path, written_s in folder.written(folder.metrics):
+        match = _METRICS.fullmatch(path.name)
         try:
-            yield os.stat(path).st_mtime
-        except OSError:
+            counts = json.loads(folder.read_bytes(path) or b"") if match else None
+        except (OutputError, ValueError):
             continue
+        if match and isinstance(counts, dict):
+            name = f"task {int(match[1])} rank {int(match[2])}"
+            latest[name] = _Worker(name=name, counts=counts, age_s=max(0.0, now_s - written_s))
+    return list(latest.values())
+
+
+def _written_at(folder: OutputFolder) -> Iterator[float]:
+    for place in (folder.data, folder.metrics, folder.segments, folder.retries):
+        yield from (written_s for _, written_s in folder.written(place))

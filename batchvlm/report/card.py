@@ -25,6 +25,9 @@ from batchvlm.report.redact import redact, redact_all
 
 log = logging.getLogger(__name__)
 
+_MAX_PARTS = 5000
+"""The card counts all rows: of more parts, the last process of a job would be at it for long."""
+
 MARK = "<!-- Written by batchvlm, which writes it anew; without this line the file is yours. -->"
 _CATEGORIES = {
     TaskName.caption: "image-to-text",
@@ -74,7 +77,9 @@ def write_finished_card(folder: OutputFolder) -> None:
     """Write the card if every row of the job has its answer. Never in the way of the run."""
     try:
         output = open_output(folder.root)
-        if len(folder.finished_shards(len(output.run.plan))) == len(output.run.plan):
+        if len(output.run.plan) > _MAX_PARTS:
+            log.info("%d parts: batchvlm report writes the dataset card", len(output.run.plan))
+        elif len(folder.finished_shards(len(output.run.plan))) == len(output.run.plan):
             write_card(output)
     # The answers are on disk: whatever goes wrong here must not make the run a failure.
     except Exception as error:
@@ -100,8 +105,12 @@ def write_card(output: Output) -> Path | None:
     return path
 
 
-def card(output: Output) -> str:
-    """The card as Markdown with its YAML header."""
+def card(output: Output, *, features: Sequence[dict[str, Any]] | None = None) -> str:
+    """The card as Markdown with its YAML header.
+
+    Args:
+        features: the columns as `datasets` writes them into a card; None: it finds out by itself.
+    """
     cfg = job_config(output.run)
     statuses: Counter[str] = Counter()
     errors: Counter[str] = Counter()
@@ -114,7 +123,7 @@ def card(output: Output) -> str:
     num_rows = statuses.total()
     template = _environment().get_template("card.md.jinja")
     return template.render(
-        header=_header(output, cfg, num_rows),
+        header=_header(output, cfg, num_rows, features),
         mark=MARK,
         name=_title(output, cfg),
         cfg=cfg,
@@ -136,8 +145,14 @@ def _title(output: Output, cfg: JobConfig) -> str:
     return f"{redact(cfg.data.name)}: {cfg.task.name.value} by {redact(output.model)}"
 
 
-def _header(output: Output, cfg: JobConfig, num_rows: int) -> str:
+def _header(
+    output: Output, cfg: JobConfig, num_rows: int, features: Sequence[dict[str, Any]] | None
+) -> str:
     size = next((name for limit, name in _SIZES if num_rows < limit), "n>1T")
+    about: dict[str, Any] = {}
+    if features is not None:
+        splits = [{"name": "train", "num_examples": num_rows}]
+        about["dataset_info"] = {"features": features, "splits": splits}
     data = DatasetCardData(
         pretty_name=_title(output, cfg),
         task_categories=[_CATEGORIES[cfg.task.name]],
@@ -149,6 +164,7 @@ def _header(output: Output, cfg: JobConfig, num_rows: int) -> str:
                 "data_files": [{"split": "train", "path": "data/*.parquet"}],
             }
         ],
+        **about,
     )
     return str(data.to_yaml())
 

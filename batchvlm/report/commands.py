@@ -38,7 +38,9 @@ def report(argv: Sequence[str]) -> ExitCode:
         images=args.images,
         input_path=args.input,
     )
-    path = Path(args.html) if args.html else output.folder.root / "report.html"
+    # Beside the output where that is a folder of this machine.
+    beside = output.folder.root if output.folder.is_local else Path()
+    path = Path(args.html) if args.html else beside / "report.html"
     _write(path, page)
     write_card(output)
     print(f"{path}  {_size(path)}")

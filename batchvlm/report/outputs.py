@@ -98,7 +98,8 @@ def open_output(root: str | Path) -> Output:
     schema = pa.schema([])
     if parts:
         try:
-            schema = pq.read_schema(parts[0])
+            with folder.open(parts[0]) as file:
+                schema = pq.read_schema(file)
         except (OSError, pa.ArrowException) as error:
             raise OutputError(f"{parts[0]} cannot be read: {error}") from error
     return Output(folder=folder, run=run, parts=parts, schema=schema)
@@ -153,32 +154,34 @@ class Process:
 def read_processes(folder: OutputFolder) -> list[Process]:
     """The counts of every process, by name; of a killed one, those of its time line."""
     found: dict[str, Mapping[str, Any]] = {}
-    for path in sorted(folder.metrics.glob("*.jsonl")):
-        if lines := read_lines(path):
+    paths = [path for path, _ in folder.written(folder.metrics)]
+    for path in paths:
+        if path.suffix == ".jsonl" and (lines := read_lines(folder, path)):
             found[path.stem] = lines[-1]
-    for path in sorted(folder.metrics.glob("*.json")):
-        try:
-            counts = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            continue
-        if isinstance(counts, dict):
-            found[path.stem] = counts
+    for path in paths:
+        if path.suffix == ".json":
+            try:
+                counts = json.loads(folder.read_bytes(path) or b"")
+            except (OutputError, ValueError):
+                continue
+            if isinstance(counts, dict):
+                found[path.stem] = counts
     return [_process(name, counts) for name, counts in sorted(found.items())]
 
 
-def read_lines(path: Path) -> list[Mapping[str, Any]]:
+def read_lines(folder: OutputFolder, path: Path) -> list[Mapping[str, Any]]:
     """The whole lines of a time line; a torn one is left out."""
     lines: list[Mapping[str, Any]] = []
     try:
-        for line in path.read_bytes().splitlines():
+        for line in (folder.read_bytes(path) or b"").splitlines():
             try:
                 value = json.loads(line)
             except ValueError:
                 continue
             if isinstance(value, dict) and isinstance(value.get("time_s"), int | float):
                 lines.append(value)
-    except OSError as error:
-        log.warning("%s cannot be read: %s", path, error)
+    except OutputError as error:
+        log.warning("%s", error)
     return lines
 
 

@@ -45,7 +45,8 @@ class TimeLine:
 
 def read_time_line(folder: OutputFolder) -> TimeLine | None:
     """The time line of a folder; None where no process left one, or none of any length."""
-    processes = [_counts(read_lines(path)) for path in sorted(folder.metrics.glob("*.jsonl"))]
+    paths = [path for path, _ in folder.written(folder.metrics) if path.suffix == ".jsonl"]
+    processes = [_counts(read_lines(folder, path)) for path in paths]
     return merge([process for process in processes if len(process) > 1])
 
 

@@ -1,4 +1,4 @@
-"""Which process this is among those of one launch, and the device it computes on."""
+"""The device that is this rank's, and the shards that are its task's."""
 
 from __future__ import annotations
 
@@ -8,43 +8,48 @@ from dataclasses import dataclass
 from batchvlm.config import EngineConfig, RuntimeConfig
 from batchvlm.errors import ConfigError
 from batchvlm.records import Shard
+from batchvlm.runtime.launch import Launch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """One process of a launch (`accelerate launch`, torchrun, or alone)."""
+    """One process of a launch (`accelerate launch`, torchrun, srun, or alone)."""
 
     index: int = 0
     world_size: int = 1
     device: str = "cpu"
 
 
-def find_rank(engine: EngineConfig, runtime: RuntimeConfig) -> Rank:
-    """Ask accelerate which rank this is and which device belongs to it.
+def find_rank(launch: Launch, engine: EngineConfig, runtime: RuntimeConfig) -> Rank:
+    """Find the device that belongs to this rank.
 
     Raises:
         ConfigError: `engine.device` names a device that is not here.
     """
     import torch
-    from accelerate import PartialState
 
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
-    state = PartialState(cpu=engine.device == "cpu")
-    device = str(state.device) if engine.device in ("auto", "cuda") else engine.device
+    device = engine.device
     kind, _, number = device.partition(":")
-    if engine.device == "cuda" and kind != "cuda":
-        kind = device = "cuda"
     if kind != "cpu":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         count = torch.accelerator.device_count() if accelerator is not None else 0
-        if accelerator is None or accelerator.type != kind or int(number or 0) >= count:
-            there = f"{count} of type {accelerator.type}" if accelerator else "none"
+        there = accelerator.type if accelerator is not None else "cpu"
+        if kind == "auto":
+            kind = there
+        if kind != "cpu" and (kind != there or int(number or 0) >= count):
+            found = f"{count} of type {there}" if count else "none"
             raise ConfigError(
-                f"engine.device={engine.device} is not on this machine (accelerators: {there})",
+                f"engine.device={engine.device} is not on this machine (accelerators: {found})",
                 hint="set engine.device=auto or engine.device=cpu",
             )
-    return Rank(index=state.process_index, world_size=state.num_processes, device=device)
+        device = f"{kind}:{number}" if number else kind
+        if count and not number and kind != "mps":
+            # SLURM may show each task its own GPU alone, which is number 0 to it.
+            device = f"{kind}:{launch.local_rank % count}"
+            torch.accelerator.set_device_index(launch.local_rank % count)
+    return Rank(index=launch.rank, world_size=launch.world_size, device=device)
 
 
 def memory_of(device: str) -> tuple[int, int] | None:

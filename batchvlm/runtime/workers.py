@@ -28,9 +28,12 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from batchvlm.errors import BatchvlmError, ErrorType
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
 from batchvlm.records import Failure, Record, Sample
+from batchvlm.runtime.launch import num_cores
 
 # Enough that a worker never waits for the next record, few enough to bound memory.
 _UNDER_WAY_PER_WORKER = 16
+_PAUSE_S = 0.02
+"""Between two looks whether there is a record."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TERMINATED = {signal.SIGTERM, -signal.SIGTERM}
 """Exit codes of a worker that somebody told to end, by Pebble's handler and without it."""
@@ -45,9 +48,7 @@ _preprocessor: Preprocessor | None = None
 
 def default_num_workers() -> int:
     """One worker for every core but the engine's own, 16 at most; ranks share the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(16, (cores or 1) // num_ranks - 1))
+    return max(1, min(16, num_cores() - 1))
 
 
 class _WorkerStopped(Exception):
@@ -121,17 +122,18 @@ class WorkerPool:
     ) -> Iterator[tuple[Record, Sample | Failure]]:
         """Yield every record with its sample or failure, in the order of the records.
 
-        A None among the records says that the next one waits for what is under way.
+        A None says that there is no record yet: what is under way goes on its way meanwhile.
         """
-        if self._local is not None:
-            local = self._local
-            yield from ((record, local.prepare(record)) for record in records if record)
-            return
         under_way: _UnderWay = deque()
         for record in records:
             if record is None:
                 if under_way:
                     yield self._oldest(under_way)
+                else:
+                    time.sleep(_PAUSE_S)
+                continue
+            if self._local is not None:
+                yield record, self._local.prepare(record)
                 continue
             under_way.append((record, self._schedule(record)))
             if len(under_way) >= self._under_way:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from batchvlm.output import folder as folder_module
+from batchvlm.output import disk as disk_module
 
 
 class Killed(BaseException):
@@ -77,6 +77,6 @@ def fault_points(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FaultPoint]]:
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     for name in ("fsync", "replace", "rename", "link", "mkdir", "unlink", "rmdir"):
         watch(os, name)
-    monkeypatch.setattr(folder_module, "open", open_file, raising=False)
+    monkeypatch.setattr(disk_module, "open", open_file, raising=False)
     yield points
     points.append(FaultPoint(-1, "refused"))

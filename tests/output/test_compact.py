@@ -97,7 +97,12 @@ def test_parts_are_merged_up_to_the_size(tmp_path: Path, way: str) -> None:
     assert read_data(folder).equals(before)
     job(folder.root)
     assert names(folder) == ["part-00000-to-00006-of-00007.parquet"]
-    assert sorted(path.name for path in folder.inner.iterdir()) == ["lock", "run.json", "tmp"]
+    assert sorted(path.name for path in folder.inner.iterdir()) == [
+        "compacted",
+        "lock",
+        "run.json",
+        "tmp",
+    ]
 
 
 def test_nothing_to_merge_touches_nothing(tmp_path: Path) -> None:

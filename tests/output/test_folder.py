@@ -18,10 +18,17 @@ def files_below(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("root", ["s3://bucket/out", "gs://b", "file:///tmp/x", Path("s3://b/o")])
-def test_a_url_is_refused(root: str | Path) -> None:
-    with pytest.raises(ConfigError, match=r"output\.dir=.*is a URL"):
-        OutputFolder(root)
+@pytest.mark.parametrize("root", ["s3://bucket/out", Path("s3://bucket/out"), "S3://bucket/out"])
+def test_a_url_names_an_object_store(root: str | Path) -> None:
+    folder = OutputFolder(root)
+    assert not folder.is_local
+    assert folder.address(folder.part(1, 2)) == "s3://bucket/out/data/part-00001-of-00002.parquet"
+    assert OutputFolder(folder.root).address(folder.data) == "s3://bucket/out/data"
+
+
+def test_a_file_url_is_a_folder(tmp_path: Path) -> None:
+    folder = OutputFolder(f"file://{tmp_path}/out")
+    assert folder.is_local and folder.root == tmp_path / "out"
 
 
 def test_names_sort_like_the_input() -> None:

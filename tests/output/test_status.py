@@ -50,17 +50,25 @@ def test_live_processes_and_their_rate(tmp_path: Path) -> None:
     folder.metrics.mkdir()
     now = time.time()
     for name, rate, is_over, age_s in [
-        ("a", 2.5, False, 5),
-        ("b", 4.0, False, 30),
-        ("over", 100.0, True, 5),
-        ("dead", 100.0, False, 4000),
+        ("task-00000-rank-000-20260101T000000-a", 100.0, False, 9000),
+        ("task-00000-rank-000-20260102T000000-a", 2.5, False, 5),
+        ("task-00000-rank-001-20260102T000000-b", 4.0, False, 30),
+        ("task-00001-rank-000-20260102T000000-c", 100.0, True, 5),
+        ("task-00002-rank-000-20260102T000000-d", 100.0, False, 4000),
+        ("task-00003-rank-000-20260102T000000-e", 100.0, False, 5000),
     ]:
         path = folder.metrics / f"{name}.json"
-        path.write_text(json.dumps({"rows_per_s": rate, "is_over": is_over}))
+        counts = {"rows_per_s": rate, "is_over": is_over, "where": f"n{name[-1]}, job 7"}
+        path.write_text(json.dumps(counts))
         os.utime(path, (now - age_s, now - age_s))
-    (folder.metrics / "half.json").write_text('{"rows')
+    (folder.metrics / "task-00004-rank-000-20260102T000000-f.json").write_text('{"rows')
     found = status(folder, now_s=lambda: now)
-    assert (found.num_live, found.rows_per_s) == (2, 6.5)
+    assert (found.num_live, found.num_over, found.rows_per_s) == (2, 1, 6.5)
+    # The first of all died as well, but somebody has taken its place.
+    assert [(silent.name, silent.where) for silent in found.silent] == [
+        ("task 3 rank 0", "ne, job 7"),
+        ("task 2 rank 0", "nd, job 7"),
+    ]
     # A clock that was set back is no negative age.
     assert status(folder, now_s=lambda: now - 1e6).written_s_ago == 0
 

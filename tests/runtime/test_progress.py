@@ -11,6 +11,7 @@ import pytest
 
 from batchvlm.errors import ErrorType
 from batchvlm.records import EngineStats, Failure, FinishReason, Result, Status
+from batchvlm.runtime.claims import Counts
 from batchvlm.runtime.logs import DATA
 from batchvlm.runtime.metrics import Metrics
 from batchvlm.runtime.progress import Progress
@@ -163,18 +164,12 @@ def test_metrics_of_batches_and_rows() -> None:
     assert (plain["rows_per_s"], plain["wait_share"]) == (1.0, 0.25)
 
 
-@dataclass(frozen=True)
-class Rank:
-    num_rows: int
-    num_found: int
-    num_errors: int
-    completion_tokens: int
-
-
-def test_one_rank_shows_all_and_the_others_show_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_rank_0_shows_all_ranks_and_the_others_show_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.INFO)
     now = 0.0
-    others = [Rank(num_rows=30, num_found=10, num_errors=1, completion_tokens=60)]
+    others = [Counts(num_rows=30, num_found=10, num_errors=1, completion_tokens=60)]
     shown = Progress(
         Metrics(num_rows=10, completion_tokens=20, num_found=20),
         total=100,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from batchvlm.config import EngineConfig, RuntimeConfig
 from batchvlm.errors import ConfigError
 from batchvlm.records import Shard
+from batchvlm.runtime.launch import Launch
 from batchvlm.runtime.ranks import find_rank, shards_of_task
 
 
@@ -37,11 +38,11 @@ def test_a_slice_is_a_function_of_the_shard_alone() -> None:
 
 
 def test_the_cpu_is_always_there() -> None:
-    assert find_rank(EngineConfig(device="cpu"), RuntimeConfig()).device == "cpu"
+    assert find_rank(Launch(), EngineConfig(device="cpu"), RuntimeConfig()).device == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps"])
 def test_a_device_that_is_not_here(device: str) -> None:
     with pytest.raises(ConfigError, match=f"engine.device={device} is not on this machine"):
-        find_rank(EngineConfig(device=device), RuntimeConfig())
+        find_rank(Launch(), EngineConfig(device=device), RuntimeConfig())

@@ -1,0 +1,229 @@
+"""An output folder on a local or mounted disk: every call there, and how a file becomes whole."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from batchvlm.errors import ConfigError, OutputError
+
+logger = logging.getLogger(__name__)
+
+_STALE_S = 24 * 3600.0
+"""Nobody takes a day to write one file: an older one in `tmp` belongs to a dead attempt."""
+
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+
+def new_attempt() -> str:
+    """A name that no other writer has, on any machine; a later one sorts after an earlier one."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+
+
+class Disk:
+    """Files of an output folder on a disk; see `output.files.Files`.
+
+    Args:
+        tmp: where files are written aside.
+    """
+
+    is_local = True
+
+    def __init__(self, tmp: Path) -> None:
+        self._tmp = tmp
+
+    def address(self, path: Path) -> str:
+        return os.fspath(path)
+
+    def check_writable(self, root: Path) -> None:
+        path = root.absolute()
+        while not os.path.lexists(path) and path.parent != path:
+            path = path.parent
+        code = 0 if path.is_dir() else errno.ENOTDIR
+        if code or not os.access(path, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"output.dir={root} cannot be written: {os.strerror(code or errno.EACCES)}",
+                hint="see to the folder, or name another output.dir",
+            )
+
+    @contextmanager
+    def lock(self, path: Path) -> Iterator[None]:
+        try:
+            make_folder(path.parent)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise output_error("write", path, error) from error
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise output_error("lock", path, error) from error
+            yield
+        finally:
+            os.close(fd)
+
+    def names(self, folder: Path) -> list[str]:
+        try:
+            return sorted(os.listdir(folder))
+        except FileNotFoundError:
+            return []
+
+    def below(self, folder: Path) -> list[tuple[Path, float]]:
+        found = []
+        for path in sorted(folder.rglob("*")):
+            with suppress(FileNotFoundError):
+                if path.is_file():
+                    found.append((path, path.stat().st_mtime))
+        return found
+
+    def exists(self, path: Path) -> bool:
+        return path.exists()
+
+    def exist(self, paths: list[Path]) -> list[bool]:
+        return [path.exists() for path in paths]
+
+    def open(self, path: Path) -> BinaryIO:
+        return path.open("rb")
+
+    def read_bytes(self, path: Path) -> bytes:
+        return path.read_bytes()
+
+    def mark(self, path: Path) -> tuple[object, ...]:
+        stat = path.stat()
+        return (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+    def commit(
+        self,
+        write: Callable[[BinaryIO], object],
+        final: Path,
+        *,
+        replace: bool,
+        check: Callable[[], None],
+    ) -> bool:
+        # A name of its own for every file: two attempts, or two ranks forked from one process,
+        # may write the same part at the same time.
+        aside = self._tmp / f"{new_attempt()}-{final.name}"
+        check()
+        make_folder(self._tmp)
+        try:
+            with open(aside, "xb") as file:
+                write(file)
+                file.flush()
+                # A rename survives a killed process, not a lost node: without fsync the name
+                # can reach the disk before the bytes, and resume would trust it.
+                os.fsync(file.fileno())
+            check()
+            is_ours = _publish(aside, final, replace=replace)
+            sync_folder(final.parent)
+        finally:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+        return is_ours
+
+    def append(self, path: Path, line: bytes) -> None:
+        make_folder(path.parent)
+        with open(path, "ab", buffering=0) as file:
+            file.write(line)
+
+    def remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def remove_folder(self, path: Path) -> None:
+        path.rmdir()
+
+    def sync(self, folder: Path) -> None:
+        sync_folder(folder)
+
+    def remove_stale(self, paths: list[Path]) -> None:
+        for path in paths:
+            # Another attempt may be at work right now, so a young file is not ours to judge.
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
+                    logger.info("removed %s, left by an attempt that died", path)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, each on disk before anything is put into it."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_folder(path.parent)
+    try:
+        path.mkdir()
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+    sync_folder(path.parent)
+
+
+def _publish(aside: Path, final: Path, *, replace: bool) -> bool:
+    make_folder(final.parent)
+    try:
+        return _move(aside, final, replace=replace)
+    except FileNotFoundError:
+        # Another writer of the shard finished it and removed the folder of its segments just now.
+        make_folder(final.parent)
+        return _move(aside, final, replace=replace)
+
+
+def _move(aside: Path, final: Path, *, replace: bool) -> bool:
+    if not replace:
+        try:
+            os.link(aside, final)
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+        # Without hard links a second writer in this instant would win over the first; the caller
+        # reads back what is there in the end.
+        if final.exists():
+            return False
+    os.replace(aside, final)
+    return True
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a folder's entries to disk, which fsync of the files in it does not."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # Some network and FUSE file systems know no fsync of folders.
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
+    finally:
+        os.close(fd)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether the disk, or a quota, had no room; also of what an `OutputError` was made from."""
+    if isinstance(error, OutputError):
+        error = error.__cause__
+    return isinstance(error, OSError) and error.errno in _NO_SPACE
+
+
+def output_error(action: str, path: Path, error: OSError) -> OutputError:
+    if is_full(error):
+        hint = "make room and run the same command again: finished rows are kept"
+    else:
+        hint = "see to the folder, or name another output.dir"
+    return OutputError(f"cannot {action} {path}: {error.strerror or error}", hint=hint)

@@ -1,0 +1,72 @@
+"""How long a SLURM job still has: rows that cannot be brought to disk in time are not begun."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+
+_MAX_SHARE = 0.25
+"""Of the time that is left at the start: a short job must get on as well."""
+_ASK_S = 10.0
+_LEFT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
+"""What squeue says: days, hours, minutes, seconds."""
+
+
+class Deadline:
+    """When no further row is begun.
+
+    Args:
+        margin_s: `runtime.walltime_margin_s`; 0: there is no deadline.
+        environ: newer releases of SLURM put the end of the job there, in seconds since 1970; a
+            requeued job has a new one. Others are asked by `squeue`.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        margin_s: float,
+        *,
+        environ: Mapping[str, str] = os.environ,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock = clock
+        self._begin_until_s: float | None = None
+        left_s = _left_s(environ, clock()) if margin_s else None
+        if left_s is not None:
+            self._begin_until_s = clock() + left_s - min(margin_s, _MAX_SHARE * left_s)
+        self.has_come = False
+        """Whether somebody was told that it is too late."""
+
+    def is_near(self) -> bool:
+        """Whether it is too late to begin anything."""
+        if self._begin_until_s is not None and self._clock() >= self._begin_until_s:
+            self.has_come = True
+        return self.has_come
+
+
+def _left_s(environ: Mapping[str, str], now_s: float) -> float | None:
+    """Seconds that the job still has; None where there is no job, or no end."""
+    end = environ.get("SLURM_JOB_END_TIME", "")
+    if end.isdecimal():
+        return max(0.0, int(end) - now_s)
+    job = environ.get("SLURM_JOB_ID", "")
+    if not job.isdecimal():
+        return None
+    command = ["squeue", "--noheader", "--jobs", job, "--format", "%L"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return read_time_left(said.stdout.strip())
+
+
+def read_time_left(text: str) -> float | None:
+    """Seconds of squeue's `1-02:03:04`, `2:03:04` or `3:04`; None of words like `UNLIMITED`."""
+    match = _LEFT.fullmatch(text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(number or 0) for number in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
