@@ -9,12 +9,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from batchvlm.again import Again
 from batchvlm.errors import BatchvlmError, ErrorType, OutputError, TooManyErrors
 from batchvlm.identity import model_name
 from batchvlm.job import Job
 from batchvlm.output.folder import new_attempt
 from batchvlm.output.schema import Provenance
+from batchvlm.output.typed import UnfitError
 from batchvlm.output.writer import ShardWriter
 from batchvlm.records import (
     Completion,
@@ -85,6 +88,7 @@ class Collector:
         self._writers: dict[int, ShardWriter] = {}
         self._missing: dict[int, int] = {}
         self._under_way: dict[int, tuple[Record, Sample]] = {}
+        self._again = Again(job.cfg.retry.invalid_json, max_bytes=job.cfg.batching.max_window_bytes)
 
     def beat(self) -> None:
         """Say that the run got on."""
@@ -126,21 +130,35 @@ class Collector:
                 sample = item.outcome.without_images()
                 is_again = bool(item.record.said)
                 self.metrics.count_prepared(sample.prompt_tokens, is_again=is_again)
+                self._again.keep(item.outcome)
                 self._under_way[item.record.row_index] = (item.record, sample)
                 yield item.outcome
+            yield from self.take_again()
+
+    def take_again(self) -> Iterator[Sample]:
+        """Pass on, once more, samples whose answers had not the form that was asked for."""
+        return self._again.take()
 
     def finish(self, row_index: int, outcome: Completion | Failure, progress: Progress) -> None:
         """Write the row that the engine is done with."""
         assert row_index in self._under_way, f"the engine answered row {row_index} twice"
-        record, sample = self._under_way.pop(row_index)
+        record, sample = self._under_way[row_index]
         if sample.turns_left and isinstance(outcome, Completion):
+            del self._under_way[row_index]
+            self._again.forget(row_index)
             assert self.turns is not None
             self.turns.again(replace(record, said=(*record.said, outcome)))
             self.beat()
-        elif isinstance(outcome, Failure):
-            self._write(_result(record, outcome, sample), progress)
+            return
+        if isinstance(outcome, Failure):
+            result = _result(record, outcome, sample)
         else:
-            self._write(self._answered(record, sample, outcome), progress)
+            result = self._answered(record, sample, outcome)
+            is_invalid = result.failure and result.failure.error_type is ErrorType.INVALID_JSON
+            if is_invalid and self._again.again(row_index, outcome):
+                return
+        del self._under_way[row_index]
+        self._write(replace(result, attempts=self._again.forget(row_index)), progress)
 
     def finish_all(self, progress: Progress) -> None:
         """Commit what is left when the engine has seen every sample.
@@ -202,7 +220,16 @@ class Collector:
 
     def _answered(self, record: Record, sample: Sample, completion: Completion) -> Result:
         # With several answers the task judges the first; tokens are counted of all.
-        reading = self.job.task.read(completion.text, json_schema=sample.json_schema)
+        reading = self.job.task.read(
+            completion.text, json_schema=sample.json_schema, choices=sample.choices
+        )
+        parsed: Any = None
+        if reading.parsed is not None:
+            try:
+                parsed = self.job.parsed.fit(reading.parsed)
+            except UnfitError as error:
+                failure = Failure(error_type=ErrorType.INVALID_JSON, message=str(error))
+                reading = replace(reading, failure=failure)
         answers = (*record.said, completion, *completion.alternatives)
         result = _result(record, reading.failure, sample)
         if completion.usage is not None:
@@ -214,8 +241,9 @@ class Collector:
             finish_reasons=tuple(answer.finish_reason for answer in answers),
             token_ids=completion.token_ids if completion.usage is None else None,
             logprobs=completion.logprobs,
-            parsed=reading.parsed,
+            parsed=parsed,
             json_valid=reading.json_valid,
+            constraint=completion.constraint,
             finish_reason=completion.finish_reason,
             completion_tokens=_num_tokens(answers),
             latency_s=completion.latency_s + sum(answer.latency_s for answer in record.said),
@@ -224,7 +252,7 @@ class Collector:
     def _write(self, result: Result, progress: Progress) -> None:
         index = bisect_right(self._starts, result.row_index) - 1
         with self._lock:
-            attempts = self._writers[index].attempts.get(result.row, 1)
+            attempts = self._writers[index].attempts.get(result.row, 1) + result.attempts - 1
             self._writers[index].add(replace(result, attempts=attempts))
             self.metrics.count_result(result)
             self._missing[index] -= 1

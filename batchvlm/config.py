@@ -80,6 +80,21 @@ class OnMismatch(StrEnum):
     overwrite = "overwrite"
 
 
+class Guided(StrEnum):
+    """How far answers are held to the form that is asked for while they are decoded."""
+
+    auto = "auto"
+    strict = "strict"
+    off = "off"
+
+
+class Instructions(StrEnum):
+    """Whether the prompt says which form the answer must have."""
+
+    auto = "auto"
+    off = "off"
+
+
 class ImageBackend(StrEnum):
     """Which library resizes and normalises images in the model's processor."""
 
@@ -148,13 +163,31 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOutputConfig:
-    """The form an answer must have."""
+    """The form an answer must have: one of the first six, or the row's own."""
 
     json_schema: Any = None
-    """A JSON schema: path of a file, or the schema itself."""
+    """A JSON schema: path of a file, the schema itself, or `any` for any object. A `$ref` may lead
+    to files beside it."""
+    pydantic: str | None = None
+    """`module:Class`: a Pydantic model, dataclass or typed dict; its module runs as code."""
+    choice: list[str] | None = None
+    """The answers to choose from."""
+    regex: str | None = None
+    """A pattern that the whole answer must match."""
+    grammar: str | None = None
+    """A context-free grammar in Lark's notation, or the path of a file with one."""
+    type: str | None = None
+    """A named type: `integer`, `number`, `boolean`, `date`, `time`, `datetime`, `email`, `uuid4`,
+    `ipv4`, `hex_color`, ..., as in `outlines.types`."""
     json_schema_column: str | None = None
-    """Column with each row's own JSON schema; a null there falls back to `json_schema`. With other
+    """Column with each row's own JSON schema; a null there falls back to the above. With other
     tasks than extract, an answer to a row that brings one is read as JSON, any other as text."""
+    choice_column: str | None = None
+    """Column with each row's own choices, a list of strings; a null there falls back likewise."""
+    guided: Guided = Guided.auto
+    """`auto`: tokens that lead out of the form are never chosen, as far as a grammar can say what
+    is asked for, and `constraint` tells how far that was; `strict`: a form that cannot be enforced
+    to the letter is refused; `off`: answers are only validated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +203,9 @@ class TaskConfig:
     """Take `![](X)` in a prompt or a user's message for an image, as TGI does: X is an address, a
     path or a `data:` URI, allowed or not as in any other place."""
     output: TaskOutputConfig = field(default_factory=TaskOutputConfig)
+    instructions: Instructions = Instructions.off
+    """`auto`: where a JSON schema is asked for, the prompt ends with it, in a compact form; models
+    answer better when they see it. Messages of the rows' own stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,6 +434,10 @@ class RetryConfig:
 
     errors: list[str] = field(default_factory=list)
     """Error types; their rows in finished parts and segments are answered anew and superseded."""
+    invalid_json: int = 0
+    """Times that a row whose answer has not the form asked for is answered again in the same run:
+    with twice the tokens where it was cut, else with another seed and a temperature of 0.5 at
+    least. Their images are kept meanwhile, `batching.max_window_bytes` of them at most."""
     max_attempts: int = 3
     """A row that was tried this often is left as it is."""
 

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 from batchvlm.adapters import pin_adapter
 from batchvlm.config import EndpointConfig, EngineName, JobConfig, ModelConfig, TaskConfig
 from batchvlm.errors import ModelError
+from batchvlm.forms import run_form
 from batchvlm.loading import explained, resolve_backend
 from batchvlm.records import InputFile
-from batchvlm.schemas import read_schema
 from batchvlm.settings import to_plain
 
 # Up to here every file is named in a mismatch; beyond, the list is a digest.
@@ -132,16 +132,16 @@ def input_identity(files: Sequence[InputFile]) -> dict[str, Any]:
 
 
 def _task_identity(cfg: TaskConfig) -> dict[str, Any]:
-    schema = cfg.output.json_schema
-    return {
-        **to_plain(cfg),
-        "output": {
-            "json_schema": None
-            if schema is None
-            else read_schema(schema, "task.output.json_schema"),
-            "json_schema_column": cfg.output.json_schema_column,
-        },
+    form = run_form(cfg.output)
+    asked: dict[str, Any] = {
+        # By what it says: a file, a class and an inline schema may be the same.
+        "form": None if form is None else [form.kind.value, form.text],
+        "json_schema_column": cfg.output.json_schema_column,
+        "choice_column": cfg.output.choice_column,
     }
+    if form is not None or cfg.output.json_schema_column or cfg.output.choice_column:
+        asked["guided"] = cfg.output.guided.value
+    return {**to_plain(cfg), "output": asked}
 
 
 def _model_identity(cfg: ModelConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchvlm.config import EngineName, JobConfig, OnMismatch, SourceKind, TaskName, sent_as
 from batchvlm.errors import FingerprintError, InputError
+from batchvlm.forms import run_form
 from batchvlm.identity import (
     answer_identity,
     output_layout,
@@ -19,9 +20,11 @@ from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import RunFile, differs, find_run, read_run
 from batchvlm.output.schema import kept_fields, output_schema
+from batchvlm.output.typed import Parsed, parsed_column
 from batchvlm.plan import plan_shards
 from batchvlm.preprocess import PreprocessSpec
 from batchvlm.prompts import PromptBuilder
+from batchvlm.records import FormKind
 from batchvlm.settings import to_plain
 from batchvlm.sources import Source, check_columns, open_source
 from batchvlm.tasks import Task, open_task
@@ -45,6 +48,8 @@ class Job:
     run: RunFile
     schema: Any
     """Arrow schema of the output."""
+    parsed: Parsed
+    """The column of typed answers."""
     is_overwriting: bool = False
     """Whether the folder still holds another run, which gives way once the model has loaded."""
 
@@ -98,6 +103,16 @@ def open_job(cfg: JobConfig) -> Job:
     if cfg.data.source is not SourceKind.jsonl:  # whose types are a guess
         prompts.check_types(source.schema)
     gen = cfg.generation
+    output = cfg.task.output
+    form = run_form(output) if cfg.task.name is TaskName.extract else None
+    is_by_row = bool(output.json_schema_column)
+    if output.choice_column:
+        # The rows' choices are texts, of which there may be any number.
+        is_by_row |= form is not None and form.kind is not FormKind.CHOICE
+        form = None
+    parsed = parsed_column(form, is_by_row=is_by_row)
+    if parsed.notes:
+        log.info("JSON text in parsed, for want of a fixed type: %s", ", ".join(parsed.notes[:20]))
     schema = output_schema(
         kept_fields(source.schema, cfg.output.keep_columns),
         generated_texts=gen.num_return_sequences > 1
@@ -105,6 +120,8 @@ def open_job(cfg: JobConfig) -> Job:
         or cfg.task.name is TaskName.dialog,
         token_ids=cfg.output.token_ids,
         logprobs=gen.logprobs or bool(gen.columns.logprobs),
+        constraint=cfg.task.name is TaskName.extract or bool(output.json_schema_column),
+        parsed=parsed.type,
     )
     task = open_task(cfg.task)
     folder = OutputFolder(cfg.output.dir)
@@ -146,4 +163,5 @@ def open_job(cfg: JobConfig) -> Job:
         folder=folder,
         run=run,
         schema=schema,
+        parsed=parsed,
     )

@@ -281,14 +281,17 @@ def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine
         metrics.engine = engine.stats
         time_line = TimeLine(metrics, collector.append_metrics)
         stack.callback(time_line.write)
-        samples = _Samples(ready, collector, progress, work, turns)
-        for row_index, outcome in _answers(engine, samples, turns):
-            collector.finish(row_index, outcome, progress)
-            metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
-            time_line.tick()
-            trackers.tick()
-        if deadline.has_come:
-            raise _time_is_up(cfg)
+        samples: Iterable[Sample] = _Samples(ready, collector, progress, work, turns)
+        while samples:
+            for row_index, outcome in _answers(engine, samples, turns):
+                collector.finish(row_index, outcome, progress)
+                metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
+                time_line.tick()
+                trackers.tick()
+            if deadline.has_come:
+                raise _time_is_up(cfg)
+            # Rows whose answers were invalid after the last sample was taken; no dialog has any.
+            samples, turns = list(collector.take_again()), None
         collector.finish_all(progress)
         metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
         if peers is not None:

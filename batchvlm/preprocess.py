@@ -142,6 +142,7 @@ class Preprocessor:
         if self._limits.image_token_id is not None:
             num_image_tokens = int((features["input_ids"] == self._limits.image_token_id).sum())
         generation = prompt.generation
+        room: int | None = None
         if self._limits.max_positions is not None:
             is_apart = self._limits.is_encoder_decoder
             room = self._limits.max_positions - (1 if is_apart else num_tokens)
@@ -162,6 +163,8 @@ class Preprocessor:
             generation=generation,
             json_schema=prompt.json_schema,
             turns_left=prompt.turns_left,
+            choices=prompt.choices,
+            room=room,
         )
 
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, meta, nodes
@@ -17,9 +18,11 @@ from batchvlm.config import (
     ColumnsConfig,
     GenerationColumnsConfig,
     GenerationConfig,
+    Instructions,
     TaskConfig,
 )
 from batchvlm.errors import ConfigError, ErrorType, InputError, RowError
+from batchvlm.forms import run_form
 from batchvlm.messages import (
     Message,
     fill_slots,
@@ -28,7 +31,7 @@ from batchvlm.messages import (
     read_turns,
     with_markdown_images,
 )
-from batchvlm.records import Completion, Generation, ImageRef, Prompt, Record
+from batchvlm.records import Completion, FormKind, Generation, ImageRef, Prompt, Record
 from batchvlm.schemas import InvalidSchemaError, compile_schema
 
 
@@ -54,6 +57,11 @@ class PromptBuilder:
         self._messages_column = columns.messages
         self._turns_column = columns.turns
         self._schema_column = task.output.json_schema_column
+        self._choice_column = task.output.choice_column
+        self._instructs = task.instructions is Instructions.auto
+        form = run_form(task.output) if self._instructs else None
+        is_schema = form is not None and form.kind is FormKind.JSON_SCHEMA
+        self._run_schema = form.text if form is not None and is_schema else None
         self._generation = generation
         brings_text = columns.messages or columns.turns
         self._prompt = None if brings_text else Template(task.prompt, "task.prompt")
@@ -69,6 +77,8 @@ class PromptBuilder:
             needed[self._turns_column] = "data.columns.turns"
         if self._schema_column:
             needed[self._schema_column] = "task.output.json_schema_column"
+        if self._choice_column:
+            needed[self._choice_column] = "task.output.choice_column"
         for key, column in _generation_columns(self._generation.columns).items():
             needed[column] = f"generation.columns.{key}"
         for template in (self._prompt, self._system):
@@ -112,6 +122,7 @@ class PromptBuilder:
             images=images,
             generation=generation,
             json_schema=self._schema(record.values),
+            choices=self._choices(record.values),
             turns_left=turns_left,
         )
 
@@ -132,10 +143,10 @@ class PromptBuilder:
             if not refs and self._prompt is not None:
                 raise RowError(ErrorType.MISSING_IMAGE, f"{column} holds no image")
             images += refs
-        return self._messages(values, images)
+        return self._messages(values, images, self._shown(values))
 
     def _messages(
-        self, values: Mapping[str, Any], images: list[ImageRef]
+        self, values: Mapping[str, Any], images: list[ImageRef], schema: str | None
     ) -> tuple[list[Message], tuple[ImageRef, ...]]:
         if self._messages_column:
             where = self._messages_column
@@ -147,6 +158,8 @@ class PromptBuilder:
             assert self._prompt is not None
             where = "the prompt"
             text = self._prompt.render(values)
+            if schema is not None:
+                text += instructions(schema)
             messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
         if self._system is not None and messages[0]["role"] != "system":
             text = self._system.render(values)
@@ -164,6 +177,47 @@ class PromptBuilder:
         except InvalidSchemaError as error:
             raise RowError(ErrorType.PROMPT, f"{self._schema_column}: {error}") from error
         return text
+
+    def _shown(self, values: Mapping[str, Any]) -> str | None:
+        """The schema that the prompt ends with."""
+        if not self._instructs or self._choices(values) is not None:
+            return None
+        return self._schema(values) or self._run_schema
+
+    def _choices(self, values: Mapping[str, Any]) -> tuple[str, ...] | None:
+        if self._choice_column is None or (listed := values[self._choice_column]) is None:
+            return None
+        is_list = isinstance(listed, list) and all(isinstance(c, str) and c for c in listed)
+        if not is_list or not listed:
+            raise RowError(
+                ErrorType.PROMPT, f"{self._choice_column} is no list of strings, none of them empty"
+            )
+        return tuple(dict.fromkeys(listed))
+
+
+@lru_cache(maxsize=256)
+def instructions(schema: str) -> str:
+    """What a prompt says of the schema that its answer must fit; nothing where that is very long.
+
+    Without white space, and without what says nothing of the answer.
+    """
+    text = json.dumps(_telling(json.loads(schema)), ensure_ascii=False, separators=(",", ":"))
+    if len(text) > _MAX_SCHEMA_CHARS:
+        return ""
+    return f"\n\nAnswer with JSON that fits this JSON schema, and with nothing else:\n{text}"
+
+
+def _telling(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_telling(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    aside = {k for k in _ASIDE if isinstance(schema.get(k), str | list | bool | int | float)}
+    return {key: _telling(value) for key, value in schema.items() if key not in aside}
+
+
+_MAX_SCHEMA_CHARS = 16_384
+_ASIDE = ("$schema", "$id", "id", "$comment", "examples")
 
 
 def _until_turn(

@@ -8,6 +8,7 @@ list. A row that fails carries a `Failure` from the stage where it failed straig
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -116,6 +117,35 @@ class Generation:
     """Answers to the row."""
 
 
+class FormKind(StrEnum):
+    """What the form of an answer is described by."""
+
+    JSON_SCHEMA = "json_schema"
+    CHOICE = "choice"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The form that an answer must have."""
+
+    kind: FormKind
+    text: str
+    """A JSON schema, a JSON list of strings, a pattern for the whole answer, or a Lark grammar."""
+
+
+class Constraint(StrEnum):
+    """How far an answer was held to its form: the values of the output column `constraint`."""
+
+    STRICT = "strict"
+    """Whatever the model said, it was of the form."""
+    LENIENT = "lenient"
+    """As far as a grammar can say; the rest was left to validation."""
+    NONE = "none"
+    """Not at all: no grammar was made of it, or the row's grammar broke off."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRef:
     """Where an image is: bytes at hand, a path below the allowed root, or an address."""
@@ -136,6 +166,8 @@ class Prompt:
     generation: Generation
     json_schema: str | None = None
     """The row's own JSON schema, where the rows bring one."""
+    choices: tuple[str, ...] | None = None
+    """The row's own choices, where the rows bring some."""
     turns_left: int = 0
     """Of a dialog: turns that follow this one."""
 
@@ -182,6 +214,9 @@ class Sample:
     """What the bytes in `pixel_values` stand for; None where these are numbers already."""
     generation: Generation
     json_schema: str | None = None
+    choices: tuple[str, ...] | None = None
+    room: int | None = None
+    """Tokens that the model's positions leave for an answer; None where it does not say."""
     turns_left: int = 0
     """Of a dialog: turns that follow this one."""
     answer: int = 0
@@ -193,6 +228,13 @@ class Sample:
     def prompt_tokens(self) -> int:
         """Length of the prompt, image tokens included; 0 where only a server knows."""
         return int(self.features["input_ids"].shape[-1]) if self.features else 0
+
+    @property
+    def form(self) -> Form | None:
+        """The form that the row itself brings for its answer."""
+        if self.choices is not None:
+            return Form(FormKind.CHOICE, json.dumps(self.choices, ensure_ascii=False))
+        return Form(FormKind.JSON_SCHEMA, self.json_schema) if self.json_schema else None
 
     def without_images(self) -> Sample:
         """What is needed of a sample whose prompt is computed: no pixels."""
@@ -252,6 +294,8 @@ class Completion:
     finish_reason: FinishReason
     latency_s: float
     """Seconds from the start of the row's batch until its answer was complete."""
+    constraint: Constraint | None = None
+    """How far the answer was held to its form; None where it has none."""
     alternatives: tuple[Completion, ...] = ()
     """Further answers to the row, where it wants several."""
     usage: Usage | None = None
@@ -314,9 +358,10 @@ class Result:
     """Of each of them."""
     token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
-    parsed: str | None = None
-    """The typed value of an extract task, as canonical JSON text."""
+    parsed: Any = None
+    """The typed value of an extract task: a value of the column's Arrow type."""
     json_valid: bool | None = None
+    constraint: Constraint | None = None
     finish_reason: FinishReason | None = None
     prompt_tokens: int | None = None
     image_tokens: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, best_match
 from jsonschema.protocols import Validator
 from jsonschema.validators import validator_for
-from referencing import Registry
+from jsonschema_specifications import REGISTRY
 from referencing.exceptions import Unresolvable
 
 from batchvlm.errors import ConfigError
@@ -33,12 +34,16 @@ class InvalidSchemaError(ValueError):
 def read_schema(schema: str | dict[str, Any], setting: str) -> str:
     """Read the run's schema from its setting, a file's path or the schema itself.
 
+    A `$ref` to a file beside it is followed, and what it leads to becomes part of the schema.
+
     Returns:
-        The schema as canonical JSON text.
+        The schema as JSON text, its keys in the order of the file: answers follow that.
 
     Raises:
         ConfigError: there is no such file, or it holds no JSON schema.
     """
+    folder = Path()
+    value: Any = schema
     if isinstance(schema, str):
         try:
             text = Path(schema).read_text(encoding="utf-8")
@@ -47,13 +52,63 @@ def read_schema(schema: str | dict[str, Any], setting: str) -> str:
                 f"{setting}={schema} cannot be read",
                 hint="give the path of a JSON schema file",
             ) from error
-    else:
-        text = json.dumps(schema)
+        folder = Path(schema).parent
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{setting}: the schema is no JSON: {error}") from error
     try:
+        text = json.dumps(_Bundle(folder).whole(value))
         compile_schema(text)
     except InvalidSchemaError as error:
         raise ConfigError(f"{setting}: {error}") from error
-    return json.dumps(json.loads(text), sort_keys=True)
+    except RecursionError as error:
+        raise ConfigError(f"{setting}: nested too deeply") from error
+    return text
+
+
+class _Bundle:
+    """A schema with the files that it refers to, as one document."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._parts: dict[str, Any] = {}
+        self._keys: dict[Path, str] = {}
+
+    def whole(self, schema: Any) -> Any:
+        whole = self._visit(schema, self._folder, "#")
+        if not self._parts:
+            return whole
+        return {**whole, "$defs": {**whole.get("$defs", {}), **self._parts}}
+
+    def _visit(self, value: Any, folder: Path, root: str) -> Any:
+        if isinstance(value, list):
+            return [self._visit(item, folder, root) for item in value]
+        if not isinstance(value, dict):
+            return value
+        visited = {key: self._visit(item, folder, root) for key, item in value.items()}
+        if isinstance(value.get("$ref"), str):
+            visited["$ref"] = self._reference(value["$ref"], folder, root)
+        return visited
+
+    def _reference(self, reference: str, folder: Path, root: str) -> str:
+        name, _, pointer = reference.partition("#")
+        if not name:
+            return f"{root}{pointer}" if not pointer or pointer.startswith("/") else reference
+        path = (folder / name.removeprefix("file:")).resolve()
+        if ":" in name.removeprefix("file:") or not path.is_file():
+            return reference  # an address; who validates says that it is not there
+        if path not in self._keys:
+            key = self._keys[path] = f"file-{len(self._keys)}-{path.name.replace('/', '-')}"
+            try:
+                part = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise InvalidSchemaError(f"$ref leads to {path}, which is no JSON") from error
+            if isinstance(part, dict):
+                # By these it would be a document of its own again.
+                part = {k: v for k, v in part.items() if k not in ("$id", "id", "$schema")}
+            self._parts[key] = self._visit(part, path.parent, f"#/$defs/{key}")
+        return f"#/$defs/{self._keys[path]}{pointer}"
 
 
 @lru_cache(maxsize=1024)
@@ -76,8 +131,19 @@ def compile_schema(text: str) -> Validator:
     except (SchemaError, RecursionError) as error:
         reason = error.message if isinstance(error, SchemaError) else "nested too deeply"
         raise InvalidSchemaError(f"not a valid JSON schema: {reason[:200]}") from error
-    # An empty registry: jsonschema would else fetch the address that a $ref names.
-    return cls(schema, registry=Registry(), format_checker=cls.FORMAT_CHECKER)
+    # Of the drafts themselves alone: jsonschema would else fetch the address that a $ref names.
+    return cls(schema, registry=REGISTRY, format_checker=cls.FORMAT_CHECKER)
+
+
+def why_no_match(text: str, pattern: str) -> str | None:
+    """One line on why a text does not match a pattern as a whole, or None where it does."""
+    try:
+        found = _within(MAX_CHECK_S, lambda: re.fullmatch(pattern, text))
+    except _TooLongError:
+        return f"the pattern cannot be applied: it takes longer than {MAX_CHECK_S:g} s"
+    except re.error as error:
+        return f"the pattern cannot be applied: {error}"
+    return None if found else "it does not match the pattern"
 
 
 def why_invalid(value: Any, schema: str) -> str | None:

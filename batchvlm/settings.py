@@ -60,6 +60,13 @@ def register_schema() -> None:
         "batchvlm.demo", lambda what: str(paths[what]), replace=True, use_cache=False
     )
     # The demo's schema goes with the demo's images alone: nobody's scans shall be held against it.
+    # The demo's model knows its few questions to the letter.
+    OmegaConf.register_new_resolver(
+        "batchvlm.instructions_for",
+        lambda path: "off" if path == str(demo.MODEL_DIR) else "auto",
+        replace=True,
+        use_cache=False,
+    )
     OmegaConf.register_new_resolver(
         "batchvlm.schema_of",
         lambda data: str(demo.SCHEMA_PATH) if data == "demo" else None,
@@ -260,6 +267,7 @@ def _check_ranges(cfg: JobConfig) -> None:
     _at_least("output.flush_every_s", cfg.output.flush_every_s, 0)
     _at_least("output.flush_every_rows", cfg.output.flush_every_rows, 1)
     _at_least("retry.max_attempts", cfg.retry.max_attempts, 1)
+    _at_least("retry.invalid_json", cfg.retry.invalid_json, 0)
     _at_least("data.max_rows", cfg.data.max_rows, 1)
     _at_least("data.max_image_bytes", cfg.data.max_image_bytes, 1)
     _at_least("data.fetch_timeout_s", cfg.data.fetch_timeout_s, 0.1)
@@ -348,18 +356,6 @@ def _check_choices(cfg: JobConfig) -> None:
 
 
 def _check_combinations(cfg: JobConfig) -> None:
-    output = cfg.task.output
-    has_schema = output.json_schema is not None
-    if cfg.task.name is TaskName.extract and not (has_schema or output.json_schema_column):
-        raise ConfigError(
-            "task=extract has no schema",
-            hint="set task.output.json_schema=FILE or task.output.json_schema_column=COLUMN",
-        )
-    if cfg.task.name is not TaskName.extract and has_schema:
-        raise ConfigError(
-            f"task.output.json_schema has no effect with task={cfg.task.name.value}",
-            hint="choose task=extract",
-        )
     model = cfg.model
     for key, needs in (
         ("quantization_skip", "quantization"),
@@ -368,6 +364,7 @@ def _check_combinations(cfg: JobConfig) -> None:
     ):
         if getattr(model, key) is not None and getattr(model, needs) is None:
             raise ConfigError(f"model.{key} has no effect without model.{needs}")
+    _check_output(cfg)
     gen = cfg.generation
     if gen.num_return_sequences > 1 and not (gen.temperature > 0 or gen.columns.temperature):
         raise ConfigError(
@@ -410,6 +407,41 @@ def _check_combinations(cfg: JobConfig) -> None:
             "the rows bring neither images nor messages, and task.prompt is empty",
             hint="set data.columns.image, data.columns.messages or task.prompt",
         )
+
+
+def _check_output(cfg: JobConfig) -> None:
+    output = cfg.task.output
+    forms = ("json_schema", "pydantic", "choice", "regex", "grammar", "type")
+    named = [f"task.output.{name}" for name in forms if getattr(output, name) is not None]
+    columns = [
+        f"task.output.{name}"
+        for name in ("json_schema_column", "choice_column")
+        if getattr(output, name) is not None
+    ]
+    # Rows may bring schemas with any task: some requests of a batch API do.
+    for_extract = [*named, *(name for name in columns if "choice" in name)]
+    if cfg.task.name is not TaskName.extract and for_extract:
+        raise ConfigError(
+            f"{for_extract[0]} has no effect with task={cfg.task.name.value}",
+            hint="choose task=extract",
+        )
+    if cfg.task.name is TaskName.extract and not (named or columns):
+        raise ConfigError(
+            "task=extract has no schema",
+            hint="set task.output.json_schema=FILE or task.output.json_schema_column=COLUMN; "
+            "or pydantic, choice, choice_column, regex, grammar or type there",
+        )
+    if len(named) > 1 or len(columns) > 1:
+        both = named if len(named) > 1 else columns
+        raise ConfigError(f"{both[0]} and {both[1]} are both set", hint="keep one of them")
+    for name in ("pydantic", "regex", "grammar", "type", "json_schema_column", "choice_column"):
+        if getattr(output, name) == "":
+            raise ConfigError(f"task.output.{name} is empty", hint="give it a value, or null")
+    if output.choice is not None:
+        if not output.choice or "" in output.choice:
+            raise ConfigError("task.output.choice needs answers to choose from, none of them empty")
+        if len(set(output.choice)) < len(output.choice):
+            raise ConfigError("task.output.choice names an answer twice")
 
 
 def _check_dialog(cfg: JobConfig) -> None:

@@ -442,7 +442,7 @@ def test_tasks_share_one_output(tmp_path: Path, write_parquet: Writer) -> None:
 
 def test_extract_fills_parsed_and_json_valid(tmp_path: Path, write_parquet: Writer) -> None:
     source = write_parquet([picture()] * 2)
-    schema = {"type": "object", "properties": {"row": {"maximum": 0}}}
+    schema = {"type": "object", "properties": {"row": {"type": "integer", "maximum": 0}}}
     (tmp_path / "schema.json").write_text(json.dumps(schema))
     engine = FakeEngine(answer='{{"row": {}}}')
     run(
@@ -453,7 +453,7 @@ def test_extract_fills_parsed_and_json_valid(tmp_path: Path, write_parquet: Writ
         name="extract",
     )
     good, bad = rows_of(tmp_path / "out")
-    assert (good["status"], good["parsed"], good["json_valid"]) == ("success", '{"row":0}', True)
+    assert (good["status"], good["parsed"], good["json_valid"]) == ("success", {"row": 0}, True)
     assert (bad["status"], bad["error_type"], bad["parsed"], bad["json_valid"]) == (
         "error",
         "invalid_json",

@@ -43,7 +43,7 @@ def test_no_preset_runs_a_strangers_code(option: str) -> None:
 @pytest.mark.parametrize("name", PRIMARY)
 def test_every_primary_config_composes(name: str) -> None:
     cfg = compose(name)
-    expected = TaskName.caption if name == "run" else TaskName(name)
+    expected = TaskName({"run": "caption", "animals": "extract"}.get(name, name))
     assert cfg.task.name is expected
     assert cfg.output.dir == f"outputs/demo-{expected.value}"
 

@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,13 +17,15 @@ from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, 
 
 from batchvlm.batching import group_by_length
 from batchvlm.config import BatchingConfig, ModelConfig
+from batchvlm.constraints.constraints import Constraints, Unconstrained
+from batchvlm.constraints.masks import RowMatcher
 from batchvlm.engine.answers import expand, join
 from batchvlm.engine.collate import collate
 from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.protocol import OnToken
 from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
-from batchvlm.errors import ErrorType
+from batchvlm.errors import ErrorType, RowError
 from batchvlm.loading import load_model, load_processor
 from batchvlm.quantization import refuses_inference_mode
 from batchvlm.records import (
@@ -65,11 +68,20 @@ class GenerateEngine:
         model: a transformers model for image-text-to-text.
         tokenizer: the tokenizer that decodes its answers.
         batching: how samples are grouped.
+        constraints: the forms that answers are held to, if any.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batching: BatchingConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batching: BatchingConfig | None = None,
+        *,
+        constraints: Constraints | None = None,
+    ) -> None:
         self.stats = EngineStats()
         self.on_token: OnToken | None = None
+        self._constraints = constraints or Unconstrained()
         self._batching = batching or BatchingConfig()
         self._model = model
         kind = model.config.model_type
@@ -97,7 +109,10 @@ class GenerateEngine:
 
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
         """Answer every sample exactly once; see `Engine.run`."""
-        yield from join(self._answer(expand(samples)))
+        try:
+            yield from join(self._answer(self._constraints.in_order(expand(samples))))
+        finally:
+            self._constraints.close()
 
     def _answer(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Completion | Failure]]:
         is_alone = self._model.config.model_type in _ALONE
@@ -129,6 +144,8 @@ class GenerateEngine:
         try:
             with torch.no_grad(), torch.inference_mode(is_inference):
                 outcomes = self._generate(samples)
+        except RowError as error:
+            failure = Failure(error_type=error.error_type, message=error.message)
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except Exception as error:
@@ -160,9 +177,14 @@ class GenerateEngine:
         # The answer of an encoder-decoder stands alone, behind a token that starts it.
         prompt_width = 1 if self._is_encoder_decoder else inputs["input_ids"].shape[1]
         sampler = RowSampler(len(samples), eos_ids=self._eos_ids, device=device)
+        matchers = [self._constraints.begin(sample) for sample in samples]
         for i, sample in enumerate(samples):
-            sampler.admit(i, sample.generation, sample.features["input_ids"])
-        chosen = ChosenToken(sampler)
+            settings = sample.generation
+            if matchers[i] is not None:
+                # The grammar says when the answer is whole; there may be nothing to add.
+                settings = replace(settings, min_new_tokens=0)
+            sampler.admit(i, settings, sample.features["input_ids"])
+        chosen = ChosenToken(sampler, matchers, self._constraints)
         ends = frozenset(self._eos_ids)
         stops = [RowStop(sample.generation, ends, self._tokenizer) for sample in samples]
         rows = [sample.row_index if sample.answer == 0 else None for sample in samples]
@@ -181,10 +203,16 @@ class GenerateEngine:
         self.stats.prompt_tokens += sum(sample.prompt_tokens for sample in samples)
         self.stats.prompt_cells += inputs["input_ids"].numel()
         self.stats.row_steps += len(samples) * (ids_BT.shape[1] - prompt_width)
-        return [
-            criterion.failures.get(i) or stop.completion(sample.row_index, latency_s)
-            for i, (sample, stop) in enumerate(zip(samples, stops, strict=True))
-        ]
+        outcomes: list[Completion | Failure] = []
+        for i, (sample, stop) in enumerate(zip(samples, stops, strict=True)):
+            if i in criterion.failures:
+                outcomes.append(criterion.failures[i])
+                continue
+            completion = stop.completion(sample.row_index, latency_s)
+            if (matcher := matchers[i]) is not None:
+                completion = replace(completion, constraint=matcher.constraint)
+            outcomes.append(completion)
+        return outcomes
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
@@ -246,11 +274,19 @@ class ChosenToken(LogitsProcessor):
     choice: Choice
     """The last step's."""
 
-    def __init__(self, sampler: RowSampler) -> None:
+    def __init__(
+        self,
+        sampler: RowSampler,
+        matchers: Sequence[RowMatcher | None],
+        constraints: Constraints | Unconstrained,
+    ) -> None:
         self._sampler = sampler
+        self.matchers = matchers
+        self.constraints = constraints
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.choice = self._sampler.choose(scores, slice(len(scores)))
+        mask_BW = self.constraints.take(self.matchers)
+        self.choice = self._sampler.choose(scores, slice(len(scores)), mask_BW=mask_BW)
         return scores.scatter(-1, self.choice.ids_B[:, None], torch.inf)
 
 
@@ -287,7 +323,12 @@ class RowStops(StoppingCriteria):
                 self._on_token(row_index, tokens[i])
             if is_finite[i]:
                 self._is_done[i] = stop.push(tokens[i], logprobs[i])
+                if (matcher := self._chosen.matchers[i]) is not None:
+                    matcher.commit(tokens[i])
             else:
                 self.failures[i] = not_finite(stop.num_tokens)
                 self._is_done[i] = True
+        if not all(self._is_done):
+            # Filled while the model runs.
+            self._chosen.constraints.start(self._chosen.matchers)
         return torch.tensor(self._is_done, device=input_ids.device)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from batchvlm.constraints.masks import RowMatcher
 from batchvlm.engine.sampling import Choice
 from batchvlm.engine.stops import RowStop
 from batchvlm.engine.waiting import PreparedRow
-from batchvlm.records import Sample
+from batchvlm.records import Completion, Generation, Sample
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +24,8 @@ class Row:
     length: int
     """Tokens that its slot must hold."""
     max_new_tokens: int
+    matcher: RowMatcher | None = None
+    """Where it is in the grammar of its answer, if that has one."""
     num_chosen: int = 0
     """Tokens chosen for it, read by the host or not."""
     is_over: bool = False
@@ -31,6 +35,36 @@ class Row:
     @property
     def sample(self) -> Sample:
         return self.prepared.sample
+
+    @property
+    def settings(self) -> Generation:
+        """How it is decoded."""
+        settings = self.sample.generation
+        if self.matcher is None:
+            return settings
+        # The grammar says when the answer is whole; there may be nothing to add.
+        return replace(settings, min_new_tokens=0)
+
+    def push(self, token: int, logprob: float | None, *, end_id: int | None) -> bool:
+        """Take the next token; whether the answer is over with it.
+
+        An answer that is whole by its grammar gets its end, the only thing that may follow, here
+        and not by another step of the model.
+        """
+        if self.stop.push(token, logprob):
+            return True
+        settings = self.sample.generation
+        if self.matcher is None or end_id is None or settings.ignore_eos or settings.logprobs:
+            return False
+        return self.matcher.must_end and self.stop.push(end_id)
+
+    def completion(self) -> Completion:
+        """What it says, once its answer is over."""
+        latency_s = time.perf_counter() - self.prepared.start_s
+        completion = self.stop.completion(self.sample.row_index, latency_s)
+        if self.matcher is None:
+            return completion
+        return replace(completion, constraint=self.matcher.constraint)
 
     @property
     def num_cached(self) -> int:
@@ -56,6 +90,15 @@ class Chosen:
             self._event.record()
             tensors = pinned
         self._tensors = tensors
+        self._is_committed = False
+
+    def commit(self) -> None:
+        """Let the rows' grammars take these tokens, once."""
+        if not self._is_committed and any(row.matcher for row in self.rows):
+            for row, token, is_finite, _ in self.read():
+                if row.matcher is not None and is_finite:
+                    row.matcher.commit(token)
+        self._is_committed = True
 
     def read(self) -> list[tuple[Row, int, bool, float | None]]:
         """Row, token, whether its logit is a finite number, and its log-probability if asked."""

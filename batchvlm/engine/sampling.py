@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from batchvlm.constraints.masks import apply_mask
 from batchvlm.records import Generation
 
 _MIN_TEMPERATURE = 1e-5
@@ -147,12 +148,19 @@ class RowSampler:
             self._counts_SV[target].copy_(self._counts_SV[source])
 
     @torch.inference_mode()
-    def choose(self, logits_BV: Tensor, slots: Sequence[int] | slice) -> Choice:
+    def choose(
+        self,
+        logits_BV: Tensor,
+        slots: Sequence[int] | slice,
+        *,
+        mask_BW: Tensor | None = None,
+    ) -> Choice:
         """Choose the next token of the rows in these slots.
 
         Args:
             logits_BV: [B, V] of the last position, in the order of `slots`; left as it is.
             slots: B different slots with a row each.
+            mask_BW: a bit for each token that may come next, int32 [B, V / 32]; None: all may.
         """
         batch = self._batch_of(slots)
         assert len(logits_BV) == len(batch.rows), "one row of logits for each slot"
@@ -166,6 +174,8 @@ class RowSampler:
             scores_BV = self._penalise(scores_BV, batch)
         if batch.has_count_penalty:
             scores_BV = self._penalise_counts(scores_BV, batch)
+        if mask_BW is not None:
+            scores_BV = apply_mask(scores_BV, mask_BW)
         if batch.has_least:
             too_early = [row.num_tokens < row.num_without_eos for row in batch.rows]
             if any(too_early):

@@ -9,13 +9,15 @@ from typing import Any
 
 import transformers
 
-from batchvlm.config import EngineName, JobConfig
+from batchvlm.config import EngineName, Guided, JobConfig, TaskName
+from batchvlm.constraints.constraints import Constraints
 from batchvlm.engine.allocator import keep_freed_memory
 from batchvlm.engine.generate import ONE_IMAGE, GenerateEngine, eos_ids
 from batchvlm.engine.kernels import tune
 from batchvlm.engine.protocol import Engine
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.errors import ModelError
+from batchvlm.forms import has_form, run_form
 from batchvlm.loading import load_model, load_processor
 from batchvlm.quantization import refuses_inference_mode
 
@@ -75,10 +77,11 @@ def choose_engine(model: Any, tokenizer: Any, cfg: JobConfig) -> Engine:
     if model.device.type == "cpu":
         keep_freed_memory()
     tune(model)
+    constraints = open_constraints(cfg, model, tokenizer)
     if name is EngineName.generate:
         if reason:
             log.info("%s runs by generate(): %s", type(model).__name__, reason)
-        return GenerateEngine(model, tokenizer, cfg.batching)
+        return GenerateEngine(model, tokenizer, cfg.batching, constraints=constraints)
     return SlotEngine(
         model,
         tokenizer,
@@ -86,6 +89,7 @@ def choose_engine(model: Any, tokenizer: Any, cfg: JobConfig) -> Engine:
         cfg.engine,
         eos_ids=eos_ids(model, tokenizer),
         suppress_ids=tuple(model.generation_config.suppress_tokens or ()),
+        constraints=constraints,
     )
 
 
@@ -111,6 +115,26 @@ def name_engine(model: Any, cfg: JobConfig) -> tuple[EngineName, str]:
         case EngineName.auto if reason:
             return EngineName.generate, reason
     return EngineName.slots, ""
+
+
+def open_constraints(cfg: JobConfig, model: Any, tokenizer: Any) -> Constraints | None:
+    """What holds answers to the form that the task asks for; None where it asks for none."""
+    output = cfg.task.output
+    is_asked_for = bool(output.json_schema_column)
+    if cfg.task.name is TaskName.extract:
+        is_asked_for |= has_form(output)
+    if not is_asked_for or output.guided is Guided.off:
+        return None
+    head = model.get_output_embeddings()
+    num_ids = head.weight.shape[0] if head is not None else len(tokenizer)
+    return Constraints(
+        tokenizer,
+        num_ids=num_ids,
+        eos_ids=eos_ids(model, tokenizer),
+        device=model.device,
+        form=run_form(output),
+        is_strict=output.guided is Guided.strict,
+    )
 
 
 def why_not_slots(model: Any, *, is_asked_for: bool = False) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from batchvlm.config import BatchingConfig, EngineConfig
+from batchvlm.constraints.constraints import Constraints, Unconstrained
 from batchvlm.engine import canary
 from batchvlm.engine.answers import expand, join
 from batchvlm.engine.attention import Span
@@ -34,7 +35,7 @@ from batchvlm.engine.rows import Chosen, Row
 from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
 from batchvlm.engine.waiting import PreparedRow
-from batchvlm.errors import ErrorType, ModelError
+from batchvlm.errors import ErrorType, ModelError, RowError
 from batchvlm.records import Completion, EngineStats, Failure, Sample
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class SlotEngine:
         cfg: limits; what is null sizes itself.
         eos_ids: ids that end an answer.
         suppress_ids: ids that the model must never say.
+        constraints: the forms that answers are held to, if any.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class SlotEngine:
         *,
         eos_ids: Sequence[int],
         suppress_ids: Sequence[int] = (),
+        constraints: Constraints | None = None,
     ) -> None:
         self.stats = EngineStats()
         self.on_token: OnToken | None = None
+        self._constraints = constraints or Unconstrained()
         self._model = model
         self._tokenizer = tokenizer
         self._batching = batching
@@ -126,10 +130,12 @@ class SlotEngine:
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
         """Answer every sample exactly once; see `Engine.run`."""
         try:
-            yield from join(self._answer(expand(samples)))
+            yield from join(self._answer(self._constraints.stream(expand(samples))))
         except torch.AcceleratorError as error:
             # It shows wherever the device is waited for, not where it happened.
             raise device_error(error) from error
+        finally:
+            self._constraints.close()
 
     def _answer(self, samples: Iterable[Sample]) -> Iterator[Outcome]:
         self._begin()
@@ -206,12 +212,21 @@ class SlotEngine:
                 return  # the rows left wait for memory
             for prepared in pack:
                 if isinstance(prepared, PreparedRow):
-                    settings = prepared.sample.generation
-                    stop = RowStop(settings, self._eos_ids, self._tokenizer)
-                    length = prepared.sample.prompt_tokens + settings.max_new_tokens
-                    self._parked.append(Row(prepared, stop, length, settings.max_new_tokens))
+                    self._park(prepared)
                 else:
                     self._ready.append(prepared)
+
+    def _park(self, prepared: PreparedRow) -> None:
+        sample = prepared.sample
+        try:
+            matcher = self._constraints.begin(sample)
+        except RowError as error:
+            failure = Failure(error_type=error.error_type, message=error.message)
+            self._ready.append((sample, failure))
+            return
+        stop = RowStop(sample.generation, self._eos_ids, self._tokenizer)
+        length = sample.prompt_tokens + sample.generation.max_new_tokens
+        self._parked.append(Row(prepared, stop, length, sample.generation.max_new_tokens, matcher))
 
     def _num_rows(self) -> int:
         """Rows at hand, in slots or on the way to one."""
@@ -227,7 +242,7 @@ class SlotEngine:
             slot = len(self._rows)
             self._room.cache.put(slot, row.prepared.pieces)
             sample = row.sample
-            self._sampler.admit(slot, sample.generation, sample.features["input_ids"][0])
+            self._sampler.admit(slot, row.settings, sample.features["input_ids"][0])
             self._rows.append(row)
         rows = self._rows[first:]
         if not rows:
@@ -279,6 +294,9 @@ class SlotEngine:
 
     def _step_range(self, start: int, stop: int) -> None:
         assert self._room.cache is not None
+        if not self._on_the_way:
+            # All tokens are read: the masks of the next ones are filled while the model runs.
+            self._constraints.start([row.matcher for row in self._rows[start:stop]])
         try:
             logits_BV = self._decoder.step(
                 self._room.cache,
@@ -322,10 +340,14 @@ class SlotEngine:
             spans.append(Span(first, behind, length))
         return spans
 
-    def _choose(self, start: int, stop: int, logits_BV: Tensor) -> None:
+    def _choose(
+        self, start: int, stop: int, logits_BV: Tensor, mask_BW: Tensor | None = None
+    ) -> None:
         """Choose the next token of slots `start` to `stop`, in halves where memory is short."""
+        if mask_BW is None:
+            mask_BW = self._mask_of(self._rows[start:stop])
         try:
-            choice = self._sampler.choose(logits_BV, slice(start, stop))
+            choice = self._sampler.choose(logits_BV, slice(start, stop), mask_BW=mask_BW)
         except Exception as error:
             if not is_oom(error):
                 raise
@@ -340,8 +362,18 @@ class SlotEngine:
             self._ready.append((row.sample, failure))
             return
         middle = (start + stop) // 2
-        self._choose(start, middle, logits_BV[: middle - start])
-        self._choose(middle, stop, logits_BV[middle - start :])
+        for first, behind in ((start, middle), (middle, stop)):
+            half = slice(first - start, behind - start)
+            mask = None if mask_BW is None else mask_BW[half]
+            self._choose(first, behind, logits_BV[half], mask)
+
+    def _mask_of(self, rows: Sequence[Row]) -> Tensor | None:
+        """Which tokens these rows may say next; None: any."""
+        # On a GPU the step is on its way, and the tokens before it are here.
+        if any(row.matcher and row.num_chosen for row in rows):
+            for chosen in self._on_the_way:
+                chosen.commit()
+        return self._constraints.take([row.matcher for row in rows])
 
     def _note(self, start: int, stop: int, choice: Choice) -> None:
         """Take note of tokens that are chosen, though not yet read."""
@@ -357,6 +389,7 @@ class SlotEngine:
 
     def _read(self, chosen: Chosen) -> None:
         """Take note of tokens that have come to the host; rows that end with one are done."""
+        chosen.commit()
         for row, token, is_finite, logprob in chosen.read():
             if row.is_answered:
                 continue  # a token beyond its end, chosen before that was known
@@ -366,9 +399,8 @@ class SlotEngine:
             try:
                 if not is_finite:
                     outcome = not_finite(row.stop.num_tokens)
-                elif row.stop.push(token, logprob):
-                    latency_s = time.perf_counter() - row.prepared.start_s
-                    outcome = row.stop.completion(row.sample.row_index, latency_s)
+                elif row.push(token, logprob, end_id=self._constraints.end_id):
+                    outcome = row.completion()
                 else:
                     continue
             except Exception as error:

@@ -63,9 +63,12 @@ _REASONS = _Column(
 )
 _TOKEN_IDS = _Column("token_ids", pa.list_(pa.int32()), lambda r, p: r.token_ids)
 _LOGPROBS = _Column("logprobs", pa.list_(pa.float32()), lambda r, p: r.logprobs)
-_OTHER_COLUMNS = (
+_PARSED = (
     _Column("parsed", pa.string(), lambda r, p: r.parsed),
     _Column("json_valid", pa.bool_(), lambda r, p: r.json_valid),
+)
+_CONSTRAINT = _Column("constraint", pa.string(), lambda r, p: r.constraint and r.constraint.value)
+_OTHER_COLUMNS = (
     _Column("finish_reason", pa.string(), lambda r, p: r.finish_reason and r.finish_reason.value),
     _Column("prompt_tokens", pa.int32(), lambda r, p: r.prompt_tokens),
     _Column("image_tokens", pa.int32(), lambda r, p: r.image_tokens),
@@ -77,7 +80,10 @@ _OTHER_COLUMNS = (
     _Column("run_id", pa.string(), lambda r, p: p.run_id),
     _Column("latency_s", pa.float64(), lambda r, p: r.latency_s),
 )
-_ALL = (*_KEY_COLUMNS, *_TEXT_COLUMNS, _TEXTS, _REASONS, _TOKEN_IDS, _LOGPROBS, *_OTHER_COLUMNS)
+_ALL = (
+    *(*_KEY_COLUMNS, *_TEXT_COLUMNS, _TEXTS, _REASONS, _TOKEN_IDS, _LOGPROBS),
+    *(*_PARSED, _CONSTRAINT, *_OTHER_COLUMNS),
+)
 _FIXED = {column.name: column for column in _ALL}
 
 
@@ -112,6 +118,8 @@ def output_schema(
     generated_texts: bool = False,
     token_ids: bool = False,
     logprobs: bool = False,
+    constraint: bool = False,
+    parsed: pa.DataType | None = None,
 ) -> pa.Schema:
     """The columns of every part, in their order; every one of them can be null.
 
@@ -120,13 +128,20 @@ def output_schema(
         generated_texts: whether several answers to a row have columns.
         token_ids: whether the answers' token ids have one.
         logprobs: whether the log-probabilities of these ids have one.
+        constraint: whether there is one for how far answers were held to their form.
+        parsed: the type of the column `parsed`; None: text.
 
     Raises:
         ConfigError: a kept column has the name of another one, or a type that Parquet lacks.
     """
     asked = [_TEXTS, _REASONS] * generated_texts + [_TOKEN_IDS] * token_ids + [_LOGPROBS] * logprobs
-    fixed = [*_KEY_COLUMNS, *_TEXT_COLUMNS, *asked, *_OTHER_COLUMNS]
+    held = [*_PARSED, *([_CONSTRAINT] * constraint)]
+    fixed = [*_KEY_COLUMNS, *_TEXT_COLUMNS, *asked, *held, *_OTHER_COLUMNS]
     fields = [pa.field(column.name, column.type) for column in fixed]
+    if parsed is not None:
+        # As it is read back: Parquet has its own name for the items of a list.
+        place = [field.name for field in fields].index("parsed")
+        fields[place] = pa.field("parsed", _stored_type(pa.field("parsed", parsed)))
     features: dict[str, Any] = {}
     plain: list[pa.Field] = []
     for field in kept:

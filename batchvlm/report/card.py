@@ -56,7 +56,7 @@ MEANINGS = {
     "finish_reasons": "of each of `generated_texts`",
     "token_ids": "token ids of the answer",
     "logprobs": "log-probability of each of these ids",
-    "parsed": "the answer as JSON text",
+    "parsed": "the answer, typed by its schema, or as JSON text",
     "json_valid": "whether it fits the schema",
     "finish_reason": "`stop`, `length` (cut at the limit), or `repetition`",
     "prompt_tokens": "tokens of the prompt, those of images included",

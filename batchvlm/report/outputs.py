@@ -52,6 +52,8 @@ class Output:
     ) -> Iterator[pa.RecordBatch]:
         """The rows of every part in input order, a bounded number at a time.
 
+        Typed answers, `parsed`, come as JSON text.
+
         Args:
             columns: those that the parts lack are left out.
             wants_group: lowest and highest `row_index` of a row group -> whether to read it.
@@ -69,9 +71,10 @@ class Output:
                         for group in range(parquet.num_row_groups)
                         if wants_group(*_row_range(parquet.metadata.row_group(group)))
                     ]
-                    yield from parquet.iter_batches(
+                    batches = parquet.iter_batches(
                         batch_size=_BATCH_ROWS, row_groups=groups, columns=there
                     )
+                    yield from map(_with_parsed_as_text, batches)
             except (OSError, pa.ArrowException) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise OutputError(
@@ -100,9 +103,22 @@ def open_output(root: str | Path) -> Output:
         try:
             with folder.open(parts[0]) as file:
                 schema = pq.read_schema(file)
+            if (place := schema.get_field_index("parsed")) >= 0:
+                schema = schema.set(place, pa.field("parsed", pa.string()))
         except (OSError, pa.ArrowException) as error:
             raise OutputError(f"{parts[0]} cannot be read: {error}") from error
     return Output(folder=folder, run=run, parts=parts, schema=schema)
+
+
+def _with_parsed_as_text(batch: pa.RecordBatch) -> pa.RecordBatch:
+    place = batch.schema.get_field_index("parsed")
+    if place < 0 or pa.types.is_string(batch.schema.field(place).type):
+        return batch
+    texts = [
+        None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+        for value in batch.column(place).to_pylist()
+    ]
+    return batch.set_column(place, "parsed", pa.array(texts, pa.string()))
 
 
 def _row_range(group: Any) -> tuple[int, int]:

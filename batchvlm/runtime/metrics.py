@@ -40,6 +40,8 @@ class Metrics:
     """Prompt tokens of these."""
     prompt_tokens: int = 0
     """Of rows that are done, as all that follow."""
+    constraints: Counter[str] = field(default_factory=Counter)
+    """Rows by how far their answers were held to the form that was asked for."""
     image_tokens: int = 0
     completion_tokens: int = 0
     start_s: float = 0.0
@@ -111,6 +113,8 @@ class Metrics:
         if result.finish_reason is not None:
             self.finish_reasons[str(result.finish_reason)] += 1
         self.prompt_tokens += result.prompt_tokens or 0
+        if result.constraint is not None:
+            self.constraints[str(result.constraint)] += 1
         self.completion_tokens += result.completion_tokens or 0
         self.image_tokens += result.image_tokens or 0
 

@@ -6,6 +6,7 @@ and `conf/task/NAME.yaml`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,19 +21,22 @@ class Reading:
     parsed: str | None = None
     """The typed value as canonical JSON text."""
     json_valid: bool | None = None
-    """Whether the answer is JSON that fits the schema; None where the task asks for no JSON."""
+    """Whether the answer has the form that was asked for; None where the task asks for none."""
     failure: Failure | None = None
 
 
 class Task(Protocol):
     """What the pipeline needs of a task."""
 
-    def read(self, text: str, *, json_schema: str | None) -> Reading:
+    def read(
+        self, text: str, *, json_schema: str | None, choices: Sequence[str] | None = None
+    ) -> Reading:
         """Read one answer.
 
         Args:
             text: the model's answer.
             json_schema: the row's own schema as JSON text, where it brings one.
+            choices: the row's own choices, where it brings some.
         """
         ...
 

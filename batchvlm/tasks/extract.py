@@ -1,46 +1,76 @@
-"""JSON-schema extraction: the answer is read as JSON and validated."""
+"""Extraction: the answer is read in the form that was asked for, and validated."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from batchvlm.config import TaskOutputConfig
+from batchvlm.constraints.plan import fits
 from batchvlm.errors import ErrorType
-from batchvlm.records import Failure
-from batchvlm.schemas import read_schema, why_invalid
+from batchvlm.forms import run_form
+from batchvlm.records import Failure, Form, FormKind
+from batchvlm.schemas import why_invalid, why_no_match
 from batchvlm.tasks import Reading
 
 _FENCE = "```"
 
 
 class Extract:
-    """Reads answers as JSON that fits the row's schema, else the run's.
+    """Reads answers in the form that the row asks for, else the run: JSON, a choice, a pattern.
 
     An answer that is not whole is never repaired: no bracket is guessed.
 
     Raises:
-        ConfigError: the run's schema cannot be read.
+        ConfigError: the run's form cannot be read.
     """
 
     def __init__(self, cfg: TaskOutputConfig) -> None:
-        self._schema = (
-            None
-            if cfg.json_schema is None
-            else read_schema(cfg.json_schema, "task.output.json_schema")
-        )
+        self._form = run_form(cfg)
 
-    def read(self, text: str, *, json_schema: str | None) -> Reading:
+    def read(
+        self, text: str, *, json_schema: str | None, choices: Sequence[str] | None = None
+    ) -> Reading:
         """Parse and validate; see `Task.read`."""
-        try:
-            value = json.loads(_without_fence(text), parse_constant=_refuse_constant)
-            parsed = _canonical(value)
-        except (ValueError, RecursionError) as error:
-            return _invalid(f"the answer is no JSON: {_reason(error)}")
-        schema = json_schema or self._schema
-        if schema is not None and (reason := why_invalid(value, schema)) is not None:
-            return _invalid(f"the answer breaks the schema: {reason}")
-        return Reading(parsed=parsed, json_valid=True)
+        if choices is not None:
+            return _read_choice(text, choices)
+        form = Form(FormKind.JSON_SCHEMA, json_schema) if json_schema else self._form
+        if form is None:
+            return _read_json(text, None)
+        match form.kind:
+            case FormKind.JSON_SCHEMA:
+                return _read_json(text, form.text)
+            case FormKind.CHOICE:
+                return _read_choice(text, json.loads(form.text))
+            case FormKind.REGEX:
+                reason = why_no_match(text, form.text)
+            case FormKind.GRAMMAR:
+                reason = None if fits(form, text) else "it is no sentence of the grammar"
+        return _invalid(f"the answer: {reason}") if reason else _text(text)
+
+
+def _read_json(text: str, schema: str | None) -> Reading:
+    try:
+        value = json.loads(_without_fence(text), parse_constant=_refuse_constant)
+        parsed = _canonical(value)
+    except (ValueError, RecursionError) as error:
+        return _invalid(f"the answer is no JSON: {_reason(error)}")
+    if schema is not None and (reason := why_invalid(value, schema)) is not None:
+        return _invalid(f"the answer breaks the schema: {reason}")
+    return Reading(parsed=parsed, json_valid=True)
+
+
+def _read_choice(text: str, choices: Sequence[str]) -> Reading:
+    # A model that is not guided ends its lines.
+    said = text if text in choices else text.strip()
+    if said not in choices:
+        return _invalid("the answer is none of the choices")
+    return _text(said)
+
+
+def _text(text: str) -> Reading:
+    return Reading(parsed=_canonical(text), json_valid=True)
 
 
 def _canonical(value: Any) -> str:

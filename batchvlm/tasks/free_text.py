@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from batchvlm.config import TaskOutputConfig
 from batchvlm.tasks import Reading
 from batchvlm.tasks.extract import Extract
@@ -13,7 +15,9 @@ class FreeText:
     def __init__(self, cfg: TaskOutputConfig) -> None:
         self._extract = Extract(cfg)
 
-    def read(self, text: str, *, json_schema: str | None) -> Reading:
+    def read(
+        self, text: str, *, json_schema: str | None, choices: Sequence[str] | None = None
+    ) -> Reading:
         """Nothing to parse without a schema; see `Task.read`."""
         if json_schema is None:
             return Reading()

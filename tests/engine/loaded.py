@@ -22,6 +22,7 @@ from batchvlm.config import (
     ModelConfig,
     TaskConfig,
 )
+from batchvlm.constraints.constraints import Constraints
 from batchvlm.engine.collate import collate
 from batchvlm.engine.generate import _ALONE, GenerateEngine, eos_ids
 from batchvlm.engine.kernels import tune
@@ -85,7 +86,12 @@ class Loaded:
     _tuned: list[Any] = field(default_factory=list)
 
     def slots(
-        self, *, sort_window: int = 512, eos: Sequence[int] | None = None, **cfg: Any
+        self,
+        *,
+        sort_window: int = 512,
+        eos: Sequence[int] | None = None,
+        constraints: Constraints | None = None,
+        **cfg: Any,
     ) -> SlotEngine:
         """An engine over slots, with these settings of `EngineConfig`; without a canary."""
         tokenizer = self.processor.tokenizer
@@ -95,6 +101,7 @@ class Loaded:
             BatchingConfig(sort_window=sort_window),
             EngineConfig(**{"canary": False, **cfg}),
             eos_ids=eos_ids(self.model, tokenizer) if eos is None else eos,
+            constraints=constraints,
         )
 
     def tuned(self) -> Any:

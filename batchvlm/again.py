@@ -1,0 +1,80 @@
+"""Rows whose answers had not the form that was asked for, answered again in the same run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+
+from batchvlm.records import Completion, FinishReason, Sample
+
+_LEAST_TEMPERATURE = 0.5
+"""A greedy answer would be the same again."""
+
+
+class Again:
+    """Keeps what it takes to answer rows again.
+
+    Args:
+        max_times: how often a row is answered again.
+        max_bytes: of samples that are kept; rows beyond are answered once.
+    """
+
+    def __init__(self, max_times: int, *, max_bytes: int) -> None:
+        self._max_times = max_times
+        self._max_bytes = max_bytes
+        self._size_bytes = 0
+        self._kept: dict[int, Sample] = {}
+        self._times: dict[int, int] = {}
+        self._waiting: deque[Sample] = deque()
+
+    def keep(self, sample: Sample) -> None:
+        """Keep a sample while it is with the engine."""
+        if self._max_times and self._size_bytes + sample.size_bytes <= self._max_bytes:
+            self._kept[sample.row_index] = sample
+            self._size_bytes += sample.size_bytes
+
+    def again(self, row_index: int, completion: Completion) -> bool:
+        """Whether the row will be answered again, by other settings than led to this answer."""
+        times = self._times.get(row_index, 0)
+        sample = self._kept.get(row_index)
+        if sample is None or times >= self._max_times:
+            return False
+        changed = _changed(sample, completion, times)
+        if changed is None:
+            return False
+        self._kept[row_index] = changed
+        self._times[row_index] = times + 1
+        self._waiting.append(changed)
+        return True
+
+    def take(self) -> Iterator[Sample]:
+        """Samples to be answered again, each once."""
+        while self._waiting:
+            yield self._waiting.popleft()
+
+    def forget(self, row_index: int) -> int:
+        """Give up a row's sample; how often the row was answered, once at least."""
+        sample = self._kept.pop(row_index, None)
+        if sample is not None:
+            self._size_bytes -= sample.size_bytes
+        return 1 + self._times.pop(row_index, 0)
+
+
+def _changed(sample: Sample, completion: Completion, times: int) -> Sample | None:
+    """The sample with more room, or else another seed; None where nothing would be different."""
+    settings = sample.generation
+    if completion.finish_reason is FinishReason.LENGTH:
+        most = 2 * settings.max_new_tokens
+        if sample.room is not None:
+            most = min(most, sample.room)
+        if most > settings.max_new_tokens:
+            return replace(sample, generation=replace(settings, max_new_tokens=most))
+    digest = hashlib.blake2b(f"again:{settings.seed}:{times}".encode(), digest_size=8).digest()
+    settings = replace(
+        settings,
+        seed=int.from_bytes(digest) >> 1,
+        temperature=max(settings.temperature, _LEAST_TEMPERATURE),
+    )
+    return replace(sample, generation=settings)

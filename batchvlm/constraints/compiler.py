@@ -1,0 +1,186 @@
+"""Forms -> matchers, beside the engine: planned in another process, built in a thread, kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Future
+from typing import Any
+
+from batchvlm.constraints.plan import Plan
+from batchvlm.records import Constraint, Form
+
+log = logging.getLogger(__name__)
+
+MAX_PLAN_S = 180.0
+"""Planning one form may take this long, in seconds, on the slowest machine; the worker has a limit
+of its own, on computing time."""
+_MAX_KEPT = 2048
+"""Forms whose compiled grammars are kept."""
+
+
+class Planner:
+    """A worker process that plans, replaced where a form takes too long or too much memory."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def plan(self, form: Form, *, timeout_s: float) -> Plan:
+        """Plan one form. Never raises on a form."""
+        process = self._process
+        if process is None or process.poll() is not None:
+            process = self._start()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps([form.kind, form.text]).encode() + b"\n")
+            process.stdin.flush()
+            line = _read_line(process, timeout_s)
+        except TimeoutError:
+            self.close()
+            return _none(f"compiling took longer than {timeout_s:g} s")
+        except OSError:
+            line = b""
+        if not line.endswith(b"\n"):
+            self.close()
+            return _none("compiling took too much time or memory, or broke the compiler")
+        constraint, grammar, notes = json.loads(line)
+        return Plan(constraint=Constraint(constraint), grammar=grammar, notes=tuple(notes))
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # it may hold bytes for a process that is gone
+                    pipe.close()
+        process.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self.close()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "batchvlm.constraints.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # Rust prints there what it dies of
+            bufsize=0,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+        return self._process
+
+
+def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
+    """A line of the process's output, or what there is of it when the process ends.
+
+    Raises:
+        TimeoutError: none came in time.
+    """
+    assert process.stdout is not None
+    until = time.monotonic() + timeout_s
+    pieces: list[bytes] = []
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while True:
+            if not selector.select(max(0.0, until - time.monotonic())):
+                raise TimeoutError
+            piece = os.read(process.stdout.fileno(), 1 << 20)
+            pieces.append(piece)
+            if not piece or piece.endswith(b"\n"):
+                return b"".join(pieces)
+
+
+def _none(reason: str) -> Plan:
+    return Plan(constraint=Constraint.NONE, grammar=None, notes=(reason,))
+
+
+class Compiled:
+    """A form's grammar, ready to be copied for a row."""
+
+    def __init__(self, plan: Plan, matcher: Any | None) -> None:
+        self.constraint = plan.constraint if matcher is not None else Constraint.NONE
+        self.notes = plan.notes
+        self.matcher = matcher
+        """An `LLMatcher` at its beginning; None: the form cannot be held to."""
+
+
+class Compiler:
+    """Compiles each form once, off the engine's thread.
+
+    Args:
+        tokenizer: llguidance's own, of the model.
+        num_workers: forms compiled at a time.
+        max_plan_s: seconds that planning one may take.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, num_workers: int = 1, max_plan_s: float = MAX_PLAN_S
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._num_workers = num_workers
+        self._max_plan_s = max_plan_s
+        self._kept: OrderedDict[Form, Future[Compiled]] = OrderedDict()
+        self._todo: queue.SimpleQueue[tuple[Form, Future[Compiled]] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def compile(self, form: Form) -> Future[Compiled]:
+        """The form's grammar, now or later. Not for several threads."""
+        future = self._kept.get(form)
+        if future is None:
+            future = self._kept[form] = Future()
+            self._todo.put((form, future))
+            if len(self._threads) < self._num_workers:
+                self._threads.append(threading.Thread(target=self._work, daemon=True))
+                self._threads[-1].start()
+        self._kept.move_to_end(form)
+        while len(self._kept) > _MAX_KEPT:
+            self._kept.popitem(last=False)
+        return future
+
+    def close(self) -> None:
+        """End the worker processes; what was compiled stays."""
+        for _ in self._threads:
+            self._todo.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def _work(self) -> None:
+        planner = Planner()
+        try:
+            while (item := self._todo.get()) is not None:
+                form, future = item
+                try:
+                    future.set_result(self._compile(planner, form))
+                # Rows wait for it: whatever it was, a panic of Rust's code among others, they go on
+                # without a grammar.
+                except BaseException as error:
+                    log.exception("compiling a form failed")
+                    future.set_result(Compiled(_none(type(error).__name__), None))
+        finally:
+            planner.close()
+
+    def _compile(self, planner: Planner, form: Form) -> Compiled:
+        from llguidance import LLMatcher
+
+        plan = planner.plan(form, timeout_s=self._max_plan_s)
+        matcher = None
+        if plan.grammar is not None:
+            # The interpreter is free meanwhile.
+            matcher = LLMatcher(self._tokenizer, plan.grammar, log_level=0)
+            if matcher.is_error():
+                reason = " ".join(matcher.get_error().split())[:200]
+                plan, matcher = _none(f"with this tokenizer: {reason}"), None
+        if plan.notes:
+            log.info("a form is %s: %s", plan.constraint, "; ".join(plan.notes))
+        return Compiled(plan, matcher)

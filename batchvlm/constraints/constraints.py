@@ -1,0 +1,251 @@
+"""What an engine needs to hold its rows to their forms."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from batchvlm.constraints.compiler import Compiled, Compiler
+from batchvlm.constraints.masks import Masks, RowMatcher
+from batchvlm.errors import ErrorType, RowError
+from batchvlm.records import Constraint, Form, Sample
+
+log = logging.getLogger(__name__)
+
+_MAX_ASIDE = 256
+"""Samples that wait for their grammars while others go on."""
+_POLL_S = 0.01
+
+
+@runtime_checkable
+class _SampleStream(Protocol):
+    def __iter__(self) -> Iterator[Sample]: ...
+
+    def is_ready(self) -> bool: ...
+
+
+class Constraints:
+    """Compiles the forms of a run's rows and gives each row its matcher.
+
+    Args:
+        tokenizer: the model's, of transformers.
+        num_ids: width of the model's logits.
+        eos_ids: ids that end an answer.
+        device: where the logits are.
+        form: the run's; a row's own comes first.
+        is_strict: fail rows whose form cannot be enforced to the letter.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        num_ids: int,
+        eos_ids: Sequence[int],
+        device: torch.device,
+        form: Form | None,
+        is_strict: bool = False,
+    ) -> None:
+        self._form = form
+        self._is_strict = is_strict
+        self._eos_ids = frozenset(eos_ids)
+        self.end_id = next(iter(eos_ids), None)
+        cores = os.cpu_count() or 1
+        self._num_workers = max(1, min(4, cores // 4))
+        self._compiler: Compiler | None = None
+        engine_tokenizer, num_known = _engine_tokenizer(tokenizer, num_ids, eos_ids)
+        if engine_tokenizer is not None:
+            self._compiler = Compiler(engine_tokenizer, num_workers=self._num_workers)
+        self._masks = Masks(
+            max(num_ids, num_known),
+            banned_ids=_banned(tokenizer, max(num_ids, num_known)),
+            eos_ids=eos_ids,
+            device=device,
+            num_threads=max(1, min(16, cores - 1)),
+        )
+        self.num_rows: dict[Constraint, int] = {}
+        """Rows begun, by how far they are held."""
+
+    def start(self, rows: Sequence[RowMatcher | None]) -> None:
+        """Begin to fill the masks of the next tokens of these rows, in a thread."""
+        self._masks.start(rows)
+
+    def take(self, rows: Sequence[RowMatcher | None]) -> Tensor | None:
+        """These masks, int32 [B, W] on the device; None where all tokens are free."""
+        return self._masks.take(rows)
+
+    def stream(self, samples: Iterable[Sample]) -> Iterable[Sample]:
+        """The same samples, each once its grammar is compiled; others overtake it meanwhile."""
+        if self._compiler is None:
+            return samples
+        return _Stream(samples, self._future)
+
+    def in_order(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """The same samples in the same order, their grammars under way."""
+        for sample in samples:
+            self._future(sample)
+            yield sample
+
+    def begin(self, sample: Sample) -> RowMatcher | None:
+        """A matcher for one row; None where it has no form.
+
+        Waits for the compiler, unless the sample came through `stream`.
+
+        Raises:
+            RowError: the form must be enforced and cannot be.
+        """
+        future = self._future(sample)
+        if future is None:
+            if self._form is None and sample.form is None:
+                return None
+            return self._held(RowMatcher(None, Constraint.NONE, self._eos_ids), ("no tokenizer",))
+        compiled = future.result()
+        matcher = None if compiled.matcher is None else compiled.matcher.deep_copy()
+        row = RowMatcher(matcher, compiled.constraint, self._eos_ids)
+        return self._held(row, compiled.notes)
+
+    def close(self) -> None:
+        """End threads and processes; both start again when they are needed."""
+        if self._compiler is not None:
+            self._compiler.close()
+
+    def _held(self, row: RowMatcher, notes: Sequence[str]) -> RowMatcher:
+        if self._is_strict and row.constraint is not Constraint.STRICT:
+            raise RowError(
+                ErrorType.PROMPT,
+                f"the form cannot be enforced to the letter ({'; '.join(notes)[:200]})",
+            )
+        self.num_rows[row.constraint] = self.num_rows.get(row.constraint, 0) + 1
+        return row
+
+    def _future(self, sample: Sample) -> Future[Compiled] | None:
+        form = sample.form or self._form
+        if form is None or self._compiler is None:
+            return None
+        return self._compiler.compile(form)
+
+
+class Unconstrained:
+    """What an engine has where no row is held to a form."""
+
+    end_id: int | None = None
+
+    def stream(self, samples: Iterable[Sample]) -> Iterable[Sample]:
+        return samples
+
+    def in_order(self, samples: Iterable[Sample]) -> Iterable[Sample]:
+        return samples
+
+    def begin(self, sample: Sample) -> RowMatcher | None:
+        return None
+
+    def start(self, rows: Sequence[RowMatcher | None]) -> None:
+        pass
+
+    def take(self, rows: Sequence[RowMatcher | None]) -> Tensor | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+class _Stream:
+    """Samples whose grammars are there, in the order in which these come."""
+
+    def __init__(
+        self,
+        samples: Iterable[Sample],
+        compile: Callable[[Sample], Future[Compiled] | None],
+    ) -> None:
+        self._samples = iter(samples)
+        self._is_source_ready: Callable[[], bool] = (
+            samples.is_ready if isinstance(samples, _SampleStream) else lambda: True
+        )
+        self._compile = compile
+        self._ready: deque[Sample] = deque()
+        self._aside: list[tuple[Sample, Future[Compiled]]] = []
+        self._is_done = False
+
+    def __iter__(self) -> Iterator[Sample]:
+        while True:
+            self._look()
+            if self._ready:
+                yield self._ready.popleft()
+            elif self._aside:
+                # Whichever comes first: a grammar, or another sample.
+                wait([future for _, future in self._aside], _POLL_S, FIRST_COMPLETED)
+            elif self._is_done:
+                return
+            else:
+                self._pull()
+
+    def is_ready(self) -> bool:
+        """Whether the next sample, or the end, is there without waiting."""
+        self._look()
+        return bool(self._ready) or (self._is_done and not self._aside)
+
+    def _look(self) -> None:
+        """Take in what has come meanwhile."""
+        still = []
+        for sample, future in self._aside:
+            if future.done():
+                self._ready.append(sample)
+            else:
+                still.append((sample, future))
+        self._aside = still
+        while (
+            not self._ready
+            and not self._is_done
+            and len(self._aside) < _MAX_ASIDE
+            and self._is_source_ready()
+        ):
+            self._pull()
+
+    def _pull(self) -> None:
+        sample = next(self._samples, None)
+        if sample is None:
+            self._is_done = True
+            return
+        future = self._compile(sample)
+        if future is None or future.done():
+            self._ready.append(sample)
+        else:
+            self._aside.append((sample, future))
+
+
+def _engine_tokenizer(
+    tokenizer: Any, num_ids: int, eos_ids: Sequence[int]
+) -> tuple[Any | None, int]:
+    """llguidance's tokenizer, and how many ids it knows; None where it cannot read this one."""
+    from llguidance import hf
+
+    start = time.perf_counter()
+    num_known = max(num_ids, len(tokenizer))
+    try:
+        made = hf.from_tokenizer(tokenizer, n_vocab=num_known, eos_token=list(eos_ids) or None)
+    # It parses whatever a repository holds, and where it panics that is no Exception.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        log.warning("answers are not guided: no grammar for this tokenizer (%s)", reason)
+        return None, num_known
+    log.debug("tokenizer for grammars in %.1f s", time.perf_counter() - start)
+    return made, num_known
+
+
+def _banned(tokenizer: Any, num_ids: int) -> list[int]:
+    """Special tokens and ids of no token, which a grammar could take for text."""
+    special = set(tokenizer.all_special_ids)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special |= {i for i, token in added.items() if token.special}
+    known = set(tokenizer.get_vocab().values())
+    return sorted(special | (set(range(num_ids)) - known))

@@ -1,0 +1,95 @@
+"""Whether a grammar takes a given JSON value, in whichever order of keys it wants them.
+
+A grammar fixes the order of an object's keys, which JSON does not: declared ones first, as the
+schema lists them. Tests hold grammars against values of other people's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+_MAX_STEPS = 4000
+
+
+def accepts(matcher: Any, value: Any, schema: Any) -> bool:
+    """Whether some order of its keys leads a value through a grammar.
+
+    Args:
+        matcher: an `LLMatcher` over bytes, at its beginning; left as it is.
+        value: any JSON value.
+        schema: the schema behind the grammar, for which order to try first.
+    """
+    search = _Search(schema)
+    return any(end.is_accepting() for end in search.after(matcher, value))
+
+
+class _Search:
+    def __init__(self, schema: Any) -> None:
+        self._listed: list[list[str]] = []
+        self._note(schema)
+        self._num_steps = 0
+
+    def _note(self, schema: Any) -> None:
+        """Every list of properties that there is."""
+        if isinstance(schema, dict):
+            if isinstance(schema.get("properties"), dict):
+                self._listed.append(list(schema["properties"]))
+            for part in schema.values():
+                self._note(part)
+        elif isinstance(schema, list):
+            for part in schema:
+                self._note(part)
+
+    def after(self, matcher: Any, value: Any) -> Iterator[Any]:
+        """Matchers that have taken the value, one for each order that works."""
+        self._num_steps += 1
+        if isinstance(value, dict) and value:
+            yield from self._members(matcher, value, self._in_order(value), "{")
+        elif isinstance(value, list) and value:
+            yield from self._items(matcher, value, 0)
+        elif (end := _eat(matcher, json.dumps(value, ensure_ascii=False))) is not None:
+            yield end
+
+    def _in_order(self, value: dict[str, Any]) -> list[str]:
+        """An object's names as the list that shares most with them has them."""
+        nearest = max(
+            self._listed, key=lambda names: 2 * len(value.keys() & names) - len(names), default=[]
+        )
+        places = {name: place for place, name in enumerate(nearest)}
+        return sorted(value, key=lambda name: places.get(name, len(places)))
+
+    def _members(
+        self, matcher: Any, value: dict[str, Any], names: list[str], lead: str
+    ) -> Iterator[Any]:
+        if not names:
+            if (end := _eat(matcher, "}")) is not None:
+                yield end
+            return
+        for name in names:
+            if self._num_steps > _MAX_STEPS:
+                return
+            key = _eat(matcher, f"{lead}{json.dumps(name, ensure_ascii=False)}:")
+            if key is None:
+                continue
+            rest = [other for other in names if other != name]
+            for end in self.after(key, value[name]):
+                yield from self._members(end, value, rest, ",")
+
+    def _items(self, matcher: Any, items: list[Any], place: int) -> Iterator[Any]:
+        if place == len(items):
+            if (end := _eat(matcher, "]")) is not None:
+                yield end
+            return
+        lead = _eat(matcher, "," if place else "[")
+        if lead is not None:
+            for end in self.after(lead, items[place]):
+                yield from self._items(end, items, place + 1)
+
+
+def _eat(matcher: Any, text: str) -> Any | None:
+    """The matcher after a text; None where it does not take it."""
+    tokens = list(text.encode("utf-8", "surrogatepass"))
+    end = matcher.deep_copy()
+    return end if end.try_consume_tokens(tokens) == len(tokens) else None

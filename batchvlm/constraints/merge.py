@@ -1,0 +1,281 @@
+"""References beside other keywords, laid open.
+
+The grammar's compiler cannot lay a definition over other keywords while it is still reading that
+definition. So what a reference stands for is written out wherever it meets other keywords, parts
+are laid over one another here, and each such place becomes a definition of its own, to which
+recursion can lead back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from batchvlm.constraints.negate import Schema
+
+_MAX_PLACES = 3_000
+_MAX_BRANCHES = 64
+_CHOICES = ("anyOf", "oneOf")
+_NAMES = ("title", "description")
+
+
+class MergeError(ValueError):
+    """A definition that consists of itself, or parts that cannot be laid over one another."""
+
+
+def open_references(schema: Schema) -> Schema:
+    """The same rewritten schema with no `$ref` beside, or within, keywords that are combined.
+
+    Raises:
+        MergeError: a definition consists of itself, or there is too much to write out.
+    """
+    return _Opener(schema).run()
+
+
+class _Parts:
+    """Schemas that hold together at one place."""
+
+    def __init__(self, parts: Sequence[Schema]) -> None:
+        flat: dict[object, Schema] = {}
+        for part in parts:
+            below = part.parts if isinstance(part, _Parts) else [part]
+            for one in below:
+                key = one["$ref"] if _is_reference(one) else id(one)
+                flat.setdefault(key, one)
+        self.parts: list[Schema] = list(flat.values())
+        self.key = frozenset(flat)
+
+
+class _Opener:
+    def __init__(self, schema: dict[str, Any]) -> None:
+        self._root = {key: value for key, value in schema.items() if key != "$defs"}
+        self._definitions = dict(schema.get("$defs", {}))
+        self._opened: dict[str, Schema] = {}
+        self._places: dict[frozenset[object], str] = {}
+        self._kept: list[Any] = []  # else an id could come back for another object
+
+    def run(self) -> Schema:
+        root = self._visit(self._root)
+        done: dict[str, Schema] = {}
+        todo = _names_in(root)
+        while todo:
+            name = todo.pop()
+            if name in done:
+                continue
+            if name not in self._opened:
+                self._opened[name] = self._visit(self._definitions[name])
+            done[name] = self._opened[name]
+            todo |= _names_in(done[name]) - done.keys()
+        root, done = _without_false(root, done)
+        return {**root, "$defs": done} if done else root
+
+    def _visit(self, schema: Schema) -> Schema:
+        """Write out what is combined at this place, as a definition of its own."""
+        if isinstance(schema, _Parts):
+            together = schema
+            if len(together.parts) == 1:
+                return self._visit(together.parts[0])
+        elif not isinstance(schema, dict) or _is_reference(schema):
+            return schema
+        elif not _is_combined(schema):
+            return self._below(schema)
+        else:
+            together = _Parts([schema])
+        name = self._places.get(together.key)
+        if name is None:
+            if len(self._places) >= _MAX_PLACES:
+                raise MergeError("too many references beside other keywords")
+            name = self._places[together.key] = f"m{len(self._places)}"
+            self._kept.append(together)
+            self._opened[name] = self._below(self._combine(together.parts, ()))
+        return {"$ref": f"#/$defs/{name}"}
+
+    def _combine(self, parts: Sequence[Schema], under: tuple[str, ...]) -> Schema:
+        """Parts that hold together as one schema without a reference at this place."""
+        plain: list[dict[str, Any]] = []
+        choices: list[tuple[str, list[Schema]]] = []
+        todo = [(part, under) for part in reversed(parts)]
+        while todo:
+            part, names = todo.pop()
+            if part is False:
+                return False
+            if not isinstance(part, dict):
+                continue
+            own = {k: v for k, v in part.items() if k not in ("$ref", "allOf", *_CHOICES)}
+            if own:
+                plain.append(own)
+            for key in _CHOICES:
+                if key in part and all(part[key] is not branches for _, branches in choices):
+                    choices.append((key, part[key]))
+            below = list(part.get("allOf", []))
+            if "$ref" in part:
+                name = part["$ref"].rpartition("/")[2]
+                if name in names:
+                    raise MergeError("a definition consists of itself")
+                todo.append((self._definitions[name], (*names, name)))
+            todo += [(inner, names) for inner in reversed(below)]
+        base: Schema = {}
+        for one in plain:
+            base = _lay(base, one)
+            if base is False:
+                return False
+        if not choices:
+            return base
+        if len(choices) > 1 and any(key == "oneOf" for key, _ in choices):
+            rest = [
+                {key: [self._combine([branch], under) for branch in branches]}
+                for key, branches in choices
+            ]
+            return {**base, "allOf": [*base.get("allOf", []), *rest]}
+        key = choices[0][0]
+        found: list[Schema] = [base]
+        for _, branches in choices:
+            if len(found) * len(branches) > _MAX_BRANCHES:
+                raise MergeError("too many alternatives")
+            found = [
+                combined
+                for one in found
+                for branch in branches
+                if (combined := self._combine([one, branch], under)) is not False
+            ]
+        return {key: found} if found else False
+
+    def _below(self, schema: Schema) -> Schema:
+        """Visit what lies within, past the alternatives and parts of this place."""
+        if not isinstance(schema, dict):
+            return schema
+        seen = dict(schema)
+        is_alone = not seen.keys() - {*_NAMES, *_CHOICES}
+        for key in ("allOf", *_CHOICES):
+            if key in seen:
+                visit = self._visit if is_alone else self._below
+                seen[key] = [visit(part) for part in seen[key]]
+        for key in ("properties", "patternProperties"):
+            if key in seen:
+                seen[key] = {name: self._visit(part) for name, part in seen[key].items()}
+        for key in ("items", "additionalProperties"):
+            if key in seen:
+                seen[key] = self._visit(seen[key])
+        if "prefixItems" in seen:
+            seen["prefixItems"] = [self._visit(part) for part in seen["prefixItems"]]
+        return seen
+
+
+def _lay(one: dict[str, Any], other: dict[str, Any]) -> Schema:
+    """Two schemas without references or alternatives, as one."""
+    if not one or not other:
+        return one or other
+    one, other = dict(one), dict(other)
+    laid: dict[str, Any] = {}
+    if "patternProperties" not in one and "patternProperties" not in other:
+        names = [*one.get("properties", {}), *other.get("properties", {})]
+        properties = {n: _together(_said_of(n, one), _said_of(n, other)) for n in names}
+        if properties:
+            laid["properties"] = properties
+        rest = _together(
+            one.get("additionalProperties", True), other.get("additionalProperties", True)
+        )
+        if rest is not True:
+            laid["additionalProperties"] = rest
+        for part in (one, other):
+            part.pop("properties", None)
+            part.pop("additionalProperties", None)
+    if "enum" in one and "enum" in other:
+        known = {json.dumps(value, sort_keys=True) for value in other.pop("enum")}
+        values = [v for v in one.pop("enum") if json.dumps(v, sort_keys=True) in known]
+        if not values:
+            return False
+        laid["enum"] = values
+    if "items" in one and "items" in other and not {"prefixItems"} & (one.keys() | other.keys()):
+        laid["items"] = _together(one.pop("items"), other.pop("items"))
+    required = [*one.pop("required", []), *other.pop("required", [])]
+    if required:
+        laid["required"] = list(dict.fromkeys(required))
+    for name in _NAMES:
+        names_of = [part.pop(name) for part in (one, other) if name in part]
+        if names_of:
+            laid[name] = names_of[0]
+    both = one.keys() & other.keys()
+    same = {key for key in both if one[key] == other[key]}
+    left = {key: other.pop(key) for key in both}
+    laid |= one | other
+    differ = {key: value for key, value in left.items() if key not in same}
+    if differ:
+        laid["allOf"] = [*laid.get("allOf", []), differ]
+    return laid
+
+
+def _without_false(
+    root: Schema, definitions: dict[str, Schema]
+) -> tuple[Schema, dict[str, Schema]]:
+    """References to what no value fits, said at their places: the compiler refuses them."""
+    empty: set[str] = set()
+    while True:
+        found = {name for name, schema in definitions.items() if schema is False} - empty
+        if not found:
+            return root, {n: s for n, s in definitions.items() if s is not False}
+        empty |= found
+        root = _put_false(root, empty)
+        definitions = {name: _put_false(schema, empty) for name, schema in definitions.items()}
+
+
+def _put_false(schema: Schema, empty: set[str]) -> Schema:
+    if isinstance(schema, list):
+        return [_put_false(item, empty) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.rpartition("/")[2] in empty:
+        return False
+    said = {
+        key: part if key in ("enum", "const") else _put_false(part, empty)
+        for key, part in schema.items()
+    }
+    for key in _CHOICES:
+        if isinstance(said.get(key), list):
+            said[key] = [part for part in said[key] if part is not False]
+            if not said[key]:
+                return False
+    if isinstance(said.get("allOf"), list) and False in said["allOf"]:
+        return False
+    return said
+
+
+def _said_of(name: str, schema: dict[str, Any]) -> Schema:
+    return schema.get("properties", {}).get(name, schema.get("additionalProperties", True))
+
+
+def _together(one: Schema, other: Schema) -> Schema:
+    if one is False or other is False:
+        return False
+    if one is True or one == {} or one is other:
+        return other
+    if other is True or other == {}:
+        return one
+    return _Parts([one, other])
+
+
+def _is_reference(schema: Schema) -> bool:
+    return isinstance(schema, dict) and "$ref" in schema and len(schema) == 1
+
+
+def _names_in(schema: Schema) -> set[str]:
+    """The definitions that a schema refers to."""
+    names: set[str] = set()
+    stack = [schema]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            if isinstance(item.get("$ref"), str):
+                names.add(item["$ref"].rpartition("/")[2])
+            stack += [v for k, v in item.items() if k not in ("enum", "const")]
+        elif isinstance(item, list):
+            stack += item
+    return names
+
+
+def _is_combined(schema: dict[str, Any]) -> bool:
+    """Whether several parts meet here, one of which may lead to a reference."""
+    said = {key for key in schema if key not in (*_NAMES, "$defs")}
+    return bool(said & {"allOf", "anyOf", "oneOf", "$ref"}) and (len(said) > 1 or "allOf" in said)

@@ -1,0 +1,164 @@
+"""Form -> a grammar, by the first way that works: strict, lenient, none.
+
+Runs in a process of its own, under limits of time and memory: what a schema makes of it is nobody
+else's harm.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from llguidance import LLMatcher, LLTokenizer
+
+from batchvlm.constraints.merge import MergeError, open_references
+from batchvlm.constraints.rewrite import Rewriter, UnsupportedSchemaError
+from batchvlm.constraints.strings import translate
+from batchvlm.records import Constraint, Form, FormKind
+
+# Room for one space where people, and models, write one. Any white space, and a model that has
+# nothing to say goes on with blanks to the limit.
+_COMPACT = {
+    "whitespace_flexible": False,
+    "item_separator": ",[ ]?",
+    "key_separator": ":[ ]?",
+}
+_APPROXIMATE = {"lenient": True, "coerce_one_of": True}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a form will be held to."""
+
+    constraint: Constraint
+    grammar: str | None
+    """As the engine reads it; None: there is none."""
+    notes: tuple[str, ...] = ()
+    """Why not better, a line each."""
+
+
+class _NoGrammarError(ValueError):
+    """The engine takes no grammar of this; the message says why."""
+
+
+def make_plan(form: Form) -> Plan:
+    """Find the strictest grammar that holds answers to a form. Never raises on a form."""
+    notes = []
+    for constraint, name, write in _ways(form):
+        try:
+            grammar, left_out = write()
+            if left_out:
+                notes.append(f"left to validation: {', '.join(sorted(left_out))}")
+            return Plan(constraint=constraint, grammar=grammar, notes=tuple(notes))
+        except (UnsupportedSchemaError, MergeError, _NoGrammarError) as error:
+            notes.append(f"{name}: {' '.join(str(error).split())[:200]}")
+        # Whatever a schema is made of, it costs its own rows.
+        except (RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
+            notes.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return Plan(constraint=Constraint.NONE, grammar=None, notes=tuple(notes))
+
+
+Written = tuple[str, set[str]]
+
+
+def _ways(form: Form) -> Iterator[tuple[Constraint, str, Callable[[], Written]]]:
+    match form.kind:
+        case FormKind.CHOICE:
+            yield Constraint.STRICT, "choice", lambda: (_checked(choice_grammar(form.text)), set())
+        case FormKind.REGEX:
+            yield Constraint.STRICT, "regex", lambda: (_checked(_regex_grammar(form.text)), set())
+        case FormKind.GRAMMAR:
+            lark = LLMatcher.grammar_from_lark(form.text)
+            yield Constraint.STRICT, "grammar", lambda: (_checked(lark), set())
+        case FormKind.JSON_SCHEMA:
+            schema = json.loads(form.text)
+            strict, lenient = Constraint.STRICT, Constraint.LENIENT
+            yield strict, "strict", lambda: _of_schema(schema, is_lenient=False, splits=False)
+            if '"oneOf"' in form.text:
+                yield strict, "strict", lambda: _of_schema(schema, is_lenient=False, splits=True)
+                yield lenient, "lenient", lambda: _of_schema(schema, is_lenient=True, splits=True)
+            yield lenient, "lenient", lambda: _of_schema(schema, is_lenient=True, splits=False)
+            yield lenient, "as it is", lambda: (_json_grammar(schema, **_APPROXIMATE), {"more"})
+
+
+def _of_schema(schema: Any, *, is_lenient: bool, splits: bool) -> Written:
+    rewriter = Rewriter(schema, is_lenient=is_lenient, splits_one_of=splits)
+    rewritten = rewriter.rewrite()
+    options = _APPROXIMATE if is_lenient else {}
+    try:
+        grammar = _json_grammar(rewritten, **options)
+    except _NoGrammarError as error:
+        if "circular" not in str(error):
+            raise
+        grammar = _json_grammar(open_references(rewritten), **options)
+    left_out = set(rewriter.left_out)
+    if is_lenient and not splits:
+        left_out |= {"oneOf"}
+    return grammar, left_out
+
+
+def _json_grammar(schema: Any, **options: Any) -> str:
+    # Options of the schema's own would come before ours.
+    schema = {k: v for k, v in schema.items() if k != "x-guidance"} if schema is not True else {}
+    text = LLMatcher.grammar_from_json_schema(
+        json.dumps(schema),
+        overrides={**_COMPACT, **options},  # type: ignore[arg-type]
+    )
+    return _checked(text)
+
+
+def choice_grammar(text: str) -> str:
+    """A grammar of the texts in a JSON list."""
+    choices = [json.dumps(choice, ensure_ascii=False) for choice in json.loads(text)]
+    return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {' | '.join(choices)}\n")
+
+
+def _regex_grammar(pattern: str) -> str:
+    translated = translate(pattern)
+    if translated is None:
+        raise _NoGrammarError("the pattern looks around or refers to a group")
+    # Anchors say nothing where the whole answer must match.
+    body = translated.removeprefix("^")
+    if body.endswith("$") and not body.endswith(r"\$"):
+        body = body[:-1]
+    return LLMatcher.grammar_from_regex(f"(?:{body})")
+
+
+def fits(form: Form, text: str) -> bool:
+    """Whether a text is of a form, as far as its grammar says."""
+    grammar = _grammar_of(form)
+    if grammar is None:
+        return True
+    matcher = byte_matcher(grammar)
+    tokens = list(text.encode("utf-8", "surrogatepass"))
+    return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
+
+
+@lru_cache(maxsize=64)
+def _grammar_of(form: Form) -> str | None:
+    return make_plan(form).grammar
+
+
+_tokenizer: LLTokenizer | None = None
+
+
+def byte_matcher(grammar: str) -> LLMatcher:
+    """A matcher of a grammar over bytes, for whoever has no tokenizer."""
+    global _tokenizer
+    if _tokenizer is None:
+        _tokenizer = LLTokenizer("byte")
+    return LLMatcher(_tokenizer, grammar, log_level=0)
+
+
+def _checked(grammar: str) -> str:
+    matcher = byte_matcher(grammar)
+    if matcher.is_error():
+        raise _NoGrammarError(matcher.get_error().split("\n\n")[0])
+    # The first mask builds what the grammar alone does not.
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        raise _NoGrammarError(matcher.get_error().split("\n\n")[0])
+    return grammar

@@ -1,0 +1,293 @@
+"""A JSON schema in the words that a grammar knows, meaning the same.
+
+A grammar enforces types, properties, patterns, bounds and alternatives. The rest of JSON Schema is
+said in these words here where that is exact: conditions and dependencies become alternatives,
+`not` becomes the opposite, references become definitions of the schema itself, keywords of old
+drafts become those of 2020-12. What cannot be said so is either refused (`strict`) or left out by
+name (`lenient`), to be found by validation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.validators import validator_for
+from jsonschema_specifications import REGISTRY
+from referencing import Resource
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012, specification_with
+
+from batchvlm.constraints import arrays, objects, strings
+from batchvlm.constraints.negate import NoOppositeError, Opposite, Schema, all_of, any_of
+from batchvlm.constraints.overlap import are_disjoint, view
+
+_MAX_NODES = 100_000
+"""Schemas within a schema, those that rewriting adds included."""
+_ROOT = "urn:batchvlm:schema"
+_OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07")
+_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+
+
+class UnsupportedSchemaError(ValueError):
+    """A schema that no grammar enforces exactly; the message names the keyword."""
+
+
+class Rewriter:
+    """Rewrites one schema.
+
+    Args:
+        schema: any JSON schema.
+        is_lenient: leave out what cannot be said, rather than raise.
+        splits_one_of: make the alternatives of `oneOf` exclude one another; else whoever compiles
+            the result has to see that they do.
+    """
+
+    def __init__(self, schema: Schema, *, is_lenient: bool, splits_one_of: bool) -> None:
+        self._is_lenient = is_lenient
+        self._splits_one_of = splits_one_of
+        cls = validator_for(schema, default=Draft202012Validator)
+        meta = str(cls.META_SCHEMA.get("$schema") or cls.META_SCHEMA.get("id", ""))
+        self.is_old = any(draft in meta for draft in _OLD_DRAFTS)
+        """Whether `$ref` hides its siblings and `items` may be a list."""
+        self.checked_formats = frozenset(cls.FORMAT_CHECKER.checkers)
+        self._specification = specification_with(meta, default=DRAFT202012)
+        root = Resource(schema, self._specification)  # type: ignore[call-arg]
+        self._resolver = REGISTRY.with_resource(_ROOT, root).resolver_with_root(root)
+        self._schema = schema
+        self._num_nodes = 0
+        self._names: dict[int, str] = {}
+        self._definitions: dict[str, Schema] = {}
+        self._kept: list[Any] = []  # else an id could come back for another object
+        self.left_out: set[str] = set()
+        """Keywords that the result does not say."""
+
+    def rewrite(self) -> Schema:
+        """The schema in the words of a grammar.
+
+        Raises:
+            UnsupportedSchemaError: it cannot be said, or refers to something that is not there.
+        """
+        try:
+            result = self.visit(self._schema, self._resolver)
+        except RecursionError as error:
+            raise UnsupportedSchemaError("nested too deeply") from error
+        if result is False:
+            raise UnsupportedSchemaError("no value fits it")
+        for schema in (result, *self._definitions.values()):
+            self._relax(schema)
+        if result is True:
+            return {}
+        return {**result, "$defs": self._definitions} if self._definitions else result
+
+    def visit(self, schema: Schema, resolver: Any) -> Schema:
+        """Rewrite one schema within the whole."""
+        self.count()
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, Mapping):
+            raise UnsupportedSchemaError(f"a {type(schema).__name__} is no schema")
+        if schema is not self._schema:
+            resolver = resolver.in_subresource(
+                Resource(schema, self._specification)  # type: ignore[call-arg]
+            )
+        parts: list[Schema] = []
+        for key in ("$ref", "$dynamicRef", "$recursiveRef"):
+            if isinstance(schema.get(key), str):
+                parts.append(self._reference(schema[key], resolver))
+                if self.is_old:
+                    return parts[0]
+        own: dict[str, Any] = {}
+        self._plain(schema, own)
+        strings.rewrite(self, schema, own, parts)
+        arrays.rewrite(self, schema, own, parts, resolver)
+        objects.rewrite(self, schema, own, parts, resolver)
+        self._combine(schema, own, parts, resolver)
+        if own == {} and len(parts) == 1:
+            return parts[0]
+        return all_of([own, *parts])
+
+    def count(self, num: int = 1) -> None:
+        """Note that the result has grown by so many schemas."""
+        self._num_nodes += num
+        if self._num_nodes > _MAX_NODES:
+            raise UnsupportedSchemaError(f"more than {_MAX_NODES} schemas within it")
+
+    def leave_out(self, keyword: str) -> None:
+        """Say that a keyword cannot be said.
+
+        Raises:
+            UnsupportedSchemaError: nothing may be left out.
+        """
+        if not self._is_lenient:
+            raise UnsupportedSchemaError(f"{keyword!r} cannot be enforced")
+        self.left_out.add(keyword)
+
+    @property
+    def is_lenient(self) -> bool:
+        return self._is_lenient
+
+    def resolve(self, reference: str) -> Schema | None:
+        """What a rewritten `$ref` stands for; None while it is not known."""
+        return self._definitions.get(reference.rpartition("/")[2])
+
+    def opposite(self, schema: Schema, keyword: str) -> Schema | None:
+        """The opposite of a rewritten schema, or a part of it where some may be left out.
+
+        Returns:
+            None where nothing of it can be said.
+        """
+        finder = Opposite(self.resolve, is_inner=self._is_lenient)
+        try:
+            opposite = finder.of(schema)
+        except NoOppositeError:
+            self.leave_out(keyword)
+            return None
+        if not finder.is_exact:
+            self.leave_out(keyword)
+            if opposite is False:
+                return None
+        self.count(_size(opposite))
+        return opposite
+
+    def _reference(self, reference: str, resolver: Any) -> Schema:
+        try:
+            found = resolver.lookup(reference)
+        except (Unresolvable, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UnsupportedSchemaError(f"$ref {reference!r} leads nowhere") from error
+        contents = found.contents
+        if isinstance(contents, bool):
+            return contents
+        name = self._names.get(id(contents))
+        if name is None:
+            name = self._names[id(contents)] = f"d{len(self._names)}"
+            self._kept.append(contents)
+            self._definitions[name] = self.visit(contents, found.resolver)
+        target = self._definitions.get(name)
+        if isinstance(target, bool):
+            return target
+        return {"$ref": f"#/$defs/{name}"}
+
+    def _plain(self, schema: Mapping[str, Any], own: dict[str, Any]) -> None:
+        for key in ("type", "enum", "const", "title", "description"):
+            if key in schema:
+                own[key] = schema[key]
+        if "const" in own and "enum" in own:
+            own["enum"] = [v for v in own["enum"] if v == own["const"]]
+            del own["const"]
+        for key in _NUMBERS:
+            if key in schema:
+                own[key] = schema[key]
+        # Draft 4: true and false, beside the bound itself.
+        for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+            is_exclusive = own.get(exclusive)
+            if isinstance(is_exclusive, bool):
+                del own[exclusive]
+                if is_exclusive and bound in own:
+                    own[exclusive] = own.pop(bound)
+
+    def _combine(
+        self, schema: Mapping[str, Any], own: dict[str, Any], parts: list[Schema], resolver: Any
+    ) -> None:
+        parts += [self.visit(part, resolver) for part in schema.get("allOf", [])]
+        if "anyOf" in schema:
+            parts.append(any_of([self.visit(part, resolver) for part in schema["anyOf"]]))
+        if "oneOf" in schema:
+            parts.append(self._one_of([self.visit(p, resolver) for p in schema["oneOf"]], own))
+        if "not" in schema:
+            opposite = self.opposite(self.visit(schema["not"], resolver), "not")
+            parts.append(True if opposite is None else opposite)
+        if "if" in schema and ("then" in schema or "else" in schema):
+            parts.append(self._condition(schema, resolver))
+
+    def _condition(self, schema: Mapping[str, Any], resolver: Any) -> Schema:
+        condition = self.visit(schema["if"], resolver)
+        then = self.visit(schema.get("then", True), resolver)
+        otherwise = self.visit(schema.get("else", True), resolver)
+        opposite = self.opposite(condition, "if")
+        if opposite is None:
+            return True
+        held = all_of([condition, then])
+        return any_of([b for b in (held, all_of([opposite, otherwise])) if b is not False])
+
+    def _one_of(self, branches: Sequence[Schema], own: Mapping[str, Any]) -> Schema:
+        branches = [branch for branch in branches if branch is not False]
+        if len(branches) <= 1:
+            return any_of(branches)
+        pairs = combinations(branches, 2)
+        if all(are_disjoint(one, other, own, self.resolve) for one, other in pairs):
+            return any_of(branches)
+        if not self._splits_one_of:
+            if self._is_lenient:
+                self.left_out.add("oneOf")
+                return any_of(branches)
+            return {"oneOf": list(branches)}
+        split: list[Schema] = []
+        opposites: dict[int, Schema | None] = {}
+        for i, branch in enumerate(branches):
+            alone = [branch]
+            for j, other in enumerate(branches):
+                if j == i or are_disjoint(branch, other, own, self.resolve):
+                    continue
+                apart = self._apart(branch, other, own)
+                if apart is None:
+                    if j not in opposites:
+                        opposites[j] = self.opposite(other, "oneOf")
+                    apart = opposites[j]
+                if apart is not None:
+                    alone.append(apart)
+                    self.count(_size(apart))
+            split.append(all_of(alone))
+        return any_of([branch for branch in split if branch is not False])
+
+    def _relax(self, schema: Schema) -> None:
+        """Make `anyOf` of each `oneOf` whose alternatives differ, now that all are known."""
+        stack = [schema]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, list):
+                stack += item
+            elif isinstance(item, dict):
+                branches = item.get("oneOf")
+                if isinstance(branches, list) and all(
+                    are_disjoint(one, other, {}, self.resolve)
+                    for one, other in combinations(branches, 2)
+                ):
+                    # Alone in its schema: `visit` lays it beside the rest.
+                    item["anyOf"] = item.pop("oneOf")
+                stack += [v for k, v in item.items() if k not in ("enum", "const")]
+
+    def _apart(self, branch: Schema, other: Schema, own: Mapping[str, Any]) -> Schema | None:
+        """What a value of a closed object must be to fit no other one; None: see `opposite`."""
+        one, two = view(branch, self.resolve), view(other, self.resolve)
+        if one is None or two is None or not one.is_closed or not two.is_closed:
+            return None
+        if not (one.is_plain and two.is_plain):
+            return None
+        ways: list[Schema] = [
+            {"required": [name]} for name in one.properties if name not in two.properties
+        ]
+        ways += [{"properties": {name: False}} for name in two.required]
+        finder = Opposite(self.resolve, is_inner=self._is_lenient)
+        for name, part in two.properties.items():
+            if name not in one.properties:
+                continue
+            try:
+                opposite = finder.of(part)
+            except NoOppositeError:
+                if not self._is_lenient and part != one.properties[name]:
+                    return None
+                continue
+            if opposite is not False:
+                ways.append({"properties": {name: opposite}, "required": [name]})
+        if not finder.is_exact:
+            self.leave_out("oneOf")
+        return any_of(ways) if ways else None
+
+
+def _size(schema: Schema) -> int:
+    """Schemas within a schema, roughly, without following references."""
+    return 1 + len(json.dumps(schema)) // 32

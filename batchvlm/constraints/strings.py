@@ -1,0 +1,135 @@
+"""Patterns and formats, as a grammar knows them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from batchvlm.constraints.negate import NoOppositeError, Schema, opposite_pattern
+
+if TYPE_CHECKING:
+    from batchvlm.constraints.rewrite import Rewriter
+
+_ENFORCED = frozenset(
+    {
+        *("date-time", "time", "date", "duration", "email", "hostname"),
+        *("ipv4", "ipv6", "uuid", "uri"),
+    }
+)
+"""Formats that the engine knows by name."""
+# Leap seconds are times to the grammar, and none to who checks them with a calendar.
+_LEAPING = ("date-time", "time")
+_NO_LEAP = "^[^:]+:[0-9]{2}:[0-5]"
+_POINTER = "(?:/(?:[^~/]|~[01])*)*"
+_URI_CHARS = r"(?:[A-Za-z0-9._~!$&'()*+,;=@-]|%[0-9A-Fa-f]{2})"
+_AS_PATTERNS = {
+    "idn-email": r"^[^@\s]+@[^@\s]+$",
+    "json-pointer": f"^{_POINTER}$",
+    # Zeros behind the first digit confuse who checks them.
+    "relative-json-pointer": rf"^[1-9]{{0,7}}[0-9](?:#|{_POINTER})$",
+    # Without the rare parts: an IP literal as host, a user, a colon in a relative path.
+    "uri-reference": rf"^(?:[A-Za-z][A-Za-z0-9+.-]*:)?(?://{_URI_CHARS}*(?::[0-9]{{1,5}})?)?"
+    rf"(?:/?{_URI_CHARS}+(?:/{_URI_CHARS}*)*|/)?(?:\?(?:{_URI_CHARS}|[/?])*)?"
+    rf"(?:#(?:{_URI_CHARS}|[/?])*)?$",
+}
+# Python's classes take in the digits, letters and spaces of all alphabets; a grammar's take in
+# ASCII. A narrower class is safe, its complement is not.
+_COMPLEMENTS = {
+    "D": r"[^\p{Nd}]",
+    "W": r"[^\p{L}\p{N}_]",
+    "S": r"[^\p{White_Space}\x1c-\x1f]",
+}
+_ENDS = {"A": "^", "Z": "$"}
+
+
+def rewrite(
+    rewriter: Rewriter, schema: Mapping[str, Any], own: dict[str, Any], parts: list[Schema]
+) -> None:
+    """Say what a schema asks of texts."""
+    for key in ("minLength", "maxLength"):
+        if key in schema:
+            own[key] = int(schema[key])
+    if "pattern" in schema:
+        _add_pattern(rewriter, schema["pattern"], own, parts)
+    name = schema.get("format")
+    if name in _ENFORCED:
+        own["format"] = name
+        if name in _LEAPING:
+            parts.append({"pattern": _NO_LEAP})
+    elif name in _AS_PATTERNS and name in rewriter.checked_formats:
+        part = {"pattern": _AS_PATTERNS[name]}
+        if "pattern" in own:
+            parts.append(part)
+        else:
+            own.update(part)
+    elif name in rewriter.checked_formats:
+        rewriter.leave_out(f"format {name}")
+
+
+def _add_pattern(
+    rewriter: Rewriter, pattern: str, own: dict[str, Any], parts: list[Schema]
+) -> None:
+    ahead = re.fullmatch(r"\^\(\?!((?:[^()\\]|\\.)*)\)(.*)", pattern, re.DOTALL)
+    if ahead:
+        # Not to begin with some words, and the rest.
+        try:
+            words, rest = ahead[1], ahead[2]
+            is_whole = words.endswith("$")
+            opposite = opposite_pattern(f"^(?:{words.removesuffix('$')}){'$' if is_whole else ''}")
+        except NoOppositeError:
+            rewriter.leave_out("pattern")
+            return
+        parts.append({"pattern": opposite})
+        pattern = f"^{rest}"
+    translated = translate(pattern)
+    if translated is None:
+        rewriter.leave_out("pattern")
+    else:
+        own["pattern"] = translated
+
+
+def translate(pattern: str) -> str | None:
+    """A Python pattern as the grammar's engine reads it, where they differ; None: it cannot."""
+    said: list[str] = []
+    place, is_class = 0, False
+    while place < len(pattern):
+        char = pattern[place]
+        if char == "\\":
+            following = pattern[place + 1 : place + 2]
+            place += 2
+            if following in _COMPLEMENTS:
+                said.append(_COMPLEMENTS[following])
+            elif following in _ENDS and not is_class:
+                said.append(_ENDS[following])
+            elif following.isdigit() and following != "0":
+                return None  # refers to a group
+            elif following in ("b", "B") and not is_class:
+                return None  # a word's edge
+            else:
+                said.append(f"\\{following}")
+            continue
+        if is_class:
+            if char == "]":
+                is_class = False
+            elif char in "[&~":
+                char = f"\\{char}"  # nested classes and operators there
+            said.append(char)
+            place += 1
+            continue
+        if char == "[":
+            is_class = True
+            said.append("[")
+            place += 1
+            if pattern[place : place + 1] == "^":
+                said.append("^")
+                place += 1
+            if pattern[place : place + 1] == "]":
+                said.append(r"\]")  # the first one is a character
+                place += 1
+            continue
+        if pattern.startswith(("(?=", "(?!", "(?<=", "(?<!", "(?P=", "(?("), place):
+            return None
+        said.append(char)
+        place += 1
+    return "".join(said)

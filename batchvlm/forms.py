@@ -1,0 +1,131 @@
+"""`task.output` -> the form that every answer must have."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from batchvlm.config import TaskOutputConfig
+from batchvlm.errors import ConfigError
+from batchvlm.records import Form, FormKind
+from batchvlm.schemas import read_schema
+
+_JSON_TYPES = ("integer", "number", "boolean", "string")
+"""Named types that are JSON as they stand; the others are patterns of `outlines.types`."""
+
+
+def run_form(cfg: TaskOutputConfig) -> Form | None:
+    """The form that the run asks of each answer; None where the rows alone bring one.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if cfg.json_schema is not None:
+        schema = {"type": "object"} if cfg.json_schema == "any" else cfg.json_schema
+        return Form(FormKind.JSON_SCHEMA, read_schema(schema, "task.output.json_schema"))
+    if cfg.pydantic is not None:
+        return _form_of(_load(cfg.pydantic), f"task.output.pydantic={cfg.pydantic}")
+    if cfg.choice is not None:
+        return Form(FormKind.CHOICE, json.dumps(list(cfg.choice), ensure_ascii=False))
+    if cfg.regex is not None:
+        return Form(FormKind.REGEX, cfg.regex)
+    if cfg.grammar is not None:
+        return Form(FormKind.GRAMMAR, _grammar(cfg.grammar))
+    if cfg.type is not None:
+        return _named(cfg.type)
+    return None
+
+
+def has_form(cfg: TaskOutputConfig) -> bool:
+    """Whether the run, or its rows, ask for a form."""
+    columns = (cfg.json_schema_column, cfg.choice_column)
+    return any(columns) or run_form(cfg) is not None
+
+
+def form_of_type(value: Any) -> Form:
+    """The form that an output type of outlines stands for.
+
+    Args:
+        value: `JsonSchema`, `Choice`, `Regex`, `CFG` or another term of outlines, or what outlines
+            takes for one: a Pydantic model, dataclass, typed dict, `Literal`, `Enum`, `list[int]`.
+
+    Raises:
+        TypeError: outlines takes it for no type.
+    """
+    from outlines.types import dsl
+
+    term = value if isinstance(value, dsl.Term) else dsl.python_types_to_terms(value)
+    if isinstance(term, dsl.JsonSchema):
+        return Form(FormKind.JSON_SCHEMA, json.dumps(json.loads(term.schema)))
+    if isinstance(term, dsl.CFG):
+        return Form(FormKind.GRAMMAR, term.definition)
+    if isinstance(term, dsl.Choice):
+        term = dsl.Alternatives([dsl.String(str(item)) for item in term.items])
+    if isinstance(term, dsl.Alternatives):
+        words = [t.value for t in term.terms if isinstance(t, dsl.String)]
+        if len(words) == len(term.terms):
+            return Form(FormKind.CHOICE, json.dumps(words, ensure_ascii=False))
+    return Form(FormKind.REGEX, _ascii_digits(dsl.to_regex(term)))
+
+
+def _form_of(value: Any, setting: str) -> Form:
+    try:
+        return form_of_type(value)
+    except (TypeError, ValueError, NotImplementedError, RecursionError) as error:
+        raise ConfigError(f"{setting} is no type of an answer: {error}") from error
+
+
+@lru_cache(maxsize=32)
+def _load(name: str) -> Any:
+    module_name, _, path = name.partition(":")
+    if not path:
+        raise ConfigError(f"task.output.pydantic={name} must be written module:Class")
+    # As `python -m` would find it.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in path.split("."):
+            found = getattr(found, part)
+    # A module of the user's runs here.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ConfigError(f"task.output.pydantic={name} cannot be imported ({reason})") from error
+    return found
+
+
+def _grammar(text: str) -> str:
+    is_path = "\n" not in text and ":" not in text.replace(":\\", "").replace("://", "")
+    if not is_path:
+        return text
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"task.output.grammar={text} cannot be read",
+            hint='give the path of a file, or a grammar with rules such as \'start: "a" | "b"\'',
+        ) from error
+
+
+def _named(name: str) -> Form:
+    if name in _JSON_TYPES:
+        return Form(FormKind.JSON_SCHEMA, json.dumps({"type": name}))
+    from outlines import types
+
+    term = getattr(types, name, None)
+    if not isinstance(term, types.Regex) and not isinstance(term, types.dsl.Term):
+        known = sorted(k for k, v in vars(types).items() if isinstance(v, types.dsl.Term))
+        raise ConfigError(
+            f"task.output.type={name} is no named type",
+            hint=f"there are {', '.join([*_JSON_TYPES, *known])}",
+        )
+    return _form_of(term, f"task.output.type={name}")
+
+
+def _ascii_digits(pattern: str) -> str:
+    # A date in Devanagari digits is a date to `\d`, and to nobody who reads the column.
+    return pattern.replace(r"\d", "[0-9]")

@@ -1,0 +1,313 @@
+"""A form -> the Arrow type of the column `parsed`, decided before the run, and values of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import Any
+
+import pyarrow as pa
+from jsonschema_specifications import REGISTRY
+from referencing import Resource
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
+
+from batchvlm.records import Form, FormKind
+
+_MAX_DEPTH = 32
+_MAX_FIELDS = 2000
+_INT64 = range(-(1 << 63), 1 << 63)
+
+Fit = Callable[[Any, str], Any]
+"""A JSON value and its path -> the value as Arrow takes it."""
+
+
+class UnfitError(ValueError):
+    """A value that is valid, and that its column cannot hold; the message names the field."""
+
+
+class _NoTypeError(ValueError):
+    """No fixed type holds the values of a schema; the message says why."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """The column `parsed` of a run."""
+
+    type: pa.DataType
+    notes: tuple[str, ...]
+    """Fields that are JSON text, each with the reason."""
+    _fit: Fit
+
+    def fit(self, text: str) -> Any:
+        """An answer, as canonical JSON text, as a value of the type.
+
+        Raises:
+            UnfitError: it is too large, or no date that there is.
+        """
+        return text if self._fit is _as_text_whole else self._fit(json.loads(text), "$")
+
+
+def parsed_column(form: Form | None, *, is_by_row: bool) -> Parsed:
+    """The column for answers of a form.
+
+    Args:
+        form: the run's.
+        is_by_row: whether rows may bring forms of their own, which no one type holds.
+    """
+    if is_by_row:
+        return Parsed(pa.string(), (), _as_text_whole)
+    if form is None:
+        return Parsed(pa.string(), (), _as_is)
+    if form.kind is FormKind.CHOICE:
+        return Parsed(pa.dictionary(pa.int32(), pa.string()), (), _as_is)
+    if form.kind is not FormKind.JSON_SCHEMA:
+        return Parsed(pa.string(), (), _as_is)
+    maker = _Maker(json.loads(form.text))
+    try:
+        kind, fit = maker.make_root()
+    except (_NoTypeError, RecursionError) as error:
+        reason = str(error) or "nested too deeply"
+        return Parsed(pa.string(), (f"$ ({reason})",), _as_text_whole)
+    return Parsed(kind, tuple(maker.notes), fit)
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A schema with its references and `allOf` laid over one another."""
+
+    types: frozenset[str] | None
+    properties: Mapping[str, Any]
+    items: Any
+    values: Sequence[Any] | None
+    format: str | None
+    is_map: bool
+    """Whether it says what undeclared properties hold."""
+    choices: Sequence[Any]
+
+
+class _Maker:
+    def __init__(self, schema: Any) -> None:
+        self._schema = schema
+        resource = Resource.from_contents(schema, default_specification=DRAFT202012)
+        self._resolver: Any = REGISTRY.with_resource("", resource).resolver_with_root(resource)
+        self._num_fields = 0
+        self.notes: list[str] = []
+
+    def make_root(self) -> tuple[pa.DataType, Fit]:
+        return self._make(self._schema, "$", ())
+
+    def _field(self, schema: Any, path: str, under: tuple[str, ...]) -> tuple[pa.DataType, Fit]:
+        """The type of a field, or JSON text with a note."""
+        self._num_fields += 1
+        if self._num_fields > _MAX_FIELDS:
+            raise _NoTypeError(f"more than {_MAX_FIELDS} fields")
+        try:
+            return self._make(schema, path, under)
+        except _NoTypeError as error:
+            self.notes.append(f"{path} ({error})")
+            return pa.string(), _as_text
+
+    def _make(self, schema: Any, path: str, under: tuple[str, ...]) -> tuple[pa.DataType, Fit]:
+        node, under = self._node(schema, under)
+        if node.choices:
+            return self._alternatives(node, path, under)
+        if node.values is not None:
+            return _of_values(node)
+        types = set(node.types or ()) - {"null"}
+        if node.types is None and node.properties:
+            types = {"object"}
+        if types == {"integer", "number"}:
+            types = {"number"}
+        if len(types) != 1:
+            raise _NoTypeError(f"may be of {len(types) or 'any'} types")
+        (kind,) = types
+        match kind:
+            case "object":
+                return self._struct(node, path, under)
+            case "array":
+                if node.items is None:
+                    raise _NoTypeError("items of any type")
+                inner, fit = self._make(node.items, f"{path}[]", under)
+                return pa.list_(inner), _each(fit)
+            case "string" if node.format == "date":
+                return pa.date32(), _as_date
+            case "string" if node.format == "date-time":
+                return pa.timestamp("us", tz="UTC"), _as_time
+        return _PLAIN[kind]
+
+    def _struct(self, node: _Node, path: str, under: tuple[str, ...]) -> tuple[pa.DataType, Fit]:
+        if node.is_map or not node.properties:
+            raise _NoTypeError("properties of any name")
+        fields, fits = [], {}
+        for name, part in node.properties.items():
+            if part is False:
+                continue
+            kind, fit = self._field(part, f"{path}.{name}", under)
+            fields.append(pa.field(name, kind))
+            fits[name] = fit
+        if not fields:
+            raise _NoTypeError("no properties")
+        return pa.struct(fields), _fields(fits)
+
+    def _alternatives(
+        self, node: _Node, path: str, under: tuple[str, ...]
+    ) -> tuple[pa.DataType, Fit]:
+        """One type that all alternatives have, one of which may be null."""
+        made = []
+        for choice in node.choices:
+            below, _ = self._node(choice, under)
+            if below.types == frozenset({"null"}):
+                continue
+            made.append(self._make(choice, path, under))
+        if not made or any(kind != made[0][0] for kind, _ in made):
+            raise _NoTypeError("alternatives of several types")
+        return made[0]
+
+    def _node(self, schema: Any, under: tuple[str, ...]) -> tuple[_Node, tuple[str, ...]]:
+        if len(under) > _MAX_DEPTH:
+            raise _NoTypeError("nested too deeply")
+        if not isinstance(schema, Mapping):
+            return _Node(None, {}, None, None, None, False, ()), under
+        types: frozenset[str] | None = None
+        if isinstance(schema.get("type"), str):
+            types = frozenset({schema["type"]})
+        elif isinstance(schema.get("type"), list):
+            types = frozenset(schema["type"])
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        extra = schema.get("additionalProperties")
+        said = _Node(
+            types=types,
+            properties=schema.get("properties", {}),
+            items=_items(schema),
+            values=values,
+            format=schema.get("format"),
+            is_map=bool(schema.get("patternProperties")) or extra is True or bool(extra),
+            choices=[c for c in schema.get("anyOf", schema.get("oneOf", [])) if _is_typed(c)],
+        )
+        parts = list(schema.get("allOf", []))
+        if isinstance(schema.get("$ref"), str):
+            reference = schema["$ref"]
+            if reference in under:
+                raise _NoTypeError("it contains itself")
+            under = (*under, reference)
+            try:
+                parts.append(self._resolver.lookup(reference).contents)
+            except (Unresolvable, ValueError) as error:
+                raise _NoTypeError(f"$ref {reference} leads nowhere") from error
+        for part in parts:
+            below, under = self._node(part, under)
+            said = _Node(
+                types=below.types if said.types is None else said.types,
+                properties={**said.properties, **below.properties},
+                items=below.items if said.items is None else said.items,
+                values=below.values if said.values is None else said.values,
+                format=said.format or below.format,
+                is_map=said.is_map or below.is_map,
+                choices=[*said.choices, *below.choices],
+            )
+        return said, under
+
+
+def _is_typed(choice: Any) -> bool:
+    """Whether an alternative says what a value is, and not only which properties it has."""
+    kinds = ("type", "$ref", "enum", "const", "properties", "items", "allOf", "anyOf", "oneOf")
+    return isinstance(choice, Mapping) and any(kind in choice for kind in kinds)
+
+
+def _items(schema: Mapping[str, Any]) -> Any:
+    items = schema.get("items")
+    if isinstance(items, list) or "prefixItems" in schema:
+        tuple_ = items if isinstance(items, list) else schema["prefixItems"]
+        return {"anyOf": list(tuple_)} if tuple_ else None
+    return items if isinstance(items, Mapping) else None
+
+
+def _of_values(node: _Node) -> tuple[pa.DataType, Fit]:
+    values = [value for value in node.values or () if value is not None]
+    kinds = {_KINDS.get(type(value), "") for value in values}
+    if kinds == {"integer", "number"}:
+        kinds = {"number"}
+    if len(kinds) != 1 or "" in kinds:
+        raise _NoTypeError("values of several types")
+    return _PLAIN[kinds.pop()]
+
+
+_KINDS = {str: "string", bool: "boolean", int: "integer", float: "number"}
+
+
+def _as_text_whole(value: Any, path: str) -> Any:
+    raise AssertionError("a whole answer stays as it is")
+
+
+def _as_is(value: Any, path: str) -> Any:
+    return value
+
+
+def _as_text(value: Any, path: str) -> Any:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return None if value is None else text
+
+
+def _as_int(value: Any, path: str) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, float):
+        value = int(value)  # 3.0 is an integer in JSON
+    if value not in _INT64:
+        raise UnfitError(f"{path} is an integer beyond 64 bits")
+    return value
+
+
+def _as_float(value: Any, path: str) -> Any:
+    try:
+        return None if value is None else float(value)
+    except OverflowError as error:
+        raise UnfitError(f"{path} is a number beyond 64 bits") from error
+
+
+def _as_date(value: Any, path: str) -> Any:
+    try:
+        return None if value is None else date.fromisoformat(value)
+    except ValueError as error:
+        raise UnfitError(f"{path} is no date of our calendar") from error
+
+
+def _as_time(value: Any, path: str) -> Any:
+    if value is None:
+        return None
+    try:
+        time = datetime.fromisoformat(value.upper())
+        return time.replace(tzinfo=time.tzinfo or UTC).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise UnfitError(f"{path} is no time that can be held") from error
+
+
+def _each(fit: Fit) -> Fit:
+    def items(value: Any, path: str) -> Any:
+        if value is None:
+            return None
+        return [fit(item, f"{path}[{place}]") for place, item in enumerate(value)]
+
+    return items
+
+
+def _fields(fits: Mapping[str, Fit]) -> Fit:
+    def struct(value: Any, path: str) -> Any:
+        if value is None:
+            return None
+        return {
+            name: fit(value[name], f"{path}.{name}") for name, fit in fits.items() if name in value
+        }
+
+    return struct
+
+
+_PLAIN: Mapping[str, tuple[pa.DataType, Fit]] = {
+    "string": (pa.string(), _as_is),
+    "integer": (pa.int64(), _as_int),
+    "number": (pa.float64(), _as_float),
+    "boolean": (pa.bool_(), _as_is),
+}

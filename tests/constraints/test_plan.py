@@ -1,0 +1,194 @@
+"""Grammars held against `jsonschema`: drawn schemas, every value and every beginning of one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchvlm.constraints.instances import accepts
+from batchvlm.constraints.plan import Plan, byte_matcher, fits, make_plan
+from batchvlm.records import Constraint, Form, FormKind
+from batchvlm.schemas import compile_schema
+
+VALUES: list[Any] = [
+    *(None, True, False, -1, 0, 1, 2, 1.5, "", "a", "ab", "b"),
+    *([], [0], [0, "a"], ["a", "b"], ["a", "a"], [1, 2, 1]),
+    *({}, {"a": 0}, {"a": "b"}, {"b": 1}, {"a": 0, "b": 1}, {"a": 1, "b": "a", "c": None}),
+]
+NAMES = st.sampled_from(["a", "b", "c"])
+TYPES = st.sampled_from(["object", "array", "string", "number", "integer", "boolean", "null"])
+
+
+def one_key(key: str, value: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return value.map(lambda v: {key: v})
+
+
+LEAVES = st.one_of(
+    one_key("type", TYPES | st.lists(TYPES, min_size=1, max_size=3, unique=True)),
+    one_key("enum", st.lists(st.sampled_from(VALUES), min_size=1, max_size=4)),
+    one_key("const", st.sampled_from(VALUES)),
+    one_key("minimum", st.integers(-1, 2)),
+    one_key("exclusiveMaximum", st.integers(0, 2)),
+    one_key("minLength", st.integers(0, 2)),
+    one_key("maxLength", st.integers(0, 2)),
+    one_key("pattern", st.sampled_from(["^a", "b$", "^(?:a|b)$", "^(?!a)", "^[^a]*$"])),
+    one_key("minItems", st.integers(0, 2)),
+    one_key("maxItems", st.integers(0, 2)),
+    one_key("required", st.lists(NAMES, min_size=1, max_size=2, unique=True)),
+    one_key("dependentRequired", st.dictionaries(NAMES, st.lists(NAMES, max_size=1), max_size=1)),
+    one_key("minProperties", st.integers(0, 2)),
+    one_key("maxProperties", st.integers(0, 2)),
+)
+
+
+def wider(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    some = st.lists(inner, min_size=1, max_size=3)
+    return st.one_of(
+        st.tuples(LEAVES, inner).map(lambda both: {**both[0], **both[1]}),
+        one_key("properties", st.dictionaries(NAMES, inner, min_size=1, max_size=2)),
+        one_key("additionalProperties", inner | st.just(False)),
+        one_key("items", inner),
+        one_key("prefixItems", some),
+        one_key("allOf", some),
+        one_key("anyOf", some),
+        one_key("oneOf", some),
+        one_key("not", inner),
+        st.tuples(inner, inner, inner).map(lambda i: {"if": i[0], "then": i[1], "else": i[2]}),
+        one_key("dependentSchemas", st.dictionaries(NAMES, inner, max_size=1)),
+    )
+
+
+SCHEMAS = st.recursive(LEAVES, wider, max_leaves=6)
+
+
+def plan_of(schema: Any) -> Plan:
+    return make_plan(Form(FormKind.JSON_SCHEMA, json.dumps(schema)))
+
+
+# The same schemas each time: a change of a library shows when it is made, not some other day.
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(SCHEMAS)
+def test_a_strict_grammar_takes_what_is_valid_and_nothing_else(schema: dict[str, Any]) -> None:
+    plan = plan_of(schema)
+    if plan.constraint is not Constraint.STRICT or plan.grammar is None:
+        return
+    validator = compile_schema(json.dumps(schema))
+    first = byte_matcher(plan.grammar)
+    for value in VALUES:
+        assert accepts(first, value, schema) == validator.is_valid(value), (value, plan)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(SCHEMAS)
+def test_every_beginning_is_that_of_a_valid_answer(schema: dict[str, Any]) -> None:
+    """Byte by byte: what may come next is what comes next in some valid value, no more, no less."""
+    whole = {"allOf": [{"enum": VALUES}, schema]}
+    plan = plan_of(whole)
+    if plan.constraint is not Constraint.STRICT or plan.grammar is None:
+        return
+    validator = compile_schema(json.dumps(whole))
+    texts = {json.dumps(v, separators=(",", ":")).encode() for v in VALUES if validator.is_valid(v)}
+    first = byte_matcher(plan.grammar)
+    beginnings = {text[:n] for text in texts for n in range(len(text) + 1)}
+    for beginning in beginnings:
+        matcher = first.deep_copy()
+        assert matcher.try_consume_tokens(list(beginning)) == len(beginning)
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        may_follow = {byte for byte in range(256) if mask >> byte & 1}
+        if beginning.endswith((b",", b":")):
+            may_follow.discard(ord(" "))  # room for one, which these texts do not take
+        longer = [t for t in texts if t.startswith(beginning) and len(t) > len(beginning)]
+        assert may_follow == {text[len(beginning)] for text in longer}, (beginning, plan)
+        assert matcher.is_accepting() == (beginning in texts)
+
+
+@pytest.mark.parametrize(
+    ("schema", "left_out"),
+    [
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "array", "contains": {"const": 1}}, "contains"),
+        ({"not": {"patternProperties": {"a": {"type": "string"}}}, "type": ["object", "null"]}, ""),
+        ({"type": "string", "pattern": r"^(?=.*a)b"}, "pattern"),
+        ({"type": "string", "format": "regex"}, "format regex"),
+    ],
+)
+def test_what_cannot_be_said_is_left_out_by_name(schema: Any, left_out: str) -> None:
+    plan = plan_of(schema)
+    assert plan.constraint is Constraint.LENIENT
+    assert left_out in " ".join(plan.notes)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "uniqueItems": True, "maxItems": 1},
+        {"type": "array", "uniqueItems": True, "items": {"enum": ["a", "b", "c"]}},
+        {"type": "string", "format": "some-format-of-their-own"},
+        {"type": "string", "pattern": r"^\W\D\S\/[[&]$"},
+        {
+            "$schema": "http://json-schema.org/draft-04/schema#",
+            "id": "#x",
+            "minimum": 0,
+            "exclusiveMinimum": True,
+        },
+        {"$ref": "#/definitions/a", "definitions": {"a": {"$ref": "#b"}, "b": {"$anchor": "b"}}},
+    ],
+)
+def test_what_looks_hard_and_is_said_exactly(schema: Any) -> None:
+    plan = plan_of(schema)
+    assert plan.constraint is Constraint.STRICT, plan.notes
+
+
+def test_recursion_beside_other_keywords() -> None:
+    """Which the compiler of grammars refuses, and real schemas are full of."""
+    node = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["leaf", "pair"]}},
+        "required": ["kind"],
+        "anyOf": [{"$ref": "#/$defs/leaf"}, {"$ref": "#/$defs/pair"}],
+    }
+    schema = {
+        "$ref": "#/$defs/node",
+        "$defs": {
+            "node": node,
+            "leaf": {"properties": {"kind": {"const": "leaf"}, "value": {"type": "integer"}}},
+            "pair": {
+                "properties": {
+                    "kind": {"const": "pair"},
+                    "one": {"$ref": "#/$defs/node", "description": "of two"},
+                },
+                "required": ["one"],
+            },
+        },
+    }
+    plan = plan_of(schema)
+    assert plan.constraint is Constraint.STRICT, plan.notes
+    first = byte_matcher(plan.grammar or "")
+    leaf = {"kind": "leaf", "value": 3}
+    assert accepts(first, {"kind": "pair", "one": {"kind": "pair", "one": leaf}}, schema)
+    assert not accepts(first, {"kind": "pair", "one": {"kind": "pair", "one": 3}}, schema)
+
+
+@pytest.mark.parametrize(
+    ("form", "good", "bad"),
+    [
+        (Form(FormKind.CHOICE, '["no", "not \\"sure\\""]'), ["no", 'not "sure"'], ["not", ""]),
+        (Form(FormKind.REGEX, r"^a|b\$$"), ["a", "b$"], ["ab", ""]),
+        (Form(FormKind.GRAMMAR, 'start: "(" start ")" | "x"'), ["((x))"], ["((x)", "y"]),
+    ],
+)
+def test_other_forms(form: Form, good: list[str], bad: list[str]) -> None:
+    assert make_plan(form).constraint is Constraint.STRICT
+    assert all(fits(form, text) for text in good)
+    assert not any(fits(form, text) for text in bad)
+
+
+def test_blanks_do_not_fill_an_answer() -> None:
+    plan = plan_of({"type": "array", "items": {"type": "integer"}})
+    for text, is_taken in (("[1,2]", True), ("[1, 2]", True), ("[1,  2]", False), ("[ 1]", False)):
+        matcher = byte_matcher(plan.grammar or "")
+        assert (matcher.try_consume_tokens(list(text.encode())) == len(text)) == is_taken

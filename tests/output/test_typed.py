@@ -1,0 +1,194 @@
+"""The column `parsed`: one type for the whole run, and what it cannot hold."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, date, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchvlm.output.schema import output_schema
+from batchvlm.output.typed import UnfitError, parsed_column
+from batchvlm.records import Form, FormKind
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "count": {"type": "integer"},
+        "price": {"type": ["number", "null"]},
+        "kind": {"enum": ["a", "b", None]},
+        "is_new": {"type": "boolean"},
+        "day": {"type": "string", "format": "date"},
+        "at": {"anyOf": [{"type": "string", "format": "date-time"}, {"type": "null"}]},
+        "parts": {"type": "array", "items": {"$ref": "#/$defs/part"}},
+        "tags": {"type": "object", "additionalProperties": {"type": "string"}},
+        "tree": {"$ref": "#/$defs/tree"},
+        "any": {},
+    },
+    "$defs": {
+        "part": {"type": "object", "properties": {"size": {"type": "integer"}}},
+        "tree": {"type": "object", "properties": {"left": {"$ref": "#/$defs/tree"}}},
+    },
+}
+
+
+def column(schema: Any) -> Any:
+    return parsed_column(Form(FormKind.JSON_SCHEMA, json.dumps(schema)), is_by_row=False)
+
+
+def test_the_type_of_a_schema() -> None:
+    parsed = column(SCHEMA)
+    assert parsed.type == pa.struct(
+        [
+            ("name", pa.string()),
+            ("count", pa.int64()),
+            ("price", pa.float64()),
+            ("kind", pa.string()),
+            ("is_new", pa.bool_()),
+            ("day", pa.date32()),
+            ("at", pa.timestamp("us", tz="UTC")),
+            ("parts", pa.list_(pa.struct([("size", pa.int64())]))),
+            ("tags", pa.string()),
+            ("tree", pa.struct([("left", pa.string())])),
+            ("any", pa.string()),
+        ]
+    )
+    assert [note.split()[0] for note in parsed.notes] == ["$.tags", "$.tree.left", "$.any"]
+
+
+def test_a_value_of_the_schema() -> None:
+    value = {
+        "name": "x",
+        "count": 3.0,
+        "price": 2,
+        "day": "2024-02-29",
+        "at": "2024-01-01T01:00:00+01:00",
+        "parts": [{"size": 1}, {}],
+        "tags": {"b": "c"},
+        "tree": {"left": {"left": {}}},
+        "any": [1, "é"],
+    }
+    fitted = column(SCHEMA).fit(json.dumps(value))
+    array = pa.array([fitted, None], type=column(SCHEMA).type)
+    (row, none) = array.to_pylist()
+    assert none is None
+    assert row == {
+        "name": "x",
+        "count": 3,
+        "price": 2.0,
+        "kind": None,
+        "is_new": None,
+        "day": date(2024, 2, 29),
+        "at": datetime(2024, 1, 1, tzinfo=UTC),
+        "parts": [{"size": 1}, {"size": None}],
+        "tags": '{"b":"c"}',
+        "tree": {"left": '{"left":{}}'},
+        "any": '[1,"é"]',
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        ({"count": 2**63}, "$.count"),
+        ({"count": -(10**30)}, "$.count"),
+        ({"price": 10**400}, "$.price"),
+        ({"parts": [{}, {"size": 2**70}]}, "$.parts[1].size"),
+        ({"day": "0000-01-01"}, "$.day"),
+        ({"at": "2024-12-31T23:59:60Z"}, "$.at"),
+    ],
+)
+def test_a_value_beyond_its_type_is_named(value: Any, field: str) -> None:
+    with pytest.raises(UnfitError) as caught:
+        column(SCHEMA).fit(json.dumps(value))
+    assert str(caught.value).startswith(f"{field} ")
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({}, "any types"),
+        ({"type": "object"}, "properties of any name"),
+        ({"type": ["string", "integer"]}, "2 types"),
+        ({"$ref": "#"}, "contains itself"),
+        ({"type": "array"}, "items of any type"),
+        ({"enum": ["a", 1]}, "values of several types"),
+        ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "alternatives of several types"),
+    ],
+)
+def test_what_no_type_holds_is_json_text_and_says_so(schema: Any, reason: str) -> None:
+    parsed = column(schema)
+    assert parsed.type == pa.string()
+    assert reason in parsed.notes[0]
+    assert parsed.fit('{"a":1}') == '{"a":1}'
+
+
+def test_choices_are_a_dictionary_and_forms_of_rows_are_text() -> None:
+    choice = Form(FormKind.CHOICE, '["red", "blue"]')
+    parsed = parsed_column(choice, is_by_row=False)
+    assert parsed.type == pa.dictionary(pa.int32(), pa.string())
+    assert parsed.fit('"red"') == "red"
+    assert parsed_column(choice, is_by_row=True).type == pa.string()
+    assert parsed_column(Form(FormKind.REGEX, "a+"), is_by_row=False).fit('"aa"') == "aa"
+
+
+def test_parquet_gives_the_type_back(tmp_path: Any) -> None:
+    for form in (SCHEMA, {"type": "integer"}, {"type": "array", "items": {"enum": ["a"]}}):
+        schema = output_schema([], constraint=True, parsed=column(form).type)
+        path = tmp_path / "one.parquet"
+        # Several row groups, which nested dictionaries do not survive.
+        with pq.ParquetWriter(path, schema) as writer:
+            for _ in range(2):
+                writer.write_table(schema.empty_table())
+        assert pq.read_table(path).schema.field("parsed").type == schema.field("parsed").type
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner),
+    max_leaves=5,
+)
+LEAVES = st.sampled_from(
+    [
+        {"type": "string"},
+        {"type": "integer"},
+        {"type": ["number", "null"]},
+        {"enum": ["a", None]},
+        {"type": "string", "format": "date"},
+        {},
+    ]
+)
+SCHEMAS = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.builds(lambda i: {"type": "array", "items": i}, inner)
+        | st.builds(
+            lambda p: {"type": "object", "properties": p},
+            st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SCHEMAS, st.lists(JSON_VALUES, max_size=4))
+def test_whatever_is_valid_is_held_or_named(schema: Any, values: list[Any]) -> None:
+    """Never an exception but the one, and never a value that Arrow then refuses."""
+    from batchvlm.schemas import why_invalid
+
+    parsed = column(schema)
+    held = []
+    for value in values:
+        if why_invalid(value, json.dumps(schema)) is None:
+            try:
+                held.append(parsed.fit(json.dumps(value)))
+            except UnfitError as error:
+                assert str(error).startswith("$")
+    assert len(pa.array(held, type=parsed.type)) == len(held)

@@ -1,0 +1,151 @@
+"""Whole jobs whose answers are held to a form, with the demo model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+
+from batchvlm.again import Again
+from batchvlm.pipeline import run_job
+from batchvlm.prompts import instructions
+from batchvlm.records import Completion, FinishReason, Generation, Sample
+from batchvlm.settings import compose
+
+ROOT = Path(__file__).parent.parent
+
+
+def table_of(out: Path) -> pa.Table:
+    return ds.dataset(out / "data").to_table()
+
+
+def run(out: Path, *overrides: str, name: str = "extract") -> pa.Table:
+    small = ["data.max_rows=3", "runtime.num_workers=0", "batching.sort_window=6"]
+    run_job(compose(name, [f"output.dir={out}", *small, *overrides]))
+    return table_of(out)
+
+
+@pytest.mark.parametrize("engine", ["slots", "generate"])
+def test_answers_are_typed_and_say_how_far_they_were_held(tmp_path: Path, engine: str) -> None:
+    table = run(tmp_path / "out", f"engine={engine}")
+    shapes = pa.struct([(name, pa.string()) for name in ("shape", "color", "size", "position")])
+    kind = table.schema.field("parsed").type
+    assert kind.field("count").type == pa.int64()
+    assert kind.field("objects").type.value_type == shapes
+    for row in table.to_pylist():
+        assert row["status"] == "success"
+        assert (row["constraint"], row["json_valid"]) == ("strict", True)
+        assert row["parsed"] == json.loads(row["generated_text"])
+
+
+def test_guided_answers_are_right_where_free_ones_are(tmp_path: Path) -> None:
+    guided = run(tmp_path / "guided").to_pylist()
+    free = run(tmp_path / "free", "task.output.guided=off").to_pylist()
+    assert [row["parsed"] for row in guided] == [row["parsed"] for row in free]
+    assert {row["constraint"] for row in free} == {None}
+
+
+def test_choices(tmp_path: Path) -> None:
+    table = run(
+        tmp_path / "out", "task.output.json_schema=null", "task.output.choice=[circle,square]"
+    )
+    assert table.schema.field("parsed").type == pa.dictionary(pa.int32(), pa.string())
+    for row in table.to_pylist():
+        assert row["parsed"] == row["generated_text"]
+        assert row["parsed"] in ("circle", "square")
+
+
+def test_an_answer_that_was_cut_is_answered_again_with_more_room(tmp_path: Path) -> None:
+    """And one row each, with how often it was tried."""
+    cut = run(tmp_path / "cut", "generation.max_new_tokens=20").to_pylist()
+    again = run(
+        tmp_path / "again", "generation.max_new_tokens=20", "retry.invalid_json=2"
+    ).to_pylist()
+    was_cut = [row["error_type"] == "invalid_json" for row in cut]
+    assert any(was_cut)
+    assert all(
+        row["finish_reason"] == "length" for row, bad in zip(cut, was_cut, strict=True) if bad
+    )
+    for row, bad in zip(again, was_cut, strict=True):
+        assert row["status"] == "success"
+        assert (row["attempts"] > 1) == bad
+
+
+def test_the_example_of_the_guide_runs_as_a_job_file(tmp_path: Path) -> None:
+    """The demo model has never seen an animal; its answers have the form all the same."""
+    table = run(
+        tmp_path / "out", "data.max_rows=2", "generation.max_new_tokens=120", name="animals"
+    )
+    assert 'run_app("animals")' in (ROOT / "jobs" / "animals.py").read_text()
+    assert table.schema.field("parsed").type == pa.struct(
+        [
+            ("location", pa.string()),
+            ("activity", pa.string()),
+            ("animals_seen", pa.int64()),
+            ("animals", pa.list_(pa.field("element", pa.string()))),
+        ]
+    )
+    for row in table.to_pylist():
+        assert row["constraint"] == "strict"
+        if row["status"] == "success":
+            assert 1 <= row["parsed"]["animals_seen"] <= 5
+        else:
+            assert row["finish_reason"] in ("length", "repetition")
+
+
+def test_the_prompt_ends_with_the_schema_in_a_compact_form() -> None:
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "properties": {"id": {"type": "string", "description": "é", "examples": ["x"]}},
+    }
+    text = instructions(json.dumps(schema))
+    assert text.endswith('\n{"properties":{"id":{"type":"string","description":"é"}}}')
+    assert instructions(json.dumps({"enum": ["x" * 20_000]})) == ""
+    # The demo's model knows its few questions to the letter; others are told.
+    assert compose("extract").task.instructions.value == "off"
+    hub = ["model=hub", "model.path=some/model"]
+    assert compose("extract", hub).task.instructions.value == "auto"
+
+
+def sample(**settings: Any) -> Sample:
+    return Sample(
+        row_index=3,
+        features={},
+        image_tokens=0,
+        image_sizes=(),
+        generation=Generation(max_new_tokens=8, **settings),
+        room=12,
+    )
+
+
+def completion(reason: FinishReason) -> Completion:
+    return Completion(row_index=3, token_ids=(), text="", finish_reason=reason, latency_s=0.0)
+
+
+def test_a_row_is_answered_again_by_other_settings() -> None:
+    again = Again(3, max_bytes=1 << 20)
+    again.keep(sample())
+    assert again.again(3, completion(FinishReason.LENGTH))
+    (longer,) = again.take()
+    assert (longer.generation.max_new_tokens, longer.generation.temperature) == (12, 0.0)
+    # There is no more room, so it is drawn.
+    assert again.again(3, completion(FinishReason.LENGTH))
+    (drawn,) = again.take()
+    assert drawn.generation.temperature == 0.5
+    assert again.again(3, completion(FinishReason.STOP))
+    (other,) = again.take()
+    assert other.generation.seed != drawn.generation.seed
+    assert not again.again(3, completion(FinishReason.STOP))
+    assert again.forget(3) == 4
+    assert again.forget(3) == 1
+    assert not again.again(3, completion(FinishReason.STOP))
+
+
+def test_rows_for_which_there_is_no_memory_are_answered_once() -> None:
+    again = Again(3, max_bytes=-1)
+    again.keep(sample())
+    assert not again.again(3, completion(FinishReason.STOP))
