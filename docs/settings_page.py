@@ -1,4 +1,4 @@
-"""Writes docs/settings.md: every setting, from the docstrings of batchvlm/config.py.
+"""Writes docs/settings.md: every setting, from the docstrings of batchvlm/config/.
 
 python docs/settings_page.py
 """
@@ -22,7 +22,7 @@ from batchvlm.settings import conf_dir
 PAGE = Path(__file__).with_name("settings.md")
 
 _HEAD = """\
-<!-- Made by docs/settings_page.py from batchvlm/config.py and conf/: change these. -->
+<!-- Made by docs/settings_page.py from batchvlm/config/ and conf/: change these. -->
 # Every setting
 
 Set any of them on the command line as `group.setting=value`, or choose an option of a group as
