@@ -98,6 +98,8 @@ def test_commands_are_ones_that_there_are(page: Path) -> None:
 
 def check(words: list[str], where: str) -> None:
     match words:
+        case [assignment, *rest] if re.fullmatch(r"[A-Z_]+=\S*", assignment):
+            check(rest, where)
         case ["batchvlm" | ".venv/bin/batchvlm", "run", *rest]:
             composed(rest, where)
         case ["batchvlm", "plan" | "preview" as name, *rest]:
