@@ -76,7 +76,7 @@ def test_the_job_scripts(tmp_path: Path, task: str) -> None:
     if task == "vqa":
         right = [row["generated_text"] == row["answer"] for row in rows]
     else:
-        right = [row["parsed"] == row["objects"] and row["json_valid"] for row in rows]
+        right = [row["parsed"] == json.loads(row["objects"]) and row["json_valid"] for row in rows]
     assert sum(right) >= 0.9 * len(right) and len(right) >= 20
 
 

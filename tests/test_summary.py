@@ -54,8 +54,12 @@ def test_names_of_any_length(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     "text", ['{"color":"red"}' * 30, "word " * 100, "x" * 17 + " " + "y" * 500]
 )
 def test_long_texts_are_cut_by_characters(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     out = shown(tmp_path, capsys, ["an/id/without/any/space/that/is/long.png"], text)
     (line,) = (line for line in out.splitlines() if line.startswith("  an/id"))
     assert line.startswith(f"  an/id/without/any/space/that/...  {text[:50]}")

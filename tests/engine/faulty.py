@@ -80,7 +80,7 @@ def refusing(small: Loaded, token: int, error: BaseException) -> Iterator[None]:
         if (args[0] == token).any():
             raise error
 
-    handle = small.model.get_input_embeddings().register_forward_pre_hook(refuse)
+    handle = small.tuned().get_input_embeddings().register_forward_pre_hook(refuse)
     try:
         yield
     finally:

@@ -48,7 +48,7 @@ def qwen(load_once: Callable[[Family], Loaded]) -> Loaded:
 
 def on_gpu(loaded: Loaded, dtype: torch.dtype = torch.float32) -> Loaded:
     model = copy.deepcopy(loaded.model).to(CUDA, dtype)
-    return replace(loaded, model=model, _references={})
+    return replace(loaded, model=model, _references={}, _tuned=[])
 
 
 class TestFlash:

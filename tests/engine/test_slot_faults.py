@@ -113,7 +113,7 @@ class TestRowsAtFault:
         def overflow(module: Any, args: Any, output_BTD: torch.Tensor) -> torch.Tensor:
             return output_BTD.masked_fill((args[0] == said)[..., None], value)
 
-        handle = small.model.get_input_embeddings().register_forward_hook(overflow)
+        handle = small.tuned().get_input_embeddings().register_forward_hook(overflow)
         engine = small.slots(max_slots=max_slots, eos=[])
         engine._lag = lag
         try:

@@ -101,7 +101,7 @@ class TestMemory:
         engine = small.slots(max_slots=8, eos=[])
         most = 2
 
-        def is_too_much(self: Any, logits_BV: Any, slots: slice) -> bool:
+        def is_too_much(self: Any, logits_BV: Any, slots: slice, **kwargs: Any) -> bool:
             return len(logits_BV) > most
 
         with failing(RowSampler, "choose", is_too_much, OUT_OF_MEMORY) as raised:
