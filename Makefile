@@ -17,8 +17,9 @@ demo: $(VENV)/.installed
 	@echo "  $(BIN)/batchvlm run data=parquet data.path=IN.parquet model=hub \\"
 	@echo "      model.path=Qwen/Qwen2.5-VL-3B-Instruct output.dir=OUT"
 
+# A test's process for each core: with a compute thread each, nothing waits for a core that is not there.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Long jobs, real kills, walks over every fault point, and what docs/ tells people to type. More kills: make soak KILLS=500
 KILLS ?= 40

@@ -89,7 +89,14 @@ def needs(kind: Quantization) -> None:
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(Quantization))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        # Quanto compiles a kernel for it, which takes a minute.
+        pytest.param(kind, marks=[pytest.mark.soak] if kind is Quantization.quanto_int4 else [])
+        for kind in Quantization
+    ],
+)
 class TestEachKind:
     def test_moves_the_logits_by_little(
         self, kind: Quantization, inputs: dict[str, torch.Tensor], plain: torch.Tensor

@@ -86,9 +86,8 @@ class Stopping(FakeEngine):
             yield answer
 
 
-@pytest.mark.parametrize(
-    "every", [13, pytest.param(5, marks=pytest.mark.soak), pytest.param(7, marks=pytest.mark.soak)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("every", [5, 13])
 def test_a_job_on_a_network_that_fails(
     store: Any,
     server: int,
