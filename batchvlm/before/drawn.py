@@ -8,7 +8,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from batchvlm.config import JobConfig, OnMismatch
+from batchvlm.config import EngineName, JobConfig, OnMismatch
+from batchvlm.errors import ConfigError
 from batchvlm.job import Job, open_job
 from batchvlm.records import Record, Shard
 
@@ -105,8 +106,13 @@ def look_at(cfg: JobConfig) -> Job:
         would become of them.
 
     Raises:
-        BatchvlmError: as `open_job`.
+        BatchvlmError: as `open_job`; and the model is behind a server, which shows no processor.
     """
+    if cfg.engine.name is EngineName.endpoint:
+        raise ConfigError(
+            "plan and preview need the model's processor, which engine=endpoint leaves elsewhere",
+            hint="leave engine=endpoint out here, or try the job with data.max_rows=5",
+        )
     output = replace(cfg.output, on_mismatch=OnMismatch.overwrite)
     job = open_job(replace(cfg, output=output))
     return replace(job, cfg=replace(job.cfg, output=cfg.output))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchvlm.before.drawn import draw_random, draw_spread, shard_of, spread
+from batchvlm.before.drawn import draw_random, draw_spread, look_at, shard_of, spread
+from batchvlm.errors import ConfigError
 from batchvlm.job import Job, open_job
 from batchvlm.records import Shard
 from batchvlm.settings import compose
@@ -76,3 +78,12 @@ def test_reading_that_takes_long_ends_early_and_has_been_everywhere(tmp_path: Pa
     assert drawn.num_places == 4 and not drawn.is_all
     rows = [record.row_index for record in drawn.records]
     assert rows == sorted(rows) and rows[0] < 8 and rows[-1] >= 15
+
+
+def test_a_model_behind_a_server_shows_no_processor() -> None:
+    cfg = compose(
+        "run",
+        ["engine=endpoint", "engine.endpoint.url=http://127.0.0.1:9/v1", "model.path=there"],
+    )
+    with pytest.raises(ConfigError, match="engine=endpoint leaves elsewhere"):
+        look_at(cfg)
