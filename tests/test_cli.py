@@ -289,7 +289,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.kill),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.kill),
+    ],
+)
 def test_killed_half_way_and_run_again(
     tmp_path: Path, undisturbed: Path, number: signal.Signals
 ) -> None:
@@ -343,7 +350,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("is_impatient", [True, False])
+@pytest.mark.parametrize("is_impatient", [pytest.param(True, marks=pytest.mark.kill), False])
 def test_a_flush_that_takes_too_long(tmp_path: Path, is_impatient: bool) -> None:
     """A second Ctrl-C exits at once and says so; else the watchdog does, after `grace_s`."""
     program = tmp_path / "slow.py"
@@ -382,6 +389,7 @@ def test_a_flush_that_takes_too_long(tmp_path: Path, is_impatient: bool) -> None
     assert num_on_disk(out) >= 30
 
 
+@pytest.mark.kill  # tests/test_ranks.py has ranks of one launch
 def test_two_ranks_share_the_shards(tmp_path: Path) -> None:
     """What `accelerate launch` sets, set by hand: two processes on one machine."""
     job = [

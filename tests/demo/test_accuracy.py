@@ -95,6 +95,7 @@ def test_a_row_alone_and_in_mixed_batches(
     assert answer(some, tmp_path / "few", "engine.max_slots=7") == answers[: len(some)]
 
 
+@pytest.mark.soak
 def test_both_engines_say_the_same(
     items: list[HeldOutItem], answers: list[str], tmp_path: Path
 ) -> None:
