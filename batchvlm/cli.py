@@ -152,12 +152,12 @@ def run_app(
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # Hydra would print errors in its own words; this makes it raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    catch_signals()
     if overrides is None:
         sys.argv[1:] = _without_debug(sys.argv[1:])
     else:
         sys.argv = [program, *overrides]
     try:
+        catch_signals()  # one may come while the next is being caught
         return _run_hydra(config_name, job or _run_job)
     except (Interrupted, KeyboardInterrupt):
         print("batchvlm: interrupted; run the same command again to go on", file=sys.stderr)
