@@ -160,11 +160,6 @@ def attending(form: Packed | Slots) -> Iterator[None]:
         _form = before
 
 
-def announced() -> Packed | Slots | None:
-    """The form in which a forward runs; None outside of `attending`."""
-    return _form
-
-
 def attention(
     module: Any,
     query: Tensor,

@@ -14,9 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchvlm.engine.lean import make_decoder_lean
-from batchvlm.engine.lean_encoder import make_encoder_lean
-
 log = logging.getLogger(__name__)
 
 _QUICK_GELU = 1.702
@@ -84,10 +81,7 @@ def tune(model: Any) -> None:
             parent._modules[name] = new
             kind = type(new).__name__
             num_replaced[kind] = num_replaced.get(kind, 0) + 1
-    if is_cpu:
-        num_replaced["parts of the encoder"] = make_encoder_lean(model)
-        num_replaced["layers of the decoder"] = make_decoder_lean(model)
-    if any(num_replaced.values()):
+    if num_replaced:
         log.debug("replaced %s", ", ".join(f"{n} {kind}" for kind, n in num_replaced.items()))
 
 
