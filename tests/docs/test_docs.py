@@ -163,7 +163,9 @@ def test_what_the_tutorial_and_the_cookbook_tell_to_type(tmp_path: Path) -> None
             if block.language == "python":
                 steps.append((where, block.text))
                 continue
-            for words in block.commands if block.language == "bash" else ():
+            if block.language != "bash" or any(w[0] == "sbatch" for w in block.commands):
+                continue  # what a cluster writes is not here to look at
+            for words in block.commands:
                 if words[0] == "batchvlm" and not any(w.startswith("model") for w in words):
                     quick = ["runtime.num_workers=0"] if words[1] == "run" else []
                     steps.append((where, [*words[1:], *quick]))
