@@ -44,7 +44,7 @@ from batchvlm.runtime.metrics import Metrics, TimeLine
 from batchvlm.runtime.prefetch import Prefetcher
 from batchvlm.runtime.progress import Progress
 from batchvlm.runtime.ranks import Rank, find_rank, memory_of, shards_of_task
-from batchvlm.runtime.trackers import Place, Trackers, check_installed
+from batchvlm.runtime.trackers import Place, Trackers, prepare_trackers
 from batchvlm.runtime.walltime import Deadline
 from batchvlm.runtime.watchdog import Ticker, Watchdog
 from batchvlm.runtime.workers import WorkerPool, default_num_workers
@@ -79,7 +79,7 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
     Raises:
         BatchvlmError: the job cannot be done; finished rows are on disk.
     """
-    check_installed(cfg.tracking)
+    prepare_trackers(cfg.tracking)
     job = open_job(cfg)
     cfg = job.cfg
     mine = shards_of_task(job.run.plan, cfg.runtime)

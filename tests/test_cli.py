@@ -210,6 +210,18 @@ def test_log_lines_for_programs(tmp_path: Path) -> None:
     assert 'batchvlm_rows_total{output="out"' in (tmp_path / "job.prom").read_text()
 
 
+def test_every_tracker_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = command(
+        "run", "data.max_rows=12", "runtime.num_workers=0", "output.dir=out",
+        "tracking.trackers=[tensorboard,wandb]", "tracking.dir=kept", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == ExitCode.DONE, done.stderr
+    for pattern in ("out/task-00000-rank-000/events*", "wandb/offline-run-*/run-*.wandb"):
+        (file,) = (tmp_path / "kept").glob(pattern)
+        assert b"completion_tokens_per_s" in file.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -21,6 +21,9 @@ from batchvlm.runtime.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
+_EXTRAS = {"tensorboard": "metrics", "wandb": "wandb"}
+"""What pip installs each tracker's package by."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -127,8 +130,10 @@ def numbers(metrics: Metrics) -> dict[str, float]:
     }
 
 
-def check_installed(cfg: TrackingConfig) -> None:
+def prepare_trackers(cfg: TrackingConfig) -> None:
     """Look whether what the settings name is there; before a model is loaded for nothing.
+
+    To be called before there are threads: for a moment the environment is empty.
 
     Raises:
         ConfigError: it is not.
@@ -137,13 +142,21 @@ def check_installed(cfg: TrackingConfig) -> None:
         if find_spec(name) is None:
             raise ConfigError(
                 f"tracking.trackers names {name}, which is not installed",
-                hint=f"pip install {name}",
+                hint=f"pip install 'batchvlm[{_EXTRAS[name]}]'",
             )
     if cfg.prometheus_file and find_spec("prometheus_client") is None:
         raise ConfigError(
             "tracking.prometheus_file is set and prometheus-client is not installed",
             hint="pip install 'batchvlm[metrics]'",
         )
+    if cfg.trackers:
+        from accelerate import PartialState
+        from accelerate.utils import clear_environment
+
+        # accelerate's trackers ask for its state. Each process has one of its own: that of a launch
+        # would wait until every rank is there.
+        with clear_environment():
+            PartialState(cpu=True)
 
 
 def _open_tracker(name: str, cfg: TrackingConfig, place: Place, folder: Path) -> Any:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import logging
-import sys
-import types
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 from accelerate import PartialState
 from prometheus_client.parser import text_string_to_metric_families
 
 from batchvlm.config import TrackingConfig
 from batchvlm.errors import ConfigError
 from batchvlm.runtime.metrics import Metrics
-from batchvlm.runtime.trackers import Place, Trackers, check_installed
+from batchvlm.runtime.trackers import Place, Trackers, prepare_trackers
 
 PLACE = Place(output="captions", task_id=3, rank=1, is_one_of_many=True)
 
 
 @pytest.fixture(autouse=True)
-def state() -> None:
-    PartialState(cpu=True)
+def state() -> Iterator[None]:
+    """accelerate's as a job finds it: none."""
+    PartialState._reset_state()
+    yield
+    PartialState._reset_state()
 
 
 def some_metrics() -> Metrics:
@@ -67,6 +70,7 @@ def test_tensorboard(tmp_path: Path) -> None:
 
     metrics = some_metrics()
     cfg = TrackingConfig(trackers=["tensorboard"])
+    prepare_trackers(cfg)
     settings = {"task": {"name": "caption"}, "generation": {"top_p": 1.0, "stop": ["a"]}}
     with Trackers(cfg, metrics, PLACE, folder=tmp_path, settings=settings) as trackers:
         trackers.write()
@@ -81,25 +85,28 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert "task.name: caption" in hparams.read_text()
 
 
-def test_wandb_is_asked_for_a_run_of_each_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its package is large and wants a server: a stand-in takes what accelerate hands it."""
-    seen: list[Any] = []
-    run = types.SimpleNamespace(
-        log=lambda values, step: seen.append((step, values["rows"])),
-        finish=lambda: seen.append("finish"),
-    )
-    wandb: Any = types.ModuleType("wandb")
-    wandb.init = lambda **kwargs: seen.append(kwargs) or run  # type: ignore[func-returns-value]
-    wandb.config = types.SimpleNamespace(update=lambda values, **kwargs: seen.append(values))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+def test_wandb_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package itself, which keeps a run in a file until somebody says `wandb sync`."""
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")):
+        monkeypatch.setenv(name, value)
     cfg = TrackingConfig(trackers=["wandb"], project="mine")
+    prepare_trackers(cfg)
     with Trackers(cfg, some_metrics(), PLACE, folder=tmp_path, settings={"a": {"b": 1}}):
         pass
-    assert seen[0]["project"] == "mine"
-    assert (seen[0]["name"], seen[0]["group"]) == ("captions/task-00003-rank-001", "captions")
-    assert seen[1:] == [{"a.b": 1}, (7, 7), "finish"]
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    kept = file.read_bytes()
+    for text in ("mine", "captions/task-00003-rank-001", "a.b", "errors/decode", "wait_share"):
+        assert text.encode() in kept
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_rank_of_a_launch_waits_for_no_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(variable, value)
+    prepare_trackers(TrackingConfig(trackers=[name]))
+    assert os.environ["RANK"] == "1"
+    assert PartialState().num_processes == 1
+    assert not torch.distributed.is_initialized()
 
 
 def test_what_fails_is_named_once_and_the_run_goes_on(
@@ -120,11 +127,11 @@ def test_what_fails_is_named_once_and_the_run_goes_on(
 
 def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("batchvlm.runtime.trackers.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="names wandb, which is not installed; pip install wandb"):
-        check_installed(TrackingConfig(trackers=["wandb"]))
+    with pytest.raises(ConfigError, match=r"names wandb, which is not installed; pip .*\[wandb\]'"):
+        prepare_trackers(TrackingConfig(trackers=["wandb"]))
     with pytest.raises(ConfigError, match=r"prometheus-client is not installed; pip install 'batc"):
-        check_installed(TrackingConfig(prometheus_file="x.prom"))
-    check_installed(TrackingConfig())
+        prepare_trackers(TrackingConfig(prometheus_file="x.prom"))
+    prepare_trackers(TrackingConfig())
     (tmp_path / "file").write_text("")
     cfg = TrackingConfig(prometheus_file=str(tmp_path / "file" / "x.prom"))
     with pytest.raises(ConfigError, match=r"prometheus_file=.* cannot be written"):
