@@ -20,15 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchvlm.config import EngineConfig
-from batchvlm.engine.kernels import _is_rms_norm as is_rms_norm
-from batchvlm.engine.kernels import _is_same as is_same
+from batchvlm.engine.kernels import children, is_rms_norm, is_same, random_like
 
 log = logging.getLogger(__name__)
 
 _ROTATIONS = ("apply_rotary_pos_emb", "apply_multimodal_rotary_pos_emb")
 """What modelling files of transformers call the function that rotates queries and keys."""
-
-
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _ALIGNED = 64
 _WORTH_IT_AFTER_S = 60.0
@@ -93,7 +90,7 @@ class Fusing:
     def _fuse_decoder(self, layers: list[Any]) -> None:
         gates: dict[type, Callable[[Tensor, Tensor], Tensor]] = {}
         for layer in layers:
-            for parent, name, norm in list(_children(layer)):
+            for parent, name, norm in list(children(layer)):
                 if is_rms_norm(norm):
                     sample = random_like(norm.weight, (4, norm.weight.shape[0]))
                     if is_same(norm, fused := FusedRMSNorm(norm), sample):
@@ -211,11 +208,6 @@ def falling_back() -> Iterator[None]:
         config.suppress_errors = before
 
 
-def random_like(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
-
-
 def _gate_of(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     def gate(x: Tensor, y: Tensor) -> Tensor:
         return act(x) * y
@@ -227,9 +219,3 @@ def _is_gated(mlp: Any) -> bool:
     # Their own class alone: those of adapters and quantized ones do more than a product.
     is_whole = all(type(getattr(mlp, name, None)) is nn.Linear for name in _GATED)
     return is_whole and isinstance(getattr(mlp, "act_fn", None), nn.Module)
-
-
-def _children(layer: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    for parent in layer.modules():
-        for name, module in parent.named_children():
-            yield parent, name, module

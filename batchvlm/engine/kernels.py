@@ -68,16 +68,19 @@ def tune(model: Any) -> None:
     """Replace what a model's device runs in a wasteful form; in place."""
     is_cpu = model.device.type == "cpu"
     num_replaced: dict[str, int] = {}
-    for parent, name, module in list(_children(model)):
+    for parent, name, module in list(children(model)):
         new: nn.Module | None = None
         sample: Tensor | None = None
         if _is_patch_embedding(module):
-            new, sample = PatchLinear(module), _random(module, (4, *module.weight.shape[1:]))
+            new, sample = (
+                PatchLinear(module),
+                random_like(module.weight, (4, *module.weight.shape[1:])),
+            )
         elif is_cpu and type(module).__name__ == "QuickGELUActivation":
-            new, sample = QuickGELU(), _random(model, (4, 64))
-        elif is_cpu and _is_rms_norm(module):
-            new, sample = RMSNorm(module), _random(module, (4, module.weight.shape[0]))
-        if new is not None and sample is not None and _is_same(module, new, sample):
+            new, sample = QuickGELU(), random_like(next(model.parameters()), (4, 64))
+        elif is_cpu and is_rms_norm(module):
+            new, sample = RMSNorm(module), random_like(module.weight, (4, module.weight.shape[0]))
+        if new is not None and sample is not None and is_same(module, new, sample):
             parent._modules[name] = new
             kind = type(new).__name__
             num_replaced[kind] = num_replaced.get(kind, 0) + 1
@@ -85,7 +88,8 @@ def tune(model: Any) -> None:
         log.debug("replaced %s", ", ".join(f"{n} {kind}" for kind, n in num_replaced.items()))
 
 
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+def children(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Every module below a model: its parent, its name there, itself."""
     for parent in model.modules():
         for name, module in parent.named_children():
             yield parent, name, module
@@ -102,7 +106,8 @@ def _is_patch_embedding(module: Any) -> bool:
     )
 
 
-def _is_rms_norm(module: Any) -> bool:
+def is_rms_norm(module: Any) -> bool:
+    """Whether a module looks like transformers' norm by the root mean square."""
     weight = getattr(module, "weight", None)
     return (
         type(module).__name__.endswith("RMSNorm")
@@ -112,14 +117,15 @@ def _is_rms_norm(module: Any) -> bool:
     )
 
 
-def _random(module: Any, shape: tuple[int, ...]) -> Tensor:
-    weight = next(module.parameters())
+def random_like(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Normal numbers of a weight's device and type, the same each time."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
 
 
 @torch.inference_mode()
-def _is_same(original: Callable[..., Any], new: Callable[..., Any], sample: Tensor) -> bool:
+def is_same(original: Callable[..., Any], new: Callable[..., Any], sample: Tensor) -> bool:
+    """Whether two functions give the same for a sample, up to a few roundings."""
     try:
         expected, got = original(sample), new(sample)
     except Exception:
