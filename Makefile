@@ -18,13 +18,15 @@ demo: $(VENV)/.installed
 	@echo "      model.path=Qwen/Qwen2.5-VL-3B-Instruct output.dir=OUT"
 
 # A test's process for each core: with a compute thread each, nothing waits for a core that is not there.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	$(PYTEST)
 
 # Long jobs, real kills, walks over every fault point, and what docs/ tells people to type. More kills: make soak KILLS=500
 KILLS ?= 40
 soak: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m 'soak or kill or docs' --kills $(KILLS)
+	$(PYTEST) -m 'soak or kill or docs' --kills $(KILLS)
 
 # The pages of docs/, in build/docs; a dead link is an error.
 docs: $(VENV)/.installed-test

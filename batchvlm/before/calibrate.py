@@ -29,6 +29,8 @@ class Speed:
     """That were answered in the last and longest trial."""
     load_s: float
     run_s: float
+    run_cpu_s: float
+    """Of this process's threads, in these seconds."""
     prepare_s: float
     """Seconds of one core to prepare these rows."""
     prompt_tokens: int
@@ -75,9 +77,9 @@ def calibrate(job: Job, records: Sequence[Record], *, engine: Engine | None = No
     while True:
         samples, prepare_s = _prepare(preprocessor, records[:num_rows])
         samples = samples or warm_up
-        start_s = time.perf_counter()
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
         outcomes = list(engine.run(samples))
-        run_s = time.perf_counter() - start_s
+        run_s, run_cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
         if run_s >= _ENOUGH_S or num_rows >= len(records):
             break
         num_rows *= 4
@@ -86,6 +88,7 @@ def calibrate(job: Job, records: Sequence[Record], *, engine: Engine | None = No
         num_rows=len(samples),
         load_s=load_s,
         run_s=max(run_s, 1e-9),
+        run_cpu_s=run_cpu_s,
         prepare_s=prepare_s,
         prompt_tokens=sum(sample.prompt_tokens for sample in samples),
         completion_tokens=sum(len(c.token_ids) for c in answered),

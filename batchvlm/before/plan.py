@@ -15,6 +15,7 @@ from batchvlm.before.tokens import RowCount, TokenCounter
 from batchvlm.config import BatchingConfig, EngineName
 from batchvlm.job import Job
 from batchvlm.records import Generation, Sample
+from batchvlm.runtime.launch import num_cores
 from batchvlm.runtime.ranks import shards_of_task
 from batchvlm.runtime.workers import default_num_workers
 
@@ -28,11 +29,13 @@ class Estimate:
     """Of one process that never waits for data."""
     prepare_s: float
     """Of the worker processes that prepare samples for it."""
+    shared_s: float
+    """Of the cores, which do the work of both: on a CPU the engine leaves them little time."""
 
     @property
     def total_s(self) -> float:
         """From the start of one process to its end."""
-        return self.speed.load_s + max(self.engine_s, self.prepare_s)
+        return self.speed.load_s + max(self.engine_s, self.prepare_s, self.shared_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +134,12 @@ def _estimate(plan: Plan, speed: Speed) -> Estimate:
     answer = speed.completion_tokens / speed.num_rows
     workers = plan.job.cfg.runtime.num_workers
     num_workers = default_num_workers() if workers is None else workers
+    engine_s = num_answered * (prompt + answer) * speed.s_per_token
+    prepare_core_s = plan.num_todo * speed.prepare_s / speed.num_rows
+    engine_core_s = engine_s * speed.run_cpu_s / speed.run_s
     return Estimate(
         speed=speed,
-        engine_s=num_answered * (prompt + answer) * speed.s_per_token,
-        prepare_s=plan.num_todo * speed.prepare_s / speed.num_rows / max(1, num_workers),
+        engine_s=engine_s,
+        prepare_s=prepare_core_s / max(1, num_workers),
+        shared_s=(engine_core_s + prepare_core_s) / num_cores(),
     )

@@ -184,8 +184,10 @@ def _time(plan: Plan) -> Iterator[str]:
         f"{speed.run_s:.1f} s",
     )
     limit = "the engine"
-    if estimate.prepare_s > estimate.engine_s:
+    if estimate.prepare_s > max(estimate.engine_s, estimate.shared_s):
         limit = "preparing samples: runtime.num_workers"
+    elif estimate.shared_s > 1.05 * estimate.engine_s:
+        limit = "the cores, which prepare samples beside the engine"
     yield _line(
         "time",
         f"{duration(estimate.total_s)} for {_count(plan.num_todo, 'row')} on one device, "

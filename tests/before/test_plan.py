@@ -19,6 +19,7 @@ from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import save_run
 from batchvlm.preprocess import Preprocessor
 from batchvlm.records import Failure
+from batchvlm.runtime.launch import num_cores
 from batchvlm.settings import compose
 from tests.engine.families.qwen import qwen2_vl
 
@@ -117,6 +118,10 @@ def test_calibrating_answers_rows(tmp_path: Path) -> None:
     # All rows have as many tokens, so the estimate is the trial, scaled.
     share = 25 / 24  # the half file shows only when it is decoded
     assert found.estimate.engine_s == pytest.approx(share * speed.run_s, rel=0.02)
+    # The cores do the engine's work and that of the workers.
+    work_s = share * speed.run_cpu_s + 29 / 24 * speed.prepare_s
+    assert found.estimate.shared_s == pytest.approx(work_s / num_cores(), rel=0.02)
+    assert found.estimate.total_s >= speed.load_s + found.estimate.shared_s
     lines = list(table(found))
     assert any(line.startswith("speed ") and "by 24 rows answered" in line for line in lines)
     assert any(line.startswith("time ") and "for 29 rows on one device" in line for line in lines)
