@@ -95,8 +95,14 @@ def _check_ranges(cfg: JobConfig) -> None:
 
 
 def _check_choices(cfg: JobConfig) -> None:
-    if cfg.model.dtype not in _DTYPES:
-        raise ConfigError(f"model.dtype={cfg.model.dtype} must be one of {', '.join(_DTYPES)}")
+    dtype = cfg.model.dtype
+    by_part = dtype if isinstance(dtype, dict) else {None: dtype}
+    for part, name in by_part.items():
+        if name not in _DTYPES:
+            key = "model.dtype" if part is None else f"model.dtype.{part}"
+            raise ConfigError(f"{key}={name} must be one of {', '.join(_DTYPES)}")
+    if not by_part:
+        raise ConfigError("model.dtype={} names no part", hint="leave it out, or name a dtype")
     where = cfg.model.device_map
     if not (where is None or isinstance(where, dict) or where in _DEVICE_MAPS):
         raise ConfigError(
@@ -158,6 +164,12 @@ def _check_combinations(cfg: JobConfig) -> None:
     ):
         if getattr(model, key) is not None and getattr(model, needs) is None:
             raise ConfigError(f"model.{key} has no effect without model.{needs}")
+    for key in ("quantization", "adapter", "device_map"):
+        if isinstance(model.dtype, dict) and getattr(model, key) is not None:
+            raise ConfigError(
+                f"model.dtype by part does not go with model.{key}",
+                hint="name one dtype for the whole model",
+            )
     _check_output(cfg)
     gen = cfg.generation
     if gen.num_return_sequences > 1 and not (gen.temperature > 0 or gen.columns.temperature):

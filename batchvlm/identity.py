@@ -146,7 +146,7 @@ def _task_identity(cfg: TaskConfig) -> dict[str, Any]:
 
 def _model_identity(cfg: ModelConfig) -> dict[str, Any]:
     identity = {
-        "dtype": cfg.dtype,
+        "dtype": to_plain(cfg.dtype),
         "image_backend": resolve_backend(cfg.image_backend).value,
         "max_image_pixels": cfg.max_image_pixels,
         "max_prompt_tokens": cfg.max_prompt_tokens,

@@ -139,18 +139,28 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
     """
     has_torchvision()
     import torch
+    from transformers import AutoConfig
     from transformers.utils import logging as hub_logging
+
+    from batchvlm.dtypes import cast_parts, part_dtypes, widest
 
     if not sys.stderr.isatty():
         hub_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if cfg.quantization is not None:
         check_installed(cfg.quantization)
     kwargs: dict[str, Any] = dict(_hub_kwargs(cfg))
-    kwargs["dtype"] = cfg.dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    dtypes: dict[str, torch.dtype] | None = None
     if cfg.attn_implementation is not None:
         kwargs["attn_implementation"] = cfg.attn_implementation
     skip: list[str] = []
     with explained(cfg, "model"):
+        if isinstance(cfg.dtype, dict):
+            config = AutoConfig.from_pretrained(cfg.path, **_hub_kwargs(cfg))
+            dtypes = part_dtypes(cfg.dtype, config)
+            # No part may lose what it is to keep.
+            kwargs["dtype"] = widest(dtypes)
+        else:
+            kwargs["dtype"] = cfg.dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         if cfg.quantization is not None:
             skeleton = _skeleton(cfg)
             skip = modules_to_skip(skeleton, cfg.quantization_skip)
@@ -169,6 +179,8 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
         _check_whole(model, sorted(info["missing_keys"]), cfg)
         if cfg.quantization is not None:
             check_quantized(model, skip)
+        if dtypes is not None:
+            cast_parts(model, dtypes)
         if "device_map" not in kwargs:
             model = model.to(device)
         if cfg.adapter is not None:
@@ -252,20 +264,26 @@ def load_skeleton(cfg: ModelConfig) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
+    from batchvlm.dtypes import cast_parts, part_dtypes, saved_dtype, widest
+
     with explained(cfg, "config"):
         config = AutoConfig.from_pretrained(cfg.path, **_hub_kwargs(cfg))
-        text = config.get_text_config(decoder=True)
-        saved = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
-        dtype = saved if cfg.dtype == "auto" else cfg.dtype
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtypes = part_dtypes(cfg.dtype, config) if isinstance(cfg.dtype, dict) else None
+        if dtypes is not None:
+            dtype = widest(dtypes)
+        else:
+            dtype = saved_dtype(config) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         kwargs = {"trust_remote_code": cfg.trust_remote_code, "dtype": dtype}
         with torch.device("meta"):
             try:
-                return AutoModelForImageTextToText.from_config(config, **kwargs)  # type: ignore[no-untyped-call]
+                model = AutoModelForImageTextToText.from_config(config, **kwargs)  # type: ignore[no-untyped-call]
             except ValueError as error:
                 if "Unrecognized configuration class" not in str(error):
                     raise
-                return AutoModelForMultimodalLM.from_config(config, **kwargs)  # type: ignore[no-untyped-call]
+                model = AutoModelForMultimodalLM.from_config(config, **kwargs)  # type: ignore[no-untyped-call]
+        if dtypes is not None:
+            cast_parts(model, dtypes)
+        return model
 
 
 def _hub_kwargs(cfg: ModelConfig) -> dict[str, Any]:

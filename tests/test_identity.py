@@ -50,6 +50,7 @@ def test_other_weights_in_the_same_folder(
         ("data.image_root=/elsewhere", True),
         ("task.system=Be brief.", True),
         ("model.dtype=bfloat16", True),
+        ("model.dtype={vision_config: bfloat16}", True),
         ("generation.top_k=3", True),
         ("generation.stop_on_repetition=false", True),
         ("generation.logprobs=true", True),

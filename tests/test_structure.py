@@ -36,7 +36,8 @@ ALLOWED = {
     "batchvlm.pixels": set(),
     "batchvlm.quantization": set(),
     "batchvlm.adapters": set(),
-    "batchvlm.loading": {"batchvlm.adapters", "batchvlm.quantization"},
+    "batchvlm.dtypes": set(),
+    "batchvlm.loading": {"batchvlm.adapters", "batchvlm.dtypes", "batchvlm.quantization"},
     "batchvlm.preprocess": {
         "batchvlm.images",
         "batchvlm.loading",

@@ -50,11 +50,14 @@ def foresee(cfg: JobConfig, *, row_tokens: int) -> Footprint:
     name, reason = name_engine(model, cfg)
     device = torch.device(find_rank(find_launch(), cfg.engine, cfg.runtime).device)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    token_bytes = _token_bytes(model.config.get_text_config(decoder=True), model.dtype)
+    # Of a model in several dtypes, keys and values have the language model's.
+    kept = model.get_input_embeddings().weight.dtype
+    token_bytes = _token_bytes(model.config.get_text_config(decoder=True), kept)
+    dtypes = {p.dtype: None for p in model.parameters() if p.is_floating_point()}
     plan = MemoryPlan(cfg.engine, device, taken_bytes=weight_bytes)
     return Footprint(
         class_name=type(model).__name__,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=" and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes),
         num_params=sum(p.numel() for p in model.parameters()),
         weight_bytes=weight_bytes,
         token_bytes=token_bytes,

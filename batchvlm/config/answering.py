@@ -26,8 +26,10 @@ class ModelConfig:
     """The model's name in the output; null: `path`, or the last part of a folder's."""
     revision: str | None = None
     """Commit, tag or branch on the hub."""
-    dtype: str = "auto"
-    """`auto` (as saved), `float32`, `bfloat16` or `float16`."""
+    dtype: Any = "auto"
+    """`auto` (as saved), `float32`, `bfloat16` or `float16`; or one for each part, by the names of
+    the model's sub-configs: `{vision_config: float32, text_config: bfloat16, rest: auto}`, where
+    `rest` is what is not named. Such a model runs by `generate()`."""
     attn_implementation: str | None = None
     """`sdpa`, `eager`, `flash_attention_2`, ...; null: transformers' choice. With any but `sdpa`,
     `engine=auto` takes `generate()`."""

@@ -69,6 +69,7 @@ class GenerateEngine:
         tokenizer: the tokenizer that decodes its answers.
         batching: how samples are grouped.
         constraints: the forms that answers are held to, if any.
+        pixel_dtype: what numbers of images are given in; None: the model's.
     """
 
     def __init__(
@@ -78,9 +79,11 @@ class GenerateEngine:
         batching: BatchingConfig | None = None,
         *,
         constraints: Constraints | None = None,
+        pixel_dtype: torch.dtype | None = None,
     ) -> None:
         self.stats = EngineStats()
         self.on_token: OnToken | None = None
+        self._pixel_dtype = pixel_dtype or model.dtype
         self._constraints = constraints or Unconstrained()
         self._batching = batching or BatchingConfig()
         self._model = model
@@ -216,7 +219,7 @@ class GenerateEngine:
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
-            return tensor.to(self._model.device, self._model.dtype)
+            return tensor.to(self._model.device, self._pixel_dtype)
         return tensor.to(self._model.device)
 
 

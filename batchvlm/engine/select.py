@@ -7,6 +7,7 @@ import logging
 import os
 from typing import Any
 
+import torch
 import transformers
 
 from batchvlm.config import EngineName, Guided, JobConfig, TaskName
@@ -81,7 +82,11 @@ def choose_engine(model: Any, tokenizer: Any, cfg: JobConfig) -> Engine:
     if name is EngineName.generate:
         if reason:
             log.info("%s runs by generate(): %s", type(model).__name__, reason)
-        return GenerateEngine(model, tokenizer, cfg.batching, constraints=constraints)
+        # Each part of the model takes them in its own dtype.
+        pixel_dtype = torch.float32 if isinstance(cfg.model.dtype, dict) else None
+        return GenerateEngine(
+            model, tokenizer, cfg.batching, constraints=constraints, pixel_dtype=pixel_dtype
+        )
     return SlotEngine(
         model,
         tokenizer,
@@ -104,6 +109,8 @@ def name_engine(model: Any, cfg: JobConfig) -> tuple[EngineName, str]:
         reason = f"model.attn_implementation={cfg.model.attn_implementation} is asked for"
     if cfg.model.device_map is not None:
         reason = "model.device_map is asked for"
+    if isinstance(cfg.model.dtype, dict):
+        reason = "model.dtype is given by part"
     match cfg.engine.name:
         case EngineName.slots if reason:
             raise ModelError(

@@ -1,0 +1,110 @@
+"""A dtype for each part of a model: what is cast, and what the parts then make of the numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from batchvlm import demo
+from batchvlm.before.footprint import foresee
+from batchvlm.config import ImageBackend, ModelConfig
+from batchvlm.demo.questions import held_out
+from batchvlm.engine.generate import GenerateEngine
+from batchvlm.engine.select import select_engine
+from batchvlm.errors import ModelError
+from batchvlm.loading import load_model
+from batchvlm.settings import compose
+
+from ..demo.test_accuracy import ROOM, answer
+from .loaded import Loaded
+
+NARROW_TEXT = {"vision_config": "float32", "text_config": "bfloat16"}
+NARROW_VISION = {"vision_config": "bfloat16", "text_config": "float32", "rest": "float32"}
+
+
+def load(dtype: Any, path: str | Path = demo.MODEL_DIR) -> Any:
+    return load_model(ModelConfig(path=str(path), dtype=dtype), device="cpu")
+
+
+def dtypes_of(module: torch.nn.Module) -> set[torch.dtype]:
+    return {p.dtype for p in module.parameters()}
+
+
+def part(model: Any, key: str) -> torch.nn.Module:
+    """The module of a sub-config."""
+    config = getattr(model.config, key)
+    return next(m for m in model.modules() if m is not model and getattr(m, "config", 0) is config)
+
+
+@pytest.mark.parametrize("dtype", [NARROW_TEXT, NARROW_VISION], ids=["text", "vision"])
+def test_every_family_runs_in_two_dtypes(loaded: Loaded, dtype: dict[str, str]) -> None:
+    model = load(dtype, loaded.path)
+    for key in ("vision_config", "text_config"):
+        assert dtypes_of(part(model, key)) == {getattr(torch, dtype[key])}
+    assert dtypes_of(model.get_output_embeddings()) == {getattr(torch, dtype["text_config"])}
+    angles = [b.dtype for name, b in model.named_buffers() if name.endswith("inv_freq")]
+    assert set(angles) <= {torch.float32}
+    seen: list[torch.dtype] = []
+    for key in ("vision_config", "text_config"):
+        linears = (m for m in part(model, key).modules() if isinstance(m, torch.nn.Linear))
+        next(linears).register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    engine = GenerateEngine(model, loaded.processor.tokenizer, pixel_dtype=torch.float32)
+    samples = loaded.samples()
+    answers = dict(engine.run(samples))
+    assert {type(answers[s.row_index]).__name__ for s in samples} == {"Completion"}
+    assert set(seen) == {torch.float32, torch.bfloat16}
+
+
+def test_images_are_seen_in_float32_by_a_model_that_answers_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    pixels = torch.randn(1, 1, 3, 96, 96)
+    with torch.inference_mode():
+        plain, narrow = (
+            part(load(dtype), "vision_config")(pixels[0].float()).last_hidden_state
+            for dtype in ("float32", NARROW_TEXT)
+        )
+        coarse = part(load("bfloat16"), "vision_config")(pixels[0].bfloat16()).last_hidden_state
+    assert torch.equal(plain, narrow)
+    assert (coarse.float() - plain).abs().max() > 1e-3
+
+
+def test_weights_keep_what_their_part_can_hold() -> None:
+    """Those saved in float32 do not go through bfloat16 on their way."""
+    plain, mixed = load("float32"), load({"vision_config": "float32", "rest": "bfloat16"})
+    for name, weight in part(mixed, "vision_config").named_parameters():
+        assert torch.equal(weight, part(plain, "vision_config").get_parameter(name))
+    assert dtypes_of(part(mixed, "text_config")) == {torch.bfloat16}
+    assert mixed.get_input_embeddings().weight is mixed.get_output_embeddings().weight
+
+
+def test_a_part_that_the_model_has_not() -> None:
+    with pytest.raises(ModelError) as caught:
+        load({"audio_config": "float32"})
+    assert str(caught.value) == (
+        "model.dtype names audio_config, which is no part of this model; "
+        "there are text_config, vision_config, rest"
+    )
+
+
+def test_which_engine_and_how_many_bytes() -> None:
+    mixed = "model.dtype={text_config: bfloat16, vision_config: float32, rest: auto}"
+    cfg = compose("run", [mixed, "model.image_backend=pil"])
+    assert cfg.model.image_backend is ImageBackend.pil
+    assert isinstance(select_engine(cfg, device="cpu"), GenerateEngine)
+    found, plain = foresee(cfg, row_tokens=100), foresee(compose("run"), row_tokens=100)
+    assert plain.weight_bytes / 2 < found.weight_bytes < plain.weight_bytes
+    assert (plain.dtype, set(found.dtype.split(" and "))) == ("float32", {"float32", "bfloat16"})
+    assert found.token_bytes == plain.token_bytes / 2
+
+
+@pytest.mark.parametrize(
+    "dtype", ["{text_config: bfloat16, vision_config: float32}", "{vision_config: bfloat16}"]
+)
+def test_the_demo_model_still_answers_truly(tmp_path: Path, dtype: str) -> None:
+    items = [item for item in held_out(20) if item.kind not in ROOM]
+    texts = answer(items, tmp_path / "job", f"model.dtype={dtype}", "generation.max_new_tokens=16")
+    right = [text == item.answer for text, item in zip(texts, items, strict=True)]
+    assert sum(right) / len(right) > 0.95
