@@ -69,6 +69,7 @@ def _check_ranges(cfg: JobConfig) -> None:
     _at_least("data.fetch_concurrency", cfg.data.fetch_concurrency, 1)
     _at_least("data.max_source_pixels", cfg.data.max_source_pixels, 1)
     _at_least("model.max_image_pixels", cfg.model.max_image_pixels, 1)
+    _at_least("model.gpus_per_replica", cfg.model.gpus_per_replica, 1)
     _at_least("model.max_prompt_tokens", cfg.model.max_prompt_tokens, 1)
     _at_least("runtime.num_tasks", runtime.num_tasks, 1)
     _at_least("runtime.num_workers", runtime.num_workers, 0)
@@ -161,6 +162,7 @@ def _check_combinations(cfg: JobConfig) -> None:
         ("quantization_skip", "quantization"),
         ("adapter_revision", "adapter"),
         ("adapter_subfolder", "adapter"),
+        ("gpus_per_replica", "device_map"),
     ):
         if getattr(model, key) is not None and getattr(model, needs) is None:
             raise ConfigError(f"model.{key} has no effect without model.{needs}")

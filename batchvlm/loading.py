@@ -25,6 +25,7 @@ from batchvlm.quantization import (
     modules_to_skip,
     quantization_config,
 )
+from batchvlm.words import num_bytes
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
                 cfg.quantization, skip, dtype=compute
             )
         if cfg.device_map is not None:
-            kwargs["device_map"] = cfg.device_map
+            kwargs |= spread(cfg, device)
         elif cfg.quantization is not None:
             # Quantized on the way in; some cannot be moved afterwards.
             kwargs["device_map"] = {"": device}
@@ -177,6 +178,11 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
             cfg, lambda auto: auto.from_pretrained(cfg.path, output_loading_info=True, **kwargs)
         )
         _check_whole(model, sorted(info["missing_keys"]), cfg)
+        if (
+            cfg.gpus_per_replica is not None
+            and "disk" in getattr(model, "hf_device_map", {}).values()
+        ):
+            raise _too_large(cfg)
         if cfg.quantization is not None:
             check_quantized(model, skip)
         if dtypes is not None:
@@ -186,6 +192,58 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
         if cfg.adapter is not None:
             apply_adapter(model, cfg)
         return model.eval()
+
+
+def spread(cfg: ModelConfig, device: str) -> dict[str, Any]:
+    """Where `from_pretrained` puts a model that one GPU does not hold.
+
+    Args:
+        cfg: `gpus_per_replica` of them are this process's; None: all.
+        device: the first of them.
+
+    Raises:
+        ModelError: a mapping names one that is not among them, or they have too little memory.
+    """
+    import torch
+
+    first, size = torch.device(device).index, cfg.gpus_per_replica
+    if size is None or first is None:
+        return {"device_map": cfg.device_map}
+    if isinstance(cfg.device_map, dict):
+        places = {module: _place(where, first, size) for module, where in cfg.device_map.items()}
+        return {"device_map": places}
+    # Of others' GPUs not even the free memory is asked for, which would take some of it. Not the
+    # host's either: each replica would count on all of it.
+    room = {gpu: torch.accelerator.get_memory_info(gpu)[0] for gpu in range(first, first + size)}
+    if cfg.quantization is None:
+        needed = sum(p.numel() * p.element_size() for p in load_skeleton(cfg).parameters())
+        if needed > sum(room.values()):
+            raise _too_large(
+                cfg, f"{num_bytes(needed)} of weights, {num_bytes(sum(room.values()))} free"
+            )
+    return {"device_map": cfg.device_map, "max_memory": room}
+
+
+def _too_large(cfg: ModelConfig, why: str = "layers are too large for what is free") -> ModelError:
+    return ModelError(
+        f"model.path={cfg.path} does not fit into the {cfg.gpus_per_replica} GPUs of a replica: "
+        f"{why}",
+        hint="raise model.gpus_per_replica and start fewer processes, or see model.quantization",
+    )
+
+
+def _place(where: Any, first: int, size: int) -> Any:
+    """A device of a mapping, which counts the GPUs of its own replica from 0."""
+    kind, _, number = str(where).partition(":")
+    number = kind if kind.isdecimal() else number
+    if not number.isdecimal():
+        return where
+    if int(number) >= size:
+        raise ModelError(
+            f"model.device_map names GPU {number}, and a replica has {size} "
+            "(model.gpus_per_replica), counted from 0"
+        )
+    return first + int(number)
 
 
 def _check_whole(model: Any, missing: Sequence[str], cfg: ModelConfig) -> None:

@@ -100,7 +100,7 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
         )
         # The watchdog is left last: whatever hangs on the way out has to end too.
         with watchdog, _open_pool(job) as pool:
-            rank = find_rank(launch, cfg.engine, cfg.runtime)
+            rank = find_rank(launch, cfg.engine, cfg.runtime, cfg.model)
             peers = Peers(launch, _name(job)) if rank.world_size > 1 else None
             if rank.index == 0:
                 metrics.num_found = sum(s.num_rows for s in mine if s.index in finished)
@@ -233,7 +233,7 @@ def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine
             stack.enter_context(peers.exchange(metrics))
         if job.is_overwriting:
             # Shards are opened on what is there: on nothing, once the old run has given way.
-            engine = engine or open_engine(cfg, device=rank.device)
+            engine = engine or _load(cfg, rank)
             save_run(job.folder, job.run, overwrite=True)
         records = _read(work, collector)
         if cfg.data.allow_remote:
@@ -252,7 +252,7 @@ def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine
             turns.on_idle = ready.wake
             stack.enter_context(turns)
         # Rows are read and prepared while the model loads.
-        engine = engine or open_engine(cfg, device=rank.device)
+        engine = engine or _load(cfg, rank)
         save_run(job.folder, job.run)
         metrics.start_s = time.perf_counter() - start
         ready.wait_s = 0.0
@@ -298,6 +298,11 @@ def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine
             peers.tell(metrics)
             peers.see_off(lambda: _wait_a_little(collector, progress))
             progress.advance()
+
+
+def _load(cfg: JobConfig, rank: Rank) -> Engine:
+    model = replace(cfg.model, gpus_per_replica=rank.num_gpus)
+    return open_engine(replace(cfg, model=model), device=rank.device)
 
 
 def _wait_a_little(collector: Collector, progress: Progress) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
+from accelerate.utils import get_balanced_memory
 from safetensors.torch import load_file, save_file
 
 from batchvlm import demo, identity
@@ -15,7 +17,7 @@ from batchvlm.config import ModelConfig
 from batchvlm.engine.select import why_not_slots
 from batchvlm.errors import ModelError
 from batchvlm.identity import answer_identity, pin_model
-from batchvlm.loading import load_limits, load_model, load_processor
+from batchvlm.loading import load_limits, load_model, load_processor, load_skeleton, spread
 from batchvlm.settings import compose
 
 
@@ -74,6 +76,51 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"")
     for path in ("/nonexistent", "./none", "~/none", f"{tmp_path}/none", f"{tmp_path}/model.gguf"):
         assert f"model.path={path}: no such folder" in refused(pin_model, ModelConfig(path=path))
+
+
+class TestAReplicaOfSeveralGpus:
+    """Numbers 2 and 3 of a machine, which has none: what transformers is told of them."""
+
+    @pytest.fixture(autouse=True)
+    def free(self, monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+        """Bytes that each GPU has free."""
+        free = {2: 40_000_000, 3: 40_000_000}
+        monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda gpu: (free[gpu], 0))
+        return free
+
+    def told(self, device_map: object) -> dict[str, object]:
+        cfg = ModelConfig(path=str(demo.MODEL_DIR), device_map=device_map, gpus_per_replica=2)
+        return spread(cfg, "cuda:2")
+
+    @pytest.mark.parametrize("kind", ["auto", "balanced", "sequential"])
+    def test_the_model_is_spread_over_them_alone(self, kind: str, free: dict[int, int]) -> None:
+        """As accelerate then decides, for a model that fills most of both."""
+        free |= {2: 4_000_000, 3: 4_000_000}
+        told = self.told(kind)
+        assert told == {"device_map": kind, "max_memory": free}
+        model = load_skeleton(ModelConfig(path=str(demo.MODEL_DIR), dtype="float32"))
+        assert 4_000_000 < sum(p.numel() * 4 for p in model.parameters()) < 8_000_000
+        room = dict(free)
+        if kind != "sequential":
+            room = get_balanced_memory(model, room, model._no_split_modules)
+        places = infer_auto_device_map(model, room, model._no_split_modules)
+        assert set(places.values()) == {2, 3}
+
+    def test_a_mapping_counts_from_the_first_of_them(self) -> None:
+        told = self.told({"model.text_model": 1, "lm_head": "cuda:0", "": "cpu", "a": "1"})
+        assert told == {"device_map": {"model.text_model": 3, "lm_head": 2, "": "cpu", "a": 3}}
+        message = refused(self.told, {"": 2})
+        assert "names GPU 2, and a replica has 2" in message
+
+    def test_one_process_alone_leaves_it_to_transformers(self) -> None:
+        cfg = ModelConfig(path="m", device_map="auto")
+        assert spread(cfg, "cuda:2") == spread(cfg, "cpu") == {"device_map": "auto"}
+
+    def test_a_model_that_is_too_large_is_not_begun(self, free: dict[int, int]) -> None:
+        free[3] = 1_000_000
+        free[2] = 1_000_000
+        message = refused(self.told, "auto")
+        assert "does not fit into the 2 GPUs of a replica: 3.26 MB of weights, 2 MB free" in message
 
 
 CONFIGURATION = """

@@ -100,3 +100,15 @@ def test_images_by_address_over_two_ranks(tmp_path: Path) -> None:
     assert [row["error_type"] for row in rows[-2:]] == ["missing_image", "decode"]
     right = [row["generated_text"] == it.answer for row, it in zip(rows, items, strict=False)]
     assert len(items) >= 10 and sum(right) >= 0.9 * len(items)
+
+
+def test_a_device_map_in_each_of_two_ranks(tmp_path: Path) -> None:
+    items = [item for item in held_out(12) if len(item.images) == 1 and item.kind == "caption"]
+    images = pa.array([{"bytes": item.images[0], "path": None} for item in items], IMAGE)
+    pq.write_table(pa.table({"image": images}), tmp_path / "in.parquet")
+    settings = [*SETTINGS, f"data.path={tmp_path / 'in.parquet'}", "engine=generate"]
+    run_job(compose("run", [*settings, f"output.dir={tmp_path / 'alone'}"]))
+    rows = check(
+        launch(tmp_path, [*settings, "model.device_map=auto"]), tmp_path / "alone", len(items)
+    )
+    assert {row["status"] for row in rows} == {"success"}

@@ -105,6 +105,8 @@ REFUSED = {
     "model.quantization=int3": "expected one of [quanto_int8, quanto_int4,",
     "model.quantization_skip=[a]": "quantization_skip has no effect without model.quantization",
     "model.adapter_revision=a": "model.adapter_revision has no effect without model.adapter",
+    "model.gpus_per_replica=2": "gpus_per_replica has no effect without model.device_map",
+    "model.gpus_per_replica=0": "model.gpus_per_replica=0 must be at least 1",
     "model.device_map=gpu": "model.device_map=gpu must be one of auto, balanced,",
     "model.image_backend=opencv": "expected one of [auto, pil, torchvision]",
     "engine.device=gpu": "engine.device=gpu must be auto, cpu, cuda",

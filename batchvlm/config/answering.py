@@ -35,7 +35,10 @@ class ModelConfig:
     `engine=auto` takes `generate()`."""
     device_map: Any = None
     """For a model larger than one GPU: `auto`, `balanced`, `sequential`, or a mapping of modules to
-    devices, as accelerate takes it. Runs by `generate()`, in a launch of one process."""
+    devices, as accelerate takes it. One process holds the model, and runs it by `generate()`."""
+    gpus_per_replica: int | None = None
+    """device_map, in a launch of several processes: GPUs that each spreads its model over, in the
+    order of their numbers; null: as many as each gets of those of its machine."""
     quantization: Quantization | None = None
     """`quanto_int8|int4|float8`, `bnb_int8|nf4`, `torchao_int8|int8_dynamic|float8`; the extras
     `quanto`, `bitsandbytes` and `torchao` bring the libraries."""

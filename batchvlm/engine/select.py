@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from typing import Any
 
 import torch
@@ -52,12 +51,6 @@ _VERIFIED = frozenset(
 
 def select_engine(cfg: JobConfig, *, device: str) -> Engine:
     """Load the model and choose its engine; see `open_engine`."""
-    if cfg.model.device_map is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ModelError(
-            "model.device_map spreads the model over the GPUs that each process of this launch "
-            "wants for itself",
-            hint="start one process (batchvlm run), or leave model.device_map out",
-        )
     # The processor first: whatever is wrong with it is known before the weights are read.
     tokenizer = load_processor(cfg.model).tokenizer
     return choose_engine(load_model(cfg.model, device=device), tokenizer, cfg)

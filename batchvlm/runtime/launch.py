@@ -69,6 +69,14 @@ def num_cores(environ: Mapping[str, str] = os.environ) -> int:
     return mine if is_bound else max(1, mine // launch.local_world_size)
 
 
+def num_allocated_gpus(environ: Mapping[str, str] = os.environ) -> int:
+    """GPUs of this machine that are the SLURM step's, all its tasks together; 0: it does not say.
+
+    A task may see its own alone.
+    """
+    return _number(environ, "SLURM_GPUS_ON_NODE", 0) if "SLURM_STEP_ID" in environ else 0
+
+
 def this_place(environ: Mapping[str, str] = os.environ) -> str:
     """Where somebody has to look for this process: its machine, and its SLURM job if it has one."""
     host = environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -168,12 +168,6 @@ def test_which_engine_runs_them(engine_of: Engines) -> None:
     assert isinstance(engine_of("model.device_map=auto"), GenerateEngine)
 
 
-def test_a_device_map_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ModelError, match="each process of this launch"):
-        select_engine(compose("run", ["model.device_map=auto"]), device="cpu")
-
-
 def test_a_device_map_changes_no_answer(
     inputs: dict[str, torch.Tensor], plain: torch.Tensor
 ) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchvlm.config import EngineConfig, RuntimeConfig
+from batchvlm.config import EngineConfig, ModelConfig, RuntimeConfig
 from batchvlm.errors import ConfigError
 from batchvlm.records import Shard
 from batchvlm.runtime.launch import Launch
-from batchvlm.runtime.ranks import find_rank, shards_of_task
+from batchvlm.runtime.ranks import Rank, find_rank, gpus_of, shards_of_task
 
 
 def plan(count: int) -> list[Shard]:
@@ -46,3 +48,100 @@ def test_the_cpu_is_always_there() -> None:
 def test_a_device_that_is_not_here(device: str) -> None:
     with pytest.raises(ConfigError, match=f"engine.device={device} is not on this machine"):
         find_rank(Launch(), EngineConfig(device=device), RuntimeConfig())
+
+
+def spread(gpus_per_replica: int | None = None, device_map: str = "auto") -> ModelConfig:
+    return ModelConfig(path="m", device_map=device_map, gpus_per_replica=gpus_per_replica)
+
+
+def of_machine(num_ranks: int, local_rank: int = 0) -> Launch:
+    """A rank of the second of two machines."""
+    return Launch(
+        rank=num_ranks + local_rank,
+        world_size=2 * num_ranks,
+        local_rank=local_rank,
+        local_world_size=num_ranks,
+    )
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.none() | st.integers(0, 9))
+def test_each_rank_of_a_machine_has_gpus_of_its_own(
+    num_ranks: int, size: int, num_left: int | None
+) -> None:
+    """Without a number all of them are taken."""
+    asked, num_gpus = None if num_left is None else size, num_ranks * size + (num_left or 0)
+    groups = [
+        gpus_of(of_machine(num_ranks, rank), num_gpus, spread(asked), num_allocated=num_gpus)
+        for rank in range(num_ranks)
+    ]
+    assert [gpu for group in groups for gpu in group] == list(range(num_ranks * size))
+    assert {len(group) for group in groups} == {size}
+
+
+def test_a_task_that_sees_its_own_gpus_alone_takes_them_all() -> None:
+    """As under `srun --gpus-per-task=2`, four tasks on a machine with eight."""
+    for rank in range(4):
+        for asked in (None, 2):
+            own = gpus_of(of_machine(4, rank), 2, spread(asked), num_allocated=8)
+            assert own == range(2)
+    with pytest.raises(ConfigError, match="need 3 GPUs, and 2 are here"):
+        gpus_of(of_machine(4), 2, spread(3), num_allocated=8)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_gpus", "model", "message"),
+    [
+        (3, 8, spread(), "8 GPUs do not divide among the 3 processes of this machine; "
+         "start 1 or 2 or 4 or 8, or set model.gpus_per_replica"),
+        (4, 2, spread(), "2 GPUs do not divide among the 4 processes"),
+        (3, 8, spread(4), "model.gpus_per_replica=4: the processes of this machine need 12 GPUs, "
+         "and 8 are here; start 2 at most"),
+        (1, 2, spread(4), "need 4 GPUs, and 2 are here; ask for more GPUs"),
+        (2, 4, spread(device_map="balanced_low_0"), "knows no other first GPU than number 0"),
+    ],
+)  # fmt: skip
+def test_gpus_that_do_not_suffice(
+    num_ranks: int, num_gpus: int, model: ModelConfig, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        gpus_of(of_machine(num_ranks), num_gpus, model, num_allocated=0)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_gpus_that_are_left_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert gpus_of(of_machine(2, 1), 8, spread(3), num_allocated=0) == range(3, 6)
+    assert "2 of the 8 GPUs here are nobody's" in caplog.text
+
+
+class TestAMachineWithFourGpus:
+    @pytest.fixture(autouse=True)
+    def four(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Which of them was made the current one."""
+        chosen: list[int] = []
+        cuda = SimpleNamespace(type="cuda")
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: cuda)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+        monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+        return chosen
+
+    def find(self, launch: Launch, model: ModelConfig | None, device: str = "auto") -> Rank:
+        return find_rank(launch, EngineConfig(device=device), RuntimeConfig(), model)
+
+    def test_two_ranks_have_two_each(self, four: list[int]) -> None:
+        first, second = (self.find(of_machine(2, rank), spread()) for rank in (0, 1))
+        assert [(r.device, r.num_gpus) for r in (first, second)] == [("cuda:0", 2), ("cuda:2", 2)]
+        assert four == [0, 2]
+
+    def test_slurm_says_whether_there_are_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SLURM_STEP_ID", "0")
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+        assert self.find(of_machine(2, 1), spread()).device == "cuda:0"
+
+    def test_one_process_sees_to_it_itself(self) -> None:
+        assert self.find(Launch(), spread()).num_gpus is None
+        assert self.find(Launch(), spread(3)).num_gpus == 3
+        assert self.find(of_machine(4, 3), None).device == "cuda:3"
+        with pytest.raises(ConfigError, match="cuda:1 is one GPU, and model"):
+            self.find(of_machine(2), spread(), device="cuda:1")
+        with pytest.raises(ConfigError, match="gpus_per_replica=2, and the model runs on cpu"):
+            self.find(Launch(), spread(2), device="cpu")
