@@ -9,7 +9,16 @@ import re
 from dataclasses import asdict
 from importlib.util import find_spec
 
-from batchvlm.config import GENERATION_LIMITS, DataConfig, JobConfig, SourceKind, TaskName
+from batchvlm.config import (
+    GENERATION_LIMITS,
+    DataConfig,
+    EngineName,
+    GenerationConfig,
+    Guided,
+    JobConfig,
+    SourceKind,
+    TaskName,
+)
 from batchvlm.endpoint_settings import check_endpoint
 from batchvlm.errors import ConfigError, ErrorType
 
@@ -173,6 +182,7 @@ def _check_combinations(cfg: JobConfig) -> None:
                 hint="name one dtype for the whole model",
             )
     _check_output(cfg)
+    _check_scores(cfg)
     gen = cfg.generation
     if gen.num_return_sequences > 1 and not (gen.temperature > 0 or gen.columns.temperature):
         raise ConfigError(
@@ -250,6 +260,49 @@ def _check_output(cfg: JobConfig) -> None:
             raise ConfigError("task.output.choice needs answers to choose from, none of them empty")
         if len(set(output.choice)) < len(output.choice):
             raise ConfigError("task.output.choice names an answer twice")
+
+
+_DECODING = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty"),
+    *("presence_penalty", "min_new_tokens", "stop", "ignore_eos", "num_return_sequences"),
+)
+
+
+def _check_scores(cfg: JobConfig) -> None:
+    """Where choices are scored nothing is decoded, and what decoding heeds would mean nothing."""
+    if not cfg.task.scores:
+        return
+    output, gen, defaults = cfg.task.output, cfg.generation, GenerationConfig()
+    named = [
+        n
+        for n in ("json_schema", "regex", "grammar", "type", "json_schema_column")
+        if getattr(output, n) is not None
+    ]
+    if cfg.task.name is not TaskName.extract or named:
+        what = f"task.output.{named[0]}" if named else f"task={cfg.task.name.value}"
+        raise ConfigError(
+            f"task.scores=true scores choices, and does not go with {what}",
+            hint="choose task=extract with task.output.choice=[A,B] or "
+            "task.output.choice_column=COLUMN",
+        )
+    if cfg.engine.name is EngineName.endpoint:
+        raise ConfigError(
+            "task.scores=true does not go with engine=endpoint: no server says how likely a text "
+            "is that it would not choose",
+            hint="run the model here, or leave task.scores out",
+        )
+    if output.guided is Guided.off:
+        raise ConfigError("task.output.guided=off has no effect with task.scores=true")
+    for key in _DECODING:
+        is_set = getattr(gen, key) != getattr(defaults, key)
+        if is_set or getattr(gen.columns, key):
+            where = (
+                f"generation.{key}={getattr(gen, key)}" if is_set else f"generation.columns.{key}"
+            )
+            raise ConfigError(
+                f"{where} has no effect with task.scores=true, which decodes nothing",
+                hint="leave it out",
+            )
 
 
 def _check_dialog(cfg: JobConfig) -> None:

@@ -244,6 +244,7 @@ class Collector:
             parsed=parsed,
             json_valid=reading.json_valid,
             constraint=completion.constraint,
+            scores=completion.scores,
             finish_reason=completion.finish_reason,
             completion_tokens=_num_tokens(answers),
             latency_s=completion.latency_s + sum(answer.latency_s for answer in record.said),

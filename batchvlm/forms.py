@@ -40,6 +40,23 @@ def run_form(cfg: TaskOutputConfig) -> Form | None:
     return None
 
 
+def run_choices(cfg: TaskOutputConfig) -> tuple[str, ...] | None:
+    """The choices that every row has; None where the rows alone bring some.
+
+    Raises:
+        ConfigError: the run asks for another form.
+    """
+    form = run_form(cfg)
+    if form is None:
+        return None
+    if form.kind is not FormKind.CHOICE:
+        raise ConfigError(
+            "task.scores=true scores choices, and the run asks for another form",
+            hint="set task.output.choice=[A,B] or task.output.choice_column=COLUMN",
+        )
+    return tuple(json.loads(form.text))
+
+
 def has_form(cfg: TaskOutputConfig) -> bool:
     """Whether the run, or its rows, ask for a form."""
     columns = (cfg.json_schema_column, cfg.choice_column)

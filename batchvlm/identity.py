@@ -141,7 +141,10 @@ def _task_identity(cfg: TaskConfig) -> dict[str, Any]:
     }
     if form is not None or cfg.output.json_schema_column or cfg.output.choice_column:
         asked["guided"] = cfg.output.guided.value
-    return {**to_plain(cfg), "output": asked}
+    identity = {**to_plain(cfg), "output": asked}
+    if not cfg.scores:
+        del identity["scores"]  # so that outputs of before it was there stay valid
+    return identity
 
 
 def _model_identity(cfg: ModelConfig) -> dict[str, Any]:

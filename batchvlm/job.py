@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchvlm.config import EngineName, JobConfig, OnMismatch, SourceKind, TaskName, sent_as
 from batchvlm.errors import FingerprintError, InputError
-from batchvlm.forms import run_form
+from batchvlm.forms import run_choices, run_form
 from batchvlm.identity import (
     answer_identity,
     output_layout,
@@ -120,9 +120,12 @@ def open_job(cfg: JobConfig) -> Job:
         or cfg.task.name is TaskName.dialog,
         token_ids=cfg.output.token_ids,
         logprobs=gen.logprobs or bool(gen.columns.logprobs),
+        scores=cfg.task.scores,
         constraint=cfg.task.name is TaskName.extract or bool(output.json_schema_column),
         parsed=parsed.type,
     )
+    if cfg.task.scores:
+        run_choices(output)
     task = open_task(cfg.task)
     folder = OutputFolder(cfg.output.dir)
     folder.check_writable()

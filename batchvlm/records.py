@@ -281,6 +281,17 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceScore:
+    """What the model makes of one choice."""
+
+    choice: str
+    logprob: float
+    """Log-probability of its tokens behind the prompt, and of the end behind these."""
+    probability: float
+    """Among the row's choices, of which it is 1 in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What the model answered to one sample."""
 
@@ -296,6 +307,8 @@ class Completion:
     """Seconds from the start of the row's batch until its answer was complete."""
     constraint: Constraint | None = None
     """How far the answer was held to its form; None where it has none."""
+    scores: tuple[ChoiceScore, ...] | None = None
+    """Of each of the row's choices, in their order, where these are scored."""
     alternatives: tuple[Completion, ...] = ()
     """Further answers to the row, where it wants several."""
     usage: Usage | None = None
@@ -362,6 +375,8 @@ class Result:
     """The typed value of an extract task: a value of the column's Arrow type."""
     json_valid: bool | None = None
     constraint: Constraint | None = None
+    scores: tuple[ChoiceScore, ...] | None = None
+    """Of each of the row's choices, where these are scored."""
     finish_reason: FinishReason | None = None
     prompt_tokens: int | None = None
     image_tokens: int | None = None

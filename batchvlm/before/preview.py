@@ -26,6 +26,7 @@ from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.ranks import find_rank
 from batchvlm.words import printable
 
+_MAX_SCORES = 10
 _MAX_THUMBNAILS = 4
 """Of one row."""
 _THUMBNAIL_PIXELS = 512 * 512
@@ -80,8 +81,10 @@ def _answer(
         return
     if not streamer.has_said:
         print(printable(outcome.text))
+    for score in sorted(outcome.scores or (), key=lambda score: -score.probability)[:_MAX_SCORES]:
+        print(f"{score.probability:7.2%}  {printable(score.choice)}")
     print("\n" + "; ".join(_facts(job, outcome, sample.prompt_tokens, sample.image_tokens, run_s)))
-    reading = job.task.read(outcome.text, json_schema=sample.json_schema)
+    reading = job.task.read(outcome.text, json_schema=sample.json_schema, choices=sample.choices)
     if sample.turns_left:
         # The next turn of a dialog: the answer is part of its prompt.
         record = replace(record, said=(*record.said, outcome))

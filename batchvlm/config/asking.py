@@ -111,6 +111,10 @@ class TaskConfig:
     """Take `![](X)` in a prompt or a user's message for an image, as TGI does: X is an address, a
     path or a `data:` URI, allowed or not as in any other place."""
     output: TaskOutputConfig = field(default_factory=TaskOutputConfig)
+    scores: bool = False
+    """With choices: score each of them in place of decoding an answer. The answer is the likeliest,
+    and the column `scores` holds all, in their order: the log-probability of a choice's tokens and
+    of the end behind them, and its probability among the row's choices."""
     instructions: Instructions = Instructions.off
     """`auto`: where a JSON schema is asked for, the prompt ends with it, in a compact form; models
     answer better when they see it. Messages of the rows' own stay as they are."""

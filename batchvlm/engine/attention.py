@@ -44,7 +44,12 @@ class Packed:
     """int64 [E]: the tokens whose logits are asked for; None: all count."""
     sees_ahead: bool = False
     """Set by a forward in which some token attends to a later one, as in PaliGemma's prompts."""
+    trees: tuple[Tensor, ...] | None = None
+    """Of tokens that go on from a prompt in several ways: for each row, which of its tokens each
+    attends to besides the prompt, bool [T_i, T_i]; one lies as far behind the prompt as it attends
+    to others."""
     _flash: flash.Bounds | None = None
+    _tree_masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -65,6 +70,20 @@ class Packed:
                 max_keys=max(num_keys),
             )
         return self._flash
+
+    def tree_mask(self, row: int, num_before: int, window: int | None) -> Tensor:
+        """What the tokens of one row's tree attend to: bool [T_i, P_i + T_i]."""
+        assert self.trees is not None
+        key = row, window
+        if key not in self._tree_masks:
+            tree_TT = self.trees[row]
+            mask = torch.cat([tree_TT.new_ones(len(tree_TT), num_before), tree_TT], dim=1)
+            if window is not None:
+                before = torch.arange(num_before, device=mask.device)
+                own = num_before + tree_TT.sum(1) - 1
+                mask &= torch.cat([before, own]) > own[:, None] - window
+            self._tree_masks[key] = mask
+        return self._tree_masks[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +269,8 @@ def _packed(
     masks: Tensor | None,
     window: int | None,
 ) -> Tensor:
-    if masks is None and score.softcap is None and flash.is_able(query):
+    is_plain = masks is None and packed.trees is None
+    if is_plain and score.softcap is None and flash.is_able(query):
         return flash.attend(
             query[0].transpose(0, 1),
             _behind_past(key[0], packed, [before and before[0] for before in past]),
@@ -269,7 +289,9 @@ def _packed(
             k = torch.cat([before[0][None], k], dim=2)
             v = torch.cat([before[1][None], v], dim=2)
         num_before = k.shape[2] - q.shape[2]
-        if mask is None and (num_before or (window is not None and k.shape[2] > window)):
+        if packed.trees is not None:
+            mask = packed.tree_mask(i, num_before, window)
+        elif mask is None and (num_before or (window is not None and k.shape[2] > window)):
             mask = _causal(q.shape[2], num_before, window, q.device)
         attended = score.attend(q, k, v, mask, is_causal=mask is None)
         out[:, start:stop] = attended.transpose(1, 2)

@@ -39,11 +39,28 @@ class _PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
 
-class PackedCache(Cache):
-    """Keys and values of several prompts behind one another, layer by layer."""
+class _BehindLayer(_PackedLayer):
+    """The same of tokens behind prompts: a family that asks hears that these are none."""
 
-    def __init__(self, num_layers: int) -> None:
-        self._packed = [_PackedLayer() for _ in range(num_layers)]  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        return 1
+
+
+class PackedCache(Cache):
+    """Keys and values of several prompts behind one another, layer by layer.
+
+    Args:
+        num_layers: of the model.
+        is_prompt: false for tokens behind prompts that are computed.
+    """
+
+    def __init__(self, num_layers: int, *, is_prompt: bool = True) -> None:
+        layer = _PackedLayer if is_prompt else _BehindLayer
+        self._packed = [layer() for _ in range(num_layers)]
         super().__init__(layers=list(self._packed))
 
     def row(self, start: int, stop: int) -> RowCache:

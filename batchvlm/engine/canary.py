@@ -10,15 +10,18 @@ import copy
 import logging
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from batchvlm.engine.attention import Span
 from batchvlm.engine.cache import SlotCache
 from batchvlm.engine.collate import collate
-from batchvlm.engine.decoder import Decoder, Piece
+from batchvlm.engine.decoder import Branches, Decoder, Piece
+from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.generate import without_defaults
 from batchvlm.engine.vision import ImageFeatures, batches
 from batchvlm.errors import ModelError
@@ -34,13 +37,59 @@ _MAX_ERROR = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
 stays an order of magnitude below; a wrong position or image gives 0.5 and more."""
 
 
-def check(model: Any, decoder: Decoder, samples: Sequence[Sample]) -> None:
+class Canary:
+    """Looks at the first rows of a run, and at the first that have images.
+
+    Args:
+        model: a transformers model.
+        decoder: the same model as the slot engine drives it.
+        is_on: whether it looks at all.
+        is_scoring: whether choices are scored, and nothing is decoded over slots.
+    """
+
+    def __init__(self, model: Any, decoder: Decoder, *, is_on: bool, is_scoring: bool) -> None:
+        self._model, self._decoder, self._is_scoring = model, decoder, is_scoring
+        self._is_checked = self._has_checked_images = not is_on
+
+    def look(self, window: Sequence[Sample]) -> None:
+        """Hold rows of a window against `generate()`, where none like them was before.
+
+        Raises:
+            ModelError: the model answers differently, or cannot run over slots.
+            DeviceError: the accelerator is broken.
+        """
+        has_images = any(sample.image_sizes for sample in window)
+        if self._is_checked and (self._has_checked_images or not has_images):
+            return
+        self._is_checked = True
+        self._has_checked_images = has_images
+        try:
+            check(self._model, self._decoder, window, is_scoring=self._is_scoring)
+        except torch.AcceleratorError as error:
+            raise device_error(error) from error
+        except ModelError:
+            raise
+        except NotImplementedError as error:
+            raise ModelError(
+                f"{type(self._model).__name__} cannot run over slots: {error}",
+                hint="engine=generate runs it by transformers' generate()",
+            ) from error
+        except Exception as error:
+            # Most likely a row that nobody can answer, or memory; each row will say so itself.
+            log.warning("the canary could not run: %s", failure_of(error).message)
+            free_memory(self._decoder.device)
+
+
+def check(
+    model: Any, decoder: Decoder, samples: Sequence[Sample], *, is_scoring: bool = False
+) -> None:
     """Hold the first two tokens of the shortest rows against `generate()`.
 
     Args:
         model: a transformers model.
         decoder: the same model as the slot engine drives it.
         samples: rows to choose from; the shortest are taken, together in one pack.
+        is_scoring: whether the second token is computed as one of a choice is.
 
     Raises:
         ModelError: the two differ by more than rounding.
@@ -53,7 +102,7 @@ def check(model: Any, decoder: Decoder, samples: Sequence[Sample]) -> None:
         # Beside itself: alone it would not show whether rows of a pack see one another.
         rows, expected = rows * 2, expected * 2
     first_B = torch.stack([token for _, _, token in expected])
-    mine = _over_slots(model, decoder, rows, first_B)
+    mine = _over_slots(model, decoder, rows, first_B, is_scoring=is_scoring)
     for step, logits_BV in enumerate(mine):
         for row, logits_V, pair in zip(rows, logits_BV, expected, strict=True):
             error = relative_error(logits_V, pair[step])
@@ -97,7 +146,7 @@ def _generated(model: Any, row: Sample) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _over_slots(
-    model: Any, decoder: Decoder, rows: Sequence[Sample], first_B: Tensor
+    model: Any, decoder: Decoder, rows: Sequence[Sample], first_B: Tensor, *, is_scoring: bool
 ) -> tuple[Tensor, Tensor]:
     """The logits of the first token, and of the second where the first is `first_B`, [B, V]."""
     images = ImageFeatures(model, EngineStats())
@@ -109,11 +158,19 @@ def _over_slots(
     pieces = [Piece(prompt, 0, len(prompt)) for prompt in prompts]
     first_BV, packed = decoder.prefill(pieces, features, ends=range(len(rows)))
     lengths = [len(prompt) for prompt in prompts]
+    ends = list(accumulate(lengths))
+    caches = [packed.row(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    if is_scoring:
+        alone = np.ones((1, 1), dtype=bool)
+        ids = first_B.cpu().numpy()
+        branches = [
+            Branches(prompt, past, ids[i : i + 1], alone)
+            for i, (prompt, past) in enumerate(zip(prompts, caches, strict=True))
+        ]
+        return first_BV, decoder.branch(branches)
     cache = SlotCache(packed.row(0, 1), num_slots=len(rows), length=max(lengths) + 1)
-    start = 0
-    for slot, length in enumerate(lengths):
-        cache.put(slot, [packed.row(start, start + length)])
-        start += length
+    for slot, past in enumerate(caches):
+        cache.put(slot, [past])
     second_BV = decoder.step(
         cache,
         first_B,

@@ -57,6 +57,19 @@ class Piece:
     """What was computed of the prompt before `start`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """Tokens that go on from the end of a prompt in several ways: a tree of n nodes."""
+
+    prompt: Prompt
+    past: RowCache
+    """Keys and values of the whole prompt."""
+    ids: npt.NDArray[np.int64]
+    """[n], one at least."""
+    sees: npt.NDArray[np.bool_]
+    """[n, n]: the nodes that each attends to, itself and those that lead to it."""
+
+
 class Decoder:
     """Runs a model's decoder over packed prompts and over slots.
 
@@ -170,6 +183,37 @@ class Decoder:
         else:
             self._text_sees_ahead = bool(self._text_sees_ahead) or form.sees_ahead
         return out.logits[0, : len(ends)], cache
+
+    @torch.inference_mode()
+    def branch(self, branches: Sequence[Branches]) -> Tensor:
+        """Compute tokens that go on from prompts in several ways, all at once.
+
+        Args:
+            branches: one or several of each prompt.
+
+        Returns:
+            logits_TV: [T, V], what comes after each of their tokens, behind one another.
+        """
+        bounds = [0, *np.cumsum([len(b.ids) for b in branches]).tolist()]
+        ids = np.concatenate([b.ids for b in branches])
+        rope = np.concatenate(
+            [b.past.length + b.sees.sum(1) - 1 + b.prompt.rope_delta for b in branches]
+        )
+        form = Packed(
+            bounds=tuple(bounds),
+            past=tuple(b.past.layers for b in branches),
+            trees=tuple(self.to_device(torch.from_numpy(b.sees)) for b in branches),
+        )
+        with attention.attending(form), self._attending_by_row():
+            out = self._model(
+                input_ids=self.to_device(torch.from_numpy(ids))[None],
+                position_ids=self._axes(self.to_device(torch.from_numpy(rope))[None, None]),
+                past_key_values=PackedCache(self._num_layers, is_prompt=False),
+                use_cache=True,
+                logits_to_keep=0,
+            )
+        logits_TV: Tensor = out.logits[0]
+        return logits_TV
 
     def is_causal(self, *, has_images: bool) -> bool:
         """Whether prompts with or without images are known to be causal: they may be cut."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,8 +21,10 @@ from batchvlm.config import BatchingConfig, ModelConfig
 from batchvlm.constraints.constraints import Constraints, Unconstrained
 from batchvlm.constraints.masks import RowMatcher
 from batchvlm.engine.answers import expand, join
+from batchvlm.engine.choices import Choices
 from batchvlm.engine.collate import collate
 from batchvlm.engine.faults import device_error, failure_of, free_memory
+from batchvlm.engine.forced import ForcedChoices
 from batchvlm.engine.protocol import OnToken
 from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
@@ -54,6 +57,7 @@ _INNER_GENERATE = frozenset({"blip-2", "instructblip"})
 _SPEAKS_IN_TOKENS = frozenset({"florence2"})
 # Families whose own generate() loses logits processors; it can also draw images, which nobody asks.
 _OWN_GENERATE = frozenset({"janus"})
+_MAX_ANSWERS = 256
 _KEPT_DEFAULTS = (
     *("bos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
     # What the answers of an encoder-decoder begin with.
@@ -70,6 +74,7 @@ class GenerateEngine:
         batching: how samples are grouped.
         constraints: the forms that answers are held to, if any.
         pixel_dtype: what numbers of images are given in; None: the model's.
+        choices: what rows may answer, where choices are scored and nothing is decoded.
     """
 
     def __init__(
@@ -80,7 +85,11 @@ class GenerateEngine:
         *,
         constraints: Constraints | None = None,
         pixel_dtype: torch.dtype | None = None,
+        choices: Choices | None = None,
     ) -> None:
+        self._choices = choices
+        self._max_answers = _MAX_ANSWERS
+        """Choices of all rows of a batch that are forced at once."""
         self.stats = EngineStats()
         self.on_token: OnToken | None = None
         self._pixel_dtype = pixel_dtype or model.dtype
@@ -130,9 +139,19 @@ class GenerateEngine:
                 for sample in batch.samples:
                     if len(sample.image_sizes) != 1:
                         yield sample, self._not_one_image(len(sample.image_sizes))
-            groups = [(sample,) for sample in able] if is_alone else [able] if able else []
+            groups = [(sample,) for sample in able] if is_alone else self._grouped(able)
             for group in groups:
                 yield from self._run_or_split(group)
+
+    def _grouped(self, samples: Sequence[Sample]) -> list[tuple[Sample, ...]]:
+        """Rows that go through the model together."""
+        if self._choices is None:
+            return [tuple(samples)] if samples else []
+        # Each has as many choices forced as the one with most.
+        by_num: dict[int, list[Sample]] = defaultdict(list)
+        for sample in samples:
+            by_num[len(sample.choices or ()).bit_length()].append(sample)
+        return [tuple(group) for group in by_num.values()]
 
     def _not_one_image(self, num_images: int) -> Failure:
         return Failure(
@@ -146,7 +165,7 @@ class GenerateEngine:
         is_inference = not refuses_inference_mode(self._model)
         try:
             with torch.no_grad(), torch.inference_mode(is_inference):
-                outcomes = self._generate(samples)
+                outcomes = self._outcomes(samples)
         except RowError as error:
             failure = Failure(error_type=error.error_type, message=error.message)
         except torch.AcceleratorError as error:
@@ -160,7 +179,10 @@ class GenerateEngine:
         # of the failed attempt.
         free_memory(self._model.device)
         if len(samples) == 1:
-            yield samples[0], failure
+            if self._choices is not None and self._has_less(failure):
+                yield from self._run_or_split(samples)
+            else:
+                yield samples[0], failure
             return
         # A batch that raises is halved until the row at fault stands alone.
         log.warning("a batch of %d rows failed (%s); halving it", len(samples), failure.message)
@@ -168,15 +190,49 @@ class GenerateEngine:
         yield from self._run_or_split(samples[:middle])
         yield from self._run_or_split(samples[middle:])
 
+    def _has_less(self, failure: Failure) -> bool:
+        """Whether fewer choices at once may fit."""
+        if failure.error_type is not ErrorType.OOM or self._max_answers == 1:
+            return False
+        self._max_answers //= 4
+        return True
+
+    def _outcomes(self, samples: Sequence[Sample]) -> list[Completion | Failure]:
+        return self._generate(samples) if self._choices is None else self._score(samples)
+
+    def _score(self, samples: Sequence[Sample]) -> list[Completion | Failure]:
+        """Score the choices of each row."""
+        assert self._choices is not None
+        start = time.perf_counter()
+        choices = [self._choices.of(sample) for sample in samples]
+        budget = self._batching.max_batch_tokens
+        longest = max(s.prompt_tokens + c.max_tokens for s, c in zip(samples, choices, strict=True))
+        forced = ForcedChoices(
+            choices,
+            eos_ids=self._eos_ids,
+            max_answers=min(self._max_answers, budget // longest),
+        )
+        inputs = self._inputs(samples)
+        self._call_generate(
+            inputs, max_new_tokens=max(c.max_tokens for c in choices) + 2, custom_generate=forced
+        )
+        latency_s = time.perf_counter() - start
+        self._count(samples, inputs, forced.row_steps)
+        outcomes: list[Completion | Failure] = []
+        for sample, row, logprobs, is_finite in zip(
+            samples, choices, forced.logprobs, forced.is_finite, strict=True
+        ):
+            if is_finite:
+                answer = self._choices.answer(sample, row, logprobs, latency_s=latency_s)
+            else:
+                answer = not_finite(0)
+            outcomes.append(answer)
+        return outcomes
+
     def _generate(self, samples: Sequence[Sample]) -> list[Completion | Failure]:
         start = time.perf_counter()
         device = self._model.device
-        inputs = {
-            name: self._to_device(tensor)
-            for name, tensor in collate(
-                samples, pad_id=self._pad_id, pads_right=self._is_encoder_decoder
-            ).items()
-        }
+        inputs = self._inputs(samples)
         # The answer of an encoder-decoder stands alone, behind a token that starts it.
         prompt_width = 1 if self._is_encoder_decoder else inputs["input_ids"].shape[1]
         sampler = RowSampler(len(samples), eos_ids=self._eos_ids, device=device)
@@ -192,20 +248,14 @@ class GenerateEngine:
         stops = [RowStop(sample.generation, ends, self._tokenizer) for sample in samples]
         rows = [sample.row_index if sample.answer == 0 else None for sample in samples]
         criterion = RowStops(stops, chosen, self._eos_ids, rows=rows, on_token=self.on_token)
-        generate = self._model.generate
-        if self._model.config.model_type in _OWN_GENERATE:
-            generate = partial(GenerationMixin.generate, self._model)
-        ids_BT = generate(
-            **inputs,
+        ids_BT = self._call_generate(
+            inputs,
             max_new_tokens=max(sample.generation.max_new_tokens for sample in samples),
             logits_processor=LogitsProcessorList([chosen]),
             stopping_criteria=[criterion],
         )
         latency_s = time.perf_counter() - start
-        self.stats.num_batches += 1
-        self.stats.prompt_tokens += sum(sample.prompt_tokens for sample in samples)
-        self.stats.prompt_cells += inputs["input_ids"].numel()
-        self.stats.row_steps += len(samples) * (ids_BT.shape[1] - prompt_width)
+        self._count(samples, inputs, len(samples) * (ids_BT.shape[1] - prompt_width))
         outcomes: list[Completion | Failure] = []
         for i, (sample, stop) in enumerate(zip(samples, stops, strict=True)):
             if i in criterion.failures:
@@ -216,6 +266,25 @@ class GenerateEngine:
                 completion = replace(completion, constraint=matcher.constraint)
             outcomes.append(completion)
         return outcomes
+
+    def _inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        tensors = collate(samples, pad_id=self._pad_id, pads_right=self._is_encoder_decoder)
+        return {name: self._to_device(tensor) for name, tensor in tensors.items()}
+
+    def _call_generate(self, inputs: Mapping[str, Tensor], **how: Any) -> Tensor:
+        generate = self._model.generate
+        if self._model.config.model_type in _OWN_GENERATE:
+            generate = partial(GenerationMixin.generate, self._model)
+        ids_BT: Tensor = generate(**inputs, **how)
+        return ids_BT
+
+    def _count(
+        self, samples: Sequence[Sample], inputs: Mapping[str, Tensor], row_steps: int
+    ) -> None:
+        self.stats.num_batches += 1
+        self.stats.prompt_tokens += sum(sample.prompt_tokens for sample in samples)
+        self.stats.prompt_cells += inputs["input_ids"].numel()
+        self.stats.row_steps += row_steps
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():

@@ -26,6 +26,10 @@ features, and for prompts that wait for a slot."""
 _TRY_AGAIN_STEPS = 256
 """Memory may have been short for a moment, by somebody else's doing."""
 _UNLIMITED = 1 << 62
+_SCORED_LOGITS = {"cpu": 32 << 20, "cuda": 256 << 20}
+"""Logits in one forward over choices, all of which are looked at."""
+_SCORED_TOKENS = 4096
+"""Tokens there: each may attend to every other."""
 
 
 class MemoryPlan:
@@ -46,6 +50,8 @@ class MemoryPlan:
         self._num_good_steps = 0
         self.pack_tokens = cfg.max_prefill_tokens or _PACK_TOKENS[kind]
         """Prompt tokens in one forward."""
+        self._scored_logits = _SCORED_LOGITS[kind]
+        self._scored_tokens = min(_SCORED_TOKENS, self.pack_tokens)
         self.vision_cells = _VISION_CELLS[kind]
         """Numbers in the pixel arrays of one forward of the image encoder."""
         self._cache_bytes = int(
@@ -77,6 +83,14 @@ class MemoryPlan:
         """Remember that there was no memory for a pack of this many prompt tokens."""
         self.pack_tokens = max(1, min(self.pack_tokens, num_tokens // 2))
         log.warning("no memory for %d prompt tokens at once; %d", num_tokens, self.pack_tokens)
+
+    def num_scored(self, vocab_size: int) -> int:
+        """Tokens of choices in one forward; two at least."""
+        return max(2, min(self._scored_tokens, self._scored_logits // vocab_size))
+
+    def lower_scored(self, num_tokens: int) -> None:
+        """Remember that there was no memory to score this many tokens at once."""
+        self._scored_tokens = max(2, min(self._scored_tokens, num_tokens // 2))
 
     def lower_vision(self, num_cells: int) -> None:
         """Remember that there was no memory for images of this many numbers."""

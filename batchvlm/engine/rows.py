@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from batchvlm.constraints.masks import RowMatcher
 from batchvlm.engine.sampling import Choice
@@ -72,16 +74,12 @@ class Row:
         return self.sample.prompt_tokens + max(0, self.num_chosen - 1)
 
 
-class Chosen:
-    """Tokens on their way to the host, one for each of some rows."""
+class ToHost:
+    """Tensors of one device on their way to the host."""
 
-    def __init__(self, rows: Sequence[Row], choice: Choice) -> None:
-        self.rows = rows
-        tensors = [choice.ids_B, choice.is_finite_B]
-        if choice.logprobs_B is not None:
-            tensors.append(choice.logprobs_B)
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._event: torch.cuda.Event | None = None
-        if choice.ids_B.is_cuda:
+        if tensors[0].is_cuda:
             # Into pinned memory, or the copy would wait for the device.
             pinned = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
             for target, tensor in zip(pinned, tensors, strict=True):
@@ -90,6 +88,23 @@ class Chosen:
             self._event.record()
             tensors = pinned
         self._tensors = tensors
+
+    def lists(self) -> list[list[Any]]:
+        """Each as a list, once it has come."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.tolist() for tensor in self._tensors]
+
+
+class Chosen:
+    """Tokens on their way to the host, one for each of some rows."""
+
+    def __init__(self, rows: Sequence[Row], choice: Choice) -> None:
+        self.rows = rows
+        tensors = [choice.ids_B, choice.is_finite_B]
+        if choice.logprobs_B is not None:
+            tensors.append(choice.logprobs_B)
+        self._on_the_way = ToHost(tensors)
         self._is_committed = False
 
     def commit(self) -> None:
@@ -102,8 +117,6 @@ class Chosen:
 
     def read(self) -> list[tuple[Row, int, bool, float | None]]:
         """Row, token, whether its logit is a finite number, and its log-probability if asked."""
-        if self._event is not None:
-            self._event.synchronize()
-        ids, is_finite, *logprobs = (tensor.tolist() for tensor in self._tensors)
+        ids, is_finite, *logprobs = self._on_the_way.lists()
         by_row = logprobs[0] if logprobs else [None] * len(ids)
         return list(zip(self.rows, ids, is_finite, by_row, strict=True))

@@ -12,12 +12,13 @@ import transformers
 from batchvlm.config import EngineName, Guided, JobConfig, TaskName
 from batchvlm.constraints.constraints import Constraints
 from batchvlm.engine.allocator import keep_freed_memory
+from batchvlm.engine.choices import Choices
 from batchvlm.engine.generate import ONE_IMAGE, GenerateEngine, eos_ids
 from batchvlm.engine.kernels import tune
 from batchvlm.engine.protocol import Engine
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.errors import ModelError
-from batchvlm.forms import has_form, run_form
+from batchvlm.forms import has_form, run_choices, run_form
 from batchvlm.loading import load_model, load_processor
 from batchvlm.quantization import refuses_inference_mode
 
@@ -71,14 +72,20 @@ def choose_engine(model: Any, tokenizer: Any, cfg: JobConfig) -> Engine:
     if model.device.type == "cpu":
         keep_freed_memory()
     tune(model)
-    constraints = open_constraints(cfg, model, tokenizer)
+    choices = open_choices(cfg, model, tokenizer)
+    constraints = None if choices else open_constraints(cfg, model, tokenizer)
     if name is EngineName.generate:
         if reason:
             log.info("%s runs by generate(): %s", type(model).__name__, reason)
         # Each part of the model takes them in its own dtype.
         pixel_dtype = torch.float32 if isinstance(cfg.model.dtype, dict) else None
         return GenerateEngine(
-            model, tokenizer, cfg.batching, constraints=constraints, pixel_dtype=pixel_dtype
+            model,
+            tokenizer,
+            cfg.batching,
+            constraints=constraints,
+            pixel_dtype=pixel_dtype,
+            choices=choices,
         )
     return SlotEngine(
         model,
@@ -88,6 +95,7 @@ def choose_engine(model: Any, tokenizer: Any, cfg: JobConfig) -> Engine:
         eos_ids=eos_ids(model, tokenizer),
         suppress_ids=tuple(model.generation_config.suppress_tokens or ()),
         constraints=constraints,
+        choices=choices,
     )
 
 
@@ -115,6 +123,13 @@ def name_engine(model: Any, cfg: JobConfig) -> tuple[EngineName, str]:
         case EngineName.auto if reason:
             return EngineName.generate, reason
     return EngineName.slots, ""
+
+
+def open_choices(cfg: JobConfig, model: Any, tokenizer: Any) -> Choices | None:
+    """What rows may answer, where choices are scored; None where answers are decoded."""
+    if not cfg.task.scores:
+        return None
+    return Choices(tokenizer, run_choices(cfg.task.output), eos_ids=eos_ids(model, tokenizer))
 
 
 def open_constraints(cfg: JobConfig, model: Any, tokenizer: Any) -> Constraints | None:

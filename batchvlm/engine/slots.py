@@ -19,9 +19,10 @@ from torch import Tensor
 
 from batchvlm.config import BatchingConfig, EngineConfig
 from batchvlm.constraints.constraints import Constraints, Unconstrained
-from batchvlm.engine import canary
 from batchvlm.engine.answers import expand, join
 from batchvlm.engine.attention import Span
+from batchvlm.engine.canary import Canary
+from batchvlm.engine.choices import Choices
 from batchvlm.engine.clock import Clock
 from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.faults import device_error, failure_of, free_memory, is_oom
@@ -33,9 +34,10 @@ from batchvlm.engine.protocol import OnToken
 from batchvlm.engine.room import SlotRoom
 from batchvlm.engine.rows import Chosen, Row
 from batchvlm.engine.sampling import Choice, RowSampler
+from batchvlm.engine.scoring import Scoring
 from batchvlm.engine.stops import RowStop, not_finite
 from batchvlm.engine.waiting import PreparedRow
-from batchvlm.errors import ErrorType, ModelError, RowError
+from batchvlm.errors import ErrorType, RowError
 from batchvlm.records import Completion, EngineStats, Failure, Sample
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ class SlotEngine:
         eos_ids: ids that end an answer.
         suppress_ids: ids that the model must never say.
         constraints: the forms that answers are held to, if any.
+        choices: what rows may answer, where choices are scored and nothing is decoded.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class SlotEngine:
         eos_ids: Sequence[int],
         suppress_ids: Sequence[int] = (),
         constraints: Constraints | None = None,
+        choices: Choices | None = None,
     ) -> None:
         self.stats = EngineStats()
         self.on_token: OnToken | None = None
@@ -80,13 +84,17 @@ class SlotEngine:
         self._tokenizer = tokenizer
         self._batching = batching
         self._eos_ids = frozenset(eos_ids)
+        self._suppress_ids = tuple(suppress_ids)
+        self._choices = choices
         self._device: torch.device = model.device
         if is_half_on_gpu(model):
             align(model)
         self._decoder = Decoder(model, has_graphs=cfg.cuda_graphs)
         self._until_fused_s = seconds_to_fusing(cfg, model)
         self._fuse_after(0.0)
-        self._is_checked = self._has_checked_images = not cfg.canary
+        self._canary = Canary(
+            model, self._decoder, is_on=cfg.canary, is_scoring=choices is not None
+        )
         self._clock = Clock(self._device, self.stats)
         self._plan = MemoryPlan(cfg, self._device)
         self._room = SlotRoom(self._plan, self._decoder, self._device)
@@ -96,7 +104,7 @@ class SlotEngine:
             num_slots,
             eos_ids=tuple(eos_ids),
             device=self._device,
-            suppress_ids=tuple(suppress_ids),
+            suppress_ids=self._suppress_ids,
         )
         # int64 [N] each: a slot's newest token, where it lies, and what its rotary position is
         # ahead of that.
@@ -120,6 +128,15 @@ class SlotEngine:
             self._clock,
             looks_ahead=self._lag > 0,
         )
+        self._scoring: Scoring | None = None
+        if self._choices is not None:
+            self._scoring = Scoring(
+                self._choices,
+                self._decoder,
+                self._plan,
+                self._clock,
+                suppress_ids=self._suppress_ids,
+            )
         self._rows: list[Row] = []
         """Rows in slots 0 to B - 1, in this order."""
         self._parked: deque[Row] = deque()
@@ -147,11 +164,15 @@ class SlotEngine:
             self._fuse_after(time.perf_counter() - start_s)
             if not self._prefill.num_waiting and len(feed):
                 window = feed.take_window()
-                self._check(window)
+                self._canary.look(window)
                 self._prefill.add(window)
             if not self._is_busy() and feed.is_done and not len(feed):
                 break
             self._fill()
+            if self._scoring is not None:
+                # One pack stays on its way while the next prompts are computed.
+                num_left = self._lag if self._prefill.num_waiting else 0
+                self._ready.extend(self._scoring.take(num_left=num_left))
             if self._rows:
                 self._step()
             while len(self._on_the_way) > (self._lag if self._rows else 0):
@@ -168,29 +189,6 @@ class SlotEngine:
             log.info("compiling the model's layers; engine.compile=false leaves that out")
             self._decoder.fuse()
 
-    def _check(self, window: Sequence[Sample]) -> None:
-        """Hold the first rows against `generate()`, and the first with images."""
-        has_images = any(sample.image_sizes for sample in window)
-        if self._is_checked and (self._has_checked_images or not has_images):
-            return
-        self._is_checked = True
-        self._has_checked_images = has_images
-        try:
-            canary.check(self._model, self._decoder, window)
-        except torch.AcceleratorError as error:
-            raise device_error(error) from error
-        except ModelError:
-            raise
-        except NotImplementedError as error:
-            raise ModelError(
-                f"{type(self._model).__name__} cannot run over slots: {error}",
-                hint="engine=generate runs it by transformers' generate()",
-            ) from error
-        except Exception as error:
-            # Most likely a row that nobody can answer, or memory; each row will say so itself.
-            log.warning("the canary could not run: %s", failure_of(error).message)
-            free_memory(self._device)
-
     def _is_busy(self) -> bool:
         return bool(
             self._prefill.num_waiting
@@ -198,6 +196,7 @@ class SlotEngine:
             or self._rows
             or self._on_the_way
             or self._ready
+            or (self._scoring and self._scoring.is_busy)
         )
 
     def _fill(self) -> None:
@@ -210,11 +209,13 @@ class SlotEngine:
             pack = self._prefill.next_pack(is_alone=not self._rows and not self._parked)
             if not pack:
                 return  # the rows left wait for memory
-            for prepared in pack:
-                if isinstance(prepared, PreparedRow):
-                    self._park(prepared)
-                else:
-                    self._ready.append(prepared)
+            rows = [prepared for prepared in pack if isinstance(prepared, PreparedRow)]
+            self._ready.extend(p for p in pack if not isinstance(p, PreparedRow))
+            if self._scoring is not None:
+                self._scoring.score(rows)
+                return
+            for prepared in rows:
+                self._park(prepared)
 
     def _park(self, prepared: PreparedRow) -> None:
         sample = prepared.sample

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -68,6 +68,15 @@ _PARSED = (
     _Column("json_valid", pa.bool_(), lambda r, p: r.json_valid),
 )
 _CONSTRAINT = _Column("constraint", pa.string(), lambda r, p: r.constraint and r.constraint.value)
+_SCORES = _Column(
+    "scores",
+    pa.list_(
+        pa.struct(
+            [("choice", pa.string()), ("logprob", pa.float32()), ("probability", pa.float32())]
+        )
+    ),
+    lambda r, p: r.scores and [asdict(score) for score in r.scores],
+)
 _OTHER_COLUMNS = (
     _Column("finish_reason", pa.string(), lambda r, p: r.finish_reason and r.finish_reason.value),
     _Column("prompt_tokens", pa.int32(), lambda r, p: r.prompt_tokens),
@@ -82,7 +91,7 @@ _OTHER_COLUMNS = (
 )
 _ALL = (
     *(*_KEY_COLUMNS, *_TEXT_COLUMNS, _TEXTS, _REASONS, _TOKEN_IDS, _LOGPROBS),
-    *(*_PARSED, _CONSTRAINT, *_OTHER_COLUMNS),
+    *(*_PARSED, _CONSTRAINT, _SCORES, *_OTHER_COLUMNS),
 )
 _FIXED = {column.name: column for column in _ALL}
 
@@ -119,6 +128,7 @@ def output_schema(
     token_ids: bool = False,
     logprobs: bool = False,
     constraint: bool = False,
+    scores: bool = False,
     parsed: pa.DataType | None = None,
 ) -> pa.Schema:
     """The columns of every part, in their order; every one of them can be null.
@@ -129,13 +139,14 @@ def output_schema(
         token_ids: whether the answers' token ids have one.
         logprobs: whether the log-probabilities of these ids have one.
         constraint: whether there is one for how far answers were held to their form.
+        scores: whether there is one for what the model made of each choice.
         parsed: the type of the column `parsed`; None: text.
 
     Raises:
         ConfigError: a kept column has the name of another one, or a type that Parquet lacks.
     """
     asked = [_TEXTS, _REASONS] * generated_texts + [_TOKEN_IDS] * token_ids + [_LOGPROBS] * logprobs
-    held = [*_PARSED, *([_CONSTRAINT] * constraint)]
+    held = [*_PARSED, *([_CONSTRAINT] * constraint), *([_SCORES] * scores)]
     fixed = [*_KEY_COLUMNS, *_TEXT_COLUMNS, *asked, *held, *_OTHER_COLUMNS]
     fields = [pa.field(column.name, column.type) for column in fixed]
     if parsed is not None:

@@ -23,6 +23,7 @@ from batchvlm.config import (
     TaskConfig,
 )
 from batchvlm.constraints.constraints import Constraints
+from batchvlm.engine.choices import Choices
 from batchvlm.engine.collate import collate
 from batchvlm.engine.generate import _ALONE, GenerateEngine, eos_ids
 from batchvlm.engine.kernels import tune
@@ -91,6 +92,7 @@ class Loaded:
         sort_window: int = 512,
         eos: Sequence[int] | None = None,
         constraints: Constraints | None = None,
+        choices: Choices | None = None,
         **cfg: Any,
     ) -> SlotEngine:
         """An engine over slots, with these settings of `EngineConfig`; without a canary."""
@@ -102,6 +104,7 @@ class Loaded:
             EngineConfig(**{"canary": False, **cfg}),
             eos_ids=eos_ids(self.model, tokenizer) if eos is None else eos,
             constraints=constraints,
+            choices=choices,
         )
 
     def tuned(self) -> Any:

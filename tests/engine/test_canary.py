@@ -105,7 +105,7 @@ def test_the_first_rows_with_images_are_compared_though_text_came_before(
     monkeypatch.setattr(
         canary,
         "check",
-        lambda model, decoder, rows: seen.append([bool(r.image_sizes) for r in rows]),
+        lambda model, decoder, rows, **how: seen.append([bool(r.image_sizes) for r in rows]),
     )
     by_kind = sorted(small.samples(), key=lambda sample: bool(sample.image_sizes))
     engine = small.slots(canary=True)
@@ -117,7 +117,7 @@ def test_the_first_rows_with_images_are_compared_though_text_came_before(
 def test_what_slots_do_not_know_ends_the_run(
     small: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(*args: Any) -> None:
+    def check(*args: Any, **how: Any) -> None:
         raise NotImplementedError("attention sinks")
 
     monkeypatch.setattr(canary, "check", check)

@@ -1,0 +1,162 @@
+"""Choices scored by transformers' `generate()`, for the models that need it.
+
+`generate()` prepares a batch as it does for its own decoding, and hands it over. The prompts are
+computed once; their cache is copied for as many choices of each row as fit into a batch, and the
+tokens of these are forced, step by step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchvlm.engine.choices import RowChoices
+
+# Shape legend: B rows of the batch, E = B k answers under way, k of each row, T padded prompt
+# length plus tokens forced so far, L tokens of the longest choice, V vocabulary.
+
+_CACHES = ("past_key_values", "cache_params")
+
+
+class ForcedChoices:
+    """Takes the place of `generate()`'s decoding, as its `custom_generate`.
+
+    Args:
+        rows: the choices of each row of the batch.
+        eos_ids: ids that end an answer.
+        max_answers: E at most; at least one a row.
+    """
+
+    def __init__(
+        self, rows: Sequence[RowChoices], *, eos_ids: Sequence[int], max_answers: int
+    ) -> None:
+        self._rows = rows
+        self._eos_ids = list(eos_ids)
+        self._max_answers = max_answers
+        self.logprobs: list[list[list[float]]] = [[] for _ in rows]
+        """By row and choice: of each token, and of the end behind them."""
+        self.is_finite = [True] * len(rows)
+        """By row: whether the model's logits were numbers."""
+        self.row_steps = 0
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Score all choices of all rows.
+
+        Returns:
+            The prompts' ids as they came: what is asked for is left here.
+        """
+        prompt_ids_BT = input_ids
+        logits_BV, kwargs = _forward(model, input_ids, kwargs, is_first_iteration=True)
+        forced = generation_config.forced_bos_token_id
+        if model.config.is_encoder_decoder and forced is not None:
+            # Such an answer begins with this token, whatever it says.
+            first = input_ids.new_full((len(input_ids), 1), forced)
+            input_ids = torch.cat([input_ids, first], dim=1)
+            logits_BV, kwargs = _forward(model, input_ids, kwargs, next_sequence_length=1)
+        # What a prompt shows is in its cache.
+        kwargs = {n: v for n, v in kwargs.items() if "pixel" not in n and n != "mm_encoder_outputs"}
+        num_rows = len(self._rows)
+        most = max(len(row.ids) for row in self._rows)
+        width = max(1, min(most, self._max_answers // num_rows))
+        for first_choice in range(0, most, width):
+            is_last = first_choice + width >= most
+            self._score(
+                model,
+                _Started(input_ids, logits_BV, kwargs if is_last else _copied(kwargs)),
+                range(first_choice, min(first_choice + width, most)),
+                logits_processor,
+            )
+        return prompt_ids_BT
+
+    def _score(self, model: Any, started: _Started, places: range, logits_processor: Any) -> None:
+        """Score these choices of each row; where one has fewer, its last one again, for nobody."""
+        device = started.ids_BT.device
+        # Each row's answers side by side, as generate() has them.
+        ids = [row.ids[min(place, len(row.ids) - 1)] for row in self._rows for place in places]
+        length = max(map(len, ids))
+        tokens_EL = torch.tensor(
+            [[*i, *[0] * (length - len(i))] for i in ids], device=device
+        ).long()
+        ids_ET, scores_EV, kwargs = started.times(model, len(places))
+        found = []
+        for step in range(length + 1):
+            # As generate() does: ids that the repository keeps from being said.
+            scores_EV = logits_processor(ids_ET, scores_EV.float())
+            total_E = scores_EV.logsumexp(-1)
+            token_E = end_E = torch.zeros_like(total_E)
+            if step < length:
+                chosen_E1 = tokens_EL[:, step : step + 1].to(scores_EV.device)
+                token_E = scores_EV.gather(-1, chosen_E1)[:, 0] - total_E
+            if self._eos_ids:
+                end_E = scores_EV[:, self._eos_ids].logsumexp(-1) - total_E
+            found.append(torch.stack([token_E, end_E, total_E]))
+            if step < length:
+                ids_ET = torch.cat([ids_ET, tokens_EL[:, step : step + 1]], dim=1)
+                scores_EV, kwargs = _forward(model, ids_ET, kwargs, next_sequence_length=1)
+                self.row_steps += len(ids_ET)
+        # By answer: tokens, ends and totals of each step.
+        by_answer = torch.stack(found, dim=-1).transpose(0, 1).tolist()
+        answers = iter(zip(ids, by_answer, strict=True))
+        for i, row in enumerate(self._rows):
+            for place in places:
+                choice, (of_tokens, of_ends, totals) = next(answers)
+                if place >= len(row.ids):
+                    continue
+                end = [of_ends[len(choice)]] if self._eos_ids else []
+                self.logprobs[i].append([*of_tokens[: len(choice)], *end])
+                is_finite = torch.tensor(totals[: len(choice) + 1]).isfinite().all()
+                self.is_finite[i] &= bool(is_finite)
+
+
+class _Started:
+    """Rows whose prompts are computed: ids, the logits that follow, and what `generate()` keeps."""
+
+    def __init__(self, ids_BT: Tensor, logits_BV: Tensor, kwargs: dict[str, Any]) -> None:
+        self.ids_BT = ids_BT
+        self._logits_BV = logits_BV
+        self._kwargs = kwargs
+
+    def times(self, model: Any, num: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """The same with each row so many times side by side."""
+        caches = {name: self._kwargs.pop(name) for name in _CACHES if name in self._kwargs}
+        ids_ET, kwargs = model._expand_inputs_for_generation(
+            expand_size=num,
+            is_encoder_decoder=model.config.is_encoder_decoder,
+            input_ids=self.ids_BT,
+            **self._kwargs,
+        )
+        rows_E = torch.arange(len(self.ids_BT), device=self.ids_BT.device).repeat_interleave(num)
+        if num > 1:
+            for cache in caches.values():
+                if cache is not None:
+                    cache.reorder_cache(rows_E)
+        logits_EV = self._logits_BV[rows_E.to(self._logits_BV.device)]
+        return ids_ET, logits_EV, {**kwargs, **caches}
+
+
+def _copied(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What `generate()` keeps, with caches of its own."""
+    return {n: copy.deepcopy(v) if n in _CACHES else copy.copy(v) for n, v in kwargs.items()}
+
+
+def _forward(
+    model: Any, ids: Tensor, kwargs: dict[str, Any], **how: Any
+) -> tuple[Tensor, dict[str, Any]]:
+    """One forward as `generate()` makes it: the logits of the last token, and what it keeps."""
+    outputs = model(**model.prepare_inputs_for_generation(ids, **how, **kwargs), return_dict=True)
+    kwargs = model._update_model_kwargs_for_generation(
+        outputs, kwargs, is_encoder_decoder=model.config.is_encoder_decoder
+    )
+    return outputs.logits[:, -1], kwargs

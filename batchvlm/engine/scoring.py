@@ -1,0 +1,229 @@
+"""Choices scored behind the prompts that the slot engine has computed, without any decode step.
+
+The tokens of a row's choices are a tree behind its prompt. Trees of several rows go through the
+model in one pack: each token attends to its prompt and to the tokens that lead to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchvlm.engine.cache import RowCache
+from batchvlm.engine.choices import AT_PROMPT, Choices, ChoiceTree, RowChoices
+from batchvlm.engine.clock import Clock
+from batchvlm.engine.decoder import Branches, Decoder
+from batchvlm.engine.faults import device_error, failure_of, free_memory
+from batchvlm.engine.memory import MemoryPlan
+from batchvlm.engine.rows import ToHost
+from batchvlm.engine.stops import not_finite
+from batchvlm.engine.waiting import PreparedRow
+from batchvlm.errors import ErrorType, RowError
+from batchvlm.records import Completion, Failure, Sample
+
+log = logging.getLogger(__name__)
+
+# Shape legend: R trees of a pack, M tokens of all of them, V vocabulary.
+
+Outcome = tuple[Sample, Completion | Failure]
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A row whose choices are being scored."""
+
+    prepared: PreparedRow
+    choices: RowChoices
+    logprobs: list[list[float]]
+    """By choice, as `Choices.answer` takes them; empty until they are known."""
+    num_left: int
+    """Choices that are not scored yet."""
+    failure: Failure | None = None
+
+    @property
+    def past(self) -> RowCache:
+        """Keys and values of its prompt, in one piece."""
+        pieces = self.prepared.pieces
+        if len(pieces) > 1:
+            self.prepared.pieces = [reduce(RowCache.joined, pieces)]
+        return self.prepared.pieces[0]
+
+
+_Part = tuple[_Row, ChoiceTree]
+
+
+class Scoring:
+    """Scores the choices of rows whose prompts are computed.
+
+    Args:
+        choices: what each row may answer.
+        decoder: the model.
+        plan: how much goes through it at once.
+        clock: counts the seconds.
+        suppress_ids: ids that the model must never say; they have no probability.
+    """
+
+    def __init__(
+        self,
+        choices: Choices,
+        decoder: Decoder,
+        plan: MemoryPlan,
+        clock: Clock,
+        *,
+        suppress_ids: Sequence[int] = (),
+    ) -> None:
+        self._choices = choices
+        self._decoder = decoder
+        self._plan = plan
+        self._clock = clock
+        self._suppress_ids = torch.tensor(suppress_ids, dtype=torch.long, device=decoder.device)
+        self._eos_ids = torch.tensor(choices.eos_ids, dtype=torch.long, device=decoder.device)
+        self._on_the_way: deque[tuple[list[_Part], ToHost]] = deque()
+        self._failed: list[Outcome] = []
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether `take` has yet to give rows back."""
+        return bool(self._on_the_way or self._failed)
+
+    def score(self, rows: Sequence[PreparedRow]) -> None:
+        """Begin to score the choices of these rows."""
+        parts: list[_Part] = []
+        for prepared in rows:
+            try:
+                choices = self._choices.of(prepared.sample)
+            except RowError as error:
+                failure = Failure(error_type=error.error_type, message=error.message)
+                self._failed.append((prepared.sample, failure))
+                continue
+            num = len(choices.texts)
+            row = _Row(prepared, choices, logprobs=[[] for _ in range(num)], num_left=num)
+            max_nodes = self._plan.num_scored(prepared.logits_V.shape[-1])
+            parts += [(row, tree) for tree in choices.trees(max_nodes)]
+        with self._clock.measure("decode_s"):
+            for pack in self._packs(parts):
+                self._launch_or_split(pack)
+
+    def take(self, *, num_left: int = 0) -> Iterator[Outcome]:
+        """Rows whose choices are scored, waiting for the device.
+
+        Args:
+            num_left: packs that may stay on their way.
+        """
+        failed, self._failed = self._failed, []
+        yield from failed
+        while len(self._on_the_way) > num_left:
+            yield from self._read(*self._on_the_way.popleft())
+
+    def _packs(self, parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+        pack: list[_Part] = []
+        num_tokens = 0
+        for row, tree in parts:
+            max_tokens = self._plan.num_scored(row.prepared.logits_V.shape[-1])
+            # The prompt's end counts too: its logits are looked at with those of the tree.
+            if pack and num_tokens + len(tree) + 1 > max_tokens:
+                yield pack
+                pack, num_tokens = [], 0
+            pack.append((row, tree))
+            num_tokens += len(tree) + 1
+        if pack:
+            yield pack
+
+    def _launch_or_split(self, pack: list[_Part]) -> None:
+        pack = [(row, tree) for row, tree in pack if row.failure is None]
+        if not pack:
+            return
+        try:
+            self._on_the_way.append((pack, ToHost([self._launch(pack)])))
+            return
+        except torch.AcceleratorError as error:
+            raise device_error(error) from error
+        except Exception as error:
+            failure = failure_of(error)
+        free_memory(self._decoder.device)
+        is_oom = failure.error_type is ErrorType.OOM
+        if is_oom:
+            self._plan.lower_scored(sum(len(tree) + 1 for _, tree in pack))
+        if len(pack) == 1:
+            ((row, tree),) = pack
+            if not is_oom or len(tree.places) == 1:
+                row.failure = failure
+                self._failed.append((row.prepared.sample, failure))
+                return
+            halves = [[(row, half)] for half in tree.halves()]
+        else:
+            log.warning("scoring %d trees failed (%s); halving them", len(pack), failure.message)
+            middle = len(pack) // 2
+            halves = [pack[:middle], pack[middle:]]
+        for half in halves:
+            self._launch_or_split(half)
+
+    @torch.inference_mode()
+    def _launch(self, pack: Sequence[_Part]) -> Tensor:
+        """What the model makes of each token and end: float32 [3, M + R], trees then prompts.
+
+        The log-probability of the token behind its parent (0 for a prompt), that of an end behind
+        it, and the sum of all that may come there, as a logarithm, which is finite where the logits
+        are numbers.
+        """
+        branches, tokens, before, start = [], [], [], 0
+        num_tokens = sum(len(tree) for _, tree in pack)
+        for place, (row, tree) in enumerate(pack):
+            if len(tree):
+                branches.append(Branches(row.prepared.prompt, row.past, tree.ids, tree.sees))
+            tokens.append(tree.ids)
+            at_prompt = num_tokens + place
+            before.append(np.where(tree.parents == AT_PROMPT, at_prompt, tree.parents + start))
+            start += len(tree)
+        logits_NV = torch.stack([row.prepared.logits_V for row, _ in pack])
+        if branches:
+            logits_NV = torch.cat([self._decoder.branch(branches), logits_NV])
+        logits_NV = logits_NV.float()
+        if len(self._suppress_ids):
+            logits_NV = logits_NV.index_fill(-1, self._suppress_ids, -torch.inf)
+        total_N = logits_NV.logsumexp(-1)
+        ids_M = self._decoder.to_device(torch.from_numpy(np.concatenate(tokens)))
+        before_M = self._decoder.to_device(torch.from_numpy(np.concatenate(before)))
+        token_N = torch.zeros_like(total_N)
+        token_N[:num_tokens] = logits_NV[before_M, ids_M] - total_N[before_M]
+        # Without an end there is nothing to tell it by.
+        end_N = torch.zeros_like(total_N)
+        if len(self._eos_ids):
+            end_N = logits_NV[:, self._eos_ids].logsumexp(-1) - total_N
+        return torch.stack([token_N, end_N, total_N])
+
+    def _read(self, pack: Sequence[_Part], on_the_way: ToHost) -> Iterator[Outcome]:
+        ((tokens, ends, totals),) = on_the_way.lists()
+        has_end = bool(len(self._eos_ids))
+        start, at_prompt = 0, sum(len(tree) for _, tree in pack)
+        for row, tree in pack:
+            places = range(start, start + len(tree))
+            start += len(tree)
+            if row.failure is None:
+                used = [*places, at_prompt]
+                if not np.isfinite([totals[place] for place in used]).all():
+                    row.failure = not_finite(0)
+                    yield row.prepared.sample, row.failure
+                else:
+                    for choice, path in zip(tree.places, tree.paths, strict=True):
+                        last = places[path[-1]] if path else at_prompt
+                        end = [ends[last]] if has_end else []
+                        row.logprobs[choice] = [*(tokens[places[node]] for node in path), *end]
+                    row.num_left -= len(tree.places)
+                    if row.num_left == 0:
+                        yield row.prepared.sample, self._answer(row)
+            at_prompt += 1
+
+    def _answer(self, row: _Row) -> Completion | Failure:
+        latency_s = time.perf_counter() - row.prepared.start_s
+        return self._choices.answer(
+            row.prepared.sample, row.choices, row.logprobs, latency_s=latency_s
+        )
