@@ -76,7 +76,7 @@ def output_layout(cfg: JobConfig) -> dict[str, Any]:
 def package_versions() -> dict[str, str]:
     """Versions of what computes the answers, for the record."""
     versions = {}
-    for name in (*_PACKAGES, "torchvision"):
+    for name in (*_PACKAGES, "torchvision", "llguidance", "xgrammar"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

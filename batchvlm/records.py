@@ -142,6 +142,8 @@ class Constraint(StrEnum):
     """Whatever the model said, it was of the form."""
     LENIENT = "lenient"
     """As far as a grammar can say; the rest was left to validation."""
+    XGRAMMAR = "xgrammar"
+    """As far as xgrammar knows the schema, which llguidance refuses; the rest likewise."""
     NONE = "none"
     """Not at all: no grammar was made of it, or the row's grammar broke off."""
 

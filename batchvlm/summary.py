@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from batchvlm.errors import OutputError
 from batchvlm.pipeline import Summary
-from batchvlm.words import printable
+from batchvlm.words import counted, printable
 
 _NUM_ANSWERS = 5
 _NUM_ERRORS = 5
@@ -29,8 +29,9 @@ def print_summary(summary: Summary) -> None:
     print(_headline(summary))
     for word, errors in (("errors", metrics.errors), ("earlier", metrics.found_errors)):
         if errors:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in errors.most_common())
-            print(f"{word:<8} {kinds}")
+            print(f"{word:<8} {counted(errors)}")
+    if metrics.constraints:
+        print(f"{'guided':<8} {counted(metrics.constraints)}")
     engine = metrics.engine
     if metrics.num_rows:
         per_s = 1 / max(metrics.run_s, 1e-9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 _BYTES = ("bytes", "kB", "MB", "GB", "TB")
 _POWERS = ("", " k", " M", " B", " T")
 
@@ -13,6 +15,12 @@ def printable(text: str, *, keep: str = "") -> str:
         keep: control characters that stay, such as line ends.
     """
     return "".join(c if c.isprintable() or c in keep else " " for c in text)
+
+
+def counted(counts: Counter[str]) -> str:
+    """`1,200 strict, 3 none`, the commonest first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {name}" for name, count in ordered)
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from batchvlm.again import Again
 from batchvlm.pipeline import run_job
 from batchvlm.prompts import instructions
 from batchvlm.records import Completion, FinishReason, Generation, Sample
+from batchvlm.report.outputs import open_output
+from batchvlm.report.report import report
 from batchvlm.settings import compose
+from batchvlm.summary import print_summary
+
+from .conftest import picture
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +46,45 @@ def test_answers_are_typed_and_say_how_far_they_were_held(tmp_path: Path, engine
         assert row["status"] == "success"
         assert (row["constraint"], row["json_valid"]) == ("strict", True)
         assert row["parsed"] == json.loads(row["generated_text"])
+
+
+def test_every_step_of_the_chain_is_said_and_counted_and_each_answer_is_validated(
+    tmp_path: Path, write_parquet: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    color = {"type": "object", "properties": {"color": {"enum": ["red"]}}, "required": ["color"]}
+    closed = color | {"additionalProperties": False}
+    different = {"type": "array", "items": {"type": "boolean"}, "uniqueItems": True, "maxItems": 2}
+    # llguidance wants patterns that cannot overlap; xgrammar leaves out the second half.
+    overlapping = color | {"patternProperties": {"a": {"type": "null"}, "^.b": {"type": "null"}}}
+    overlapping |= {"additionalProperties": False, "maxProperties": 1}
+    partly = {"allOf": [overlapping, {"maxProperties": 0}]}
+    none = {"type": "string", "minLength": 3, "maxLength": 1}
+    schemas = [closed, different, overlapping, partly, none]
+    source = write_parquet([picture("red", (32, 32))] * 5, schema=list(map(json.dumps, schemas)))
+    cfg = compose(
+        "extract",
+        [
+            *(f"output.dir={tmp_path / 'out'}", "data=parquet", f"data.path={source}"),
+            *("model=demo", "runtime.num_workers=0", "generation.max_new_tokens=60"),
+            *("task.output.json_schema=null", "task.output.json_schema_column=schema"),
+        ],
+    )
+    summary = run_job(cfg)
+    rows = table_of(tmp_path / "out").to_pylist()
+    held = [row["constraint"] for row in rows]
+    assert held == ["strict", "lenient", "xgrammar", "xgrammar", "none"]
+    assert rows[0]["parsed"] == rows[2]["parsed"] == '{"color":"red"}'
+    # It took two of these for none, and validation had the last word.
+    assert (rows[3]["json_valid"], rows[3]["error_type"]) == (False, "invalid_json")
+    assert rows[4]["json_valid"] is False
+    counts = {"strict": 1, "lenient": 1, "xgrammar": 2, "none": 1}
+    assert dict(summary.metrics.constraints) == counts
+    (written,) = (tmp_path / "out" / "_batchvlm" / "metrics").glob("*.json")
+    assert json.loads(written.read_text())["constraints"] == counts
+    print_summary(summary)
+    assert "guided   2 xgrammar, 1 lenient, 1 none, 1 strict" in capsys.readouterr().out
+    page = report(open_output(tmp_path / "out"), num_sampled=4, num_failed=4)
+    assert "2 xgrammar, 1 lenient, 1 none, 1 strict" in page
 
 
 def test_guided_answers_are_right_where_free_ones_are(tmp_path: Path) -> None:

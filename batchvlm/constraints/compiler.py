@@ -13,11 +13,15 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
+from batchvlm.constraints.fallback import Fallback, XgrammarMatcher
 from batchvlm.constraints.plan import Plan
-from batchvlm.records import Constraint, Form
+from batchvlm.constraints.worker import XGRAMMAR
+from batchvlm.records import Constraint, Form, FormKind
 
 log = logging.getLogger(__name__)
 
@@ -33,25 +37,43 @@ class Planner:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._has_tokenizer = False
 
     def plan(self, form: Form, *, timeout_s: float) -> Plan:
-        """Plan one form. Never raises on a form."""
+        """Plan one form for llguidance. Never raises on a form."""
+        return self._ask([form.kind, form.text], timeout_s)
+
+    def plan_by_xgrammar(self, form: Form, tokenizer: str, *, timeout_s: float) -> Plan:
+        """Plan a form for xgrammar: a JSON schema. Never raises on a form.
+
+        Args:
+            form: what `plan` had no grammar for.
+            tokenizer: the same each time, as `Fallback.tokenizer_text` gives it.
+            timeout_s: seconds that it may take.
+        """
+        has_it = self._has_tokenizer and self._process is not None and self._process.poll() is None
+        plan = self._ask([XGRAMMAR, form.text, *([] if has_it else [tokenizer])], timeout_s)
+        self._has_tokenizer = self._process is not None
+        return plan
+
+    def _ask(self, question: Sequence[str], timeout_s: float) -> Plan:
         process = self._process
         if process is None or process.poll() is not None:
             process = self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps([form.kind, form.text]).encode() + b"\n")
+            process.stdin.write(json.dumps(question).encode() + b"\n")
             process.stdin.flush()
             line = _read_line(process, timeout_s)
         except TimeoutError:
             self.close()
-            return _none(f"compiling took longer than {timeout_s:g} s")
+            return _none(f"compiling took longer than {timeout_s:g} s", is_final=True)
         except OSError:
             line = b""
         if not line.endswith(b"\n"):
             self.close()
-            return _none("compiling took too much time or memory, or broke the compiler")
+            reason = "compiling took too much time or memory, or broke the compiler"
+            return _none(reason, is_final=True)
         constraint, grammar, notes = json.loads(line)
         return Plan(constraint=Constraint(constraint), grammar=grammar, notes=tuple(notes))
 
@@ -100,8 +122,8 @@ def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
                 return b"".join(pieces)
 
 
-def _none(reason: str) -> Plan:
-    return Plan(constraint=Constraint.NONE, grammar=None, notes=(reason,))
+def _none(*reasons: str, is_final: bool = False) -> Plan:
+    return Plan(constraint=Constraint.NONE, grammar=None, notes=reasons, is_final=is_final)
 
 
 class Compiled:
@@ -111,7 +133,7 @@ class Compiled:
         self.constraint = plan.constraint if matcher is not None else Constraint.NONE
         self.notes = plan.notes
         self.matcher = matcher
-        """An `LLMatcher` at its beginning; None: the form cannot be held to."""
+        """An `LLMatcher` or `XgrammarMatcher` at its beginning; None: there is none."""
 
 
 class Compiler:
@@ -119,14 +141,21 @@ class Compiler:
 
     Args:
         tokenizer: llguidance's own, of the model.
+        fallback: makes matchers of what llguidance has no grammar for; None: nothing does.
         num_workers: forms compiled at a time.
         max_plan_s: seconds that planning one may take.
     """
 
     def __init__(
-        self, tokenizer: Any, *, num_workers: int = 1, max_plan_s: float = MAX_PLAN_S
+        self,
+        tokenizer: Any,
+        *,
+        fallback: Fallback | None = None,
+        num_workers: int = 1,
+        max_plan_s: float = MAX_PLAN_S,
     ) -> None:
         self._tokenizer = tokenizer
+        self._fallback = fallback
         self._num_workers = num_workers
         self._max_plan_s = max_plan_s
         self._kept: OrderedDict[Form, Future[Compiled]] = OrderedDict()
@@ -174,13 +203,27 @@ class Compiler:
         from llguidance import LLMatcher
 
         plan = planner.plan(form, timeout_s=self._max_plan_s)
-        matcher = None
+        matcher: Any = None
         if plan.grammar is not None:
             # The interpreter is free meanwhile.
             matcher = LLMatcher(self._tokenizer, plan.grammar, log_level=0)
             if matcher.is_error():
                 reason = " ".join(matcher.get_error().split())[:200]
                 plan, matcher = _none(f"with this tokenizer: {reason}"), None
+        if matcher is None and not plan.is_final and form.kind is FormKind.JSON_SCHEMA:
+            plan, matcher = self._compile_by_xgrammar(planner, form, plan)
         if plan.notes:
             log.info("a form is %s: %s", plan.constraint, "; ".join(plan.notes))
         return Compiled(plan, matcher)
+
+    def _compile_by_xgrammar(
+        self, planner: Planner, form: Form, plan: Plan
+    ) -> tuple[Plan, XgrammarMatcher | None]:
+        """The last step before none; llguidance's plan where it leads nowhere."""
+        if self._fallback is None or (tokenizer := self._fallback.tokenizer_text()) is None:
+            return plan, None
+        second = planner.plan_by_xgrammar(form, tokenizer, timeout_s=self._max_plan_s)
+        second = replace(second, notes=(*plan.notes, *second.notes))
+        if second.grammar is None:
+            return second, None
+        return second, self._fallback.matcher(second.grammar)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from batchvlm.constraints.compiler import Compiled, Compiler
+from batchvlm.constraints.fallback import Fallback
 from batchvlm.constraints.masks import Masks, RowMatcher
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.records import Constraint, Form, Sample
@@ -62,11 +63,20 @@ class Constraints:
         self._num_workers = max(1, min(4, cores // 4))
         self._compiler: Compiler | None = None
         engine_tokenizer, num_known = _engine_tokenizer(tokenizer, num_ids, eos_ids)
+        banned_ids = _banned(tokenizer, num_known)
         if engine_tokenizer is not None:
-            self._compiler = Compiler(engine_tokenizer, num_workers=self._num_workers)
+            fallback = Fallback(
+                engine_tokenizer, num_ids=num_known, eos_ids=eos_ids, banned_ids=banned_ids
+            )
+            self._compiler = Compiler(
+                engine_tokenizer,
+                # Rows that must be held to the letter are not held by it.
+                fallback=None if is_strict else fallback,
+                num_workers=self._num_workers,
+            )
         self._masks = Masks(
-            max(num_ids, num_known),
-            banned_ids=_banned(tokenizer, max(num_ids, num_known)),
+            num_known,
+            banned_ids=banned_ids,
             eos_ids=eos_ids,
             device=device,
             num_threads=max(1, min(16, cores - 1)),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchvlm.constraints.fallback import XgrammarMatcher
 from batchvlm.records import Constraint
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ class RowMatcher:
     """Where one row is in its grammar.
 
     Args:
-        matcher: an `LLMatcher` of its own.
+        matcher: an `LLMatcher` or `XgrammarMatcher` of its own.
         constraint: how far the grammar holds to the form.
         eos_ids: ids that end an answer.
     """
@@ -59,7 +60,7 @@ class RowMatcher:
 
     @property
     def engine(self) -> Any | None:
-        """The `LLMatcher` that knows the next mask; None where none is needed."""
+        """The matcher that knows the next mask; None where none is needed."""
         return None if self.is_over else self._matcher
 
     def check(self) -> None:
@@ -137,12 +138,15 @@ class Masks:
     @torch.inference_mode()  # as in the engine, whose thread may have made the buffer
     def _fill(self, rows: Sequence[RowMatcher | None]) -> Tensor:
         mask_BW = self._buffer(len(rows))
-        held = []
+        held, others = [], []
         for i, row in enumerate(rows):
             if row is None or not row.is_held:
                 mask_BW[i].fill_(-1)
             elif (engine := row.engine) is None:
                 mask_BW[i] = self._end_W
+            elif isinstance(engine, XgrammarMatcher):
+                mask_BW[i] = engine.mask()
+                others.append((engine, i))
             else:
                 held.append((engine, i))
         if held:
@@ -159,13 +163,15 @@ class Masks:
                 for _, i in held:
                     if (row := rows[i]) is not None:
                         row.give_up()
-        for _, i in held:
+        for engine, i in [*held, *others]:
             row = rows[i]
             assert row is not None
             row.check()
-            if row.is_held:
-                mask_BW[i] &= self._open_W
-            else:
+            mask_BW[i] &= self._open_W
+            # It may want what no token says, or special ones alone.
+            if isinstance(engine, XgrammarMatcher) and not mask_BW[i].any():
+                row.give_up()
+            if not row.is_held:
                 mask_BW[i].fill_(-1)
         return mask_BW
 

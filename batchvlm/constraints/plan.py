@@ -1,4 +1,4 @@
-"""Form -> a grammar, by the first way that works: strict, lenient, none.
+"""Form -> a grammar of llguidance, by the first way that works: strict, lenient, none.
 
 Runs in a process of its own, under limits of time and memory: what a schema makes of it is nobody
 else's harm.
@@ -38,6 +38,8 @@ class Plan:
     """As the engine reads it; None: there is none."""
     notes: tuple[str, ...] = ()
     """Why not better, a line each."""
+    is_final: bool = False
+    """Whether planning was broken off, so that nothing else shall be tried."""
 
 
 class _NoGrammarError(ValueError):

@@ -1,15 +1,23 @@
-"""Plans grammars for another process, under limits: `python -m batchvlm.constraints.worker`.
+"""Compiles grammars for another process, under limits: `python -m batchvlm.constraints.worker`.
 
-Reads one JSON line a form and answers with one. Ends with its input, so it never outlives whoever
-started it; signals to the whole process group are that one's to handle.
+Reads one JSON line a form and answers with one: `[kind, text]` of a form, or `["xgrammar", schema]`
+for what that was nothing for, with a tokenizer behind it the first time. Ends with its input, so it
+never outlives whoever started it; signals to the whole process group are that one's to handle.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import signal
 import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batchvlm.constraints.plan import Plan
 
 try:
     import resource
@@ -18,6 +26,10 @@ except ImportError:  # not on Windows
 
 MAX_MEMORY_BYTES = 3 << 30
 """Address space of the process; most forms take a few megabytes."""
+MAX_GRAMMAR_CHARS = 1 << 25
+"""Of a grammar that xgrammar compiled, as it travels; most have thousands."""
+XGRAMMAR = "xgrammar"
+"""What stands for a form's kind where xgrammar is to compile it."""
 MAX_CPU_S = 20
 """Of computing time for one form, in seconds: a busy machine makes none of them hostile."""
 
@@ -26,21 +38,63 @@ def main() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    _limit_memory()
+    _limit_memory(MAX_MEMORY_BYTES)
     from batchvlm.constraints.plan import make_plan
     from batchvlm.records import Form, FormKind
 
+    tokenizer = ""
     for line in sys.stdin:
-        kind, text = json.loads(line)
         _limit_time()
-        plan = make_plan(Form(FormKind(kind), text))
+        kind, text, *rest = json.loads(line)
+        if kind == XGRAMMAR:
+            tokenizer = rest[0] if rest else tokenizer
+            plan = _plan_by_xgrammar(text, tokenizer)
+        else:
+            plan = make_plan(Form(FormKind(kind), text))
         sys.stdout.write(json.dumps([plan.constraint, plan.grammar, plan.notes]) + "\n")
         sys.stdout.flush()
 
 
-def _limit_memory() -> None:
+def _plan_by_xgrammar(schema: str, tokenizer: str) -> Plan:
+    if "xgrammar" not in sys.modules:
+        # It imports torch, whose libraries count as memory of this process: with CUDA, gigabytes.
+        _limit_memory(None)
+        importlib.import_module("xgrammar")
+        _limit_memory(MAX_MEMORY_BYTES + _size_bytes())
+        _limit_time()
+    from batchvlm.constraints.fallback import compile_schema
+    from batchvlm.constraints.plan import Plan
+    from batchvlm.records import Constraint
+
+    constraint, grammar = Constraint.NONE, None
+    try:
+        compiled = compile_schema(schema, tokenizer)
+    # Whatever it refuses a schema with: an error of its C++ code.
+    except Exception as error:
+        note = f"xgrammar: {' '.join(str(error).split())[:200]}"
+    else:
+        if len(compiled) > MAX_GRAMMAR_CHARS:
+            note = f"xgrammar: a grammar of {len(compiled) >> 20} MB"
+        else:
+            constraint, grammar = Constraint.XGRAMMAR, compiled
+            note = "left to validation: what xgrammar does not know"
+    return Plan(constraint=constraint, grammar=grammar, notes=(note,))
+
+
+def _size_bytes() -> int:
+    """Address space of this process."""
+    statm = Path("/proc/self/statm")
+    num_pages = int(statm.read_text().split()[0]) if statm.exists() else 0
+    return num_pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _limit_memory(num_bytes: int | None) -> None:
+    """Set the limit of this process's memory; None: as far as the system lets it."""
     if resource is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        if num_bytes is None or 0 <= most < num_bytes:
+            num_bytes = most
+        resource.setrlimit(resource.RLIMIT_AS, (num_bytes, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

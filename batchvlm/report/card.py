@@ -58,6 +58,7 @@ MEANINGS = {
     "logprobs": "log-probability of each of these ids",
     "parsed": "the answer, typed by its schema, or as JSON text",
     "json_valid": "whether it fits the schema",
+    "constraint": "how far it was held to that: `strict`, `lenient`, `xgrammar`, or `none`",
     "finish_reason": "`stop`, `length` (cut at the limit), or `repetition`",
     "prompt_tokens": "tokens of the prompt, those of images included",
     "image_tokens": "those of images",

@@ -24,6 +24,7 @@ from batchvlm.report.plots import (
 from batchvlm.report.redact import redact, redact_all
 from batchvlm.report.time_line import TimeLine, read_time_line
 from batchvlm.report.totals import Totals, Values, read_totals
+from batchvlm.words import counted
 
 _NUM_VALUES = 10
 _FREQUENT = 0.005
@@ -180,6 +181,9 @@ def _facts(
         yield "Answer tokens per second", f"{num_tokens / run_s:,.0f}", "of one process"
     if totals.num_retried:
         yield "Tried again", f"{totals.num_retried:,}", "rows"
+    if totals.constraints:
+        held = totals.constraints.total() - totals.constraints["none"]
+        yield "Held to a form", share(held, totals.num_rows), counted(totals.constraints)
     cut = totals.finish_reasons.get("length", 0)
     if cut:
         yield "Cut at the limit", share(cut, totals.num_rows), f"{cut:,} answers: max_new_tokens"

@@ -29,7 +29,7 @@ _LOG_LOW, _LOG_HIGH, _PER_DECADE = -4, 6, 40
 _COLUMNS = (
     *("row_index", "id", "status", "error_type", "error_message", "attempts", "generated_text"),
     *("parsed", "finish_reason", "prompt_tokens", "image_tokens", "completion_tokens"),
-    *("num_images", "latency_s", "run_id"),
+    *("num_images", "latency_s", "run_id", "constraint"),
 )
 TOKENS = ("prompt_tokens", "image_tokens", "completion_tokens")
 
@@ -161,6 +161,8 @@ class Totals:
     examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     """Of each error type some ids with their messages, each message once."""
     finish_reasons: Counter[str] = field(default_factory=Counter)
+    constraints: Counter[str] = field(default_factory=Counter)
+    """How far answers were held to their form."""
     run_ids: set[str] = field(default_factory=set)
     tokens: dict[str, TokenCounts] = field(
         default_factory=lambda: {name: TokenCounts() for name in TOKENS}
@@ -204,8 +206,13 @@ def _add(totals: Totals, batch: Any) -> None:
     totals.num_images += pc.sum(batch.column("num_images")).as_py() or 0
     totals.num_retried += pc.sum(pc.greater(batch.column("attempts"), 1)).as_py() or 0
     totals.run_ids |= {value for value in pc.unique(batch.column("run_id")).to_pylist() if value}
-    for counts, name in ((totals.errors, "error_type"), (totals.finish_reasons, "finish_reason")):
-        counts.update(dict(_value_counts(batch.column(name))))
+    for counts, name in (
+        (totals.errors, "error_type"),
+        (totals.finish_reasons, "finish_reason"),
+        (totals.constraints, "constraint"),
+    ):
+        if name in batch.schema.names:  # not every task has the last
+            counts.update(dict(_value_counts(batch.column(name))))
     for name, tokens in totals.tokens.items():
         tokens.add(batch.column(name).drop_null().to_numpy(zero_copy_only=False))
     totals.latencies.add(batch.column("latency_s").drop_null().to_numpy(zero_copy_only=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 
 from batchvlm.config import BatchingConfig
 from batchvlm.constraints.constraints import Constraints
+from batchvlm.constraints.masks import apply_mask
 from batchvlm.engine.generate import GenerateEngine, eos_ids
 from batchvlm.engine.protocol import Engine
 from batchvlm.engine.slots import SlotEngine
@@ -236,7 +238,115 @@ def hostile_schemas() -> dict[str, Any]:
         "combined": combined,
         "nowhere": {"$ref": "#/$defs/none"},
         "pattern": {"type": "string", "pattern": "((a{1,100}){1,100}){1,100}"},
+        # Refused by llguidance, so that they come to xgrammar.
+        "wide and overlapping": OVERLAPPING
+        | {
+            "properties": {f"k{i}": {"type": "string"} for i in range(5_000)},
+            "maxProperties": 5_001,
+        },
+        "long and overlapping": OVERLAPPING
+        | {
+            "properties": {
+                "color": {"type": "array", "items": COLORS, "minItems": 10**5, "maxItems": 10**9}
+            }
+        },
+        "deep and overlapping": OVERLAPPING | {"properties": {"color": deep}},
     }
+
+
+# llguidance wants patterns of properties that cannot overlap.
+OVERLAPPING = {
+    "type": "object",
+    "properties": {"color": COLORS},
+    "patternProperties": {"a": {"type": "integer"}, "^.b": {"type": "integer"}},
+    "required": ["color"],
+    "maxProperties": 1,
+    "additionalProperties": False,
+}
+LOOSE = {"type": "array", "uniqueItems": True, "items": {"type": "boolean"}, "maxItems": 2}
+NOWHERE = {"$ref": "#/none"}
+
+
+@pytest.mark.parametrize("kind", ["tight", "behind", "generate"])
+def test_rows_of_all_four_kinds_in_one_batch(
+    small: Loaded, hold: Callable[..., Constraints], kind: str
+) -> None:
+    constraints = hold()
+    engines: dict[str, Callable[[], Engine]] = {
+        "tight": lambda: slots(small, constraints, max_slots=7, sort_window=9),
+        "behind": lambda: slots(small, constraints, lag=1, max_slots=16),
+        "generate": lambda: generate(small, constraints),
+    }
+    schemas = [json.dumps(s) for s in (schema_of(0), LOOSE, OVERLAPPING, NOWHERE)]
+    wanted = [Constraint.STRICT, Constraint.LENIENT, Constraint.XGRAMMAR, Constraint.NONE]
+    samples = [
+        replace(s, json_schema=schemas[i % 4])
+        for i, s in enumerate(rows(small, 32, max_new_tokens=60))
+    ]
+    num_held = 0
+    for i, outcome in enumerate(run(engines[kind](), samples)):
+        assert isinstance(outcome, Completion)
+        assert outcome.constraint is wanted[i % 4]
+        if i % 4 < 3 and outcome.finish_reason is FinishReason.STOP:
+            num_held += 1
+            assert i % 4 == 1 or why_invalid(json.loads(outcome.text), schemas[i % 4]) is None
+    assert num_held > 20
+    assert constraints.num_rows == dict.fromkeys(wanted, 8)
+
+
+def test_a_row_that_xgrammar_holds_draws_the_same_in_every_engine(
+    small: Loaded, hold: Callable[..., Constraints]
+) -> None:
+    constraints = hold(Form(FormKind.JSON_SCHEMA, json.dumps(OVERLAPPING)))
+    one, two = (
+        [completion.text for completion in run(engine, rows(small, 6))]
+        for engine in (slots(small, constraints, max_slots=2), generate(small, constraints))
+    )
+    assert one == two
+    assert len(set(one)) > 1
+
+
+def test_without_xgrammar_the_chain_goes_on_to_none_and_says_so_once(
+    small: Loaded,
+    hold: Callable[..., Constraints],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "xgrammar" else find_spec(name)
+    )
+    constraints = hold()
+    other = OVERLAPPING | {"title": "Another"}
+    samples = [
+        replace(s, json_schema=json.dumps((OVERLAPPING, other)[i % 2]))
+        for i, s in enumerate(rows(small, 4, max_new_tokens=5))
+    ]
+    for outcome in run(slots(small, constraints), samples):
+        assert outcome.constraint is Constraint.NONE
+    assert [record.message.count("batchvlm[xgrammar]") for record in caplog.records] == [1]
+
+
+def test_special_tokens_and_ids_of_no_token_are_masked_from_xgrammar_too(
+    small: Loaded, hold: Callable[..., Constraints]
+) -> None:
+    """Within a string it would take the text of one for text."""
+    free_text = OVERLAPPING | {"properties": {"color": {"type": "string"}}}
+    constraints = hold(Form(FormKind.JSON_SCHEMA, json.dumps(free_text)))
+    (sample,) = rows(small, 1)
+    row = constraints.begin(sample)
+    assert row is not None and row.constraint is Constraint.XGRAMMAR
+    tokenizer = small.processor.tokenizer
+    for token in tokenizer('{"color":"', add_special_tokens=False)["input_ids"]:
+        row.commit(token)
+    mask_1W = constraints.take([row])
+    assert mask_1W is not None and row.is_held
+    num_ids = small.model.get_output_embeddings().weight.shape[0]
+    is_free = apply_mask(torch.zeros(1, num_ids), mask_1W)[0].isfinite()
+    free = set(is_free.nonzero()[:, 0].tolist())
+    assert len(free) > 20
+    assert not free & set(tokenizer.all_special_ids)
+    assert free <= set(tokenizer.get_vocab().values())
 
 
 def test_hostile_schemas_cost_their_own_rows_alone(
