@@ -141,6 +141,13 @@ class Scoring:
         pack = [(row, tree) for row, tree in pack if row.failure is None]
         if not pack:
             return
+        halves = self._halves(pack)
+        num_tokens = sum(len(tree) for _, tree in pack)
+        # A pack made before memory was short is not tried as it is.
+        if halves and num_tokens > self._plan.num_scored(pack[0][0].prepared.logits_V.shape[-1]):
+            for half in halves:
+                self._launch_or_split(half)
+            return
         try:
             self._on_the_way.append((pack, ToHost([self._launch(pack)])))
             return
@@ -151,20 +158,23 @@ class Scoring:
         free_memory(self._decoder.device)
         is_oom = failure.error_type is ErrorType.OOM
         if is_oom:
-            self._plan.lower_scored(sum(len(tree) + 1 for _, tree in pack))
-        if len(pack) == 1:
-            ((row, tree),) = pack
-            if not is_oom or len(tree.places) == 1:
-                row.failure = failure
-                self._failed.append((row.prepared.sample, failure))
-                return
-            halves = [[(row, half)] for half in tree.halves()]
-        else:
-            log.warning("scoring %d trees failed (%s); halving them", len(pack), failure.message)
-            middle = len(pack) // 2
-            halves = [pack[:middle], pack[middle:]]
+            self._plan.lower_scored(num_tokens)
+        if len(pack) == 1 and not (is_oom and halves):
+            row, _ = pack[0]
+            row.failure = failure
+            self._failed.append((row.prepared.sample, failure))
+            return
+        log.warning("scoring %d tokens failed (%s); halving them", num_tokens, failure.message)
         for half in halves:
             self._launch_or_split(half)
+
+    def _halves(self, pack: list[_Part]) -> list[list[_Part]]:
+        """A pack in two, or the choices of its only row; empty: it cannot be divided."""
+        if len(pack) > 1:
+            middle = len(pack) // 2
+            return [pack[:middle], pack[middle:]]
+        ((row, tree),) = pack
+        return [[(row, half)] for half in tree.halves()] if len(tree.places) > 1 else []
 
     @torch.inference_mode()
     def _launch(self, pack: Sequence[_Part]) -> Tensor:

@@ -257,7 +257,8 @@ class TestSlots:
             outcomes = run(engine, samples)
         for sample, outcome in zip(samples, outcomes, strict=True):
             check(outcome, want(small, sample, MANY), MANY)
-        assert raised
+        # Known from then on: what was packed before is not tried as it is.
+        assert 1 <= len(raised) <= 6
 
     def test_a_choice_that_alone_is_too_long_costs_its_row(
         self, small: Loaded, want: Callable[..., list[list[float]]]
