@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-from batchvlm.config import EngineName, GenerationConfig, JobConfig, SourceKind
+from batchvlm.config import EngineName, GenerationConfig, Guided, JobConfig, SourceKind
 from batchvlm.errors import ConfigError
 
 # What the OpenAI protocol has no word for.
@@ -63,5 +63,11 @@ def check_endpoint(cfg: JobConfig) -> None:
     ):
         if is_set:
             raise ConfigError(f"engine=endpoint has no tokens of its own for {setting}")
+    if cfg.task.output.guided is Guided.strict:
+        raise ConfigError(
+            "engine=endpoint cannot see to task.output.guided=strict: no server says how far it "
+            "has held an answer",
+            hint="auto has it hold answers as far as it can; each is validated here",
+        )
     if reserved := sorted({"messages", "stream", "n"} & {*endpoint.extra_body}):
         raise ConfigError(f"engine.endpoint.extra_body.{reserved[0]} is not for you to set")

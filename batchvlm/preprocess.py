@@ -196,6 +196,7 @@ def _request(prompt: Prompt, images: Sequence[Image.Image], kind: ImageFormat) -
         image_sizes=tuple(image.size for image in images),
         generation=prompt.generation,
         json_schema=prompt.json_schema,
+        choices=prompt.choices,
         request=ChatRequest(
             messages=prompt.messages, images=tuple(image_file(image, kind) for image in images)
         ),

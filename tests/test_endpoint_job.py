@@ -16,10 +16,11 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pydantic import BaseModel
 
 from batchvlm.demo.questions import held_out
 from batchvlm.engine import endpoint
-from batchvlm.errors import EndpointError, ExitCode
+from batchvlm.errors import ConfigError, EndpointError, ExitCode
 from batchvlm.pipeline import run_job
 from batchvlm.settings import compose
 from tests.conftest import IMAGE, encode, picture
@@ -116,6 +117,111 @@ def test_answers_of_an_extract_task_are_judged_and_guided(
     assert rows[0]["parsed"] == '{"a":1}' and rows[1]["error_type"] == "invalid_json"
     formats = [r.body["response_format"]["json_schema"]["schema"] for r in server.requests]
     assert sorted(schema["required"] for schema in formats) == [["a"], ["b"]]
+
+
+class Animal(BaseModel):
+    """For `task.output.pydantic`."""
+
+    name: str
+    legs: int
+
+
+ANIMAL = {"name": "spider", "legs": 8}
+HEX = r"#[0-9a-f]{6}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "word", "asked", "good", "bad", "parsed"),
+    [
+        (["json_schema=any"], "json", {"type": "object"}, '{"a": 1}', "[]", '{"a":1}'),
+        (
+            [f"pydantic={__name__}:Animal"],
+            *("json", Animal.model_json_schema()),
+            *(json.dumps(ANIMAL), '{"name": "spider"}', ANIMAL),
+        ),
+        (["choice=[cat,dog]"], "choice", ["cat", "dog"], "dog", "a dog", "dog"),
+        (["choice_column=choices"], "choice", ["x", "y"], "y", "z", "y"),
+        ([f"regex='{HEX}'"], "regex", HEX, "#00ff7f", "#00ff7", "#00ff7f"),
+        (
+            ['grammar=\'start: "(" start ")" | "x"\''],
+            *("grammar", 'start: "(" start ")" | "x"'),
+            *("((x))", "((x)", "((x))"),
+        ),
+        (["type=integer"], "json", {"type": "integer"}, "12", '"12"', 12),
+        (["type=date"], "regex", None, "2026-02-03", "3 Feb", "2026-02-03"),
+    ],
+    ids=lambda value: value[0].partition("=")[0] if isinstance(value, list) else "",
+)
+def test_every_form_is_sent_validated_and_typed(
+    tmp_path: Path,
+    write_parquet: Writer,
+    server: StandIn,
+    settings: list[str],
+    word: str,
+    asked: Any,
+    good: str,
+    bad: str,
+    parsed: Any,
+) -> None:
+    source = write_parquet([picture()] * 2, question=["good", "bad"], choices=[["x", "y"]] * 2)
+    server.reply = lambda request: chat(good if "good" in request.text else bad)
+    run(
+        *(server, source, tmp_path / "out", 'task.prompt="{{ question }}"'),
+        *(f"task.output.{setting}" for setting in settings),
+        *("task.instructions=off", "engine.endpoint.response_format=vllm"),
+        name="extract",
+    )
+    sent = [request.body["structured_outputs"] for request in server.requests]
+    assert all(set(fields) == {word} for fields in sent) and len(sent) == 2
+    assert asked is None or sent == [{word: asked}] * 2
+    first, second = rows_of(tmp_path / "out")
+    assert (first["status"], first["json_valid"], first["parsed"]) == ("success", True, parsed)
+    assert (second["error_type"], second["generated_text"]) == ("invalid_json", bad)
+    # A server does not say how far it has held an answer.
+    assert first["constraint"] is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "response_format", "kind"),
+    [
+        ("choice=[cat,dog]", "json_schema", "choice"),
+        ("choice_column=choices", "json_schema", "choice"),
+        ("regex=a+", "json_schema", "regex"),
+        ("type=date", "json_schema", "regex"),
+        ("grammar='start: \"x\"'", "tgi", "grammar"),
+    ],
+)
+def test_a_form_that_the_protocol_has_no_word_for_is_refused_before_the_first_row(
+    tmp_path: Path,
+    write_parquet: Writer,
+    server: StandIn,
+    setting: str,
+    response_format: str,
+    kind: str,
+) -> None:
+    source = write_parquet([picture()], choices=[["x", "y"]])
+    settings = (f"task.output.{setting}", f"engine.endpoint.response_format={response_format}")
+    with pytest.raises(ConfigError, match=rf"no word for a form of kind {kind}.*vllm"):
+        run(server, source, tmp_path / "out", *settings, name="extract")
+    assert server.requests == []
+    # Not to be held to it is another matter.
+    server.reply = lambda request: chat("nothing of the kind")
+    for i, free in enumerate(("task.output.guided=off", "engine.endpoint.response_format=none")):
+        out = tmp_path / f"out-{i}"
+        run(server, source, out, *settings, free, name="extract")
+        (row,) = rows_of(out)
+        assert row["error_type"] == "invalid_json"
+    named = {"model", "messages", "max_tokens", "temperature"}
+    assert all(set(request.body) == named for request in server.requests)
+
+
+def test_no_server_says_how_far_an_answer_was_held(
+    tmp_path: Path, write_parquet: Writer, server: StandIn
+) -> None:
+    source = write_parquet([picture()])
+    settings = ("task.output.json_schema=any", "task.output.guided=strict")
+    with pytest.raises(ConfigError, match=r"task\.output\.guided=strict"):
+        run(server, source, tmp_path / "out", *settings, name="extract")
 
 
 def test_a_batch_file_is_sent_on(tmp_path: Path, server: StandIn) -> None:

@@ -86,8 +86,11 @@ class EndpointConfig:
     """`png`: the pixels that a local run would see; `jpeg` (quality 95): a fifth of the bytes, and
     a fifteenth of the workers' time."""
     response_format: ResponseFormat = ResponseFormat.json_schema
-    """How an extract task's schema is sent: `json_schema` as OpenAI has it, `tgi` as older TGI
-    wants it, `none` for a server that refuses both."""
+    """How the form of answers is sent. `json_schema`: as OpenAI has it, for schemas alone; `tgi`:
+    TGI's `response_format`, which takes schemas, choices and patterns; `vllm`: vLLM's
+    `structured_outputs`, which takes grammars too; `vllm_guided`: the same as `guided_*`, before
+    vLLM 0.12; `none`: not at all, answers are only validated. A form that it has no word for is
+    refused."""
     extra_body: dict[str, Any] = field(default_factory=dict)
     """Sent along with every request, for what only this server has: `top_k`, `min_p`,
     `chat_template_kwargs`, ..."""

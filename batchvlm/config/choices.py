@@ -55,10 +55,12 @@ class ImageFormat(StrEnum):
 
 
 class ResponseFormat(StrEnum):
-    """How a server is told the JSON schema of an answer."""
+    """How a server is told the form of an answer."""
 
     json_schema = "json_schema"
     tgi = "tgi"
+    vllm = "vllm"
+    vllm_guided = "vllm_guided"
     none = "none"
 
 

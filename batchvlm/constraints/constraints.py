@@ -63,10 +63,10 @@ class Constraints:
         self._num_workers = max(1, min(4, cores // 4))
         self._compiler: Compiler | None = None
         engine_tokenizer, num_known = _engine_tokenizer(tokenizer, num_ids, eos_ids)
-        banned_ids = _banned(tokenizer, num_known)
+        banned = banned_ids(tokenizer, num_known)
         if engine_tokenizer is not None:
             fallback = Fallback(
-                engine_tokenizer, num_ids=num_known, eos_ids=eos_ids, banned_ids=banned_ids
+                engine_tokenizer, num_ids=num_known, eos_ids=eos_ids, banned_ids=banned
             )
             self._compiler = Compiler(
                 engine_tokenizer,
@@ -76,7 +76,7 @@ class Constraints:
             )
         self._masks = Masks(
             num_known,
-            banned_ids=banned_ids,
+            banned_ids=banned,
             eos_ids=eos_ids,
             device=device,
             num_threads=max(1, min(16, cores - 1)),
@@ -252,7 +252,7 @@ def _engine_tokenizer(
     return made, num_known
 
 
-def _banned(tokenizer: Any, num_ids: int) -> list[int]:
+def banned_ids(tokenizer: Any, num_ids: int) -> list[int]:
     """Special tokens and ids of no token, which a grammar could take for text."""
     special = set(tokenizer.all_special_ids)
     added = getattr(tokenizer, "added_tokens_decoder", {})

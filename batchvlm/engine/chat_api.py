@@ -17,6 +17,8 @@ from batchvlm.records import (
     Completion,
     Failure,
     FinishReason,
+    Form,
+    FormKind,
     Generation,
     Sample,
     Usage,
@@ -53,14 +55,57 @@ class MalformedReplyError(Exception):
     """A reply with status 200 that is no chat completion."""
 
 
-def request_body(sample: Sample, cfg: EndpointConfig, *, model: str, schema: str | None) -> bytes:
+_JSON_AND_TEXTS = frozenset({FormKind.JSON_SCHEMA, FormKind.CHOICE, FormKind.REGEX})
+SENT_KINDS: Mapping[ResponseFormat, frozenset[FormKind]] = {
+    ResponseFormat.json_schema: frozenset({FormKind.JSON_SCHEMA}),
+    ResponseFormat.tgi: _JSON_AND_TEXTS,
+    ResponseFormat.vllm: frozenset(FormKind),
+    ResponseFormat.vllm_guided: frozenset(FormKind),
+    ResponseFormat.none: frozenset(FormKind),
+}
+"""Forms that a server can be told in each way, or that are left to validation on purpose."""
+_VLLM_WORDS = {
+    FormKind.JSON_SCHEMA: "json",
+    FormKind.CHOICE: "choice",
+    FormKind.REGEX: "regex",
+    FormKind.GRAMMAR: "grammar",
+}
+
+
+def form_fields(form: Form, response_format: ResponseFormat) -> dict[str, Any]:
+    """The fields of a request that ask for a form.
+
+    Args:
+        form: of a kind in `SENT_KINDS`.
+        response_format: how the server is told.
+    """
+    assert form.kind in SENT_KINDS[response_format]
+    is_json = form.kind in (FormKind.JSON_SCHEMA, FormKind.CHOICE)
+    said = json.loads(form.text) if is_json else form.text
+    match response_format:
+        case ResponseFormat.json_schema:
+            named = {"name": "answer", "schema": said}
+            return {"response_format": {"type": "json_schema", "json_schema": named}}
+        case ResponseFormat.tgi:
+            if form.kind is FormKind.JSON_SCHEMA:
+                return {"response_format": {"type": "json_object", "value": said}}
+            pattern = "|".join(map(re.escape, said)) if form.kind is FormKind.CHOICE else said
+            return {"response_format": {"type": "regex", "value": pattern}}
+        case ResponseFormat.vllm:
+            return {"structured_outputs": {_VLLM_WORDS[form.kind]: said}}
+        case ResponseFormat.vllm_guided:
+            return {f"guided_{_VLLM_WORDS[form.kind]}": said}
+    return {}
+
+
+def request_body(sample: Sample, cfg: EndpointConfig, *, model: str, form: Form | None) -> bytes:
     """The JSON text of a row's request.
 
     Args:
         sample: with a `request`.
         cfg: what is sent along.
         model: the model's name on the server.
-        schema: JSON schema of the answer, where there is one.
+        form: that the server is to hold the answer to, of a kind that it can be told.
     """
     assert sample.request is not None
     row = sample.generation
@@ -82,14 +127,8 @@ def request_body(sample: Sample, cfg: EndpointConfig, *, model: str, schema: str
         value = getattr(row, setting)
         if value != _DEFAULTS[setting]:
             body[name] = value
-    if schema is not None:
-        form = json.loads(schema)
-        match cfg.response_format:
-            case ResponseFormat.json_schema:
-                named = {"name": "answer", "schema": form}
-                body["response_format"] = {"type": "json_schema", "json_schema": named}
-            case ResponseFormat.tgi:
-                body["response_format"] = {"type": "json_object", "value": form}
+    if form is not None:
+        body |= form_fields(form, cfg.response_format)
     return json.dumps(body | cfg.extra_body).encode()
 
 

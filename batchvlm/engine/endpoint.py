@@ -14,7 +14,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,10 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import get_async_session
 
-from batchvlm.config import EndpointConfig, JobConfig
+from batchvlm.config import EndpointConfig, Guided, JobConfig, TaskName
 from batchvlm.engine.answers import expand, join
 from batchvlm.engine.chat_api import (
+    SENT_KINDS,
     MalformedReplyError,
     one_line,
     read_reply,
@@ -33,9 +34,9 @@ from batchvlm.engine.chat_api import (
     request_body,
 )
 from batchvlm.engine.protocol import SampleStream
-from batchvlm.errors import EndpointError, ErrorType, ModelError
-from batchvlm.records import Completion, EngineStats, Failure, Sample
-from batchvlm.schemas import read_schema
+from batchvlm.errors import ConfigError, EndpointError, ErrorType, ModelError
+from batchvlm.forms import run_form
+from batchvlm.records import Completion, EngineStats, Failure, Form, FormKind, Sample
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ _PER_CLIENT = 100
 _IS_NOT_HERE = (401, 403, 404, 405)
 """Wrong token, address or model: true of every row."""
 _IS_NOT_READY = (408, 409, 425, 429)
+
+_FORM_FIELDS = ("response_format", "structured_outputs", "guided_")
 
 _sleep = asyncio.sleep
 _Outcome = tuple[Sample, Completion | Failure]
@@ -73,15 +76,24 @@ class EndpointEngine:
     Args:
         cfg: which server, and how much patience there is with it.
         model: the model's name there.
-        schema: JSON schema of the answers to rows that bring none of their own.
+        form: of the answers to rows that bring none of their own.
+        is_guided: whether the server is told the forms of answers.
     """
 
-    def __init__(self, cfg: EndpointConfig, *, model: str, schema: str | None = None) -> None:
+    def __init__(
+        self,
+        cfg: EndpointConfig,
+        *,
+        model: str,
+        form: Form | None = None,
+        is_guided: bool = True,
+    ) -> None:
         assert cfg.url is not None, "settings.py asks for it"
         self.stats = EngineStats()
         self._cfg = cfg
         self._model = model
-        self._schema = schema
+        self._form = form
+        self._is_guided = is_guided
         self._url = _base_url(cfg.url)
         self._token = os.environ.get(cfg.token_env, "").strip()
         self._down_since_s: float | None = None
@@ -97,13 +109,16 @@ class EndpointEngine:
         Raises:
             EndpointError: it is not, for `engine.endpoint.patience_s`.
             ModelError: it wants another token.
+            ConfigError: it cannot be told the form of the answers.
         """
-        schema = cfg.task.output.json_schema
-        engine = cls(
-            cfg.engine.endpoint,
-            model=cfg.model.path,
-            schema=None if schema is None else read_schema(schema, "task.output.json_schema"),
-        )
+        output = cfg.task.output
+        form = run_form(output) if cfg.task.name is TaskName.extract else None
+        is_guided = output.guided is not Guided.off
+        if is_guided:
+            kinds = {form.kind} if form is not None else set()
+            kinds |= {FormKind.CHOICE} if output.choice_column else set()
+            _check_sent(kinds, cfg.engine.endpoint)
+        engine = cls(cfg.engine.endpoint, model=cfg.model.path, form=form, is_guided=is_guided)
         with _loop() as loop:
             asyncio.run_coroutine_threadsafe(engine._await_server(), loop).result()
         return engine
@@ -159,9 +174,8 @@ class EndpointEngine:
 
     async def _ask(self, sample: Sample) -> Completion | Failure:
         """One row's answer, however often it takes."""
-        body = request_body(
-            sample, self._cfg, model=self._model, schema=sample.json_schema or self._schema
-        )
+        form = (sample.form or self._form) if self._is_guided else None
+        body = request_body(sample, self._cfg, model=self._model, form=form)
         start = time.perf_counter()
         num_faults, wait_s = 0, _FIRST_WAIT_S
         while True:
@@ -216,10 +230,11 @@ class EndpointEngine:
                 raise self._refused(status, reason)
             return _Fault(reason=f"the server answered {status}: {reason}", is_busy=True)
         if 400 <= status < 500 and status not in _IS_NOT_READY:
-            if "response_format" in reason and not self._has_answered:
+            if any(name in reason for name in _FORM_FIELDS) and not self._has_answered:
                 raise ModelError(
                     f"the server answered {status}: {reason}",
-                    hint="engine.endpoint.response_format=none sends no schema",
+                    hint="engine.endpoint.response_format=none sends no form, other values send "
+                    "it in another way",
                 )
             return refusal(status, reason)
         return _Fault(
@@ -344,6 +359,16 @@ class EndpointEngine:
         if self._token:
             text = text.replace(self._token, "***")
         return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _check_sent(kinds: Set[FormKind], cfg: EndpointConfig) -> None:
+    for kind in sorted(kinds - SENT_KINDS[cfg.response_format]):
+        others = [f.value for f, sent in SENT_KINDS.items() if kind in sent]
+        raise ConfigError(
+            f"engine.endpoint.response_format={cfg.response_format.value} has no word for a "
+            f"form of kind {kind.value}",
+            hint=f"{', '.join(others[:-1])} have one; none leaves it to validation",
+        )
 
 
 def _base_url(url: str) -> str:

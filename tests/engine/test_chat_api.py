@@ -13,6 +13,7 @@ from PIL import Image
 
 from batchvlm.config import EndpointConfig, ImageFormat, ResponseFormat
 from batchvlm.engine.chat_api import (
+    SENT_KINDS,
     MalformedReplyError,
     read_reply,
     reason_of,
@@ -21,7 +22,16 @@ from batchvlm.engine.chat_api import (
 )
 from batchvlm.errors import ErrorType
 from batchvlm.images import image_file
-from batchvlm.records import ChatRequest, Completion, Failure, FinishReason, Generation, Sample
+from batchvlm.records import (
+    ChatRequest,
+    Completion,
+    Failure,
+    FinishReason,
+    Form,
+    FormKind,
+    Generation,
+    Sample,
+)
 
 from .stand_in import chat
 
@@ -44,9 +54,9 @@ def ask(
     )
 
 
-def body_of(sample: Sample, *, schema: str | None = None, **cfg: Any) -> dict[str, Any]:
+def body_of(sample: Sample, *, form: Form | None = None, **cfg: Any) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(
-        request_body(sample, EndpointConfig(**cfg), model="m", schema=schema)
+        request_body(sample, EndpointConfig(**cfg), model="m", form=form)
     )
     return body
 
@@ -102,15 +112,51 @@ def test_settings_mean_what_they_mean_there() -> None:
     assert body_of(ask(), extra_body={"top_k": 5, "max_tokens": 9})["max_tokens"] == 9
 
 
-def test_a_schema_is_sent_in_the_form_that_the_server_knows() -> None:
-    schema = {"type": "object", "properties": {"a": {"const": None}}}
-    text = json.dumps(schema)
-    sent = body_of(ask(), schema=text)["response_format"]
-    assert sent == {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-    tgi = body_of(ask(), schema=text, response_format=ResponseFormat.tgi)
-    assert tgi["response_format"] == {"type": "json_object", "value": schema}
-    none = body_of(ask(), schema=text, response_format=ResponseFormat.none)
-    assert "response_format" not in none and "response_format" not in body_of(ask())
+SCHEMA = {"type": "object", "properties": {"a": {"const": None}}}
+FORMS = {
+    "json": Form(FormKind.JSON_SCHEMA, json.dumps(SCHEMA)),
+    "choice": Form(FormKind.CHOICE, '["no", "why (not)?"]'),
+    "regex": Form(FormKind.REGEX, "^[0-9]{2}$"),
+    "grammar": Form(FormKind.GRAMMAR, 'start: "a" | "b"'),
+}
+SAID: dict[str, Any] = {
+    "json": SCHEMA,
+    "choice": ["no", "why (not)?"],
+    "regex": "^[0-9]{2}$",
+    "grammar": 'start: "a" | "b"',
+}
+
+
+@pytest.mark.parametrize(
+    ("response_format", "name", "sent"),
+    [
+        (
+            *("json_schema", "json"),
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "answer", "schema": SCHEMA},
+                }
+            },
+        ),
+        ("tgi", "json", {"response_format": {"type": "json_object", "value": SCHEMA}}),
+        ("tgi", "regex", {"response_format": {"type": "regex", "value": "^[0-9]{2}$"}}),
+        (
+            *("tgi", "choice"),
+            {"response_format": {"type": "regex", "value": r"no|why\ \(not\)\?"}},
+        ),
+        *(("vllm", name, {"structured_outputs": {name: SAID[name]}}) for name in FORMS),
+        *(("vllm_guided", name, {f"guided_{name}": SAID[name]}) for name in FORMS),
+        *(("none", name, {}) for name in FORMS),
+    ],
+)
+def test_a_form_is_sent_in_the_words_that_the_server_knows(
+    response_format: str, name: str, sent: dict[str, Any]
+) -> None:
+    plain = body_of(ask())
+    body = body_of(ask(), form=FORMS[name], response_format=ResponseFormat(response_format))
+    assert body == plain | sent
+    assert FORMS[name].kind in SENT_KINDS[ResponseFormat(response_format)]
 
 
 def read(reply: Any, **generation: Any) -> Completion | Failure:

@@ -14,7 +14,7 @@ from batchvlm.config import EndpointConfig, EngineConfig, EngineName, JobConfig,
 from batchvlm.engine import endpoint, open_engine
 from batchvlm.engine.endpoint import EndpointEngine
 from batchvlm.errors import EndpointError, ErrorType, ExitCode, ModelError
-from batchvlm.records import ChatRequest, Completion, Failure, Generation, Sample
+from batchvlm.records import ChatRequest, Completion, Failure, Form, FormKind, Generation, Sample
 
 from .outcomes import run
 from .stand_in import Reply, Request, StandIn, chat, echo
@@ -340,8 +340,10 @@ def test_a_model_that_is_not_there(server: StandIn) -> None:
 
 def test_a_server_that_takes_no_schema(server: StandIn) -> None:
     server.reply = lambda request: Reply(status=400, body={"error": "unknown response_format"})
-    engine = EndpointEngine(EndpointConfig(url=server.url), model="m", schema="{}")
-    with pytest.raises(ModelError, match=r"engine\.endpoint\.response_format=none sends no schema"):
+    engine = EndpointEngine(
+        EndpointConfig(url=server.url), model="m", form=Form(FormKind.JSON_SCHEMA, "{}")
+    )
+    with pytest.raises(ModelError, match=r"engine\.endpoint\.response_format=none sends no form"):
         run(engine, samples_of(3))
 
 
