@@ -1,11 +1,12 @@
 """How many real-world schemas answers can be held to, by drawing tokens at random from the masks.
 
     python benchmarks/constraints.py SCHEMAS.jsonl [--limit 60] [--seeds 3] [--write]
+        [--systems batchvlm llguidance xgrammar outlines_core] [--sample outlines_core=60]
 
 Each line of the input is `{"id", "subset", "schema", "tests": [{"valid", "data"}]}`, as in
 JSONSchemaBench and MaskBench. A token drawn evenly among the allowed ones is the hardest test of a
-mask: a model would never say most of what it lets pass. Each schema is tried in a process of its
-own, under limits of time and memory.
+mask: a model would never say most of what it lets pass. Each schema is tried in another process,
+under limits of time and memory. xgrammar and outlines_core are driven through outlines.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from batchvlm.schemas import why_invalid
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parent))
 from results import environment, write_section
+from systems import SYSTEMS, tokenizer_at
 
 MAX_TOKENS = 1024
 TIMEOUT_S = 60.0
@@ -56,6 +57,8 @@ class Outcome:
     num_tokens: int = 0
     num_forced: int = 0
     """Tokens that were the only ones allowed."""
+    num_cut: int = 0
+    """Draws that did not end."""
 
 
 def train_tokenizer(path: Path, vocab_size: int, documents: Sequence[str]) -> None:
@@ -82,27 +85,6 @@ def train_tokenizer(path: Path, vocab_size: int, documents: Sequence[str]) -> No
     core.save(str(path))
 
 
-@cache
-def tokenizer_at(path: str) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    if path == "demo":
-        from batchvlm.demo.model import build_processor
-
-        return build_processor().tokenizer
-    return PreTrainedTokenizerFast(tokenizer_file=path, eos_token="</s>")
-
-
-@cache
-def engine_tokenizer(path: str) -> Any:
-    from llguidance import hf
-
-    return hf.from_tokenizer(tokenizer_at(path))
-
-
-Step = tuple[Callable[[], np.ndarray[Any, Any]], Callable[[int], bool]]
-
-
 def try_schema(system: str, path: str, schema: str, seeds: int) -> Outcome:
     """Draw answers to one schema."""
     start = time.perf_counter()
@@ -113,7 +95,7 @@ def try_schema(system: str, path: str, schema: str, seeds: int) -> Outcome:
     tokenizer = tokenizer_at(path)
     eos_id = tokenizer.eos_token_id
     kinds = set()
-    num_finished = num_tokens = num_forced = 0
+    num_finished = num_tokens = num_forced = num_cut = 0
     mask_s = 0.0
     for seed in range(seeds):
         draw = np.random.default_rng(seed)
@@ -126,6 +108,7 @@ def try_schema(system: str, path: str, schema: str, seeds: int) -> Outcome:
             num_tokens += 1
             num_forced += len(choices) == 1
             if not len(choices):
+                kinds.add("invalid")  # it has led into a place from which nothing leads on
                 break
             token = int(draw.choice(choices))
             if token == eos_id:
@@ -137,9 +120,13 @@ def try_schema(system: str, path: str, schema: str, seeds: int) -> Outcome:
             if not commit(token):
                 kinds.add("invalid")
                 break
+        else:
+            num_cut += 1
     kind = "invalid" if "invalid" in kinds else "valid" if kinds else "cap"
     mask_us = 1e6 * mask_s / max(1, num_tokens)
-    return Outcome(kind, constraint, compile_s, mask_us, num_finished, num_tokens, num_forced)
+    return Outcome(
+        kind, constraint, compile_s, mask_us, num_finished, num_tokens, num_forced, num_cut
+    )
 
 
 def is_valid(text: str, schema: str) -> bool:
@@ -151,106 +138,17 @@ def is_valid(text: str, schema: str) -> bool:
     return why_invalid(value, schema) is None
 
 
-def by_llguidance(path: str, grammar: str) -> Callable[[], Step] | None:
-    from llguidance import LLMatcher
-
-    tokenizer = engine_tokenizer(path)
-    first = LLMatcher(tokenizer, grammar, log_level=0)
-    if first.is_error():
-        return None
-
-    def begin() -> Step:
-        matcher = first.deep_copy()
-
-        def allowed() -> np.ndarray[Any, Any]:
-            mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-            bits = np.unpackbits(mask, bitorder="little")[: tokenizer.vocab_size]
-            return np.flatnonzero(bits)
-
-        return allowed, matcher.consume_token
-
-    return begin
-
-
-def ours(path: str, schema: str) -> tuple[Callable[[], Step] | None, str]:
-    plan = make_plan(Form(FormKind.JSON_SCHEMA, schema))
-    if plan.grammar is None:
-        return None, plan.constraint.value
-    return by_llguidance(path, plan.grammar), plan.constraint.value
-
-
-def llguidance_alone(path: str, schema: str) -> tuple[Callable[[], Step] | None, str]:
-    from llguidance import LLMatcher
-
-    grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
-    return by_llguidance(path, grammar), "strict"
-
-
-def _by_outlines(backend: str) -> Callable[[str, str], tuple[Callable[[], Step] | None, str]]:
-    """Through outlines' own interface: a processor for one static batch."""
-
-    def open_system(path: str, schema: str) -> tuple[Callable[[], Step] | None, str]:
-        import torch
-        from outlines.backends import get_json_schema_logits_processor
-        from outlines.models.transformers import Transformers
-
-        tokenizer = tokenizer_at(path)
-        model = _ModelOf(tokenizer)
-        outer = Transformers(model, tokenizer)  # type: ignore[arg-type]
-        try:
-            processor = get_json_schema_logits_processor(backend, outer, schema)
-        except Exception:  # whatever it refuses a schema with
-            return None, backend
-
-        def begin() -> Step:
-            processor.reset()
-            ids: list[int] = []
-
-            def allowed() -> np.ndarray[Any, Any]:
-                logits = torch.zeros(1, len(tokenizer))
-                context = torch.tensor([[0, *ids]])
-                out = processor.process_logits(context, logits)
-                return np.flatnonzero(torch.isfinite(out[0]).numpy())
-
-            def commit(token: int) -> bool:
-                ids.append(token)
-                return True
-
-            return allowed, commit
-
-        return begin, backend
-
-    return open_system
-
-
-class _ModelOf:
-    """As much of a transformers model as outlines looks at."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        from types import SimpleNamespace
-
-        self.config = SimpleNamespace(
-            is_encoder_decoder=False, vocab_size=len(tokenizer), eos_token_id=0
-        )
-        self.device = "cpu"
-        self.dtype = None
-
-
-SYSTEMS: Mapping[str, Callable[[str, str], tuple[Callable[[], Step] | None, str]]] = {
-    "batchvlm": ours,
-    "llguidance": llguidance_alone,
-    "outlines_core": _by_outlines("outlines_core"),
-    "xgrammar": _by_outlines("xgrammar"),
-}
-
-
-def try_instances(schema: str, tests: Sequence[Mapping[str, Any]]) -> list[tuple[bool, bool]]:
-    """Of each instance whether it is valid and whether the strict grammar takes it."""
+def try_instances(
+    schema: str, tests: Sequence[Mapping[str, Any]]
+) -> tuple[str, list[tuple[bool, bool]]]:
+    """How far the schema can be held to, and of each instance: is it valid, does the grammar take
+    it, written compactly."""
     plan: Plan = make_plan(Form(FormKind.JSON_SCHEMA, schema))
-    if plan.constraint is not Constraint.STRICT or plan.grammar is None:
-        return []
+    if plan.grammar is None:
+        return plan.constraint.value, []
     first = byte_matcher(plan.grammar)
-    return [(t["valid"], accepts(first, t["data"], json.loads(schema))) for t in tests]
+    judged = [(t["valid"], accepts(first, t["data"], json.loads(schema))) for t in tests]
+    return plan.constraint.value, judged
 
 
 def limited() -> None:
@@ -277,23 +175,97 @@ def run_all(calls: Sequence[tuple[Any, ...]], function: Any, *, workers: int) ->
     return results
 
 
-def table(rows: Iterable[tuple[str, str, Outcome]], systems: Sequence[str]) -> str:
-    """Valid schemas of all, by subset and system."""
-    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    for subset, system, outcome in rows:
-        counts[subset, system][outcome.kind] += 1
-        counts["all", system][outcome.kind] += 1
-    subsets = [*sorted({subset for subset, _ in counts} - {"all"}), "all"]
-    lines = [f"| subset | n | {' | '.join(systems)} |", f"|---|--:{'|--:' * len(systems)}|"]
-    for subset in subsets:
-        total = counts[subset, systems[0]].total()
-        cells = []
-        for system in systems:
-            count = counts[subset, system]
-            rest = [f"{n} {k}" for k, n in sorted(count.items()) if k != "valid"]
-            cells.append(f"{count['valid']} ({', '.join(rest)})" if rest else str(count["valid"]))
-        lines.append(f"| {subset} | {total} | {' | '.join(cells)} |")
+Found = Mapping[str, Sequence[tuple[str, str, Outcome]]]
+"""By system: subset, id and outcome of each schema that it was tried with."""
+
+KINDS = {
+    "valid": "all finished valid",
+    "cap": "none finished",
+    "invalid": "some invalid",
+    "rejected": "no grammar",
+    "timeout": "too long",
+    "crash": "died",
+}
+
+
+def by_system(found: Found) -> str:
+    """What became of the schemas, a line a system, and the share that is held to, both ways."""
+    lines = [
+        f"| system | schemas | {' | '.join(KINDS.values())} | valid | valid or none finished |"
+    ]
+    lines.append(f"|---|{'--:|' * (len(KINDS) + 3)}")
+    for system, outcomes in found.items():
+        counts = Counter(outcome.kind for _, _, outcome in outcomes)
+        total = len(outcomes)
+        cells = " | ".join(str(counts[kind]) for kind in KINDS)
+        shares = [counts["valid"] / total, (counts["valid"] + counts["cap"]) / total]
+        lines.append(f"| {system} | {total} | {cells} | {shares[0]:.1%} | {shares[1]:.1%} |")
     return "\n".join(lines)
+
+
+def by_subset(found: Found) -> str:
+    """Valid schemas and those of which no answer ended, of each subset under each system."""
+    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for system, outcomes in found.items():
+        for subset, _, outcome in outcomes:
+            counts[subset, system][outcome.kind] += 1
+    heads = " | ".join(f"{system} | cap" for system in found)
+    lines = [f"| subset | schemas | {heads} |", f"|---|--:{'|--:' * 2 * len(found)}|"]
+    for subset in sorted({subset for subset, _ in counts}):
+        totals = [counts[subset, system].total() for system in found]
+        cells = []
+        for system, total in zip(found, totals, strict=True):
+            count = counts[subset, system]
+            of = "" if total == totals[0] else f" of {total}"
+            cells.append(f"{count['valid']}{of} | {count['cap']}")
+        lines.append(f"| {subset} | {totals[0]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def words_about(mine: Sequence[Outcome]) -> str:
+    """What else there is to say of our own outcomes."""
+    constraints = Counter(outcome.constraint for outcome in mine if outcome.constraint)
+    invalid = Counter(outcome.constraint for outcome in mine if outcome.kind == "invalid")
+    said = ", ".join(
+        f"{constraints[c.value]} {c.value} ({invalid[c.value]} with an invalid answer)"
+        for c in Constraint
+        if constraints[c.value]
+    )
+    times = sorted(o.compile_s for o in mine if o.compile_s)
+    tokens = sum(o.num_tokens for o in mine)
+    num_drawn = sum(o.num_finished + o.num_cut for o in mine)
+    return (
+        f"batchvlm: {said}. {sum(o.num_cut for o in mine):,} of {num_drawn:,} answers did not end. "
+        f"Compile, median / 95% / longest: {1e3 * times[len(times) // 2]:.0f} / "
+        f"{1e3 * times[int(0.95 * len(times))]:.0f} / {1e3 * times[-1]:.0f} ms. "
+        f"A mask, alone: {np.mean([o.mask_us for o in mine if o.mask_us]):.0f} us on the "
+        f"mean. {sum(o.num_forced for o in mine) / max(1, tokens):.0%} of {tokens:,} tokens "
+        "were the only ones allowed."
+    )
+
+
+def instances_table(rows: Sequence[Mapping[str, Any]], results: Sequence[Any]) -> str:
+    """Instances taken by our grammars, strict and lenient apart."""
+    judged: dict[str, Counter[tuple[bool, bool]]] = defaultdict(Counter)
+    wrong = []
+    for row, result in zip(rows, results, strict=True):
+        if isinstance(result, str):
+            wrong.append(f"{row['id']} ({result})")
+            continue
+        constraint, instances = result
+        judged[constraint].update(instances)
+        if constraint == Constraint.STRICT and any(valid != taken for valid, taken in instances):
+            wrong.append(row["id"])
+    lines = ["| grammar | valid | of them accepted | invalid | of them rejected |"]
+    lines.append("|---|--:|--:|--:|--:|")
+    for constraint, count in judged.items():
+        num_valid = count[True, True] + count[True, False]
+        num_invalid = count[False, True] + count[False, False]
+        if num_valid + num_invalid:
+            good = f"{count[True, True]} ({count[True, True] / max(1, num_valid):.1%})"
+            bad = f"{count[False, False]} ({count[False, False] / max(1, num_invalid):.1%})"
+            lines.append(f"| {constraint} | {num_valid} | {good} | {num_invalid} | {bad} |")
+    return "\n".join(lines) + (f"\n\nStrict and wrong: {', '.join(wrong)}." if wrong else "")
 
 
 def main() -> None:
@@ -303,60 +275,61 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--systems", nargs="+", default=["batchvlm", "llguidance"])
+    parser.add_argument(
+        "--sample", nargs="*", default=[], metavar="SYSTEM=N", help="every n-th schema, N in all"
+    )
     parser.add_argument("--vocab", type=int, default=32_768)
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.schemas.read_text(encoding="utf-8").splitlines()]
-    if args.limit:
-        rows = rows[:: max(1, len(rows) // args.limit)][: args.limit]
+    rows = every_nth(rows, args.limit)
+    samples = {name: int(num) for name, _, num in (text.partition("=") for text in args.sample)}
     path = Path(tempfile.gettempdir()) / f"batchvlm-bpe-{args.vocab}.json"
     if not path.exists():
         documents = [json.dumps(row) for row in rows]
         compact = [json.dumps(row, separators=(",", ":")) for row in rows]
         train_tokenizer(path, args.vocab, documents + compact)
-    parts = []
+    parts = [
+        f"{len(rows)} schemas of JSONSchemaBench, {args.seeds} draws each, {MAX_TOKENS:,} tokens "
+        f"at most, {TIMEOUT_S:.0f} s and {MAX_MEMORY_BYTES >> 30} GiB a schema; `valid`: every "
+        "answer that ended was; `cap`: none ended. The machine was shared by others: times are "
+        "long, counts are not touched by that."
+    ]
+    for name, num in samples.items():
+        parts[0] += f" {name} tried every {len(rows) // num}th schema: it takes seconds for each."
+    calls = [(json.dumps(r["schema"]), r["tests"]) for r in rows]
+    results = run_all(calls, try_instances, workers=args.workers)
+    parts.append(f"**Instances of MaskBench**\n\n{instances_table(rows, results)}")
+    print(parts[-1], flush=True)
     for name, where in (("the demo model's", "demo"), (f"a {args.vocab:,} BPE", str(path))):
-        found: list[tuple[str, str, Outcome]] = []
+        found: dict[str, list[tuple[str, str, Outcome]]] = {}
         for system in args.systems:
-            calls = [(system, where, json.dumps(r["schema"]), args.seeds) for r in rows]
+            tried = every_nth(rows, samples.get(system))
+            calls = [(system, where, json.dumps(r["schema"]), args.seeds) for r in tried]
+            found[system] = []
             for row, result in zip(
-                rows, run_all(calls, try_schema, workers=args.workers), strict=True
+                tried, run_all(calls, try_schema, workers=args.workers), strict=True
             ):
                 outcome = result if isinstance(result, Outcome) else Outcome(result)
-                found.append((row["subset"], system, outcome))
+                found[system].append((row["subset"], row["id"], outcome))
                 if system == "batchvlm" and outcome.kind != "valid":
                     print(row["id"], outcome, file=sys.stderr)
-        mine = [o for _, system, o in found if system == "batchvlm"]
-        strict = [o for o in mine if o.constraint == "strict"]
-        times = sorted(o.compile_s for o in mine if o.compile_s)
-        tokens = sum(o.num_tokens for o in mine)
-        parts.append(
-            f"**Tokenizer: {name}**\n\n{table(found, args.systems)}\n\n"
-            f"batchvlm: {len(strict)} schemas strict, "
-            f"{sum(o.kind == 'invalid' for o in strict)} of them with an invalid answer; "
-            f"{sum(o.constraint == 'lenient' for o in mine)} lenient. Compile, median / 95% / "
-            f"longest: {1e3 * times[len(times) // 2]:.0f} / "
-            f"{1e3 * times[int(0.95 * len(times))]:.0f} / {1e3 * times[-1]:.0f} ms. "
-            f"A mask, alone: {np.mean([o.mask_us for o in mine if o.mask_us]):.0f} us on the "
-            f"mean. {sum(o.num_forced for o in mine) / max(1, tokens):.0%} of {tokens:,} tokens "
-            "were the only ones allowed."
-        )
-        print(parts[-1], flush=True)
-    calls = [(json.dumps(r["schema"]), r["tests"]) for r in rows]
-    judged: Counter[tuple[bool, bool]] = Counter()
-    for result in run_all(calls, try_instances, workers=args.workers):
-        if isinstance(result, list):
-            judged.update(result)
-    parts.append(
-        f"**Instances, strict mode**: {judged[True, True]} of "
-        f"{judged[True, True] + judged[True, False]} valid ones accepted, {judged[False, False]} "
-        f"of {judged[False, False] + judged[False, True]} invalid ones rejected."
-    )
-    print(parts[-1])
+            print(by_system(found), flush=True)
+        parts.append(f"**Tokenizer: {name}**\n\n{by_system(found)}\n\n{by_subset(found)}")
+        if "batchvlm" in found:
+            parts.append(words_about([outcome for _, _, outcome in found["batchvlm"]]))
     if args.write:
         command = f"python benchmarks/constraints.py {args.schemas.name} --seeds {args.seeds}"
+        command += f" --systems {' '.join(args.systems)}"
+        command += f" --sample {' '.join(args.sample)}" if args.sample else ""
         body = "\n\n".join(parts)
-        write_section("Schemas held to", f"{environment(command)}\n\n{body}")
+        packages = ("llguidance", "xgrammar", "outlines", "outlines_core")
+        write_section("Schemas held to", f"{environment(command, packages)}\n\n{body}")
+
+
+def every_nth(rows: Sequence[Any], num: int | None) -> Sequence[Any]:
+    """So many of the rows, at equal distances; None: all."""
+    return rows if num is None else rows[:: max(1, len(rows) // num)][:num]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,9 +32,9 @@ def write_section(title: str, markdown: str, path: Path = RESULTS) -> None:
     )
 
 
-def environment(command: str) -> str:
+def environment(command: str, packages: Sequence[str] = PACKAGES) -> str:
     """A line with the hardware, the versions, the date and the command."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return (
         f"{_processor()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB,"
         f" {platform.system()}; Python {platform.python_version()}, {versions};"
