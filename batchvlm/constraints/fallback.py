@@ -55,8 +55,12 @@ class XgrammarMatcher:
         """Whether the grammar has broken off."""
         return self._is_broken
 
+    def compute_ff_bytes(self) -> bytes:
+        """Text that must follow: none that is known without a mask."""
+        return b""
+
     def compute_ff_tokens(self) -> list[int]:
-        """Tokens that must follow: none that are known without a mask."""
+        """The tokens of that."""
         return []
 
     def mask(self) -> Tensor:
