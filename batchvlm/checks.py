@@ -113,6 +113,8 @@ def _check_choices(cfg: JobConfig) -> None:
             raise ConfigError(f"{key}={name} must be one of {', '.join(_DTYPES)}")
     if not by_part:
         raise ConfigError("model.dtype={} names no part", hint="leave it out, or name a dtype")
+    if cfg.model.tp_plan not in (None, "auto"):
+        raise ConfigError(f"model.tp_plan={cfg.model.tp_plan} must be auto, or null")
     where = cfg.model.device_map
     if not (where is None or isinstance(where, dict) or where in _DEVICE_MAPS):
         raise ConfigError(
@@ -171,16 +173,25 @@ def _check_combinations(cfg: JobConfig) -> None:
         ("quantization_skip", "quantization"),
         ("adapter_revision", "adapter"),
         ("adapter_subfolder", "adapter"),
-        ("gpus_per_replica", "device_map"),
     ):
         if getattr(model, key) is not None and getattr(model, needs) is None:
             raise ConfigError(f"model.{key} has no effect without model.{needs}")
-    for key in ("quantization", "adapter", "device_map"):
-        if isinstance(model.dtype, dict) and getattr(model, key) is not None:
+    for key in ("quantization", "adapter", "device_map", "tp_plan"):
+        if getattr(model, key) is None:
+            continue
+        if isinstance(model.dtype, dict):
             raise ConfigError(
                 f"model.dtype by part does not go with model.{key}",
                 hint="name one dtype for the whole model",
             )
+        if model.tp_plan is not None and key != "tp_plan":
+            raise ConfigError(f"model.tp_plan does not go with model.{key}", hint="leave one out")
+    if model.tp_plan is not None and cfg.engine.name is EngineName.endpoint:
+        raise ConfigError("model.tp_plan has no effect with engine=endpoint", hint="leave it out")
+    if model.gpus_per_replica is not None and model.device_map is None and model.tp_plan is None:
+        raise ConfigError(
+            "model.gpus_per_replica has no effect without model.device_map or model.tp_plan"
+        )
     _check_output(cfg)
     _check_scores(cfg)
     gen = cfg.generation
@@ -290,6 +301,11 @@ def _check_scores(cfg: JobConfig) -> None:
             "task.scores=true does not go with engine=endpoint: no server says how likely a text "
             "is that it would not choose",
             hint="run the model here, or leave task.scores out",
+        )
+    if cfg.model.tp_plan is not None:
+        raise ConfigError(
+            "task.scores=true does not go with model.tp_plan",
+            hint="set model.device_map=auto in its place, or leave task.scores out",
         )
     if output.guided is Guided.off:
         raise ConfigError("task.output.guided=off has no effect with task.scores=true")

@@ -210,9 +210,13 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
 
 
 def _run_job(cfg: JobConfig) -> None:
+    from batchvlm.follow import follow_job, follower_of
     from batchvlm.pipeline import run_job
     from batchvlm.summary import print_summary
 
+    if (replica := follower_of(cfg)) is not None:
+        follow_job(cfg, replica)
+        return
     summary = run_job(cfg)
     with _reader_may_leave():
         print_summary(summary)

@@ -87,6 +87,15 @@ class UnfinishedError(BatchvlmError):
     exit_code = ExitCode.INTERRUPTED
 
 
+class ReplicaError(BatchvlmError):
+    """Processes that hold a model together have lost one another."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint="finished rows are on disk; run the same command again")
+
+
 class OutputError(BatchvlmError):
     """The output folder cannot be written, or holds something that is not ours."""
 

@@ -174,6 +174,13 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
         elif cfg.quantization is not None:
             # Quantized on the way in; some cannot be moved afterwards.
             kwargs["device_map"] = {"": device}
+        if cfg.tp_plan is not None:
+            from transformers.distributed.configuration_utils import DistributedConfig
+
+            _check_divisible(cfg)
+            kwargs["distributed_config"] = DistributedConfig(
+                tp_size=cfg.gpus_per_replica, tp_plan="auto"
+            )
         model, info = _by_class(
             cfg, lambda auto: auto.from_pretrained(cfg.path, output_loading_info=True, **kwargs)
         )
@@ -187,7 +194,7 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
             check_quantized(model, skip)
         if dtypes is not None:
             cast_parts(model, dtypes)
-        if "device_map" not in kwargs:
+        if not {"device_map", "distributed_config"} & set(kwargs):
             model = model.to(device)
         if cfg.adapter is not None:
             apply_adapter(model, cfg)
@@ -244,6 +251,29 @@ def _place(where: Any, first: int, size: int) -> Any:
             "(model.gpus_per_replica), counted from 0"
         )
     return first + int(number)
+
+
+def _check_divisible(cfg: ModelConfig) -> None:
+    """Refuse a model that does not divide among the processes of a replica.
+
+    Raises:
+        ModelError: transformers does not know how to divide it, or not by so many.
+    """
+    model, size = load_skeleton(cfg), cfg.gpus_per_replica or 1
+    if not model.tp_plan:
+        raise ModelError(
+            f"model.tp_plan: transformers has no plan that divides {type(model).__name__}",
+            hint="model.device_map=auto spreads it layer by layer",
+        )
+    text = model.config.get_text_config(decoder=True)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(text, name, None)
+        if isinstance(count, int) and count % size:
+            raise ModelError(
+                f"model.tp_plan: {size} processes cannot divide the {name}={count} of "
+                f"model.path={cfg.path}",
+                hint="set model.gpus_per_replica to a divisor, or model.device_map=auto",
+            )
 
 
 def _check_whole(model: Any, missing: Sequence[str], cfg: ModelConfig) -> None:

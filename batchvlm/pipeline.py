@@ -44,6 +44,7 @@ from batchvlm.runtime.metrics import Metrics, TimeLine
 from batchvlm.runtime.prefetch import Prefetcher
 from batchvlm.runtime.progress import Progress
 from batchvlm.runtime.ranks import Rank, find_rank, memory_of, shards_of_task
+from batchvlm.runtime.replicas import Followers, find_replica
 from batchvlm.runtime.trackers import Place, Trackers, prepare_trackers
 from batchvlm.runtime.walltime import Deadline
 from batchvlm.runtime.watchdog import Ticker, Watchdog
@@ -80,6 +81,14 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
         BatchvlmError: the job cannot be done; finished rows are on disk.
     """
     prepare_trackers(cfg.tracking)
+    replica = find_replica(find_launch(), cfg.model)
+    if replica is None:
+        return _lead_job(cfg, engine, None)
+    with Followers(replica) as followers:
+        return _lead_job(cfg, engine, followers)
+
+
+def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None) -> Summary:
     job = open_job(cfg)
     cfg = job.cfg
     mine = shards_of_task(job.run.plan, cfg.runtime)
@@ -101,7 +110,12 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
         # The watchdog is left last: whatever hangs on the way out has to end too.
         with watchdog, _open_pool(job) as pool:
             rank = find_rank(launch, cfg.engine, cfg.runtime, cfg.model)
-            peers = Peers(launch, _name(job)) if rank.world_size > 1 else None
+            if followers is not None:
+                followers.on_loss = watchdog.end
+                launch = followers.replica.leaders
+                rank = replace(rank, index=launch.rank, world_size=launch.world_size)
+            connect = None if followers is None else followers.replica.open_store
+            peers = Peers(launch, _name(job), connect=connect) if rank.world_size > 1 else None
             if rank.index == 0:
                 metrics.num_found = sum(s.num_rows for s in mine if s.index in finished)
             work = _Work(
@@ -109,6 +123,7 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
                 todo=[shard for shard in mine if shard.index not in finished],
                 peers=peers,
                 deadline=deadline,
+                followers=followers,
             )
             collector = Collector(job, metrics, rank, beat=watchdog.beat)
             watchdog.flush = collector.flush
@@ -137,6 +152,8 @@ class _Work:
     """Those of them that were not finished at the start."""
     peers: Peers | None
     deadline: Deadline
+    followers: Followers | None
+    """The processes that hold the other parts of the model; None: it is whole."""
     num_read: int = 0
     num_taken: int = 0
     """Rows that the engine took, or that failed before it."""
@@ -233,7 +250,7 @@ def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine
             stack.enter_context(peers.exchange(metrics))
         if job.is_overwriting:
             # Shards are opened on what is there: on nothing, once the old run has given way.
-            engine = engine or _load(cfg, rank)
+            engine = engine or _load(cfg, rank, work.followers)
             save_run(job.folder, job.run, overwrite=True)
         records = _read(work, collector)
         if cfg.data.allow_remote:
@@ -252,7 +269,7 @@ def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine
             turns.on_idle = ready.wake
             stack.enter_context(turns)
         # Rows are read and prepared while the model loads.
-        engine = engine or _load(cfg, rank)
+        engine = engine or _load(cfg, rank, work.followers)
         save_run(job.folder, job.run)
         metrics.start_s = time.perf_counter() - start
         ready.wait_s = 0.0
@@ -300,9 +317,12 @@ def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine
             progress.advance()
 
 
-def _load(cfg: JobConfig, rank: Rank) -> Engine:
-    model = replace(cfg.model, gpus_per_replica=rank.num_gpus)
-    return open_engine(replace(cfg, model=model), device=rank.device)
+def _load(cfg: JobConfig, rank: Rank, followers: Followers | None) -> Engine:
+    size = rank.num_gpus if followers is None else followers.size
+    cfg = replace(cfg, model=replace(cfg.model, gpus_per_replica=size))
+    if followers is None:
+        return open_engine(cfg, device=rank.device)
+    return open_engine(cfg, device=rank.device, followers=followers)
 
 
 def _wait_a_little(collector: Collector, progress: Progress) -> None:

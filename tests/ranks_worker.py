@@ -39,10 +39,11 @@ class Together:
 
 
 def _wait_for_all() -> None:
-    meeting, world_size = Path(os.environ["MEETING"]), int(os.environ["WORLD_SIZE"])
+    meeting = Path(os.environ["MEETING"])
+    size = int(os.environ.get("MEETING_SIZE", os.environ["WORLD_SIZE"]))
     (meeting / os.environ["RANK"]).touch()
     end = time.monotonic() + _MAX_WAIT_S
-    while len(list(meeting.iterdir())) < world_size:
+    while len(list(meeting.iterdir())) < size:
         assert time.monotonic() < end, "the other ranks never came"
         time.sleep(0.05)
 
@@ -51,6 +52,6 @@ if __name__ == "__main__":
     open_engine = batchvlm.pipeline.open_engine
     if "MEETING" in os.environ:
         batchvlm.pipeline.open_engine = (  # type: ignore[attr-defined]
-            lambda cfg, device: Together(open_engine(cfg, device=device))
+            lambda cfg, **where: Together(open_engine(cfg, **where))
         )
     sys.exit(main(sys.argv[1:]))

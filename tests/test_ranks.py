@@ -60,7 +60,7 @@ def test_ranks_of_one_launch_compute_every_row_once(
     from torch.distributed import HashStore  # type: ignore[attr-defined]
 
     store = HashStore()
-    monkeypatch.setattr("batchvlm.runtime.claims._connect", lambda launch: store)
+    monkeypatch.setattr("batchvlm.runtime.claims.open_store", lambda launch: store)
     monkeypatch.setattr("batchvlm.runtime.claims._SILENT_S", 0.0)
     source = write_parquet([picture()] * 60, row_group_size=10)
     out = tmp_path / "out"
@@ -95,7 +95,7 @@ def test_what_a_lost_store_leaves_open_is_said(
     def refuse(launch: Any) -> Any:
         raise RuntimeError("nobody is there")
 
-    monkeypatch.setattr("batchvlm.runtime.claims._connect", refuse)
+    monkeypatch.setattr("batchvlm.runtime.claims.open_store", refuse)
     source = write_parquet([picture()] * 40, row_group_size=10)
     out = tmp_path / "out"
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -68,7 +68,7 @@ ALLOWED = {
 }
 TOP = {
     *("batchvlm.job", "batchvlm.turns", "batchvlm.collector", "batchvlm.pipeline"),
-    "batchvlm.summary",
+    *("batchvlm.summary", "batchvlm.follow"),
     *("batchvlm.before", "batchvlm.commands", "batchvlm.cli", "batchvlm.__main__"),
 }
 

@@ -36,9 +36,13 @@ class ModelConfig:
     device_map: Any = None
     """For a model larger than one GPU: `auto`, `balanced`, `sequential`, or a mapping of modules to
     devices, as accelerate takes it. One process holds the model, and runs it by `generate()`."""
+    tp_plan: str | None = None
+    """For a model larger than one GPU: `auto` divides every layer among the processes of a launch,
+    one a GPU, which then work at the same time (tensor parallelism). Runs by `generate()`."""
     gpus_per_replica: int | None = None
-    """device_map, in a launch of several processes: GPUs that each spreads its model over, in the
-    order of their numbers; null: as many as each gets of those of its machine."""
+    """In a launch of several processes. device_map: GPUs over which each spreads its model; null:
+    its share of the machine's. tp_plan: processes, one a GPU, that hold one model together; null:
+    all of a machine."""
     quantization: Quantization | None = None
     """`quanto_int8|int4|float8`, `bnb_int8|nf4`, `torchao_int8|int8_dynamic|float8`; the extras
     `quanto`, `bitsandbytes` and `torchao` bring the libraries."""

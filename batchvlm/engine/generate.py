@@ -25,10 +25,11 @@ from batchvlm.engine.choices import Choices
 from batchvlm.engine.collate import collate
 from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.forced import ForcedChoices
+from batchvlm.engine.parallel import Team
 from batchvlm.engine.protocol import OnToken
 from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
-from batchvlm.errors import ErrorType, RowError
+from batchvlm.errors import BatchvlmError, ErrorType, RowError
 from batchvlm.loading import load_model, load_processor
 from batchvlm.quantization import refuses_inference_mode
 from batchvlm.records import (
@@ -75,6 +76,7 @@ class GenerateEngine:
         constraints: the forms that answers are held to, if any.
         pixel_dtype: what numbers of images are given in; None: the model's.
         choices: what rows may answer, where choices are scored and nothing is decoded.
+        team: the processes that hold the other parts of the model; None: it is whole.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class GenerateEngine:
         constraints: Constraints | None = None,
         pixel_dtype: torch.dtype | None = None,
         choices: Choices | None = None,
+        team: Team | None = None,
     ) -> None:
         self._choices = choices
         self._max_answers = _MAX_ANSWERS
@@ -93,6 +96,7 @@ class GenerateEngine:
         self.stats = EngineStats()
         self.on_token: OnToken | None = None
         self._pixel_dtype = pixel_dtype or model.dtype
+        self._team = team
         self._constraints = constraints or Unconstrained()
         self._batching = batching or BatchingConfig()
         self._model = model
@@ -170,6 +174,8 @@ class GenerateEngine:
             failure = Failure(error_type=error.error_type, message=error.message)
         except torch.AcceleratorError as error:
             raise device_error(error) from error
+        except BatchvlmError:
+            raise  # no row's fault
         except Exception as error:
             failure = failure_of(error)
         else:
@@ -212,12 +218,12 @@ class GenerateEngine:
             eos_ids=self._eos_ids,
             max_answers=min(self._max_answers, budget // longest),
         )
-        inputs = self._inputs(samples)
+        batch = self._collated(samples)
         self._call_generate(
-            inputs, max_new_tokens=max(c.max_tokens for c in choices) + 2, custom_generate=forced
+            batch, max_new_tokens=max(c.max_tokens for c in choices) + 2, custom_generate=forced
         )
         latency_s = time.perf_counter() - start
-        self._count(samples, inputs, forced.row_steps)
+        self._count(samples, batch, forced.row_steps)
         outcomes: list[Completion | Failure] = []
         for sample, row, logprobs, is_finite in zip(
             samples, choices, forced.logprobs, forced.is_finite, strict=True
@@ -231,11 +237,10 @@ class GenerateEngine:
 
     def _generate(self, samples: Sequence[Sample]) -> list[Completion | Failure]:
         start = time.perf_counter()
-        device = self._model.device
-        inputs = self._inputs(samples)
+        batch = self._collated(samples)
         # The answer of an encoder-decoder stands alone, behind a token that starts it.
-        prompt_width = 1 if self._is_encoder_decoder else inputs["input_ids"].shape[1]
-        sampler = RowSampler(len(samples), eos_ids=self._eos_ids, device=device)
+        prompt_width = 1 if self._is_encoder_decoder else batch["input_ids"].shape[1]
+        sampler = RowSampler(len(samples), eos_ids=self._eos_ids, device=self._model.device)
         matchers = [self._constraints.begin(sample) for sample in samples]
         for i, sample in enumerate(samples):
             settings = sample.generation
@@ -248,14 +253,11 @@ class GenerateEngine:
         stops = [RowStop(sample.generation, ends, self._tokenizer) for sample in samples]
         rows = [sample.row_index if sample.answer == 0 else None for sample in samples]
         criterion = RowStops(stops, chosen, self._eos_ids, rows=rows, on_token=self.on_token)
-        ids_BT = self._call_generate(
-            inputs,
-            max_new_tokens=max(sample.generation.max_new_tokens for sample in samples),
-            logits_processor=LogitsProcessorList([chosen]),
-            stopping_criteria=[criterion],
-        )
+        generate = self.generate if self._team is None else partial(self._team.run, self.generate)
+        max_new_tokens = max(sample.generation.max_new_tokens for sample in samples)
+        ids_BT = generate(batch, max_new_tokens, chosen, criterion)
         latency_s = time.perf_counter() - start
-        self._count(samples, inputs, len(samples) * (ids_BT.shape[1] - prompt_width))
+        self._count(samples, batch, len(samples) * (ids_BT.shape[1] - prompt_width))
         outcomes: list[Completion | Failure] = []
         for i, (sample, stop) in enumerate(zip(samples, stops, strict=True)):
             if i in criterion.failures:
@@ -267,24 +269,48 @@ class GenerateEngine:
             outcomes.append(completion)
         return outcomes
 
-    def _inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        tensors = collate(samples, pad_id=self._pad_id, pads_right=self._is_encoder_decoder)
-        return {name: self._to_device(tensor) for name, tensor in tensors.items()}
-
-    def _call_generate(self, inputs: Mapping[str, Tensor], **how: Any) -> Tensor:
-        generate = self._model.generate
-        if self._model.config.model_type in _OWN_GENERATE:
-            generate = partial(GenerationMixin.generate, self._model)
-        ids_BT: Tensor = generate(**inputs, **how)
-        return ids_BT
+    def _collated(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        return collate(samples, pad_id=self._pad_id, pads_right=self._is_encoder_decoder)
 
     def _count(
-        self, samples: Sequence[Sample], inputs: Mapping[str, Tensor], row_steps: int
+        self, samples: Sequence[Sample], batch: Mapping[str, Tensor], row_steps: int
     ) -> None:
         self.stats.num_batches += 1
         self.stats.prompt_tokens += sum(sample.prompt_tokens for sample in samples)
-        self.stats.prompt_cells += inputs["input_ids"].numel()
+        self.stats.prompt_cells += batch["input_ids"].numel()
         self.stats.row_steps += row_steps
+
+    def generate(
+        self,
+        batch: Mapping[str, Tensor],
+        max_new_tokens: int,
+        processor: LogitsProcessor,
+        criterion: StoppingCriteria,
+    ) -> Tensor:
+        """The model's own `generate()`.
+
+        Args:
+            batch: from `collate`.
+            processor: chooses each token.
+            criterion: ends each row.
+
+        Returns:
+            ids_BT: the answers, padded; behind the prompts, but of an encoder-decoder.
+        """
+        return self._call_generate(
+            batch,
+            max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList([processor]),
+            stopping_criteria=[criterion],
+        )
+
+    def _call_generate(self, batch: Mapping[str, Tensor], **how: Any) -> Tensor:
+        generate = self._model.generate
+        if self._model.config.model_type in _OWN_GENERATE:
+            generate = partial(GenerationMixin.generate, self._model)
+        tensors = {name: self._to_device(tensor) for name, tensor in batch.items()}
+        ids_BT: Tensor = generate(**tensors, **how)
+        return ids_BT
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():

@@ -15,11 +15,12 @@ from batchvlm.engine.allocator import keep_freed_memory
 from batchvlm.engine.choices import Choices
 from batchvlm.engine.generate import ONE_IMAGE, GenerateEngine, eos_ids
 from batchvlm.engine.kernels import tune
+from batchvlm.engine.parallel import Run, Team, ToFollowers, ToLeader, follow
 from batchvlm.engine.protocol import Engine
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.errors import ModelError
 from batchvlm.forms import has_form, run_choices, run_form
-from batchvlm.loading import load_model, load_processor
+from batchvlm.loading import explained, load_model, load_processor
 from batchvlm.quantization import refuses_inference_mode
 
 log = logging.getLogger(__name__)
@@ -50,20 +51,44 @@ _VERIFIED = frozenset(
 """Model types whose answers over slots were seen to be those of `generate()`."""
 
 
-def select_engine(cfg: JobConfig, *, device: str) -> Engine:
+def select_engine(cfg: JobConfig, *, device: str, followers: ToFollowers | None = None) -> Engine:
     """Load the model and choose its engine; see `open_engine`."""
     # The processor first: whatever is wrong with it is known before the weights are read.
     tokenizer = load_processor(cfg.model).tokenizer
-    return choose_engine(load_model(cfg.model, device=device), tokenizer, cfg)
+    if cfg.model.tp_plan is None:
+        return choose_engine(load_model(cfg.model, device=device), tokenizer, cfg)
+    if followers is None:
+        raise ModelError(
+            "model.tp_plan divides the model among the processes of a launch, and this is none",
+            hint="leave model.tp_plan out here, or set model.device_map=auto",
+        )
+    team = Team(followers, device=device)
+    with explained(cfg.model, "model"), team.loading(cfg):
+        model = load_model(cfg.model, device=device)
+    return choose_engine(model, tokenizer, cfg, team=team)
 
 
-def choose_engine(model: Any, tokenizer: Any, cfg: JobConfig) -> Engine:
+def follow_leader(leader: ToLeader, *, device: str) -> None:
+    """Load a part of the leader's model, and answer its batches with it; see `parallel.follow`."""
+
+    def load(cfg: JobConfig) -> Run:
+        tokenizer = load_processor(cfg.model).tokenizer
+        model = load_model(cfg.model, device=device)
+        return GenerateEngine(model, tokenizer, cfg.batching).generate
+
+    follow(leader, device=device, load=load)
+
+
+def choose_engine(
+    model: Any, tokenizer: Any, cfg: JobConfig, *, team: Team | None = None
+) -> Engine:
     """Choose the engine of a model that is loaded.
 
     Args:
         model: a transformers model, where it is to run.
         tokenizer: the tokenizer that decodes its answers.
         cfg: the job; its engine may be left open.
+        team: the processes that hold the other parts of the model; None: it is whole.
 
     Raises:
         ModelError: the engine that was asked for cannot run it.
@@ -71,7 +96,8 @@ def choose_engine(model: Any, tokenizer: Any, cfg: JobConfig) -> Engine:
     name, reason = name_engine(model, cfg)
     if model.device.type == "cpu":
         keep_freed_memory()
-    tune(model)
+    if team is None:
+        tune(model)
     choices = open_choices(cfg, model, tokenizer)
     constraints = None if choices else open_constraints(cfg, model, tokenizer)
     if name is EngineName.generate:
@@ -86,6 +112,7 @@ def choose_engine(model: Any, tokenizer: Any, cfg: JobConfig) -> Engine:
             constraints=constraints,
             pixel_dtype=pixel_dtype,
             choices=choices,
+            team=team,
         )
     return SlotEngine(
         model,
@@ -110,6 +137,8 @@ def name_engine(model: Any, cfg: JobConfig) -> tuple[EngineName, str]:
         reason = f"model.attn_implementation={cfg.model.attn_implementation} is asked for"
     if cfg.model.device_map is not None:
         reason = "model.device_map is asked for"
+    if cfg.model.tp_plan is not None:
+        reason = "model.tp_plan is asked for"
     if isinstance(cfg.model.dtype, dict):
         reason = "model.dtype is given by part"
     match cfg.engine.name:

@@ -80,7 +80,7 @@ class Peers:
     ) -> None:
         self._launch = launch
         self._prefix = f"batchvlm/{launch.id}/{key}"
-        self._connect = connect or _connect
+        self._connect = connect or open_store
         self._clock = clock
         self._lock = threading.Lock()
         self._store: Any = None
@@ -241,7 +241,7 @@ def claim_shards(
 
 
 @cache
-def _connect(launch: Launch) -> Any:
+def open_store(launch: Launch) -> Any:
     """The store of a launch, for as long as this process lives.
 
     Raises:

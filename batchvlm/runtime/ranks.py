@@ -74,9 +74,12 @@ def find_rank(
             device = f"{kind}:{first}"
             if not number:
                 torch.accelerator.set_device_index(first)
-    if num_gpus is None and model is not None and model.gpus_per_replica is not None:
+            if model is not None and model.tp_plan is not None:
+                _check_one_each(launch, count)
+    asked = model.gpus_per_replica if model is not None and model.tp_plan is None else None
+    if asked is not None and num_gpus is None:
         raise ConfigError(
-            f"model.gpus_per_replica={model.gpus_per_replica}, and the model runs on {device}",
+            f"model.gpus_per_replica={asked}, and the model runs on {device}",
             hint="leave it out",
         )
     return Rank(index=launch.rank, world_size=launch.world_size, device=device, num_gpus=num_gpus)
@@ -86,6 +89,16 @@ def _is_one_of_several(launch: Launch, model: ModelConfig) -> bool:
     """Whether a model is spread over some of the GPUs here, and others may be another rank's."""
     is_told = launch.world_size > 1 or model.gpus_per_replica is not None
     return model.device_map is not None and is_told
+
+
+def _check_one_each(launch: Launch, num_visible: int) -> None:
+    is_own = num_allocated_gpus() > num_visible
+    if not is_own and launch.local_world_size > num_visible:
+        raise ConfigError(
+            f"model.tp_plan needs a GPU for each of the {launch.local_world_size} processes of "
+            f"this machine, and {num_visible} are here",
+            hint=f"start {num_visible}",
+        )
 
 
 def gpus_of(launch: Launch, num_visible: int, model: ModelConfig, *, num_allocated: int) -> range:

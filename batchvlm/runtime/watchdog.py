@@ -95,18 +95,25 @@ class Watchdog(Ticker):
         now = self._clock()
         signalled_at_s = interrupted_at_s()
         if signalled_at_s is not None and now - signalled_at_s > self._grace_s:
-            self._end(f"still busy runtime.grace_s={self._grace_s:g} after the signal")
+            reason = f"still busy runtime.grace_s={self._grace_s:g} after the signal"
+            self.end(reason, with_stacks=True)
         if self._stall_timeout_s is None or self._beat_at_s is None:
             return
         if now - self._beat_at_s > self._stall_timeout_s:
-            self._end(f"no row was finished for runtime.stall_timeout_s={self._stall_timeout_s:g}")
+            reason = f"no row was finished for runtime.stall_timeout_s={self._stall_timeout_s:g}"
+            self.end(reason, with_stacks=True)
         file = sys.__stderr__
         if file is not None:
             faulthandler.dump_traceback_later(
                 self._stall_timeout_s + self._grace_s + _LAST_RESORT_S, exit=True, file=file
             )
 
-    def _end(self, reason: str) -> None:
+    def end(self, reason: str, *, with_stacks: bool = False) -> None:
+        """Flush and exit with 75.
+
+        Args:
+            with_stacks: say first where every thread is.
+        """
         is_flushed = threading.Event()
 
         def flush() -> None:
@@ -116,7 +123,7 @@ class Watchdog(Ticker):
         # Not in this thread: the disk may be what hangs.
         thread = threading.Thread(target=flush, name="last-flush", daemon=True)
         try:
-            if (file := sys.__stderr__) is not None:
+            if (file := sys.__stderr__) is not None and with_stacks:
                 print(f"batchvlm: {reason}; where every thread is:", file=file, flush=True)
                 faulthandler.dump_traceback(file)
             thread.start()

@@ -1,0 +1,327 @@
+"""Several processes of a machine that hold one model together: who leads, and how they talk.
+
+One of them leads: it claims shards, prepares rows and writes. The others follow it, step by step of
+the model. They are connected by Unix sockets, so that each knows at once when another one ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+from batchvlm.config import ModelConfig
+from batchvlm.errors import ConfigError, ExitCode, ReplicaError
+from batchvlm.runtime.claims import open_store
+from batchvlm.runtime.launch import Launch
+from batchvlm.runtime.signals import interrupted_at_s
+
+_CONNECT_S = 150.0
+"""How long those of a replica wait for one another: libraries load slowly on a busy disk."""
+_NOTICE_S = 10.0
+"""After another one has ended, a process that is still busy so long waits for it for ever."""
+
+_meetings = itertools.count()
+"""A process may do several jobs; those of a launch do the same ones in the same order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """Neighbours among the ranks of a machine, and this process among them."""
+
+    launch: Launch
+    """All ranks."""
+    size: int
+
+    @property
+    def index(self) -> int:
+        """Place among the replicas of the launch."""
+        return self.launch.rank // self.size
+
+    @property
+    def rank(self) -> int:
+        """Place in the replica; 0 leads."""
+        return self.launch.rank % self.size
+
+    @property
+    def num_replicas(self) -> int:
+        return self.launch.world_size // self.size
+
+    @property
+    def leaders(self) -> Launch:
+        """Those that lead, as if they were all there are."""
+        return replace(
+            self.launch,
+            rank=self.index,
+            world_size=self.num_replicas,
+            local_rank=self.launch.local_rank // self.size,
+            local_world_size=self.launch.local_world_size // self.size,
+        )
+
+    def open_store(self, _: Launch | None = None) -> Any:
+        """The store of the whole launch."""
+        return open_store(self.launch)
+
+
+def find_replica(launch: Launch, model: ModelConfig) -> Replica | None:
+    """Find the processes with which this one holds its model; None: it holds a model alone.
+
+    Raises:
+        ConfigError: the processes do not divide, or there is no launch.
+    """
+    if model.tp_plan is None:
+        return None
+    num_ranks = launch.local_world_size
+    size = model.gpus_per_replica or num_ranks
+    if launch.world_size == 1 or size == 1:
+        raise ConfigError(
+            f"model.tp_plan={model.tp_plan} divides the model among several processes of a launch, "
+            "and a replica has one",
+            hint="start one for each GPU, as torchrun --nproc-per-node 4 jobs/caption.py does",
+        )
+    if num_ranks % size or launch.world_size % num_ranks:
+        raise ConfigError(
+            f"model.gpus_per_replica={size}: the {num_ranks} processes of this machine, of "
+            f"{launch.world_size}, do not divide into replicas",
+            hint="start a multiple of it on each machine, as many on each",
+        )
+    if launch.rank % num_ranks != launch.local_rank:
+        raise ConfigError(
+            "model.tp_plan needs the ranks of a machine in a row",
+            hint="srun --distribution=block numbers them so",
+        )
+    if launch.host is None:
+        raise ConfigError(
+            "model.tp_plan: the launcher does not say where rank 0 is", hint="set MASTER_ADDR"
+        )
+    return Replica(launch=launch, size=size)
+
+
+@dataclass(eq=False)
+class _Heard:
+    """What came from another process, until somebody takes it up."""
+
+    message: Any = None
+    is_end: bool = False
+    """Whether it is that nothing more will come."""
+    is_noticed: threading.Event = field(default_factory=threading.Event)
+
+
+class Followers:
+    """The processes that follow this one; a context manager.
+
+    Entering it waits for them; leaving it tells them that all is done.
+
+    Args:
+        replica: this process leads it.
+    """
+
+    def __init__(self, replica: Replica) -> None:
+        self.rank, self.size = replica.rank, replica.size
+        self.on_loss: Callable[[str], object] = _end
+        """Ends this process where it waits for one that has ended."""
+        self.replica = replica
+        # A short name, for a socket's address is; only this user may enter it.
+        self.folder = Path(tempfile.mkdtemp(prefix="batchvlm-", dir="/tmp"))
+        self._connections: dict[int, Connection] = {}
+        self._heard: dict[int, SimpleQueue[_Heard]] = {}
+        self._is_left = False
+
+    def __enter__(self) -> Self:
+        try:
+            self._meet()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._is_left = True
+        for connection in self._connections.values():
+            with suppress(OSError):
+                connection.send(None)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _meet(self) -> None:
+        end_s = time.monotonic() + _CONNECT_S
+        with socket.socket(socket.AF_UNIX) as server:
+            address = str(self.folder / "s")
+            server.bind(address)
+            server.listen(self.size)
+            try:
+                self.replica.open_store().set(_key(self.replica), address)
+            except RuntimeError as error:  # torch's own among them
+                reason = " ".join(str(error).split())[:200]
+                raise ReplicaError(f"the store of the launch cannot be had: {reason}") from error
+            while len(self._connections) < self.size - 1:
+                server.settimeout(max(0.1, end_s - time.monotonic()))
+                try:
+                    peer, _ = server.accept()
+                except TimeoutError as error:
+                    raise ReplicaError(
+                        f"{self.size - 1 - len(self._connections)} of the {self.size} processes "
+                        f"that hold the model together did not come within {_CONNECT_S:g} s"
+                    ) from error
+                peer.setblocking(True)
+                connection = Connection(peer.detach())
+                rank = connection.recv()
+                self._connections[rank], self._heard[rank] = connection, SimpleQueue()
+        for rank, connection in self._connections.items():
+            listen = threading.Thread(
+                target=self._listen, args=(rank, connection), name="followers", daemon=True
+            )
+            listen.start()
+
+    def _listen(self, rank: int, connection: Connection) -> None:
+        is_end = False
+        while not is_end:
+            heard = _hear(connection)
+            is_end = heard.is_end
+            self._heard[rank].put(heard)
+            if not (is_end or heard.message is not None) or heard.is_noticed.wait(_NOTICE_S):
+                continue
+            # Whoever was told to stop is on its way, and has a watchdog of its own.
+            if not self._is_left and interrupted_at_s() is None:
+                self.on_loss(_loss(rank, heard))
+
+    def send(self, message: object) -> None:
+        """Tell all of them the same.
+
+        Raises:
+            ReplicaError: one has ended.
+        """
+        for rank, connection in self._connections.items():
+            try:
+                connection.send(message)
+            except OSError as error:
+                raise ReplicaError(_loss(rank, _Heard(is_end=True))) from error
+
+    def gather(self, limit_s: float) -> str | None:
+        """Wait until each of them has done what it was told; gives what went wrong with one.
+
+        Raises:
+            ReplicaError: one has ended, or does not answer.
+        """
+        end_s = time.monotonic() + limit_s
+        texts = []
+        for rank, queue in self._heard.items():
+            try:
+                heard = queue.get(timeout=max(0.0, end_s - time.monotonic()))
+            except Empty:
+                raise ReplicaError(
+                    f"process {rank} of the {self.size} that hold the model together is no more "
+                    "at the same step"
+                ) from None
+            heard.is_noticed.set()
+            if heard.is_end:
+                raise ReplicaError(_loss(rank, heard))
+            texts.append(heard.message)
+        return next((text for text in texts if text is not None), None)
+
+
+class Leader:
+    """The process that this one follows; a context manager.
+
+    Args:
+        replica: this process does not lead it.
+    """
+
+    def __init__(self, replica: Replica) -> None:
+        self.rank, self.size = replica.rank, replica.size
+        self._replica = replica
+        self._peer = socket.socket(socket.AF_UNIX)
+        self._heard: SimpleQueue[_Heard] = SimpleQueue()
+
+    def __enter__(self) -> Self:
+        store = self._replica.open_store()
+        key = _key(self._replica)
+        try:
+            store.wait([key], timedelta(seconds=_CONNECT_S))
+            address = store.get(key).decode()
+            self._peer.connect(address)
+        except (RuntimeError, OSError) as error:
+            raise ReplicaError("the process that leads this one did not come") from error
+        self.folder = Path(address).parent
+        self._connection = Connection(os.dup(self._peer.fileno()))
+        self._connection.send(self.rank)
+        threading.Thread(target=self._listen, name="leader", daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Seen by the other side at once, whatever this process still has to do.
+        with suppress(OSError):
+            self._peer.shutdown(socket.SHUT_RDWR)
+
+    def _listen(self) -> None:
+        is_end = False
+        while not is_end:
+            heard = _hear(self._connection)
+            is_end = heard.is_end or heard.message is None
+            self._heard.put(heard)
+        if not heard.is_noticed.wait(_NOTICE_S) and interrupted_at_s() is None:
+            # In the middle of a step, whose other half will not come.
+            if heard.is_end:
+                _end("the process that leads this one has ended")
+            os._exit(ExitCode.DONE)
+
+    def receive(self) -> Any:
+        """What the leader says next; None: all is done.
+
+        Raises:
+            ReplicaError: it has ended.
+        """
+        heard = self._heard.get()
+        heard.is_noticed.set()
+        if heard.is_end:
+            raise ReplicaError("the process that leads this one has ended")
+        return heard.message
+
+    def answer(self, text: str | None) -> None:
+        """Say that what was told is done, or what went wrong."""
+        with suppress(OSError):  # `receive` says that nobody is there
+            self._connection.send(text)
+
+
+def _key(replica: Replica) -> str:
+    return f"batchvlm/{replica.launch.id}/replica/{replica.index}/{next(_meetings)}"
+
+
+def _hear(connection: Connection) -> _Heard:
+    try:
+        return _Heard(connection.recv())
+    except (EOFError, OSError):
+        return _Heard(is_end=True)
+
+
+def _loss(rank: int, heard: _Heard) -> str:
+    what = "has ended" if heard.is_end else f"failed: {heard.message}"
+    return f"process {rank} of those that hold the model together {what}"
+
+
+def _end(reason: str) -> None:
+    print(f"batchvlm: error: {reason}; run the same command again", file=sys.stderr, flush=True)
+    os._exit(ExitCode.INTERRUPTED)
