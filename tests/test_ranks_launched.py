@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from batchvlm.demo.questions import held_out
 from batchvlm.output.folder import OutputFolder
@@ -21,6 +22,8 @@ from batchvlm.settings import compose
 from tests.conftest import IMAGE
 from tests.fetch.server import image, serve
 from tests.test_pipeline import answers, rows_of
+
+pytestmark = pytest.mark.soak
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 LAUNCH = [

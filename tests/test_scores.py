@@ -151,6 +151,7 @@ Other = list[int]
         (["task.output.regex=a"], "task.output.regex"),
         (["task=caption"], "task=caption"),
         (["engine=endpoint", "engine.endpoint.url=http://x/v1"], "engine=endpoint"),
+        (["model.tp_plan=auto"], "model.tp_plan"),
         (["task.output.guided=off"], "task.output.guided=off"),
         (["generation=sample"], "generation.temperature"),
         (["generation.stop=[a]"], "generation.stop"),
