@@ -116,6 +116,12 @@ class Generation:
     num_return_sequences: int = 1
     """Answers to the row."""
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether what was said makes a difference to what is said next."""
+        counts = self.frequency_penalty != 0 or self.presence_penalty != 0
+        return counts or self.repetition_penalty != 1.0
+
 
 class FormKind(StrEnum):
     """What the form of an answer is described by."""
@@ -339,6 +345,8 @@ class EngineStats:
     decode_s: float = 0.0
     row_steps: int = 0
     """Decode steps summed over the rows that took part, finished rows included."""
+    forced_tokens: int = 0
+    """Tokens that a grammar forced and that took no step of their own."""
 
     @property
     def padding_share(self) -> float:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -55,6 +56,7 @@ class Constraints:
         form: Form | None,
         is_strict: bool = False,
     ) -> None:
+        self._spell = partial(_spelled, tokenizer)
         self._form = form
         self._is_strict = is_strict
         self._eos_ids = frozenset(eos_ids)
@@ -74,6 +76,7 @@ class Constraints:
                 fallback=None if is_strict else fallback,
                 num_workers=self._num_workers,
             )
+        self._banned_ids = frozenset(banned)
         self._masks = Masks(
             num_known,
             banned_ids=banned,
@@ -119,7 +122,7 @@ class Constraints:
             return self._held(RowMatcher(None, Constraint.NONE, self._eos_ids), ("no tokenizer",))
         compiled = future.result()
         matcher = None if compiled.matcher is None else compiled.matcher.deep_copy()
-        row = RowMatcher(matcher, compiled.constraint, self._eos_ids)
+        row = RowMatcher(matcher, compiled.constraint, self._eos_ids, self._banned_ids, self._spell)
         return self._held(row, compiled.notes)
 
     def close(self) -> None:
@@ -250,6 +253,12 @@ def _engine_tokenizer(
         return None, num_known
     log.debug("tokenizer for grammars in %.1f s", time.perf_counter() - start)
     return made, num_known
+
+
+def _spelled(tokenizer: Any, text: str) -> Sequence[int]:
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+    ids: Sequence[int] = encoded["input_ids"]
+    return ids
 
 
 def banned_ids(tokenizer: Any, num_ids: int) -> list[int]:

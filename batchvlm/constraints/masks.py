@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -25,12 +26,25 @@ class RowMatcher:
         matcher: an `LLMatcher` or `XgrammarMatcher` of its own.
         constraint: how far the grammar holds to the form.
         eos_ids: ids that end an answer.
+        banned_ids: ids that no grammar means: special tokens, and those of no token.
+        spell: text -> ids of text alone, also where it reads like a special token.
     """
 
-    def __init__(self, matcher: Any, constraint: Constraint, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        matcher: Any,
+        constraint: Constraint,
+        eos_ids: frozenset[int],
+        banned_ids: frozenset[int] = frozenset(),
+        spell: Callable[[str], Sequence[int]] = lambda text: (),
+    ) -> None:
         self.constraint = constraint
         self._matcher = matcher
         self._eos_ids = eos_ids
+        self._never = eos_ids | banned_ids
+        self._spell = spell
+        self._forced: Sequence[int] | None = None
+        """What comes next without a choice; None: not looked at since the last token."""
         self.is_over = False
         """Whether the answer has ended."""
 
@@ -44,10 +58,50 @@ class RowMatcher:
         """Whether the answer is whole, and nothing but its end may follow."""
         return self._matcher is not None and not self.is_over and self._matcher.is_stopped()
 
+    @property
+    def forced(self) -> Sequence[int]:
+        """The tokens that come next where the grammar leaves no choice of text; none elsewhere.
+
+        The grammar forces bytes, the tokens are those that the tokenizer makes of them, up to where
+        what follows could make it another token.
+        """
+        if self._forced is None:
+            self._forced = self._find_forced()
+        return self._forced
+
+    def take_forced(self, max_tokens: int) -> Sequence[int]:
+        """Take the first of these tokens as if they had been chosen."""
+        tokens = self.forced[:max_tokens]
+        for token in tokens:
+            self.commit(token)
+        return tokens
+
+    def _find_forced(self) -> list[int]:
+        if self._matcher is None or self.is_over:
+            return []
+        try:
+            # Bytes are cheap to ask for, and seldom forced.
+            forced = self._matcher.compute_ff_bytes()
+            tokens = self._matcher.compute_ff_tokens() if forced else []
+            if tokens and tokens[0] in self._never:
+                # Text that reads like a control token, of which the engine makes that token.
+                tokens = list(self._spell(forced.decode(errors="ignore"))[:1])
+                tokens = tokens[: self._matcher.validate_tokens(tokens)]
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            log.warning("a grammar broke off, its row goes on without: %s", error)
+            self.give_up()
+            return []
+        return list(takewhile(lambda token: token not in self._never, tokens))
+
     def commit(self, token: int) -> None:
         """Take the token that was chosen."""
         if self._matcher is None or self.is_over:
             return
+        forced, self._forced = self._forced, None
+        if forced and forced[0] == token:
+            self._forced = forced[1:] or None
         if token in self._eos_ids:
             self.is_over = True
         elif not self._matcher.consume_token(token):
@@ -144,6 +198,10 @@ class Masks:
                 mask_BW[i].fill_(-1)
             elif (engine := row.engine) is None:
                 mask_BW[i] = self._end_W
+            elif forced := row.forced:
+                # As the engine has it, but for text that reads like a control token.
+                mask_BW[i].zero_()
+                mask_BW[i, forced[0] // 32] = _word(forced[0] % 32)
             elif isinstance(engine, XgrammarMatcher):
                 mask_BW[i] = engine.mask()
                 others.append((engine, i))
@@ -187,6 +245,11 @@ class Masks:
             buffer = torch.empty(shape, dtype=torch.int32, pin_memory=is_pinned)
             self._buffers[turn] = buffer
         return buffer[:num_rows]
+
+
+def _word(bit: int) -> int:
+    """An int32 with one bit."""
+    return (1 << bit) if bit < 31 else -(1 << 31)
 
 
 def _pack(is_set: Tensor) -> Tensor:

@@ -1,18 +1,14 @@
 """Attention over packed prompts and over slots, in the place of the model's own.
 
 transformers lets a name stand for an attention function. Under `NAME`, a forward of the decoder
-runs in one of two forms, which the caller announces with `attending`:
-
-- `Packed`: several prompts behind one another in one row. Each attends to itself alone, so there
-  is no padding and no dense mask over all of them.
-- `Slots`: one new token for each of B slots, whose keys and values lie in static buffers.
+runs in one of the forms of layout.py, which the caller announces with `attending`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -22,128 +18,13 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from batchvlm.engine import flash
+from batchvlm.engine.layout import KeysValues, Packed, Runs, Slots, Span
 
 # Shape legend: B rows, T tokens of all packed rows, T_i of row i, P_i tokens of row i computed
 # before, H heads, K key-value heads, G = H // K query heads for each of these, S slot length,
 # D head size.
 
 NAME = "batchvlm_rows"
-
-KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one row in one layer, each [K, T_i, D]."""
-
-
-@dataclass(slots=True)
-class Packed:
-    """Prompts behind one another: row i is tokens `bounds[i]` to `bounds[i + 1]`."""
-
-    bounds: tuple[int, ...]
-    past: tuple[Sequence[KeysValues] | None, ...]
-    """For each row, by layer, what was computed of its prompt before; None: it starts here."""
-    last_E: Tensor | None = None
-    """int64 [E]: the tokens whose logits are asked for; None: all count."""
-    sees_ahead: bool = False
-    """Set by a forward in which some token attends to a later one, as in PaliGemma's prompts."""
-    trees: tuple[Tensor, ...] | None = None
-    """Of tokens that go on from a prompt in several ways: for each row, which of its tokens each
-    attends to besides the prompt, bool [T_i, T_i]; one lies as far behind the prompt as it attends
-    to others."""
-    _flash: flash.Bounds | None = None
-    _tree_masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        return list(zip(self.bounds, self.bounds[1:], strict=False))
-
-    def flash_bounds(self, device: torch.device) -> flash.Bounds:
-        """Where each row's queries and, what was computed before included, its keys lie."""
-        if self._flash is None:
-            num_new = [stop - start for start, stop in self.spans]
-            num_before = [0 if rows is None else rows[0][0].shape[1] for rows in self.past]
-            num_keys = [new + before for new, before in zip(num_new, num_before, strict=True)]
-            ends = torch.tensor([num_new, num_keys]).cumsum(1).to(torch.int32)
-            both = F.pad(ends, (1, 0)).pin_memory().to(device, non_blocking=True)
-            self._flash = flash.Bounds(
-                query_B1=both[0],
-                key_B1=both[1],
-                max_queries=max(num_new),
-                max_keys=max(num_keys),
-            )
-        return self._flash
-
-    def tree_mask(self, row: int, num_before: int, window: int | None) -> Tensor:
-        """What the tokens of one row's tree attend to: bool [T_i, P_i + T_i]."""
-        assert self.trees is not None
-        key = row, window
-        if key not in self._tree_masks:
-            tree_TT = self.trees[row]
-            mask = torch.cat([tree_TT.new_ones(len(tree_TT), num_before), tree_TT], dim=1)
-            if window is not None:
-                before = torch.arange(num_before, device=mask.device)
-                own = num_before + tree_TT.sum(1) - 1
-                mask &= torch.cat([before, own]) > own[:, None] - window
-            self._tree_masks[key] = mask
-        return self._tree_masks[key]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Neighbouring slots whose attention is computed together."""
-
-    start: int
-    stop: int
-    length: int
-    """Positions that the longest of them attends to, the new token's among them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slots:
-    """One new token for each slot."""
-
-    positions_B: Tensor
-    """int64 [B]: where each row's new token lies."""
-    spans: tuple[Span, ...]
-    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
-    _biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
-    _flash: dict[tuple[int, int], flash.Bounds] = field(default_factory=dict)
-
-    def mask(self, span: Span, window: int | None) -> Tensor:
-        """What the rows of a span attend to: bool [B, 1, 1, length]."""
-        key = (span.start, window)
-        if key not in self._masks:
-            places_S = torch.arange(span.length, device=self.positions_B.device)
-            newest_B1 = self.positions_B[span.start : span.stop, None]
-            mask_BS = places_S <= newest_B1
-            if window is not None:
-                mask_BS &= places_S > newest_B1 - window
-            self._masks[key] = mask_BS[:, None, None]
-        return self._masks[key]
-
-    def bias(self, span: Span, window: int | None, dtype: torch.dtype) -> Tensor:
-        """The mask as what is added to scores, made once for all layers: [B, 1, 1, length]."""
-        key = (span.start, window, dtype)
-        if key not in self._biases:
-            mask = self.mask(span, window)
-            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            self._biases[key] = zeros.masked_fill_(~mask, -torch.inf)
-        return self._biases[key]
-
-    def flash_bounds(self, slot_length: int, *, num_queries: int) -> flash.Bounds:
-        """So many queries a row, at its position, over slots of one length behind one another."""
-        key = slot_length, num_queries
-        if key not in self._flash:
-            count_B1 = torch.arange(
-                len(self.positions_B) + 1, dtype=torch.int32, device=self.positions_B.device
-            )
-            self._flash[key] = flash.Bounds(
-                query_B1=count_B1 * num_queries,
-                key_B1=count_B1 * slot_length,
-                max_queries=num_queries,
-                max_keys=slot_length,
-                used_B=(self.positions_B + 1).to(torch.int32),
-            )
-        return self._flash[key]
-
 
 _form: Packed | Slots | None = None
 
@@ -160,7 +41,7 @@ class OnlyLast(nn.Module):
         self.inner = inner
 
     def forward(self, hidden_1TD: Tensor) -> Tensor:
-        if not isinstance(_form, Packed) or _form.last_E is None:
+        if _form is None or _form.last_E is None:
             return cast(Tensor, self.inner(hidden_1TD))
         some_1ED = self.inner(hidden_1TD[:, _form.last_E])
         out_1TD: Tensor = some_1ED.new_zeros(1, hidden_1TD.shape[1], some_1ED.shape[2])
@@ -194,7 +75,7 @@ def attention(
 
     Args:
         module: the layer's attention module.
-        query: [1, H, T, D] packed, [B, H, 1, D] over slots.
+        query: [1, H, T, D] packed and where slots have runs, [B, H, 1, D] over slots else.
         key: [1, K, T, D] packed, [B, K, S, D] over slots; `value` likewise.
         attention_mask: packed, bool [1, 1, T, T] where not every row is plainly causal.
         scaling: factor on the scores.
@@ -213,7 +94,11 @@ def attention(
             window = sliding_window if attention_mask is None else None
             return _packed(score, query, key, value, packed, past, attention_mask, window), None
         case Slots() as slots:
-            return _over_slots(score, query, key, value, slots, sliding_window), None
+            if slots.runs is None:
+                return _over_slots(score, query, key, value, slots, sliding_window), None
+            return _over_slots_with_runs(
+                score, query, key, value, slots, slots.runs, sliding_window
+            ), None
     raise RuntimeError(f"attention {NAME!r} outside of `attending`")
 
 
@@ -332,21 +217,57 @@ def _over_slots(
         # The query heads of one key head side by side, as if they were queries behind one another:
         # keys and values are read once for all of them.
         grouped = query.view(num_rows, key.shape[1], num_groups, size)
-    has_bias = is_cpu and score.softcap is None
     outs = []
     for span in slots.spans:
         rows = slice(span.start, span.stop)
-        outs.append(
-            score.attend(
-                grouped[rows],
-                key[rows, :, : span.length],
-                value[rows, :, : span.length],
-                slots.bias(span, window, query.dtype) if has_bias else slots.mask(span, window),
-                is_causal=False,
-            )
-        )
+        mask = _mask_over(score, slots, span, window, query)
+        outs.append(_attend_over(score, grouped[rows], key, value, span, mask))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     return out.reshape(num_rows, 1, num_heads, size)
+
+
+def _over_slots_with_runs(
+    score: _Scores,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Slots,
+    runs: Runs,
+    window: int | None,
+) -> Tensor:
+    """[1, H, T, D] queries, several for some slots, over keys and values that hold them all."""
+    num_heads, size, num_keys = query.shape[1], query.shape[3], key.shape[1]
+    num_groups = num_heads // num_keys
+    query_MHD = query[0].transpose(0, 1)[runs.tokens_M]
+    outs = []
+    for span, query_BMHD in zip(slots.spans, slots.by_span(query_MHD), strict=True):
+        num_rows, num_tokens = query_BMHD.shape[:2]
+        mask = _mask_over(score, slots, span, window, query)
+        # As above, the query heads of one key head side by side, token behind token.
+        by_key = query_BMHD.view(num_rows, num_tokens, num_keys, num_groups, size).transpose(1, 2)
+        if num_tokens > 1:
+            mask = mask.repeat_interleave(num_groups, dim=2)
+        out = _attend_over(score, by_key.flatten(2, 3), key, value, span, mask)
+        out = out.reshape(num_rows, num_keys, num_tokens, num_groups, size).transpose(1, 2)
+        outs.append(out.reshape(-1, num_heads, size))
+    return torch.cat(outs)[runs.places_T][None]
+
+
+def _mask_over(
+    score: _Scores, slots: Slots, span: Span, window: int | None, query: Tensor
+) -> Tensor:
+    if query.device.type == "cpu" and score.softcap is None:
+        return slots.bias(span, window, query.dtype)
+    return slots.mask(span, window)
+
+
+def _attend_over(
+    score: _Scores, query: Tensor, key: Tensor, value: Tensor, span: Span, mask: Tensor
+) -> Tensor:
+    rows = slice(span.start, span.stop)
+    return score.attend(
+        query, key[rows, :, : span.length], value[rows, :, : span.length], mask, is_causal=False
+    )
 
 
 def _over_slots_by_flash(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from batchvlm.engine.attention import KeysValues
+from batchvlm.engine.layout import KeysValues
 
 # Shape legend: as in attention.py; N slots of the cache, B <= N of them in use.
 
@@ -116,6 +116,8 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> KeysValues:
         keys, values = self.slots
+        if len(key_states) == 1:  # tokens behind one another
+            key_states, value_states = (x.transpose(0, 2) for x in (key_states, value_states))
         keys[self.slots_B, :, self.positions_B] = key_states[:, :, 0]
         values[self.slots_B, :, self.positions_B] = value_states[:, :, 0]
         return keys[self.used], values[self.used]
@@ -171,15 +173,19 @@ class SlotCache(Cache):
             self._slotted.append(_SlotLayer((key, value)))
         super().__init__(layers=list(self._slotted))
 
-    def use(self, start: int, stop: int, positions_B: Tensor) -> None:
+    def use(
+        self, start: int, stop: int, positions_B: Tensor, slots_B: Tensor | None = None
+    ) -> None:
         """Let the next forward write for slots `start` to `stop`, each at its position.
 
         Args:
             start: first slot.
             stop: behind the last one.
-            positions_B: int64 [B] of these slots.
+            positions_B: int64 [B] of these slots; of each token where slots have several.
+            slots_B: the slot of each token; None: one token for each slot, in order.
         """
-        slots_B = torch.arange(start, stop, device=positions_B.device)
+        if slots_B is None:
+            slots_B = torch.arange(start, stop, device=positions_B.device)
         for layer in self._slotted:
             layer.used = slice(start, stop)
             layer.slots_B, layer.positions_B = slots_B, positions_B

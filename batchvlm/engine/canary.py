@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchvlm.engine.attention import Span
 from batchvlm.engine.cache import SlotCache
 from batchvlm.engine.collate import collate
 from batchvlm.engine.decoder import Branches, Decoder, Piece
 from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.generate import without_defaults
+from batchvlm.engine.layout import Span
 from batchvlm.engine.vision import ImageFeatures, batches
 from batchvlm.errors import ModelError
 from batchvlm.records import EngineStats, Sample

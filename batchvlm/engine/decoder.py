@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from batchvlm.engine import attention, flash
-from batchvlm.engine.attention import Packed, Slots, Span
 from batchvlm.engine.cache import PackedCache, RowCache, SlotCache
 from batchvlm.engine.fusing import Fusing
 from batchvlm.engine.graphs import StepGraphs
+from batchvlm.engine.layout import Packed, Runs, Slots, Span
 from batchvlm.records import Sample
 
 # Shape legend: as in attention.py; R rope axes (3 for Qwen-VL's kind, else 1), V vocabulary.
@@ -237,8 +237,9 @@ class Decoder:
         positions_N: Tensor,
         deltas_N: Tensor,
         spans: Sequence[Span],
+        runs: Mapping[int, Sequence[int]] | None = None,
     ) -> Tensor:
-        """Compute one token for neighbouring slots.
+        """Compute one token for neighbouring slots, and the tokens that some have behind it.
 
         Args:
             cache: keys and values of N slots.
@@ -246,11 +247,14 @@ class Decoder:
             positions_N: int64 [N], where that token lies.
             deltas_N: int64 [N], what its rotary position is ahead of that.
             spans: the slots, B in all, grouped for attention; their starts count from the first.
+            runs: by slot, ids behind its newest token.
 
         Returns:
-            logits_BV: [B, V], what comes after it; on a GPU good until the next step.
+            logits_BV: [B, V], what comes after its last token; on a GPU good until the next step.
         """
         first, stop = spans[0].start, spans[-1].stop
+        if runs:
+            return self._step_with_runs(cache, ids_N, positions_N, deltas_N, spans, runs)
         if self._has_graphs and first == 0:
 
             def forward(size: int, length: int, positions_C: Tensor) -> Tensor:
@@ -291,6 +295,41 @@ class Decoder:
                 logits_to_keep=1,
             )
         logits_BV: Tensor = out.logits[:, -1]
+        return logits_BV
+
+    def _step_with_runs(
+        self,
+        cache: SlotCache,
+        ids_N: Tensor,
+        positions_N: Tensor,
+        deltas_N: Tensor,
+        spans: Sequence[Span],
+        runs: Mapping[int, Sequence[int]],
+    ) -> Tensor:
+        first, stop = spans[0].start, spans[-1].stop
+        own = tuple(Span(s.start - first, s.stop - first, s.length) for s in spans)
+        laid = Runs.behind(own, {slot - first: len(ids) for slot, ids in runs.items()})
+        last = list(range(stop - first))
+        num_tokens = stop - first
+        for slot, ids in runs.items():
+            num_tokens += len(ids)
+            last[slot - first] = num_tokens - 1
+        more = [(slot, id_, n) for slot, ids in runs.items() for n, id_ in enumerate(ids, 1)]
+        slots_M, ids_M, ahead_M = self.to_device(torch.tensor(more)).unbind(1)
+        slots_T = torch.cat([torch.arange(first, stop, device=slots_M.device), slots_M])
+        positions_T = torch.cat([positions_N[first:stop], positions_N[slots_M] + ahead_M])
+        last_E = self.to_device(torch.tensor(last))
+        cache.use(first, stop, positions_T, slots_T)
+        form = Slots(positions_T, own, runs=laid.to(self.to_device), last_E=last_E)
+        with attention.attending(form), self._attending_by_row():
+            out = self._model(
+                input_ids=torch.cat([ids_N[first:stop], ids_M])[None],
+                position_ids=self._axes((positions_T + deltas_N[slots_T])[None, None]),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=last_E,
+            )
+        logits_BV: Tensor = out.logits[0]
         return logits_BV
 
     def _graphs_over(self, cache: SlotCache) -> StepGraphs:

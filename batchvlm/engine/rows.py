@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from batchvlm.constraints.masks import RowMatcher
+from batchvlm.engine.layout import Span
 from batchvlm.engine.sampling import Choice
 from batchvlm.engine.stops import RowStop
 from batchvlm.engine.waiting import PreparedRow
@@ -30,6 +31,8 @@ class Row:
     """Where it is in the grammar of its answer, if that has one."""
     num_chosen: int = 0
     """Tokens chosen for it, read by the host or not."""
+    run: tuple[int, ...] = ()
+    """Tokens that its grammar forces behind the newest chosen one, computed together with it."""
     is_over: bool = False
     """Whether its last token is chosen, so that it needs no slot."""
     is_answered: bool = False
@@ -47,18 +50,35 @@ class Row:
         # The grammar says when the answer is whole; there may be nothing to add.
         return replace(settings, min_new_tokens=0)
 
-    def push(self, token: int, logprob: float | None, *, end_id: int | None) -> bool:
+    def push(
+        self, token: int, logprob: float | None, *, end_id: int | None, max_run: int = 0
+    ) -> bool:
         """Take the next token; whether the answer is over with it.
 
-        An answer that is whole by its grammar gets its end, the only thing that may follow, here
-        and not by another step of the model.
+        What may follow alone by its grammar is taken here and not by a step for each token: up to
+        `max_run` tokens, and the end of an answer that is whole.
         """
         if self.stop.push(token, logprob):
             return True
         settings = self.sample.generation
-        if self.matcher is None or end_id is None or settings.ignore_eos or settings.logprobs:
+        if self.matcher is None or settings.logprobs:
+            return False
+        # Not behind a token that is chosen already and has yet to come.
+        if max_run and self.stop.num_tokens == self.num_chosen and not settings.has_penalty:
+            for forced in self.matcher.take_forced(max_run):
+                self.run = (*self.run, forced)
+                if self.stop.push(forced):
+                    return True
+        if end_id is None or settings.ignore_eos:
             return False
         return self.matcher.must_end and self.stop.push(end_id)
+
+    def end_run(self) -> int:
+        """Note that the tokens forced at last are computed; how many they were."""
+        num = len(self.run)
+        self.num_chosen += num
+        self.run = ()
+        return num
 
     def completion(self) -> Completion:
         """What it says, once its answer is over."""
@@ -70,8 +90,24 @@ class Row:
 
     @property
     def num_cached(self) -> int:
-        """Tokens whose keys and values are computed: all but the newest chosen one."""
+        """Tokens whose keys and values are computed: all but the newest chosen one and its run."""
         return self.sample.prompt_tokens + max(0, self.num_chosen - 1)
+
+
+def spans_of(rows: Sequence[Row], start: int, width: int) -> list[Span]:
+    """Neighbouring slots in spans of so many, each as far as its longest row goes.
+
+    Args:
+        rows: the rows of these slots.
+        start: the first slot.
+        width: slots of a span.
+    """
+    spans = []
+    for first in range(0, len(rows), width):
+        group = rows[first : first + width]
+        length = 1 + max(row.num_cached + len(row.run) for row in group)
+        spans.append(Span(start + first, start + first + len(group), length))
+    return spans
 
 
 class ToHost:

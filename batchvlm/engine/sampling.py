@@ -126,6 +126,17 @@ class RowSampler:
         if _has_count_penalty(row):
             self._uncounted.add(slot)
 
+    def skip(self, slot: int, num_tokens: int) -> None:
+        """Go on behind tokens that were not chosen here, of a row without penalties.
+
+        What the row draws next is what it would have drawn after choosing them one by one.
+        """
+        row = self._rows[slot]
+        assert row is not None and not row.settings.has_penalty
+        row.num_tokens += num_tokens
+        if row.is_drawn:
+            row.rng.random(num_tokens)
+
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """Let the row in `source` go on in `target`; `source` is then free."""

@@ -20,7 +20,6 @@ from torch import Tensor
 from batchvlm.config import BatchingConfig, EngineConfig
 from batchvlm.constraints.constraints import Constraints, Unconstrained
 from batchvlm.engine.answers import expand, join
-from batchvlm.engine.attention import Span
 from batchvlm.engine.canary import Canary
 from batchvlm.engine.choices import Choices
 from batchvlm.engine.clock import Clock
@@ -28,11 +27,12 @@ from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.faults import device_error, failure_of, free_memory, is_oom
 from batchvlm.engine.feed import Feed
 from batchvlm.engine.fusing import align, is_half_on_gpu, seconds_to_fusing
+from batchvlm.engine.layout import Span
 from batchvlm.engine.memory import MemoryPlan
 from batchvlm.engine.prefill import Prefill
 from batchvlm.engine.protocol import OnToken
 from batchvlm.engine.room import SlotRoom
-from batchvlm.engine.rows import Chosen, Row
+from batchvlm.engine.rows import Chosen, Row, spans_of
 from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.engine.scoring import Scoring
 from batchvlm.engine.stops import RowStop, not_finite
@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 Outcome = tuple[Sample, Completion | Failure]
 
 _IS_OVER = attrgetter("is_over")
+_MAX_RUN = 16
+"""Tokens that a grammar forces go into one step, up to so many of a row."""
 _NEIGHBOURS = 8
 """Slots whose attention is computed together on a CPU, as far as the longest of them goes."""
 
@@ -113,6 +115,7 @@ class SlotEngine:
         )
         # On a GPU the next step is launched before the tokens of the last one are read.
         self._lag = 1 if self._device.type == "cuda" else 0
+        self._max_run = 0 if self._device.type == "cuda" else _MAX_RUN
         self._begin()
 
     def _begin(self) -> None:
@@ -129,14 +132,9 @@ class SlotEngine:
             looks_ahead=self._lag > 0,
         )
         self._scoring: Scoring | None = None
-        if self._choices is not None:
-            self._scoring = Scoring(
-                self._choices,
-                self._decoder,
-                self._plan,
-                self._clock,
-                suppress_ids=self._suppress_ids,
-            )
+        if choices := self._choices:
+            parts = self._decoder, self._plan, self._clock
+            self._scoring = Scoring(choices, *parts, suppress_ids=self._suppress_ids)
         self._rows: list[Row] = []
         """Rows in slots 0 to B - 1, in this order."""
         self._parked: deque[Row] = deque()
@@ -173,10 +171,11 @@ class SlotEngine:
                 # One pack stays on its way while the next prompts are computed.
                 num_left = self._lag if self._prefill.num_waiting else 0
                 self._ready.extend(self._scoring.take(num_left=num_left))
+            if not self._lag:
+                self._read_all()  # what grammars force behind a first token goes into this step
             if self._rows:
                 self._step()
-            while len(self._on_the_way) > (self._lag if self._rows else 0):
-                self._read(self._on_the_way.popleft())
+            self._read_all(num_left=self._lag if self._rows else 0)
             while self._ready:
                 yield self._ready.popleft()
         self._clock.finish()
@@ -275,8 +274,7 @@ class SlotEngine:
             self._ready.append((longest.sample, outcome))
         elif self._room.cache is None:
             for lost in self._rows:
-                lost.is_over = lost.is_answered = True
-                self._ready.append((lost.sample, outcome))
+                self._end(lost, outcome)
             self._rows.clear()
         return False  # again when rows are done
 
@@ -295,9 +293,11 @@ class SlotEngine:
 
     def _step_range(self, start: int, stop: int) -> None:
         assert self._room.cache is not None
+        rows = self._rows[start:stop]
+        runs = {slot: row.run for slot, row in enumerate(rows, start) if row.run}
         if not self._on_the_way:
             # All tokens are read: the masks of the next ones are filled while the model runs.
-            self._constraints.start([row.matcher for row in self._rows[start:stop]])
+            self._constraints.start([row.matcher for row in rows])
         try:
             logits_BV = self._decoder.step(
                 self._room.cache,
@@ -305,6 +305,7 @@ class SlotEngine:
                 self._positions_N,
                 self._deltas_N,
                 self._spans(start, stop),
+                runs,
             )
         except torch.AcceleratorError as error:
             raise device_error(error) from error
@@ -313,13 +314,15 @@ class SlotEngine:
         else:
             self.stats.row_steps += stop - start
             self._plan.count_good_step()
+            for slot in runs:
+                num = self._rows[slot].end_run()
+                self._positions_N[slot] += num
+                self._sampler.skip(slot, num)
             self._choose(start, stop, logits_BV)
             return
         free_memory(self._device)
         if stop - start == 1:
-            row = self._rows[start]
-            row.is_over = row.is_answered = True
-            self._ready.append((row.sample, failure))
+            self._end(self._rows[start], failure)
             return
         log.warning("a step of %d rows failed (%s); halving it", stop - start, failure.message)
         middle = (start + stop) // 2
@@ -334,12 +337,7 @@ class SlotEngine:
             assert self._room.cache is not None
             return [Span(start, stop, self._room.cache.length)]
         width = _NEIGHBOURS if self._device.type == "cpu" else stop - start
-        spans = []
-        for first in range(start, stop, width):
-            behind = min(first + width, stop)
-            length = 1 + max(row.num_cached for row in self._rows[first:behind])
-            spans.append(Span(first, behind, length))
-        return spans
+        return spans_of(self._rows[start:stop], start, width)
 
     def _choose(
         self, start: int, stop: int, logits_BV: Tensor, mask_BW: Tensor | None = None
@@ -358,9 +356,7 @@ class SlotEngine:
             return
         free_memory(self._device)
         if stop - start == 1:
-            row = self._rows[start]
-            row.is_over = row.is_answered = True
-            self._ready.append((row.sample, failure))
+            self._end(self._rows[start], failure)
             return
         middle = (start + stop) // 2
         for first, behind in ((start, middle), (middle, stop)):
@@ -388,28 +384,46 @@ class SlotEngine:
             if row.num_chosen >= row.max_new_tokens:
                 row.is_over = True
 
+    def _read_all(self, *, num_left: int = 0) -> None:
+        while len(self._on_the_way) > num_left:
+            self._read(self._on_the_way.popleft())
+
     def _read(self, chosen: Chosen) -> None:
         """Take note of tokens that have come to the host; rows that end with one are done."""
         chosen.commit()
         for row, token, is_finite, logprob in chosen.read():
             if row.is_answered:
                 continue  # a token beyond its end, chosen before that was known
-            if self.on_token is not None and row.sample.answer == 0:
-                self.on_token(row.sample.row_index, token)
+            self._say(row, token)
             outcome: Completion | Failure
             try:
                 if not is_finite:
                     outcome = not_finite(row.stop.num_tokens)
-                elif row.push(token, logprob, end_id=self._constraints.end_id):
+                elif self._push(row, token, logprob):
                     outcome = row.completion()
                 else:
                     continue
             except Exception as error:
                 # A tokenizer can raise on an id that belongs to no token.
                 outcome = failure_of(error)
-            row.is_over = row.is_answered = True
-            self._ready.append((row.sample, outcome))
+            self._end(row, outcome)
         self._compact()
+
+    def _end(self, row: Row, outcome: Completion | Failure) -> None:
+        row.is_over = row.is_answered = True
+        self._ready.append((row.sample, outcome))
+
+    def _push(self, row: Row, token: int, logprob: float | None) -> bool:
+        """Give a row its next token, and those that follow without a choice; whether it is over."""
+        is_over = row.push(token, logprob, end_id=self._constraints.end_id, max_run=self._max_run)
+        self._say(row, *row.run)
+        self.stats.forced_tokens += len(row.run)
+        return is_over
+
+    def _say(self, row: Row, *tokens: int) -> None:
+        if self.on_token is not None and row.sample.answer == 0:
+            for token in tokens:
+                self.on_token(row.sample.row_index, token)
 
     def _compact(self) -> None:
         """Close the gaps that rows leave: the last row goes into the first gap."""

@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from batchvlm.engine.attention import (
-    KeysValues,
-    Packed,
-    Slots,
-    Span,
-    attending,
-    attention,
-    row_masks,
-)
+from batchvlm.engine.attention import attending, attention, row_masks
+from batchvlm.engine.layout import KeysValues, Packed, Slots, Span
 
 LAYER = SimpleNamespace(layer_idx=1)
 SIZE = 8

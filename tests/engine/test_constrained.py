@@ -177,7 +177,9 @@ def test_an_answer_that_is_whole_ends_without_a_step_for_its_end(
     (completion,) = run(engine, rows(small, 1))
     assert completion.token_ids[-1] in eos_ids(small.model, small.processor.tokenizer)
     assert completion.text == "a cat or a dog"
-    assert engine.stats.row_steps == len(completion.token_ids) - 2
+    # All of it was forced: what the prompt's last token did not say was said without the model.
+    assert engine.stats.row_steps == 0
+    assert engine.stats.forced_tokens == len(completion.token_ids) - 2
     # Its probability was asked for, so it is computed.
     engine = slots(small, constraints)
     (completion,) = run(engine, rows(small, 1, logprobs=True))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from batchvlm.engine import canary, flash
-from batchvlm.engine.attention import Packed, Slots, Span, attending, attention
+from batchvlm.engine.attention import attending, attention
 from batchvlm.engine.cache import RowCache, SlotCache
+from batchvlm.engine.layout import Packed, Slots, Span
 from batchvlm.engine.memory import free_bytes
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.records import Completion
