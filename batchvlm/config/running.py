@@ -12,7 +12,8 @@ class OutputConfig:
     """Where and how results are written."""
 
     dir: str = "outputs/${data.name}-${task.name}"
-    """Folder of the output; run the same command again to finish an interrupted job."""
+    """Folder of the output, also in an object store (`s3://bucket/folder`, `gs://bucket/folder`);
+    run the same command again to finish an interrupted job."""
     rows_per_shard: int = 4096
     """Most rows of one part; fixed once an output folder exists."""
     flush_every_s: float = 30.0

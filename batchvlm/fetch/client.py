@@ -203,7 +203,47 @@ class Client:
 
 
 def _cat(protocol: str, path: str, num_bytes: int) -> Any:
-    return fsspec.filesystem(protocol).cat_file(path, start=0, end=num_bytes)
+    fs = fsspec.filesystem(protocol)
+    if protocol == "hf" and not path.startswith("buckets/"):
+        return _cat_of_hub(fs, path, num_bytes)
+    try:
+        return fs.cat_file(path, start=0, end=num_bytes)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except OSError:
+        # Of an object without a byte S3 sends none.
+        if fs.size(path) == 0:
+            return b""
+        raise
+
+
+def _cat_of_hub(fs: Any, path: str, num_bytes: int) -> bytes:
+    """A file of a repository, without a listing of its folder, which may hold a million."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+        http_backoff,
+    )
+
+    place = fs.resolve_path(path)
+    url = hf_hub_url(
+        place.repo_id,
+        place.path_in_repo,
+        repo_type=place.repo_type,
+        revision=place.revision,
+        endpoint=fs.endpoint,
+    )
+    headers = build_hf_headers(token=fs.token) | {"Range": f"bytes=0-{num_bytes - 1}"}
+    response = http_backoff("GET", url, headers=headers, max_retries=0, follow_redirects=True)
+    if response.status_code == 416:
+        return b""  # of a file without a byte none can be sent
+    try:
+        hf_raise_for_status(response)
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(path) from error
+    return bytes(response.content)
 
 
 def _retry_after_s(value: str | None) -> float | None:

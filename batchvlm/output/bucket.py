@@ -51,7 +51,7 @@ class Bucket:
         url: `output.dir`, as it was given or as a path made of it.
 
     Raises:
-        ConfigError: it holds a password.
+        ConfigError: it holds a password, or the place cannot be written file by file.
     """
 
     is_local = False
@@ -60,6 +60,12 @@ class Bucket:
         match = _URL.match(url)
         assert match is not None, "is_url was asked"
         self._protocol = match[1].lower()
+        if self._protocol == "hf":
+            raise ConfigError(
+                "output.dir is on the Hub: the Hub makes a commit of every file, and a run writes "
+                "and removes hundreds",
+                hint="write to a disk or a bucket, then `batchvlm export OUT --to hub REPO`",
+            )
         rest = url[match.end() :]
         if _SECRET.match(rest):
             raise ConfigError(
@@ -79,7 +85,7 @@ class Bucket:
         except (ImportError, ValueError) as error:
             raise ConfigError(
                 f"output.dir: {self._protocol}:// needs a package that is not installed: {error}",
-                hint="pip install 'batchvlm[s3]' for s3://, gcsfs for gs://",
+                hint="pip install 'batchvlm[s3]' for s3://, 'batchvlm[gcs]' for gs://",
             ) from error
 
     def _key(self, path: Path) -> str:

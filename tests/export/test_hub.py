@@ -9,25 +9,17 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pytest
-from huggingface_hub import constants
 
 from batchvlm.cli import main
 from batchvlm.export import hub
 from tests.conftest import picture
-from tests.export.hub_server import HubServer
+from tests.export.hub_server import TOKEN, HubServer, on_the_hub
 from tests.test_pipeline import FakeEngine, run
-
-TOKEN = "hf_not_to_be_printed"
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with HubServer(TOKEN) as server:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        # Its own protocol for pieces of files; the stand-in speaks the one before it.
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with on_the_hub(monkeypatch) as server:
         yield server
 
 
