@@ -7,6 +7,7 @@ from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.ranks import find_rank
 from batchvlm.runtime.replicas import Leader, Replica, find_replica
 from batchvlm.runtime.signals import ignore_signals
+from batchvlm.runtime.trackers import prepare_trackers
 
 
 def follower_of(cfg: JobConfig) -> Replica | None:
@@ -24,8 +25,9 @@ def follow_job(cfg: JobConfig, replica: Replica) -> None:
 
     Raises:
         ReplicaError: it has ended.
-        ConfigError: `engine.device` names a device that is not here.
+        ConfigError: `engine.device` names a device that is not here, or what the leader refuses.
     """
+    prepare_trackers(cfg.tracking)  # where the leader ends before it can be met
     with Leader(replica) as leader:
         rank = find_rank(replica.launch, cfg.engine, cfg.runtime, cfg.model)
         from batchvlm.engine.select import follow_leader

@@ -113,7 +113,8 @@ class Team:
         self._channel.send(cfg)
         try:
             _form_group(self._channel, self._device)
-            yield
+            with _numbered(self._device):
+                yield
         except Exception:
             # The others mostly fail alike; meanwhile the group's file must not be gone.
             with suppress(ReplicaError):
@@ -184,7 +185,8 @@ def follow(channel: ToLeader, *, device: str, load: Callable[[JobConfig], Run]) 
         return
     try:
         _form_group(channel, device)
-        run = load(cfg)
+        with _numbered(device):
+            run = load(cfg)
     except Exception as error:
         channel.answer(_one_line(error))
         channel.receive()
@@ -231,8 +233,20 @@ def _form_group(channel: Channel, device: str) -> None:
         timeout=timedelta(seconds=_COLLECTIVE_S),
         device_id=where if where.type == "cuda" else None,
     )
-    # By this transformers finds the device, which srun does not say.
-    os.environ["LOCAL_RANK"] = str(where.index or 0)
+
+
+@contextmanager
+def _numbered(device: str) -> Iterator[None]:
+    """Let transformers find the device by a variable that srun does not set, and others heed."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(torch.device(device).index or 0)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 class _TokensSaid(LogitsProcessor):

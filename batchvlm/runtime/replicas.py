@@ -201,6 +201,7 @@ class Followers:
                 continue
             # Whoever was told to stop is on its way, and has a watchdog of its own.
             if not self._is_left and interrupted_at_s() is None:
+                shutil.rmtree(self.folder, ignore_errors=True)  # nothing is left behind this
                 self.on_loss(_loss(rank, heard))
 
     def send(self, message: object) -> None:
@@ -282,6 +283,8 @@ class Leader:
             heard = _hear(self._connection)
             is_end = heard.is_end or heard.message is None
             self._heard.put(heard)
+        if heard.is_end:
+            shutil.rmtree(self.folder, ignore_errors=True)  # the leader cannot any more
         if not heard.is_noticed.wait(_NOTICE_S) and interrupted_at_s() is None:
             # In the middle of a step, whose other half will not come.
             if heard.is_end:

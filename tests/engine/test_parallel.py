@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +117,7 @@ def test_two_halves_answer_as_the_whole_does(
     engine = request.getfixturevalue("load")(loaded.path)
     sizes = {type(weight).__name__ for weight in engine._model.parameters()}
     assert "DTensor" in sizes
+    assert "LOCAL_RANK" not in os.environ  # accelerate would take it for a launcher's
     for found, expected in zip(
         answers(engine, loaded.samples()), loaded.answers(loaded.samples()), strict=True
     ):
