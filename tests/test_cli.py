@@ -219,7 +219,11 @@ def test_every_tracker_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert done.returncode == ExitCode.DONE, done.stderr
     for pattern in ("out/task-00000-rank-000/events*", "wandb/offline-run-*/run-*.wandb"):
         (file,) = (tmp_path / "kept").glob(pattern)
-        assert b"completion_tokens_per_s" in file.read_bytes()
+        kept = file.read_bytes()
+        assert b"completion_tokens_per_s" in kept
+    # wandb's file, for `wandb sync`: which run of which project, and the job's settings.
+    for text in ("batchvlm", "out/task-00000-rank-000", "generation.max_new_tokens"):
+        assert text.encode() in kept
 
 
 @pytest.mark.parametrize(

@@ -85,20 +85,6 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert "task.name: caption" in hparams.read_text()
 
 
-def test_wandb_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package itself, which keeps a run in a file until somebody says `wandb sync`."""
-    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")):
-        monkeypatch.setenv(name, value)
-    cfg = TrackingConfig(trackers=["wandb"], project="mine")
-    prepare_trackers(cfg)
-    with Trackers(cfg, some_metrics(), PLACE, folder=tmp_path, settings={"a": {"b": 1}}):
-        pass
-    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    kept = file.read_bytes()
-    for text in ("mine", "captions/task-00003-rank-001", "a.b", "errors/decode", "wait_share"):
-        assert text.encode() in kept
-
-
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_rank_of_a_launch_waits_for_no_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
