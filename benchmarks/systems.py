@@ -11,7 +11,7 @@ import numpy as np
 
 from batchvlm.constraints.constraints import banned_ids
 from batchvlm.constraints.fallback import Fallback, compile_schema
-from batchvlm.constraints.plan import make_plan
+from batchvlm.constraints.plan import make_plan, open_matcher
 from batchvlm.records import Constraint, Form, FormKind
 
 
@@ -37,11 +37,8 @@ Step = tuple[Callable[[], np.ndarray[Any, Any]], Callable[[int], bool]]
 """What may come next, and to take one of it: an answer's own."""
 
 
-def by_llguidance(path: str, grammar: str) -> Callable[[], Step] | None:
-    from llguidance import LLMatcher
-
+def by_llguidance(path: str, first: Any) -> Callable[[], Step] | None:
     tokenizer = engine_tokenizer(path)
-    first = LLMatcher(tokenizer, grammar, log_level=0)
     if first.is_error():
         return None
 
@@ -50,6 +47,8 @@ def by_llguidance(path: str, grammar: str) -> Callable[[], Step] | None:
 
         def allowed() -> np.ndarray[Any, Any]:
             mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+            if matcher.is_error():  # it has broken off, and says that the answer may end
+                return np.array([], dtype=int)
             bits = np.unpackbits(mask, bitorder="little")[: tokenizer.vocab_size]
             return np.flatnonzero(bits)
 
@@ -62,7 +61,8 @@ def ours(path: str, schema: str) -> tuple[Callable[[], Step] | None, str]:
     plan = make_plan(Form(FormKind.JSON_SCHEMA, schema))
     if plan.grammar is None:
         return by_fallback(path, schema)
-    return by_llguidance(path, plan.grammar), plan.constraint.value
+    first = open_matcher(engine_tokenizer(path), plan.grammar)
+    return by_llguidance(path, first), plan.constraint.value
 
 
 def by_fallback(path: str, schema: str) -> tuple[Callable[[], Step] | None, str]:
@@ -98,7 +98,8 @@ def llguidance_alone(path: str, schema: str) -> tuple[Callable[[], Step] | None,
     from llguidance import LLMatcher
 
     grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
-    return by_llguidance(path, grammar), "strict"
+    first = LLMatcher(engine_tokenizer(path), grammar, log_level=0)
+    return by_llguidance(path, first), "strict"
 
 
 def _by_outlines(backend: str) -> Callable[[str, str], tuple[Callable[[], Step] | None, str]]:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from batchvlm.constraints.fallback import Fallback, XgrammarMatcher
-from batchvlm.constraints.plan import Plan
+from batchvlm.constraints.plan import Plan, open_matcher
 from batchvlm.constraints.worker import XGRAMMAR
 from batchvlm.records import Constraint, Form, FormKind
 
@@ -200,13 +200,11 @@ class Compiler:
             planner.close()
 
     def _compile(self, planner: Planner, form: Form) -> Compiled:
-        from llguidance import LLMatcher
-
         plan = planner.plan(form, timeout_s=self._max_plan_s)
         matcher: Any = None
         if plan.grammar is not None:
             # The interpreter is free meanwhile.
-            matcher = LLMatcher(self._tokenizer, plan.grammar, log_level=0)
+            matcher = open_matcher(self._tokenizer, plan.grammar)
             if matcher.is_error():
                 reason = " ".join(matcher.get_error().split())[:200]
                 plan, matcher = _none(f"with this tokenizer: {reason}"), None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from batchvlm.constraints.merge import MergeError, open_references
 from batchvlm.constraints.rewrite import Rewriter, UnsupportedSchemaError
@@ -26,6 +26,9 @@ _COMPACT = {
     "item_separator": ",[ ]?",
     "key_separator": ":[ ]?",
 }
+# Two and five times llguidance's own, under which objects of more than 500 optional properties, and
+# open ones of 200, break off at their first key. A mask of such a row takes up to 50 ms.
+_LIMITS = LLParserLimits(max_items_in_row=4_000, step_max_items=100_000, step_lexer_fuel=1_000_000)
 _APPROXIMATE = {"lenient": True, "coerce_one_of": True}
 
 
@@ -152,7 +155,17 @@ def byte_matcher(grammar: str) -> LLMatcher:
     global _tokenizer
     if _tokenizer is None:
         _tokenizer = LLTokenizer("byte")
-    return LLMatcher(_tokenizer, grammar, log_level=0)
+    return open_matcher(_tokenizer, grammar)
+
+
+def open_matcher(tokenizer: Any, grammar: str) -> LLMatcher:
+    """A matcher of a grammar at its beginning; whether it is sound, `is_error` says.
+
+    Args:
+        tokenizer: llguidance's.
+        grammar: as a plan has it.
+    """
+    return LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
 
 
 def _checked(grammar: str) -> str:

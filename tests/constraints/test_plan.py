@@ -143,6 +143,18 @@ def test_what_looks_hard_and_is_said_exactly(schema: Any) -> None:
     assert plan.constraint is Constraint.STRICT, plan.notes
 
 
+def test_an_object_of_many_optional_properties_does_not_break_off() -> None:
+    names = [f"property-{i:03d}" for i in range(900)]
+    plan = plan_of({"type": "object", "properties": {n: {"type": "integer"} for n in names}})
+    assert plan.constraint is Constraint.STRICT
+    matcher = byte_matcher(plan.grammar or "")
+    text = b'{"property-007":1,"property-899":2}'
+    for byte in text:
+        matcher.compute_bitmask()  # which is what has limits
+        assert matcher.consume_token(byte), matcher.get_error()
+    assert matcher.is_accepting()
+
+
 def test_recursion_beside_other_keywords() -> None:
     """Which the compiler of grammars refuses, and real schemas are full of."""
     node = {
