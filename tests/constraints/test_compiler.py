@@ -103,6 +103,7 @@ def test_what_llguidance_refuses_comes_to_xgrammar(fallback: Fallback) -> None:
         alone.close()
 
 
+@pytest.mark.soak
 def test_xgrammar_compiles_under_the_same_limits(planner: Planner, fallback: Fallback) -> None:
     tokenizer = fallback.tokenizer_text()
     assert tokenizer is not None

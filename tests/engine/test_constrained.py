@@ -351,6 +351,7 @@ def test_special_tokens_and_ids_of_no_token_are_masked_from_xgrammar_too(
     assert free <= set(tokenizer.get_vocab().values())
 
 
+@pytest.mark.soak
 def test_hostile_schemas_cost_their_own_rows_alone(
     small: Loaded, hold: Callable[..., Constraints]
 ) -> None:
