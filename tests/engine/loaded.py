@@ -114,6 +114,10 @@ class Loaded:
             tune(self._tuned[0])
         return self._tuned[0]
 
+    def own(self) -> Any:
+        """A copy of the model, for an engine that takes the defaults out of its settings."""
+        return copy.deepcopy(self.model)
+
     def ask(self, row_index: int, question: Question, seed: int = 0, **generation: Any) -> Sample:
         """`sample`, with settings of its own; each prompt is prepared once."""
         if (question, seed) not in self._samples:

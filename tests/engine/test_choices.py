@@ -52,7 +52,7 @@ def tokens_of(loaded: Loaded, text: str) -> list[int]:
 def generate(loaded: Loaded, texts: Sequence[str] | None = COLORS, **batching: Any) -> Any:
     tokenizer = loaded.processor.tokenizer
     return GenerateEngine(
-        loaded.model, tokenizer, BatchingConfig(**batching), choices=made(loaded, texts)
+        loaded.own(), tokenizer, BatchingConfig(**batching), choices=made(loaded, texts)
     )
 
 
@@ -342,7 +342,7 @@ class TestRows:
             if (args[0] == token).any():
                 raise RuntimeError("no")
 
-        model = small.model if kind == "generate" else small.tuned()
+        model = engine._model
         assert all(token not in s.features["input_ids"] for s in samples)
         handle = model.get_input_embeddings().register_forward_pre_hook(refuse)
         try:
@@ -363,10 +363,9 @@ class TestRows:
         def overflow(module: Any, args: Any, output_BTD: torch.Tensor) -> torch.Tensor:
             return output_BTD.masked_fill((args[0] == token)[..., None], value)
 
-        model = small.model if kind == "generate" else small.tuned()
         samples = [replace(small.ask(i, ABOUT_ONE, i), choices=c) for i, c in enumerate(own)]
         engine = engine_of(kind, small)
-        handle = model.get_input_embeddings().register_forward_hook(overflow)
+        handle = engine._model.get_input_embeddings().register_forward_hook(overflow)
         try:
             outcomes = run(engine, samples)
         finally:
@@ -399,7 +398,7 @@ class TestRows:
         if kind == "generate":
             engine = engine_of(kind, small, ("cat", "z", "dog"))
             monkeypatch.setattr(
-                small.model.generation_config, "suppress_tokens", suppressed, raising=False
+                engine._model.generation_config, "suppress_tokens", suppressed, raising=False
             )
         else:
             engine = SlotEngine(

@@ -76,7 +76,7 @@ def slots(small: Loaded, constraints: Constraints, *, lag: int = 0, **settings: 
 def generate(small: Loaded, constraints: Constraints) -> GenerateEngine:
     tokenizer = small.processor.tokenizer
     return GenerateEngine(
-        small.model, tokenizer, BatchingConfig(max_batch_size=16), constraints=constraints
+        small.own(), tokenizer, BatchingConfig(max_batch_size=16), constraints=constraints
     )
 
 

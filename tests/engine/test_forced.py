@@ -188,7 +188,7 @@ def test_rows_say_what_they_say_step_by_step_and_by_generate(
     assert outcomes_alike(outcomes, run(behind, mixed))
     assert behind.stats.forced_tokens == 0
     padded = GenerateEngine(
-        small.model,
+        small.own(),
         small.processor.tokenizer,
         BatchingConfig(max_batch_size=8),
         constraints=held,

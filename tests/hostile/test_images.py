@@ -154,8 +154,9 @@ def test_a_run_over_all_of_them(tmp_path: Path, write_parquet: Writer) -> None:
                 wrong[case.name] = f"a corner is off by {off:.0f}"
     assert not wrong
     (peak,) = engine.peaks_mib
-    # A worker is about 400 MiB of libraries; what the largest image takes comes on top.
-    assert peak <= 500 + MAX_BYTES_PER_PIXEL * MAX_SOURCE_PIXELS / MIB
+    # A worker is some 460 MiB of libraries, 75 of them triton; what the largest image takes comes
+    # on top.
+    assert peak <= 600 + MAX_BYTES_PER_PIXEL * MAX_SOURCE_PIXELS / MIB
 
 
 def test_a_corner_is_told_from_another() -> None:
