@@ -252,7 +252,10 @@ class TestSlots:
         samples = [replace(small.ask(i, ABOUT_ONE, i % 2), choices=MANY) for i in range(5)]
         engine = small.slots(choices=made(small))
         engine._lag = lag
-        too_much = lambda self, branches: sum(len(b.ids) for b in branches) > 8  # noqa: E731
+
+        def too_much(self: Decoder, branches: Sequence[Branches]) -> bool:
+            return sum(len(b.ids) for b in branches) > 8
+
         with failing(Decoder, "branch", too_much, OUT_OF_MEMORY) as raised:
             outcomes = run(engine, samples)
         for sample, outcome in zip(samples, outcomes, strict=True):
@@ -265,7 +268,10 @@ class TestSlots:
     ) -> None:
         own: list[tuple[str, ...] | None] = [None, ("cat", "cat " * 30), None, ("dog", "cat")]
         samples = [replace(small.ask(i, ABOUT_ONE, i), choices=c) for i, c in enumerate(own)]
-        too_much = lambda self, branches: max(len(b.ids) for b in branches) > 20  # noqa: E731
+
+        def too_much(self: Decoder, branches: Sequence[Branches]) -> bool:
+            return max(len(b.ids) for b in branches) > 20
+
         with failing(Decoder, "branch", too_much, OUT_OF_MEMORY):
             outcomes = run(small.slots(choices=made(small)), samples)
         assert isinstance(outcomes[1], Failure) and outcomes[1].error_type is ErrorType.OOM
