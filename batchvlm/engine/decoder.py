@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ from batchvlm.engine import attention, flash
 from batchvlm.engine.cache import PackedCache, RowCache, SlotCache
 from batchvlm.engine.fusing import Fusing
 from batchvlm.engine.graphs import StepGraphs
+from batchvlm.engine.kernels import PackedLinear
 from batchvlm.engine.layout import Packed, Runs, Slots, Span
+from batchvlm.engine.rotations import Rotations
 from batchvlm.records import Sample
 
 # Shape legend: as in attention.py; R rope axes (3 for Qwen-VL's kind, else 1), V vocabulary.
@@ -95,6 +97,7 @@ class Decoder:
         self._has_graphs = has_graphs and self.device.type == "cuda"
         self._graphs: StepGraphs | None = None
         self._fusing: Fusing | None = None
+        self._rotations = Rotations(model)
         has_cap = getattr(self._config, "attn_logit_softcapping", None) is not None
         self.is_by_row = flash.is_able(_query_like(model)) and not has_cap
         """Whether attention over slots goes as far as each row goes, and no further."""
@@ -364,7 +367,8 @@ class Decoder:
         # Only while this engine runs it: the model may be another's too.
         self._config._attn_implementation = attention.NAME
         try:
-            with self._fusing.decoding() if self._fusing is not None else nullcontext():
+            fusing, rotations = self._fusing, self._rotations
+            with fusing.decoding() if fusing is not None else rotations.replaced():
                 yield
         finally:
             self._config._attn_implementation = self._own_attention
@@ -383,5 +387,5 @@ def _trim_last_layer(decoder: Any) -> None:
     parts = [(layer, "mlp"), (getattr(layer, "self_attn", None), "o_proj")]
     for parent, name in parts:
         inner: Any = getattr(parent, name, None)
-        if isinstance(inner, nn.Linear) or type(inner).__name__.endswith("MLP"):
+        if isinstance(inner, (nn.Linear, PackedLinear)) or type(inner).__name__.endswith("MLP"):
             setattr(parent, name, attention.OnlyLast(inner))

@@ -1,9 +1,12 @@
-"""Attention over the patches of packed images, on a GPU in one call for all of them.
+"""Attention over the patches of images: on a GPU in one call for all of them.
 
 Encoders of Qwen-VL's kind and Pixtral's take images behind one another. transformers tells them
 apart by where they begin for flash attention alone; for any other kernel it calls it window by
 window, thousands of times a batch, or makes a dense mask over all patches. So the encoder is told
 that it has flash attention, by a name, and gets torch's own.
+
+On a CPU torch's attention computes products in half precision no faster than in float32 unless the
+CPU has matrix units for them; where plain products do better, they take its place.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -18,13 +22,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from batchvlm.engine import flash
+from batchvlm.engine import flash, race
 
-# Shape legend: T patches of all images, I images or windows, H heads, D head size.
+# Shape legend: B images of T patches each, or T patches of all I images or windows, H heads, G of
+# them and Q queries taken at once, D head size.
 
 NAME = "batchvlm_flash_images"
 """transformers looks for "flash" in it."""
+
+NAME_IN_HALF = "batchvlm_images"
+"""On a CPU; without that word."""
+_SCORES = 2 << 20
+"""Scores computed at once: they stay in the cache of a CPU."""
+_FEWEST_TOKENS = 128
+_RACE_TOKENS = 512
 
 _WITHOUT_GRID = frozenset({"pixtral"})
 """Encoders of packed images whose processors give no patch grid."""
@@ -112,33 +126,118 @@ def attention(
     return out_THD[None], None
 
 
-def encoder_configs(model: Any) -> list[Any]:
-    """Configs of a model's encoder, to be named anew while it runs.
+def attention_in_half(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend on a CPU, in half precision; the signature is that of `attention`.
 
-    Empty where the encoder does not take packed images, and where torch has no flash attention for
-    this model.
+    Args:
+        module: the layer's attention module.
+        query: [B, H, T, D]; `key` and `value` likewise.
+        attention_mask: where there is one, torch's own attention does it.
+        scaling: factor on the scores.
+
+    Returns:
+        [B, T, H, D].
     """
-    if model.device.type != "cuda" or model.dtype not in (torch.float16, torch.bfloat16):
-        return []
+    num_heads, num_tokens, size = query.shape[1:]
+    if (
+        attention_mask is None
+        and not kwargs.get("is_causal", getattr(module, "is_causal", True))
+        and query.shape == key.shape == value.shape
+        and num_tokens >= _FEWEST_TOKENS
+        and are_products_faster(num_heads, size, query.dtype)
+    ):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend_by_products(query, key, value, scale).transpose(1, 2), None
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    )
+    return out, None
+
+
+def attend_by_products(
+    query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float
+) -> Tensor:
+    """Let all patches of an image attend to one another; scores are computed in part by part.
+
+    Args:
+        query_BHTD: [B, H, T, D]; the others likewise.
+        key_BHTD: see `query_BHTD`.
+        value_BHTD: see `query_BHTD`.
+        scale: factor on the scores.
+
+    Returns:
+        [B, H, T, D].
+    """
+    num_tokens = query_BHTD.shape[2]
+    num_heads = max(1, _SCORES // num_tokens**2)
+    num_queries = min(num_tokens, max(1, _SCORES // num_tokens))
+    # Heads of all images behind one another, for as many as fit.
+    query, key, value = (x.flatten(0, 1).contiguous() for x in (query_BHTD, key_BHTD, value_BHTD))
+    out = torch.empty_like(query)
+    for first in range(0, len(query), num_heads):
+        heads = slice(first, first + num_heads)
+        key_GDT, value_GTD = key[heads].transpose(1, 2), value[heads]
+        for start in range(0, num_tokens, num_queries):
+            some = slice(start, start + num_queries)
+            query_GQD = query[heads, some]
+            room = query.new_empty(*query_GQD.shape[:2], num_tokens)
+            scores = torch.baddbmm(room, query_GQD, key_GDT, beta=0, alpha=scale)
+            out[heads, some] = torch.bmm(scores.softmax(-1), value_GTD)
+    return out.view(query_BHTD.shape)
+
+
+@cache
+def are_products_faster(num_heads: int, size: int, dtype: torch.dtype) -> bool:
+    """Whether plain products attend in less time here than torch's attention."""
+    with torch.inference_mode():
+        query = torch.ones(1, _RACE_TOKENS, num_heads, size, dtype=dtype).transpose(1, 2)
+        ways = [
+            lambda: F.scaled_dot_product_attention(query, query, query, scale=1.0),
+            lambda: attend_by_products(query, query, query, 1.0),
+        ]
+        return race.winner(ways) == 1
+
+
+def encoder_configs(model: Any) -> tuple[str, list[Any]]:
+    """The name of the attention that a model's encoder should have, and its configs to be named.
+
+    Without configs where the encoder has an attention already that is as good.
+    """
     config = getattr(model.config, "vision_config", None)
-    parameters = inspect.signature(model.base_model.get_image_features).parameters
-    if config is None or not ("image_grid_thw" in parameters or config.model_type in _WITHOUT_GRID):
-        return []
+    is_half = model.dtype in (torch.float16, torch.bfloat16)
+    if config is None or not is_half:
+        return NAME, []
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    return [its for its in configs.values() if type(its) is type(config)]
+    own = [its for its in configs.values() if type(its) is type(config)]
+    if model.device.type == "cuda":
+        parameters = inspect.signature(model.base_model.get_image_features).parameters
+        is_packed = "image_grid_thw" in parameters or config.model_type in _WITHOUT_GRID
+        return NAME, own if is_packed else []
+    is_replaceable = model.device.type == "cpu" and config._attn_implementation == "sdpa"
+    return NAME_IN_HALF, own if is_replaceable else []
 
 
 @contextmanager
-def attending(configs: list[Any]) -> Iterator[None]:
-    """Name this attention in an encoder's configs while it runs."""
+def attending(name: str, configs: list[Any]) -> Iterator[None]:
+    """Name an attention in an encoder's configs while it runs."""
     before = [config._attn_implementation for config in configs]
     for config in configs:
-        config._attn_implementation = NAME
+        config._attn_implementation = name
     try:
         yield
     finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
 
 
 AttentionInterface.register(NAME, attention)
+AttentionInterface.register(NAME_IN_HALF, attention_in_half)
+AttentionMaskInterface.register(NAME_IN_HALF, sdpa_mask)

@@ -8,17 +8,38 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batchvlm.engine import race
+
 log = logging.getLogger(__name__)
 
 _QUICK_GELU = 1.702
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest difference allowed, in units of the largest value: a few roundings."""
+
+_FEED_FORWARD = (
+    ("gate_proj", "act_fn", "down_proj"),
+    ("fc1", "act", "fc2"),
+    ("fc1", "activation_fn", "fc2"),
+)
+"""Names of a product, of the activation behind it, and of the product behind that."""
+_ACTIVATIONS = {
+    "SiLUActivation": ("swish", ""),
+    "SiLU": ("swish", ""),
+    "GELU": ("gelu", "none"),
+    "GELUActivation": ("gelu", "none"),
+    "GELUTanh": ("gelu", "tanh"),
+    "ReLU": ("relu", ""),
+}
+"""By class: what oneDNN calls the same."""
+_RACE_WIDTH = 512
+_RACE_ROWS = (16, 256)
 
 
 class PatchLinear(nn.Module):
@@ -64,26 +85,58 @@ class RMSNorm(nn.Module):
         return normed.mul_(self.weight)
 
 
+class PackedLinear(nn.Module):
+    """A product with weights that lie as oneDNN wants them, reordered once instead of each time.
+
+    Args:
+        original: its plain form, whose weights may go afterwards.
+
+    Attributes:
+        activation: oneDNN's names for what is applied to the result; "none" at first.
+    """
+
+    def __init__(self, original: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = original.in_features, original.out_features
+        self.bias = original.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(original.weight.detach())
+        """Tells its shape, type and device; `to_dense()` gives the plain form."""
+        self.activation = ("none", "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        name, algorithm = self.activation
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.weight, self.bias, name, [], algorithm
+        )
+        return y
+
+
 def tune(model: Any) -> None:
     """Replace what a model's device runs in a wasteful form; in place."""
     is_cpu = model.device.type == "cpu"
     num_replaced: dict[str, int] = {}
-    for parent, name, module in list(children(model)):
+    # By name: a list of the modules would keep the weights of all that were replaced.
+    for parent, name in [(parent, name) for parent, name, _ in children(model)]:
+        module: Any = getattr(parent, name)
         new: nn.Module | None = None
         sample: Tensor | None = None
         if _is_patch_embedding(module):
-            new, sample = (
-                PatchLinear(module),
-                random_like(module.weight, (4, *module.weight.shape[1:])),
-            )
+            new = PatchLinear(module)
+            sample = random_like(module.weight, (4, *module.weight.shape[1:]))
         elif is_cpu and type(module).__name__ == "QuickGELUActivation":
             new, sample = QuickGELU(), random_like(next(model.parameters()), (4, 64))
         elif is_cpu and is_rms_norm(module):
             new, sample = RMSNorm(module), random_like(module.weight, (4, module.weight.shape[0]))
+        elif is_cpu and _is_plain_linear(module) and is_packing_faster(module.weight.dtype):
+            new, sample = PackedLinear(module), random_like(module.weight, (4, module.in_features))
         if new is not None and sample is not None and is_same(module, new, sample):
             parent._modules[name] = new
             kind = type(new).__name__
             num_replaced[kind] = num_replaced.get(kind, 0) + 1
+    for part in model.modules():
+        if _fold_activation(part):
+            num_replaced["activation"] = num_replaced.get("activation", 0) + 1
     if num_replaced:
         log.debug("replaced %s", ", ".join(f"{n} {kind}" for kind, n in num_replaced.items()))
 
@@ -104,6 +157,51 @@ def _is_patch_embedding(module: Any) -> bool:
         and set(module.padding) == {0}
         and set(module.dilation) == {1}
     )
+
+
+def _fold_activation(mlp: nn.Module) -> bool:
+    """Let the first product of a feed-forward part apply the activation behind it."""
+    for first, act, last in _FEED_FORWARD:
+        product, activation = getattr(mlp, first, None), getattr(mlp, act, None)
+        name = _ACTIVATIONS.get(type(activation).__name__)
+        if isinstance(activation, nn.GELU) and activation.approximate == "tanh":
+            name = _ACTIVATIONS["GELUTanh"]
+        if name is None or not isinstance(product, PackedLinear) or not hasattr(mlp, last):
+            continue
+        sample = random_like(product.weight, (4, product.in_features))
+        with torch.inference_mode():
+            expected = mlp(sample)
+        product.activation = name
+        setattr(mlp, act, nn.Identity())
+        if is_same(lambda x, its=expected: its, mlp, sample):
+            return True
+        product.activation = ("none", "")
+        setattr(mlp, act, activation)
+    return False
+
+
+def _is_plain_linear(module: Any) -> bool:
+    # Not what accelerate or peft hook into, nor parts of a weight.
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and not hasattr(module, "_hf_hook")
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
+@cache
+def is_packing_faster(dtype: torch.dtype) -> bool:
+    """Whether products over reordered weights take less time for few rows, and no more for many."""
+    plain = nn.Linear(_RACE_WIDTH, _RACE_WIDTH, bias=False, dtype=dtype)
+    with torch.inference_mode():
+        try:
+            packed = PackedLinear(plain)
+        except (RuntimeError, AttributeError):
+            return False  # a torch without oneDNN, a CPU without instructions for this type
+        few, many = (random_like(plain.weight, (num, _RACE_WIDTH)) for num in _RACE_ROWS)
+        is_faster = race.winner([lambda: plain(few), lambda: packed(few)]) == 1
+        return is_faster and race.winner([lambda: packed(many), lambda: plain(many)]) == 0
 
 
 def is_rms_norm(module: Any) -> bool:

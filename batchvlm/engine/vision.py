@@ -20,6 +20,7 @@ from torch import Tensor
 from batchvlm.engine import image_attention
 from batchvlm.engine.collate import join_features
 from batchvlm.engine.fusing import falling_back
+from batchvlm.engine.rotations import Rotations
 from batchvlm.pixels import to_numbers
 from batchvlm.records import Array, EngineStats, Failure, PixelTable, Sample
 
@@ -84,7 +85,8 @@ class ImageFeatures:
         self._names = frozenset(inspect.signature(self._encode).parameters)
         self._model_type = model.config.model_type
         self._device, self._dtype = model.device, model.dtype
-        self._configs = image_attention.encoder_configs(model)
+        self._rotations = Rotations(model)
+        self._attention = image_attention.encoder_configs(model)
         self.stats = stats
         self._is_shared = is_shared
         self._users: dict[str, int] = {}
@@ -159,7 +161,8 @@ class ImageFeatures:
             inputs["pixel_values"] = to_numbers(
                 self._pixel_table, inputs["pixel_values"], self._dtype
             )
-        with image_attention.attending(self._configs), falling_back():
+        own_attention = image_attention.attending(*self._attention)
+        with own_attention, self._rotations.replaced(), falling_back():
             output = self._encode(**inputs, return_dict=True)
         pooled = output.pooler_output
         layers = getattr(output, "deepstack_features", None) or ()

@@ -99,7 +99,7 @@ def test_patches_of_each_image_see_one_another_and_no_others() -> None:
     query, key, value = torch.randn(3, 1, 2, 11, 8)
     starts = torch.tensor([0, 3, 4, 11], dtype=torch.int32)
     config = SimpleNamespace(_attn_implementation="sdpa")
-    with image_attention.attending([config]):
+    with image_attention.attending(image_attention.NAME, [config]):
         assert "flash" in config._attn_implementation
         out, _ = image_attention.attention(
             None, query, key, value, None, scaling=0.3, cu_seq_lens_q=starts, max_length_q=7

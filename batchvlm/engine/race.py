@@ -1,0 +1,51 @@
+"""Which of several ways to compute the same is the fastest here, by trying them.
+
+Which kernel wins on a CPU depends on its maker, its matrix units and its caches; no table of these
+would be right on the next machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+_ROUNDS = 5
+_ROUND_S = 2e-3
+_CLEARLY = 0.95
+"""The first way stays unless another takes less than this share of its time: near ties would go one
+way in one process and the other way in the next."""
+
+
+def winner(ways: Sequence[Callable[[], object]]) -> int:
+    """Time ways to compute the same, by turns; takes some ten milliseconds for each.
+
+    Args:
+        ways: the first is what is used unless another is clearly faster. One that raises is out.
+
+    Returns:
+        Index of the fastest.
+    """
+    best_s = [_warm_up(way) for way in ways]
+    for _ in range(_ROUNDS):
+        for i, way in enumerate(ways):
+            if best_s[i] < float("inf"):
+                best_s[i] = min(best_s[i], _seconds_each(way))
+    fastest = min(range(len(ways)), key=best_s.__getitem__)
+    return fastest if best_s[fastest] < _CLEARLY * best_s[0] else 0
+
+
+def _warm_up(way: Callable[[], object]) -> float:
+    try:
+        way()
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return float("inf")
+    return _seconds_each(way)
+
+
+def _seconds_each(way: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    num = 0
+    while num == 0 or time.perf_counter() - start_s < _ROUND_S:
+        way()
+        num += 1
+    return (time.perf_counter() - start_s) / num
