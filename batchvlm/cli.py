@@ -142,8 +142,10 @@ def run_app(
         program: what Hydra calls it.
         job: what is done with the settings; None: the job that they describe.
     """
-    # Before torch loads its OpenMP: idle threads that spin steal the cores of the workers.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Before torch loads its OpenMP: threads that have nothing to do wait some 20 us for more,
+        # then sleep. Those that spin on steal the cores of the workers.
+        os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="1000")
     if find_launch().world_size > 1:
         # That rank 0 is gone is said in one line, not in pages of C++ frames.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")

@@ -61,9 +61,10 @@ def systems(args: argparse.Namespace, dtype: str) -> list[System]:
     hf = [str(vllm), "run_hf.py", "--n", rows, "--dtype", dtype, "--threads", threads]
     precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     here = Path(sys.executable)
+    as_run = {"GOMP_SPINCOUNT": "1000"}  # as `batchvlm run` sets it
     return [
-        System("batchvlm, slots", [*mine, "--engine", "slots"], here, {}),
-        System("batchvlm, generate", [*mine, "--engine", "generate"], here, {}),
+        System("batchvlm, slots", [*mine, "--engine", "slots"], here, as_run),
+        System("batchvlm, generate", [*mine, "--engine", "generate"], here, as_run),
         System(
             "vLLM, eager, 32 sequences",
             [
