@@ -24,6 +24,7 @@ from batchvlm import demo
 from batchvlm.config import BatchingConfig, EngineConfig, ModelConfig
 from batchvlm.constraints.constraints import Constraints
 from batchvlm.engine.generate import eos_ids
+from batchvlm.engine.kernels import tune
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.loading import load_model, load_processor
 from batchvlm.records import Completion, Generation, Sample
@@ -86,6 +87,7 @@ def main() -> None:
     cfg = ModelConfig(path=str(args.peer or demo.MODEL_DIR), dtype="float32")
     tokenizer = load_processor(cfg).tokenizer
     model = load_model(cfg, device=args.device)
+    tune(model)
     ends = eos_ids(model, tokenizer)
     constraints = Constraints(
         tokenizer,

