@@ -25,7 +25,7 @@ from batchvlm.engine.generate import without_defaults
 from batchvlm.engine.layout import Span
 from batchvlm.engine.vision import ImageFeatures, batches
 from batchvlm.errors import ModelError
-from batchvlm.records import EngineStats, Sample
+from batchvlm.records import Sample
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,12 @@ class Canary:
         self._model, self._decoder, self._is_scoring = model, decoder, is_scoring
         self._is_checked = self._has_checked_images = not is_on
 
-    def look(self, window: Sequence[Sample]) -> None:
+    def look(self, window: Sequence[Sample], images: ImageFeatures) -> None:
         """Hold rows of a window against `generate()`, where none like them was before.
+
+        Args:
+            window: the rows that come next.
+            images: keeps what the encoder says of theirs for these rows.
 
         Raises:
             ModelError: the model answers differently, or cannot run over slots.
@@ -64,7 +68,7 @@ class Canary:
         self._is_checked = True
         self._has_checked_images = has_images
         try:
-            check(self._model, self._decoder, window, is_scoring=self._is_scoring)
+            check(self._model, self._decoder, window, images, is_scoring=self._is_scoring)
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except ModelError:
@@ -81,7 +85,12 @@ class Canary:
 
 
 def check(
-    model: Any, decoder: Decoder, samples: Sequence[Sample], *, is_scoring: bool = False
+    model: Any,
+    decoder: Decoder,
+    samples: Sequence[Sample],
+    images: ImageFeatures,
+    *,
+    is_scoring: bool = False,
 ) -> None:
     """Hold the first two tokens of the shortest rows against `generate()`.
 
@@ -89,6 +98,7 @@ def check(
         model: a transformers model.
         decoder: the same model as the slot engine drives it.
         samples: rows to choose from; the shortest are taken, together in one pack.
+        images: encodes their images.
         is_scoring: whether the second token is computed as one of a choice is.
 
     Raises:
@@ -102,7 +112,7 @@ def check(
         # Beside itself: alone it would not show whether rows of a pack see one another.
         rows, expected = rows * 2, expected * 2
     first_B = torch.stack([token for _, _, token in expected])
-    mine = _over_slots(model, decoder, rows, first_B, is_scoring=is_scoring)
+    mine = _over_slots(decoder, rows, images, first_B, is_scoring=is_scoring)
     for step, logits_BV in enumerate(mine):
         for row, logits_V, pair in zip(rows, logits_BV, expected, strict=True):
             error = relative_error(logits_V, pair[step])
@@ -146,10 +156,14 @@ def _generated(model: Any, row: Sample) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _over_slots(
-    model: Any, decoder: Decoder, rows: Sequence[Sample], first_B: Tensor, *, is_scoring: bool
+    decoder: Decoder,
+    rows: Sequence[Sample],
+    images: ImageFeatures,
+    first_B: Tensor,
+    *,
+    is_scoring: bool,
 ) -> tuple[Tensor, Tensor]:
     """The logits of the first token, and of the second where the first is `first_B`, [B, V]."""
-    images = ImageFeatures(model, EngineStats())
     units = [images.units(row) for row in rows]
     for batch in batches(images.missing(u for own in units for u in own), max_cells=1 << 62):
         images.encode(batch)

@@ -73,7 +73,8 @@ class Prefill:
         self._is_shared = cfg.share_images
         self._looks_ahead = looks_ahead
         self._stats = stats
-        self._images = ImageFeatures(model, stats, is_shared=cfg.share_images)
+        self.images = ImageFeatures(model, stats, is_shared=cfg.share_images)
+        """What the encoder says of the images that rows need."""
         self._waiting: list[WaitingRow] = []
         """Sorted, the next row last."""
         self._postponed: list[WaitingRow] = []
@@ -92,11 +93,11 @@ class Prefill:
         rows = []
         for sample in samples:
             try:
-                rows.append(WaitingRow(sample, self._images.units(sample)))
+                rows.append(WaitingRow(sample, self.images.units(sample)))
             except Exception as error:
                 self._failed.append((sample, failure_of(error)))
         for row in rows:
-            self._images.retain(row.units)
+            self.images.retain(row.units)
         # Rows of the same images stay together, so that what they share need not be kept long.
         lengths: dict[tuple[str, ...], tuple[int, int]] = {}
         for row in rows:
@@ -156,7 +157,7 @@ class Prefill:
         self, rows: Sequence[WaitingRow], *, num_needed: int, is_alone: bool = False
     ) -> None:
         """Encode the images of the first rows, and of the next ones as far as a batch has room."""
-        units = self._images.missing(u for row in rows[:num_needed] for u in row.units)
+        units = self.images.missing(u for row in rows[:num_needed] for u in row.units)
         if not units:
             return
         num_cells = sum(unit.num_cells for unit in units)
@@ -165,14 +166,14 @@ class Prefill:
             num_cells += sum(unit.num_cells for unit in more)
             if num_cells > self._plan.vision_cells:
                 break
-            units += self._images.missing(more)
+            units += self.images.missing(more)
         with self._clock.measure("vision_s"):
             for batch in batches(units, self._plan.vision_cells):
                 self._encode_or_split(batch, is_alone=is_alone)
 
     def _encode_or_split(self, units: Sequence[Unit], *, is_alone: bool) -> None:
         try:
-            self._images.encode(units)
+            self.images.encode(units)
             return
         except torch.AcceleratorError as error:
             raise device_error(error) from error
@@ -182,7 +183,7 @@ class Prefill:
         if len(units) == 1:
             # Else its rows wait until there may be memory for it.
             if is_alone or failure.error_type is not ErrorType.OOM:
-                self._images.fail(units[0], failure)
+                self.images.fail(units[0], failure)
             return
         if failure.error_type is ErrorType.OOM:
             self._plan.lower_vision(sum(unit.num_cells for unit in units))
@@ -195,10 +196,10 @@ class Prefill:
     ) -> Iterator[Prepared]:
         able = []
         for row in rows:
-            failure = self._images.failure(row.units)
+            failure = self.images.failure(row.units)
             if failure is not None:
                 yield self._given_up(row, failure)
-            elif self._images.missing(row.units):
+            elif self.images.missing(row.units):
                 self._postponed.append(row)
             else:
                 able.append(row)
@@ -268,7 +269,7 @@ class Prefill:
             sample = row.sample.without_images()
             return [PreparedRow(sample, row.prompt, [cache], logits_EV[0], start_s)]
         pieces = [self._piece(row, row.prefix.length if row.prefix else 0) for row in rows]
-        entries = [e for row in rows if not row.prefix for e in self._images.entries(row.units)]
+        entries = [e for row in rows if not row.prefix for e in self.images.entries(row.units)]
         logits_EV, caches = self._forward(pieces, entries, ends=range(len(rows)))
         prepared = []
         for i, row in enumerate(rows):
@@ -298,7 +299,7 @@ class Prefill:
         if not owners:
             return
         pieces = [self._piece(row, 0, row.prefix.length) for row in owners if row.prefix]
-        entries = [e for row in owners for e in self._images.entries(row.units)]
+        entries = [e for row in owners for e in self.images.entries(row.units)]
         _, caches = self._forward(pieces, entries, ends=())
         for row, cache in zip(owners, caches, strict=True):
             assert row.prefix is not None
@@ -309,7 +310,7 @@ class Prefill:
         assert row.prompt is not None
         past = row.prefix.cache if row.prefix else None
         done = past.length if past else 0
-        entries = self._images.entries(row.units) if done == 0 else []
+        entries = self.images.entries(row.units) if done == 0 else []
         places = self._decoder.image_places(row.sample)
         for start, behind, here in cut(done, stop, self._plan.pack_tokens, places, entries):
             piece = self._piece(row, start, behind, past)
@@ -322,7 +323,7 @@ class Prefill:
     def _forward(
         self, pieces: Sequence[Piece], entries: Sequence[Entry], *, ends: Sequence[int]
     ) -> tuple[Tensor, list[RowCache]]:
-        logits_EV, cache = self._decoder.prefill(pieces, self._images.joined(entries), ends=ends)
+        logits_EV, cache = self._decoder.prefill(pieces, self.images.joined(entries), ends=ends)
         bounds = np.cumsum([0, *(piece.stop - piece.start for piece in pieces)]).tolist()
         self._stats.num_batches += 1
         self._stats.prompt_cells += bounds[-1]
@@ -342,7 +343,7 @@ class Prefill:
         return row.sample, failure
 
     def _leave(self, row: WaitingRow) -> None:
-        self._images.release(row.units)
+        self.images.release(row.units)
         if row.prefix:
             row.prefix.num_users -= 1
             if not row.prefix.num_users:

@@ -162,7 +162,7 @@ class SlotEngine:
             self._fuse_after(time.perf_counter() - start_s)
             if not self._prefill.num_waiting and len(feed):
                 window = feed.take_window()
-                self._canary.look(window)
+                self._canary.look(window, self._prefill.images)
                 self._prefill.add(window)
             if not self._is_busy() and feed.is_done and not len(feed):
                 break

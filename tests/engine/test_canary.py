@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +17,12 @@ from batchvlm.engine import canary
 from batchvlm.engine.cache import SlotCache
 from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.slots import SlotEngine
+from batchvlm.engine.vision import ImageFeatures, Unit
 from batchvlm.errors import ExitCode, ModelError
 from batchvlm.records import Failure
 
 from .families import needs_slots
-from .loaded import Loaded
+from .loaded import ABOUT_ONE, Loaded
 from .outcomes import run
 
 pytestmark = needs_slots
@@ -105,7 +107,9 @@ def test_the_first_rows_with_images_are_compared_though_text_came_before(
     monkeypatch.setattr(
         canary,
         "check",
-        lambda model, decoder, rows, **how: seen.append([bool(r.image_sizes) for r in rows]),
+        lambda model, decoder, rows, images, **how: seen.append(
+            [bool(r.image_sizes) for r in rows]
+        ),
     )
     by_kind = sorted(small.samples(), key=lambda sample: bool(sample.image_sizes))
     engine = small.slots(canary=True)
@@ -123,3 +127,21 @@ def test_what_slots_do_not_know_ends_the_run(
     monkeypatch.setattr(canary, "check", check)
     with pytest.raises(ModelError, match="cannot run over slots: attention sinks"):
         list(small.slots(canary=True).run(small.samples()))
+
+
+def test_what_it_encodes_is_not_encoded_again(
+    small: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [small.ask(i, ABOUT_ONE, i) for i in range(4)]
+    encoded: list[str] = []
+    encode = ImageFeatures.encode
+
+    def counted(self: ImageFeatures, units: Sequence[Unit]) -> None:
+        encoded.extend(unit.key for unit in units)
+        encode(self, units)
+
+    monkeypatch.setattr(ImageFeatures, "encode", counted)
+    engine = small.slots(canary=True)
+    assert len(list(engine.run(samples))) == len(samples)
+    assert sorted(encoded) == sorted(key for s in samples for key in s.image_keys)
+    assert engine.stats.images_encoded == len(samples)

@@ -232,8 +232,9 @@ def test_the_canary_sees_a_kernel_that_is_wrong(
 
     monkeypatch.setattr(flash, "attend", wrong)
     engine = half.slots()
+    rows = [half.ask(0, ABOUT_TWO), half.ask(1, ABOUT_ONE)]
     with pytest.raises(Exception, match="answers differently over slots"):
-        canary.check(half.model, engine._decoder, [half.ask(0, ABOUT_TWO), half.ask(1, ABOUT_ONE)])
+        canary.check(half.model, engine._decoder, rows, engine._prefill.images)
 
 
 def test_the_demo_answers_as_on_a_cpu(tmp_path: Path) -> None:
