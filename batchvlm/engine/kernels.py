@@ -103,6 +103,16 @@ class PackedLinear(nn.Module):
         """Tells its shape, type and device; `to_dense()` gives the plain form."""
         self.activation = ("none", "")
 
+    def scaled(self, factor: float, *, is_bias_scaled: bool = True) -> PackedLinear:
+        """The same product times a factor."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        weight = self.weight.to_dense().mul_(factor)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            bias = self.bias * factor if is_bias_scaled else self.bias
+            plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return PackedLinear(plain)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         name, algorithm = self.activation
@@ -162,21 +172,31 @@ def _is_patch_embedding(module: Any) -> bool:
 def _fold_activation(mlp: nn.Module) -> bool:
     """Let the first product of a feed-forward part apply the activation behind it."""
     for first, act, last in _FEED_FORWARD:
-        product, activation = getattr(mlp, first, None), getattr(mlp, act, None)
+        product, activation, behind = (getattr(mlp, name, None) for name in (first, act, last))
+        if not isinstance(product, PackedLinear) or not isinstance(behind, PackedLinear):
+            continue
         name = _ACTIVATIONS.get(type(activation).__name__)
         if isinstance(activation, nn.GELU) and activation.approximate == "tanh":
             name = _ACTIVATIONS["GELUTanh"]
-        if name is None or not isinstance(product, PackedLinear) or not hasattr(mlp, last):
+        folded, undone = product, behind
+        if isinstance(activation, QuickGELU) and product.weight.dtype == torch.float32:
+            # x sigmoid(a x) is silu(a x) / a. In half precision scaled weights would be rounded.
+            name = _ACTIVATIONS["SiLU"]
+            folded = product.scaled(_QUICK_GELU)
+            undone = behind.scaled(1 / _QUICK_GELU, is_bias_scaled=False)
+        if name is None:
             continue
         sample = random_like(product.weight, (4, product.in_features))
         with torch.inference_mode():
             expected = mlp(sample)
-        product.activation = name
-        setattr(mlp, act, nn.Identity())
+        folded.activation = name
+        for part, new in ((first, folded), (act, nn.Identity()), (last, undone)):
+            setattr(mlp, part, new)
         if is_same(lambda x, its=expected: its, mlp, sample):
             return True
         product.activation = ("none", "")
-        setattr(mlp, act, activation)
+        for part, old in ((first, product), (act, activation), (last, behind)):
+            setattr(mlp, part, old)
     return False
 
 

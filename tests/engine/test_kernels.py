@@ -135,7 +135,19 @@ def test_the_activation_goes_into_the_product_before_it(
     assert_close(mlp(x), expected)
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu_new", "tanh"])
+@BOTH
+@torch.inference_mode()
+def test_quick_gelu_goes_into_both_products_in_float32_alone(dtype: torch.dtype) -> None:
+    mlp = MLP("quick_gelu").to(dtype)
+    x = torch.randn(5, 24).to(dtype)
+    expected = mlp(x)
+    tune(Model(mlp=mlp))
+    is_folded = type(mlp.act) is nn.Identity
+    assert is_folded == (dtype is torch.float32)
+    assert_close(mlp(x), expected)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "tanh"])
 @torch.inference_mode()
 def test_an_activation_without_a_fused_form_stays(activation: str) -> None:
     mlp = MLP(activation)
