@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ def tune(model: Any) -> None:
             new, sample = QuickGELU(), random_like(next(model.parameters()), (4, 64))
         elif is_cpu and is_rms_norm(module):
             new, sample = RMSNorm(module), random_like(module.weight, (4, module.weight.shape[0]))
-        elif is_cpu and _is_plain_linear(module) and is_packing_faster(module.weight.dtype):
+        elif is_cpu and _is_plain_linear(module) and is_packing_good(module.weight.dtype):
             new, sample = PackedLinear(module), random_like(module.weight, (4, module.in_features))
         if new is not None and sample is not None and is_same(module, new, sample):
             parent._modules[name] = new
@@ -211,17 +211,19 @@ def _is_plain_linear(module: Any) -> bool:
 
 
 @cache
-def is_packing_faster(dtype: torch.dtype) -> bool:
-    """Whether products over reordered weights take less time for few rows, and no more for many."""
-    plain = nn.Linear(_RACE_WIDTH, _RACE_WIDTH, bias=False, dtype=dtype)
+def is_packing_good(dtype: torch.dtype) -> bool:
+    """Whether products over reordered weights take no more time here than plain ones."""
+    plain = nn.Linear(_RACE_WIDTH, _RACE_WIDTH, bias=False, device="meta")
+    weight = random_like(torch.empty(0, dtype=dtype), (_RACE_WIDTH, _RACE_WIDTH))
+    plain.weight = nn.Parameter(weight, requires_grad=False)
     with torch.inference_mode():
         try:
             packed = PackedLinear(plain)
         except (RuntimeError, AttributeError):
             return False  # a torch without oneDNN, a CPU without instructions for this type
-        few, many = (random_like(plain.weight, (num, _RACE_WIDTH)) for num in _RACE_ROWS)
-        is_faster = race.winner([lambda: plain(few), lambda: packed(few)]) == 1
-        return is_faster and race.winner([lambda: packed(many), lambda: plain(many)]) == 0
+        samples = [random_like(plain.weight, (num, _RACE_WIDTH)) for num in _RACE_ROWS]
+        ways = [(partial(packed, x), partial(plain, x)) for x in samples]
+        return all(race.winner(pair) == 0 for pair in ways)
 
 
 def is_rms_norm(module: Any) -> bool:

@@ -53,9 +53,14 @@ class MLP(nn.Module):
 
 
 @pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def packing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed products whatever is faster here."""
-    monkeypatch.setattr(kernels, "is_packing_faster", lambda dtype: True)
+    monkeypatch.setattr(kernels, "is_packing_good", lambda dtype: True)
 
 
 def assert_close(mine: Tensor, its: Tensor) -> None:
@@ -181,8 +186,8 @@ def test_products_attend_as_torch_does(
     query, key, value = (
         torch.randn(num_images, num_tokens, 3, 16).to(dtype).transpose(1, 2) for _ in range(3)
     )
-    mine = attend_by_products(query, key, value, 0.3)
-    its = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=0.3)
+    mine = attend_by_products(query, key, value, 0.1)
+    its = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=0.1)
     assert_close(mine, its.to(dtype))
 
 
