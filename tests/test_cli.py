@@ -443,3 +443,34 @@ def test_a_folder_without_a_processor_is_one_line_too(tmp_path: Path) -> None:
     errors = [line for line in done.stderr.splitlines() if " INFO " not in line]
     assert len(errors) == 1 and "cannot load the processor of model.path" in errors[0], done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_idle_threads_leave_the_cores_unless_told_otherwise(
+    given: dict[str, str], expected: dict[str, str]
+) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    program = """
+import json, os
+from batchvlm import cli
+
+cli.catch_signals = lambda: None
+cli._run_hydra = lambda *args: print(json.dumps(dict(os.environ)))
+cli.run_app("run", [])
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | given,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seen = json.loads(done.stdout)
+    assert {name: seen[name] for name in names if name in seen} == expected
