@@ -18,14 +18,18 @@ from batchvlm.errors import ErrorType
 from batchvlm.records import Array, EngineStats, Failure, Generation, Sample
 
 
-class Encoder:
+class Encoder(torch.nn.Module):
     """Says of each image the sum of its pixels, in two vectors."""
 
     def __init__(self, model_type: str = "llava") -> None:
-        self.base_model = self
+        super().__init__()
         self.config = SimpleNamespace(model_type=model_type)
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.calls: list[dict[str, Any]] = []
+
+    @property
+    def base_model(self) -> Encoder:
+        return self
 
     def get_image_features(
         self,
