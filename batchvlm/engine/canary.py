@@ -35,6 +35,9 @@ _NUM_ROWS = 2
 _MAX_ERROR = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
 """Length of the difference of two rows of logits over that of the logits about their mean. Rounding
 stays an order of magnitude below; a wrong position or image gives 0.5 and more."""
+_MAX_ERROR_QUANTIZED = 0.3
+"""Where activations are rounded to eight bits, one that is off by its last bit may be rounded the
+other way: 0.06 was seen."""
 
 
 class Canary:
@@ -113,12 +116,15 @@ def check(
         rows, expected = rows * 2, expected * 2
     first_B = torch.stack([token for _, _, token in expected])
     mine = _over_slots(decoder, rows, images, first_B, is_scoring=is_scoring)
+    most = _MAX_ERROR.get(model.dtype, 0.3)
+    if getattr(model, "is_quantized", False):
+        most = _MAX_ERROR_QUANTIZED
     for step, logits_BV in enumerate(mine):
         for row, logits_V, pair in zip(rows, logits_BV, expected, strict=True):
             error = relative_error(logits_V, pair[step])
             # Logits that are no numbers by `generate()` either are an error of their rows.
             is_judged = bool(pair[step].isfinite().all())
-            if is_judged and not error <= _MAX_ERROR.get(model.dtype, 0.3):
+            if is_judged and not error <= most:
                 raise ModelError(
                     f"{type(model).__name__} ({model.config.model_type}) answers differently over "
                     f"slots: the logits of token {step + 1} of row {row.row_index} are off by "

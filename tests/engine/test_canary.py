@@ -145,3 +145,17 @@ def test_what_it_encodes_is_not_encoded_again(
     assert len(list(engine.run(samples))) == len(samples)
     assert sorted(encoded) == sorted(key for s in samples for key in s.image_keys)
     assert engine.stats.images_encoded == len(samples)
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_a_quantized_model_may_round_the_other_way(
+    small: Loaded, is_quantized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "relative_error", lambda mine, its: 0.06)
+    engine = small.slots(canary=True)
+    monkeypatch.setattr(small.tuned(), "is_quantized", is_quantized, raising=False)
+    if is_quantized:
+        assert len(list(engine.run(small.samples()))) == len(small.samples())
+    else:
+        with pytest.raises(ModelError, match="answers differently"):
+            list(engine.run(small.samples()))
