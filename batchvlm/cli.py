@@ -162,8 +162,7 @@ def run_app(
         catch_signals()  # one may come while the next is being caught
         return _run_hydra(config_name, job or _run_job)
     except (Interrupted, KeyboardInterrupt):
-        print("batchvlm: interrupted; run the same command again to go on", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+        return _say_interrupted()
     except Exception as error:
         return _say(error)
 
@@ -263,6 +262,18 @@ def _check_flags() -> None:
     parser.parse_args()
 
 
+def _say_interrupted() -> ExitCode:
+    print("batchvlm: interrupted; run the same command again to go on", file=sys.stderr)
+    return ExitCode.INTERRUPTED
+
+
+def _is_of_interruption(error: BaseException | None) -> bool:
+    """Whether it came up while an interruption went through somebody's clean-up (OmegaConf's)."""
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _say(error: Exception) -> ExitCode:
     """Say in one line what went wrong, and where if that was asked for."""
     if _debug.is_on:
@@ -272,6 +283,8 @@ def _say(error: Exception) -> ExitCode:
         if isinstance(error, TooManyErrors):
             print("\n".join(error.causes), file=sys.stderr)
         return error.exit_code
+    if not isinstance(error, OSError) and _is_of_interruption(error):
+        return _say_interrupted()
     # Nobody foresaw it: a mistake of this program, or of a library.
     text = " ".join(str(error).split())[:300]
     hint = "" if _debug.is_on else "; the same command with --debug shows where"

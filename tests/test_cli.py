@@ -16,9 +16,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from batchvlm import demo
+from batchvlm import cli, demo
 from batchvlm.cli import main
 from batchvlm.errors import ExitCode
+from batchvlm.runtime.signals import Interrupted
 
 ROOT = Path(__file__).parents[1]
 BATCHVLM = [sys.executable, "-m", "batchvlm"]
@@ -474,3 +475,22 @@ cli.run_app("run", [])
     )
     seen = json.loads(done.stdout)
     assert {name: seen[name] for name in names if name in seen} == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(AttributeError("_flags"), ExitCode.INTERRUPTED), (OSError("disk full"), ExitCode.FAILED)],
+)
+def test_what_an_interruption_breaks_in_a_clean_up_is_no_error(
+    error: Exception, expected: ExitCode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> int:
+        try:
+            raise Interrupted
+        finally:
+            raise error
+
+    monkeypatch.setattr(cli, "_run_hydra", interrupted)
+    monkeypatch.setattr(cli, "catch_signals", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["batchvlm"])
+    assert cli.run_app("run", []) == expected
