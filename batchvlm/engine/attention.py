@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from batchvlm.engine import flash, race
+from batchvlm.engine import flash, products, race
 from batchvlm.engine.layout import KeysValues, Packed, Runs, Slots, Span
 
 # Shape legend: B rows, T tokens of all packed rows, T_i of row i, P_i tokens of row i computed
@@ -108,6 +108,9 @@ class _Scores:
     scaling: float | None
     softcap: float | None
 
+    def scale(self, query: Tensor) -> float:
+        return query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool
     ) -> Tensor:
@@ -134,8 +137,8 @@ class _Scores:
             key, value = (_repeated(x, query.shape[-3]) for x in (key, value))
         if is_causal:
             mask = torch.ones(query.shape[-2], key.shape[-2], device=query.device).tril().bool()
-        scale = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
-        scores = self.softcap * torch.tanh(query @ key.transpose(-1, -2) * scale / self.softcap)
+        scores = query @ key.transpose(-1, -2) * self.scale(query)
+        scores = self.softcap * torch.tanh(scores / self.softcap)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
@@ -175,13 +178,28 @@ def _packed(
             k = torch.cat([before[0][None], k], dim=2)
             v = torch.cat([before[1][None], v], dim=2)
         num_before = k.shape[2] - q.shape[2]
+        is_cut = window is not None and k.shape[2] > window
         if packed.trees is not None:
             mask = packed.tree_mask(i, num_before, window)
-        elif mask is None and (num_before or (window is not None and k.shape[2] > window)):
+        elif mask is None and not is_cut and _are_products_faster(score, q, k):
+            attended = products.attend_prompt(q[0], k[0], v[0], score.scale(q))
+            out[:, start:stop] = attended.transpose(0, 1)
+            continue
+        elif mask is None and (num_before or is_cut):
             mask = _causal(q.shape[2], num_before, window, q.device)
         attended = score.attend(q, k, v, mask, is_causal=mask is None)
         out[:, start:stop] = attended.transpose(1, 2)
     return out
+
+
+def _are_products_faster(score: _Scores, query: Tensor, key: Tensor) -> bool:
+    num_heads, num_tokens, size = query.shape[1:]
+    return (
+        query.device.type == "cpu"
+        and score.softcap is None
+        and num_tokens >= products.FEWEST_TOKENS
+        and products.are_faster_for_prompts(num_heads, key.shape[1], size, query.dtype)
+    )
 
 
 def _behind_past(new_KTD: Tensor, packed: Packed, past: Sequence[Tensor | None]) -> Tensor:
@@ -241,6 +259,12 @@ def is_apart_faster(num_groups: int, size: int, dtype: torch.dtype) -> bool:
             lambda: score.attend(query, key, key, mask, is_causal=False),
         ]
         return race.winner(ways) == 1
+
+
+def choose_ways(num_heads: int, num_keys: int, size: int, dtype: torch.dtype) -> None:
+    """Find out on a CPU which ways to attend are the fastest, before anything else runs beside."""
+    is_apart_faster(num_heads // num_keys, size, dtype)
+    products.are_faster_for_prompts(num_heads, num_keys, size, dtype)
 
 
 def _over_slots_with_runs(

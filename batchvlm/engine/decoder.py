@@ -99,7 +99,11 @@ class Decoder:
         self._fusing: Fusing | None = None
         self._rotations = Rotations(model)
         has_cap = getattr(self._config, "attn_logit_softcapping", None) is not None
-        self.is_by_row = flash.is_able(_query_like(model)) and not has_cap
+        num_heads, num_keys, size = _heads_of(self._config)
+        if self.device.type == "cpu":
+            attention.choose_ways(num_heads, num_keys, size, model.dtype)
+        query_like = torch.empty(0, size, dtype=model.dtype, device=self.device)
+        self.is_by_row = flash.is_able(query_like) and not has_cap
         """Whether attention over slots goes as far as each row goes, and no further."""
         _trim_last_layer(model.get_decoder())
         token_id = getattr(model.config, "image_token_id", None)
@@ -374,11 +378,11 @@ class Decoder:
             self._config._attn_implementation = self._own_attention
 
 
-def _query_like(model: Any) -> Tensor:
-    """An empty tensor as the decoder's queries are."""
-    config = model.get_decoder().config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return torch.empty(0, size, dtype=model.dtype, device=model.device)
+def _heads_of(config: Any) -> tuple[int, int, int]:
+    """Query heads, key-value heads, and their size."""
+    num_heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return num_heads, getattr(config, "num_key_value_heads", None) or num_heads, size
 
 
 def _trim_last_layer(decoder: Any) -> None:

@@ -5,8 +5,7 @@ apart by where they begin for flash attention alone; for any other kernel it cal
 window, thousands of times a batch, or makes a dense mask over all patches. So the encoder is told
 that it has flash attention, by a name, and gets torch's own.
 
-On a CPU torch's attention computes products in half precision no faster than in float32 unless the
-CPU has matrix units for them; where plain products do better, they take its place.
+On a CPU plain products take the place of torch's attention where they are faster.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -25,20 +23,16 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from batchvlm.engine import flash, race
+from batchvlm.engine import flash, products
 
-# Shape legend: B images of T patches each, or T patches of all I images or windows, H heads, G of
-# them and Q queries taken at once, D head size.
+# Shape legend: B images of T patches each, or T patches of all I images or windows, H heads, D head
+# size.
 
 NAME = "batchvlm_flash_images"
 """transformers looks for "flash" in it."""
 
 NAME_IN_HALF = "batchvlm_images"
 """On a CPU; without that word."""
-_SCORES = 2 << 20
-"""Scores computed at once: they stay in the cache of a CPU."""
-_FEWEST_TOKENS = 128
-_RACE_TOKENS = 512
 
 _WITHOUT_GRID = frozenset({"pixtral"})
 """Encoders of packed images whose processors give no patch grid."""
@@ -151,59 +145,15 @@ def attention_in_half(
         attention_mask is None
         and not kwargs.get("is_causal", getattr(module, "is_causal", True))
         and query.shape == key.shape == value.shape
-        and num_tokens >= _FEWEST_TOKENS
-        and are_products_faster(num_heads, size, query.dtype)
+        and num_tokens >= products.FEWEST_TOKENS
+        and products.are_faster_for_images(num_heads, size, query.dtype)
     ):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend_by_products(query, key, value, scale).transpose(1, 2), None
+        return products.attend_images(query, key, value, scale).transpose(1, 2), None
     out, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
     return out, None
-
-
-def attend_by_products(
-    query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float
-) -> Tensor:
-    """Let all patches of an image attend to one another; scores are computed in part by part.
-
-    Args:
-        query_BHTD: [B, H, T, D]; the others likewise.
-        key_BHTD: see `query_BHTD`.
-        value_BHTD: see `query_BHTD`.
-        scale: factor on the scores.
-
-    Returns:
-        [B, H, T, D].
-    """
-    num_tokens = query_BHTD.shape[2]
-    num_heads = max(1, _SCORES // num_tokens**2)
-    num_queries = min(num_tokens, max(1, _SCORES // num_tokens))
-    # Heads of all images behind one another, for as many as fit.
-    query, key, value = (x.flatten(0, 1).contiguous() for x in (query_BHTD, key_BHTD, value_BHTD))
-    out = torch.empty_like(query)
-    for first in range(0, len(query), num_heads):
-        heads = slice(first, first + num_heads)
-        key_GDT, value_GTD = key[heads].transpose(1, 2), value[heads]
-        for start in range(0, num_tokens, num_queries):
-            some = slice(start, start + num_queries)
-            query_GQD = query[heads, some]
-            room = query.new_empty(*query_GQD.shape[:2], num_tokens)
-            scores = torch.baddbmm(room, query_GQD, key_GDT, beta=0, alpha=scale)
-            out[heads, some] = torch.bmm(scores.softmax(-1), value_GTD)
-    return out.view(query_BHTD.shape)
-
-
-@cache
-def are_products_faster(num_heads: int, size: int, dtype: torch.dtype) -> bool:
-    """Whether plain products attend in less time here than torch's attention."""
-    with torch.inference_mode():
-        query = torch.ones(1, _RACE_TOKENS, num_heads, size, dtype=dtype).transpose(1, 2)
-        ways = [
-            lambda: F.scaled_dot_product_attention(query, query, query, scale=1.0),
-            lambda: attend_by_products(query, query, query, 1.0),
-        ]
-        return race.winner(ways) == 1
 
 
 def encoder_configs(model: Any) -> tuple[str, list[Any]]:
@@ -221,8 +171,14 @@ def encoder_configs(model: Any) -> tuple[str, list[Any]]:
         parameters = inspect.signature(model.base_model.get_image_features).parameters
         is_packed = "image_grid_thw" in parameters or config.model_type in _WITHOUT_GRID
         return NAME, own if is_packed else []
-    is_replaceable = model.device.type == "cpu" and config._attn_implementation == "sdpa"
-    return NAME_IN_HALF, own if is_replaceable else []
+    if model.device.type != "cpu" or config._attn_implementation != "sdpa":
+        return NAME_IN_HALF, []
+    # Tried before anything else runs beside. Where these are not its names, at the first image.
+    num_heads = getattr(config, "num_heads", None) or getattr(config, "num_attention_heads", None)
+    width = getattr(config, "embed_dim", None) or getattr(config, "hidden_size", None)
+    if num_heads and width:
+        products.are_faster_for_images(num_heads, width // num_heads, model.dtype)
+    return NAME_IN_HALF, own
 
 
 @contextmanager

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 
 from batchvlm.engine import kernels
-from batchvlm.engine.image_attention import attend_by_products
 from batchvlm.engine.kernels import PackedLinear, tune
 from batchvlm.engine.rotations import Rotations
 
@@ -175,21 +173,6 @@ def test_an_activation_used_twice_stays() -> None:
     expected = mlp(x)
     tune(Model(mlp=mlp))
     assert_close(mlp(x), expected)
-
-
-@BOTH
-@pytest.mark.parametrize("num_images", [1, 3])
-@pytest.mark.parametrize("num_tokens", [1, 130, 700, 1500])
-@torch.inference_mode()
-def test_products_attend_as_torch_does(
-    num_tokens: int, num_images: int, dtype: torch.dtype
-) -> None:
-    query, key, value = (
-        torch.randn(num_images, num_tokens, 3, 16).to(dtype).transpose(1, 2) for _ in range(3)
-    )
-    mine = attend_by_products(query, key, value, 0.1)
-    its = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=0.1)
-    assert_close(mine, its.to(dtype))
 
 
 def test_rotations_are_replaced_while_the_model_runs_and_no_longer() -> None:
