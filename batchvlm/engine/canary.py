@@ -19,7 +19,7 @@ from torch import Tensor
 
 from batchvlm.engine.cache import SlotCache
 from batchvlm.engine.collate import collate
-from batchvlm.engine.decoder import Branches, Decoder, Piece
+from batchvlm.engine.decoder import Branches, Decoder, Piece, Prompt
 from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.generate import without_defaults
 from batchvlm.engine.layout import Span
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 # Shape legend: B rows, V vocabulary.
 
 _NUM_ROWS = 2
+_TAIL_TOKENS = 16
 _MAX_ERROR = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
 """Length of the difference of two rows of logits over that of the logits about their mean. Rounding
 stays an order of magnitude below; a wrong position or image gives 0.5 and more."""
@@ -111,9 +112,6 @@ def check(
     # Rows with images first: they have more that could go wrong.
     rows = sorted(samples, key=lambda s: (not s.image_sizes, s.prompt_tokens))[:_NUM_ROWS]
     expected = [_generated(model, row) for row in rows]
-    if len(rows) == 1:
-        # Beside itself: alone it would not show whether rows of a pack see one another.
-        rows, expected = rows * 2, expected * 2
     first_B = torch.stack([token for _, _, token in expected])
     mine = _over_slots(decoder, rows, images, first_B, is_scoring=is_scoring)
     most = _MAX_ERROR.get(model.dtype, 0.3)
@@ -175,8 +173,12 @@ def _over_slots(
         images.encode(batch)
     prompts = [decoder.prompt(row) for row in rows]
     features = images.joined(images.entries(u for own in units for u in own))
+    if len(rows) == 1 and (tail := _tail(decoder, rows[0], prompts[0])):
+        # A row alone would not show whether rows of a pack see one another.
+        prompts.insert(0, tail)
+        first_B = torch.cat([tail.ids_T[-1:], first_B])
     pieces = [Piece(prompt, 0, len(prompt)) for prompt in prompts]
-    first_BV, packed = decoder.prefill(pieces, features, ends=range(len(rows)))
+    first_BV, packed = decoder.prefill(pieces, features, ends=range(len(prompts)))
     lengths = [len(prompt) for prompt in prompts]
     ends = list(accumulate(lengths))
     caches = [packed.row(end - length, end) for end, length in zip(ends, lengths, strict=True)]
@@ -187,8 +189,8 @@ def _over_slots(
             Branches(prompt, past, ids[i : i + 1], alone)
             for i, (prompt, past) in enumerate(zip(prompts, caches, strict=True))
         ]
-        return first_BV, decoder.branch(branches)
-    cache = SlotCache(packed.row(0, 1), num_slots=len(rows), length=max(lengths) + 1)
+        return first_BV[-len(rows) :], decoder.branch(branches)[-len(rows) :]
+    cache = SlotCache(packed.row(0, 1), num_slots=len(prompts), length=max(lengths) + 1)
     for slot, past in enumerate(caches):
         cache.put(slot, [past])
     second_BV = decoder.step(
@@ -196,6 +198,24 @@ def _over_slots(
         first_B,
         torch.tensor(lengths, device=decoder.device),
         torch.tensor([prompt.rope_delta for prompt in prompts], device=decoder.device),
-        [Span(0, len(rows), max(lengths) + 1)],
+        [Span(0, len(prompts), max(lengths) + 1)],
     )
-    return first_BV, second_BV
+    return first_BV[-len(rows) :], second_BV[-len(rows) :]
+
+
+def _tail(decoder: Decoder, row: Sample, prompt: Prompt) -> Prompt | None:
+    """The text at the end of a prompt as one of its own; None where there is none."""
+    places = decoder.image_places(row)
+    if places is None and row.image_sizes:
+        return None
+    behind = int(places.max()) + 1 if places is not None and len(places) else 0
+    start = max(behind, len(prompt) - _TAIL_TOKENS)
+    if start == len(prompt):
+        return None
+    positions_RT = prompt.positions_RT[:, start:]
+    return Prompt(
+        ids_T=prompt.ids_T[start:],
+        positions_RT=positions_RT - positions_RT[:, :1],
+        rope_delta=0,
+        types={name: types_T[start:] for name, types_T in prompt.types.items()},
+    )
