@@ -18,28 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from batchvlm import demo
-from batchvlm.config import (
-    BatchingConfig,
-    ColumnsConfig,
-    EngineConfig,
-    GenerationConfig,
-    ModelConfig,
-    TaskConfig,
-)
-from batchvlm.constraints.constraints import Constraints
+from batchvlm.config import ColumnsConfig, GenerationConfig, ModelConfig, TaskConfig
 from batchvlm.demo.questions import held_out
-from batchvlm.engine.generate import eos_ids
-from batchvlm.engine.kernels import tune
 from batchvlm.engine.slots import SlotEngine
-from batchvlm.loading import load_model, load_processor
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
 from batchvlm.records import Completion, Form, FormKind, Generation, Record, Sample
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parent))
+from guiding import load, open_engine
 from results import environment, write_section
 
 SHORT = {"type": "string", "maxLength": 12}
@@ -121,36 +109,21 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
     args = parser.parse_args()
-    cfg = ModelConfig(path=str(args.peer or demo.MODEL_DIR), dtype=args.dtype)
-    tokenizer = load_processor(cfg).tokenizer
-    model = load_model(cfg, device="cpu")
-    tune(model)
+    model, tokenizer, name = load(args.peer, dtype=args.dtype)
     samples, form = invoices(tokenizer, args.rows) if args.peer else scenes(args.rows)
-    ends = eos_ids(model, tokenizer)
-    constraints = Constraints(
-        tokenizer,
-        num_ids=model.get_output_embeddings().weight.shape[0],
-        eos_ids=ends,
-        device=torch.device("cpu"),
-        form=form,
-    )
-    engine_cfg = EngineConfig(canary=False, max_slots=args.slots)
-    engine = SlotEngine(
-        model, tokenizer, BatchingConfig(), engine_cfg, eos_ids=ends, constraints=constraints
-    )
+    engine = open_engine(model, tokenizer, form=form, num_slots=args.slots)
     longest = engine._max_run
     answer(engine, samples)  # compiles, and warms up
     found: dict[str, list[dict[str, float]]] = {"a step for each": [], "in one go": []}
     said = {}
     for _ in range(args.repeat):
-        for name, max_run in (("a step for each", 0), ("in one go", longest)):
+        for way, max_run in (("a step for each", 0), ("in one go", longest)):
             engine._max_run = max_run
-            counts, said[name] = answer(engine, samples)
-            found[name].append(counts)
+            counts, said[way] = answer(engine, samples)
+            found[way].append(counts)
     assert said["a step for each"] == said["in one go"], "the answers differ"
     num_tokens = sum(len(ids) for ids in said["in one go"].values())
     body = table(found, num_tokens, args.rows, args.slots)
-    name = args.peer.name if args.peer else "the demo's model"
     print(body)
     if args.write:
         command = f"python benchmarks/forced.py --rows {args.rows} --slots {args.slots}"

@@ -18,19 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from batchvlm import demo
-from batchvlm.config import BatchingConfig, EngineConfig, ModelConfig
-from batchvlm.constraints.constraints import Constraints
-from batchvlm.engine.generate import eos_ids
-from batchvlm.engine.kernels import tune
 from batchvlm.engine.slots import SlotEngine
-from batchvlm.loading import load_model, load_processor
 from batchvlm.records import Completion, Generation, Sample
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parent))
+from guiding import load, open_engine
 from results import environment, write_section
 
 COLORS = ["red", "green", "blue", "yellow"]
@@ -84,22 +77,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
     args = parser.parse_args()
-    cfg = ModelConfig(path=str(args.peer or demo.MODEL_DIR), dtype="float32")
-    tokenizer = load_processor(cfg).tokenizer
-    model = load_model(cfg, device=args.device)
-    tune(model)
-    ends = eos_ids(model, tokenizer)
-    constraints = Constraints(
-        tokenizer,
-        num_ids=model.get_output_embeddings().weight.shape[0],
-        eos_ids=ends,
-        device=torch.device(args.device),
-        form=None,
-    )
-    engine_cfg = EngineConfig(canary=False, max_slots=32)
-    engine = SlotEngine(
-        model, tokenizer, BatchingConfig(), engine_cfg, eos_ids=ends, constraints=constraints
-    )
+    model, tokenizer, name = load(args.peer, dtype="float32", device=args.device)
+    engine = open_engine(model, tokenizer, form=None, num_slots=32)
     free = samples(tokenizer, args.rows, args.tokens, guided=False)
     guided = samples(tokenizer, args.rows, args.tokens, guided=True)
     seconds(engine, [replace(row, row_index=i) for i, row in enumerate(guided)])  # compiles
@@ -110,12 +89,11 @@ def main() -> None:
     num_tokens = args.rows * args.tokens
     lines = ["| | CPU s, median | wall s, median | tokens/s |", "|---|--:|--:|--:|"]
     medians = {}
-    for name, times in found.items():
+    for way, times in found.items():
         cpu, wall = (statistics.median(t[i] for t in times) for i in (0, 1))
-        medians[name] = cpu, wall
-        lines.append(f"| {name} | {cpu:.2f} | {wall:.2f} | {num_tokens / wall:,.0f} |")
+        medians[way] = cpu, wall
+        lines.append(f"| {way} | {cpu:.2f} | {wall:.2f} | {num_tokens / wall:,.0f} |")
     ratios = [medians["free"][i] / medians["guided"][i] for i in (0, 1)]
-    name = args.peer.name if args.peer else "the demo's model"
     body = (
         f"{name}, {len(tokenizer):,} tokens, {args.rows} rows of {args.tokens} tokens, 32 at a "
         f"time, 16 schemas.\n\n" + "\n".join(lines) + f"\n\nGuided has {ratios[1]:.0%} of free's "
