@@ -3,16 +3,23 @@
     python benchmarks/answer.py --model FOLDER --work FILE --rows 64 --dtype float32 --threads 1
 
 Rows hold `image` {bytes, path}, `prompt` and `max_new_tokens`; EOS is ignored. Samples are prepared
-by a thread of this process while the engine works; nothing is done before the clock starts. Prints
-one line of JSON: seconds, load excluded, and where they went; token ids by row.
+by a thread of this process while the engine works; nothing is done before the clock starts. With
+`--processes 2` two processes load a model each, wait for one another, and answer every second row,
+as the ranks of a launch do. Prints one line of JSON: seconds, load excluded, and where they went
+(of several processes, on the mean); token ids by row.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -25,9 +32,37 @@ from batchvlm.records import Completion, Record, Sample
 from batchvlm.runtime.prefetch import Prefetcher
 from batchvlm.settings import compose
 
+_COUNTS = ("images_encoded", "prompt_tokens", "row_steps")
+
 
 def main() -> None:
     args = parse_args()
+    if args.processes == 1:
+        print(json.dumps(answer(args, 0, lambda: None)))
+        return
+    context = multiprocessing.get_context("spawn")
+    begin = context.Barrier(args.processes)
+    with ProcessPoolExecutor(args.processes, context, _wait_for, (begin,)) as pool:
+        parts = list(pool.map(answer, repeat(args), range(args.processes)))
+    answers = {key: ids for part in parts for key, ids in part.pop("answers").items()}
+    whole = {key: statistics.fmean(part[key] for part in parts) for key in parts[0]}
+    whole |= {key: sum(part[key] for part in parts) for key in (*_COUNTS, "cpu_s")}
+    whole["wall_s"] = max(part["wall_s"] for part in parts)
+    print(json.dumps({**whole, "answers": answers}))
+
+
+_begin: Callable[[], object]
+
+
+def _wait_for(begin: Barrier) -> None:
+    global _begin
+    _begin = begin.wait
+
+
+def answer(
+    args: argparse.Namespace, rank: int, begin: Callable[[], object] | None = None
+) -> dict[str, Any]:
+    """Load a model, wait until all have, and answer this process's rows."""
     torch.set_num_threads(args.threads)
     cfg = compose(
         "run",
@@ -56,7 +91,7 @@ def main() -> None:
         )
     )
     engine = open_engine(cfg, device="cpu")
-    rows = pq.read_table(args.work).to_pylist()[: args.rows]
+    rows = pq.read_table(args.work).to_pylist()[: args.rows][rank :: args.processes]
     prepare_s = 0.0
 
     def samples() -> Iterator[Sample]:
@@ -69,6 +104,7 @@ def main() -> None:
             prepare_s += time.perf_counter() - start
             yield sample
 
+    (begin or _begin)()
     start, cpu_start = time.perf_counter(), time.process_time()
     answers: dict[str, Any] = {}
     ahead = Prefetcher(
@@ -79,24 +115,20 @@ def main() -> None:
             assert isinstance(outcome, Completion), outcome
             answers[rows[row_index]["id"]] = outcome.token_ids
     stats = engine.stats
-    print(
-        json.dumps(
-            {
-                "wall_s": time.perf_counter() - start,
-                "cpu_s": time.process_time() - cpu_start,
-                "preprocess_s": prepare_s,
-                "wait_s": ahead.wait_s,
-                "vision_s": stats.vision_s,
-                "prefill_s": stats.prefill_s,
-                "decode_s": stats.decode_s,
-                "images_encoded": stats.images_encoded,
-                "prompt_tokens": stats.prompt_tokens,
-                "padding_share": stats.padding_share,
-                "row_steps": stats.row_steps,
-                "answers": answers,
-            }
-        )
-    )
+    return {
+        "wall_s": time.perf_counter() - start,
+        "cpu_s": time.process_time() - cpu_start,
+        "preprocess_s": prepare_s,
+        "wait_s": ahead.wait_s,
+        "vision_s": stats.vision_s,
+        "prefill_s": stats.prefill_s,
+        "decode_s": stats.decode_s,
+        "images_encoded": stats.images_encoded,
+        "prompt_tokens": stats.prompt_tokens,
+        "padding_share": stats.padding_share,
+        "row_steps": stats.row_steps,
+        "answers": answers,
+    }
 
 
 def parse_args() -> argparse.Namespace:
@@ -106,6 +138,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="with `--threads` each")
     parser.add_argument("--engine", default="slots", choices=[str(name) for name in EngineName])
     parser.add_argument("--no-sharing", action="store_true")
     return parser.parse_args()

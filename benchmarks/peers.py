@@ -45,12 +45,12 @@ def systems(args: argparse.Namespace, dtype: str) -> list[System]:
     peer = args.peer
     vllm, openvino = peer / "vllm-venv/bin/python", peer / "ov-venv/bin/python"
     threads, rows = str(args.threads), str(args.rows)
-    mine = [
-        sys.executable,
-        str(HERE / "answer.py"),
-        *("--model", str(peer / "models/m50"), "--work", str(peer / "work.parquet")),
-        *("--rows", rows, "--dtype", dtype, "--threads", threads),
+    answer = [
+        *(sys.executable, str(HERE / "answer.py"), "--model", str(peer / "models/m50")),
+        *("--work", str(peer / "work.parquet"), "--rows", rows, "--dtype", dtype),
     ]
+    mine = [*answer, "--threads", threads]
+    ranks = [*answer, "--threads", "1", "--processes", threads]
     libraries = [
         Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"),
         peer / "vllm-venv/lib/libiomp5.so",
@@ -65,6 +65,7 @@ def systems(args: argparse.Namespace, dtype: str) -> list[System]:
     as_run = {"GOMP_SPINCOUNT": "1000"}  # as `batchvlm run` sets it
     return [
         System("batchvlm, slots", [*mine, "--engine", "slots"], here, as_run),
+        System(f"batchvlm, slots, {threads} processes of one thread", ranks, here, as_run),
         System("batchvlm, generate", [*mine, "--engine", "generate"], here, as_run),
         System(
             "vLLM, eager, 32 sequences",
