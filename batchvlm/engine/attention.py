@@ -169,6 +169,7 @@ def _packed(
             is_causal=True,
             window=window,
         )[None]
+    has_products = query.device.type == "cpu" and score.softcap is None
     out = torch.empty_like(query.transpose(1, 2))
     for i, (start, stop) in enumerate(packed.spans):
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))
@@ -181,7 +182,12 @@ def _packed(
         is_cut = window is not None and k.shape[2] > window
         if packed.trees is not None:
             mask = packed.tree_mask(i, num_before, window)
-        elif mask is None and not is_cut and _are_products_faster(score, q, k):
+        elif (
+            mask is None
+            and not is_cut
+            and has_products
+            and products.are_good_for_prompt(q[0], k[0])
+        ):
             attended = products.attend_prompt(q[0], k[0], v[0], score.scale(q))
             out[:, start:stop] = attended.transpose(0, 1)
             continue
@@ -190,16 +196,6 @@ def _packed(
         attended = score.attend(q, k, v, mask, is_causal=mask is None)
         out[:, start:stop] = attended.transpose(1, 2)
     return out
-
-
-def _are_products_faster(score: _Scores, query: Tensor, key: Tensor) -> bool:
-    num_heads, num_tokens, size = query.shape[1:]
-    return (
-        query.device.type == "cpu"
-        and score.softcap is None
-        and num_tokens >= products.FEWEST_TOKENS
-        and products.are_faster_for_prompts(num_heads, key.shape[1], size, query.dtype)
-    )
 
 
 def _behind_past(new_KTD: Tensor, packed: Packed, past: Sequence[Tensor | None]) -> Tensor:

@@ -25,6 +25,8 @@ _QUERIES = 192
 """Queries of a prompt taken at once: more would see too many keys that lie ahead of them."""
 FEWEST_TOKENS = 100
 """Of a prompt or an image: with fewer, torch's own attention does as well."""
+_PROMPT_SCORES = 16 << 20
+"""Scores of a prompt that there may be at once: longer ones are left to torch, which keeps none."""
 _RACE_PATCHES = 512
 _RACE_TOKENS = 256
 
@@ -100,6 +102,17 @@ def _scores(query_XTD: Tensor, key_XLD: Tensor, scale: float) -> Tensor:
     # Contiguous before it is transposed: else torch would copy it transposed, which takes longer.
     key_XDL = key_XLD.contiguous().transpose(1, 2)
     return torch.baddbmm(query_XTD.new_empty(1), query_XTD, key_XDL, beta=0, alpha=scale)
+
+
+def are_good_for_prompt(query_HTD: Tensor, key_KLD: Tensor) -> bool:
+    """Whether a prompt is neither too short nor too long for `attend_prompt`, which is faster."""
+    num_heads, num_tokens, size = query_HTD.shape
+    num_keys, length, _ = key_KLD.shape
+    return (
+        num_tokens >= FEWEST_TOKENS
+        and num_heads * min(num_tokens, _QUERIES) * length <= _PROMPT_SCORES
+        and are_faster_for_prompts(num_heads, num_keys, size, query_HTD.dtype)
+    )
 
 
 @cache

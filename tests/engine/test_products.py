@@ -95,6 +95,17 @@ def test_packed_prompts_take_them_where_they_are_faster(monkeypatch: pytest.Monk
     assert calls == [110, 110]
 
 
+def test_long_prompts_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "are_faster_for_prompts", lambda *shape: True)
+    query, key = (torch.empty(num, 200, 16, device="meta") for num in (32, 8))
+    assert products.are_good_for_prompt(query, key)
+    # 32 heads of 192 queries at a time.
+    longest = (16 << 20) // (32 * 192)
+    for length, is_good in ((longest, True), (longest + 1, False)):
+        key = torch.empty(8, length, 16, device="meta")
+        assert products.are_good_for_prompt(query, key) is is_good
+
+
 def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     """Lengths of the queries that a function is called for from now on."""
     calls: list[int] = []
