@@ -1,4 +1,4 @@
-"""What measures on a GPU runs here too, at a tiny size."""
+"""What measures runs here too, at a tiny size."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+from batchvlm import demo
+from batchvlm.demo.questions import held_out
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def test_the_gpu_benchmark_measures_all_that_it_promises(tmp_path: Path) -> None:
     written = tmp_path / "found.json"
     command = [
-        *(sys.executable, str(SCRIPT), "--shape", "tiny", "--device", "cpu"),
+        *(sys.executable, str(BENCHMARKS / "gpu.py"), "--shape", "tiny", "--device", "cpu"),
         *("--rows", "12", "--warm-up-rows", "4", "--baseline-rows", "8", "--width", "12"),
         *("--dtype", "float32", "--json", str(written)),
         *("--set", "runtime.num_workers=0", "--set", "engine.compile=false"),
@@ -34,3 +40,36 @@ def test_the_gpu_benchmark_measures_all_that_it_promises(tmp_path: Path) -> None
     assert mine["row_steps"] == mine["tokens"] - 12
     assert roof["all"] == pytest.approx(roof["vision"] + roof["prefill"] + roof["decode"])
     assert 0 < roof["all"] < mine["wall_s"]
+
+
+def test_two_processes_answer_the_rows_of_one(tmp_path: Path) -> None:
+    items = [item for item in held_out(2) if len(item.images) == 1][:5]
+    rows = [
+        {
+            "id": f"r{i}",
+            "image": {"bytes": item.images[0], "path": None},
+            "prompt": item.question,
+            "max_new_tokens": 3 + i,
+        }
+        for i, item in enumerate(items)
+    ]
+    work = tmp_path / "work.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), work)
+
+    def answered(processes: int) -> dict[str, Any]:
+        command = [
+            *(sys.executable, str(BENCHMARKS / "answer.py"), "--model", str(demo.MODEL_DIR)),
+            *("--work", str(work), "--processes", str(processes)),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    one, two = answered(1), answered(2)
+    assert {key: len(ids) for key, ids in one["answers"].items()} == {
+        row["id"]: row["max_new_tokens"] for row in rows
+    }
+    assert two["answers"] == one["answers"]
+    # The first token of a row comes of its prompt.
+    assert two["row_steps"] == one["row_steps"] == sum(row["max_new_tokens"] - 1 for row in rows)
