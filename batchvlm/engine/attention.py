@@ -169,7 +169,7 @@ def _packed(
             is_causal=True,
             window=window,
         )[None]
-    has_products = query.device.type == "cpu" and score.softcap is None
+    may_be_products = query.device.type == "cpu" and is_plain and score.softcap is None
     out = torch.empty_like(query.transpose(1, 2))
     for i, (start, stop) in enumerate(packed.spans):
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))
@@ -180,20 +180,14 @@ def _packed(
             v = torch.cat([before[1][None], v], dim=2)
         num_before = k.shape[2] - q.shape[2]
         is_cut = window is not None and k.shape[2] > window
-        if packed.trees is not None:
-            mask = packed.tree_mask(i, num_before, window)
-        elif (
-            mask is None
-            and not is_cut
-            and has_products
-            and products.are_good_for_prompt(q[0], k[0])
-        ):
-            attended = products.attend_prompt(q[0], k[0], v[0], score.scale(q))
-            out[:, start:stop] = attended.transpose(0, 1)
-            continue
-        elif mask is None and (num_before or is_cut):
-            mask = _causal(q.shape[2], num_before, window, q.device)
-        attended = score.attend(q, k, v, mask, is_causal=mask is None)
+        if may_be_products and not is_cut and products.are_good_for_prompt(q[0], k[0]):
+            attended = products.attend_prompt(q[0], k[0], v[0], score.scale(q))[None]
+        else:
+            if packed.trees is not None:
+                mask = packed.tree_mask(i, num_before, window)
+            elif mask is None and (num_before or is_cut):
+                mask = _causal(q.shape[2], num_before, window, q.device)
+            attended = score.attend(q, k, v, mask, is_causal=mask is None)
         out[:, start:stop] = attended.transpose(1, 2)
     return out
 

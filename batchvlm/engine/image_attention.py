@@ -171,14 +171,22 @@ def encoder_configs(model: Any) -> tuple[str, list[Any]]:
         parameters = inspect.signature(model.base_model.get_image_features).parameters
         is_packed = "image_grid_thw" in parameters or config.model_type in _WITHOUT_GRID
         return NAME, own if is_packed else []
-    if model.device.type != "cpu" or config._attn_implementation != "sdpa":
-        return NAME_IN_HALF, []
-    # Tried before anything else runs beside. Where these are not its names, at the first image.
-    num_heads = getattr(config, "num_heads", None) or getattr(config, "num_attention_heads", None)
-    width = getattr(config, "embed_dim", None) or getattr(config, "hidden_size", None)
-    if num_heads and width:
-        products.are_faster_for_images(num_heads, width // num_heads, model.dtype)
-    return NAME_IN_HALF, own
+    is_replaceable = model.device.type == "cpu" and config._attn_implementation == "sdpa"
+    return NAME_IN_HALF, own if is_replaceable else []
+
+
+def choose_way(configs: list[Any], dtype: torch.dtype) -> None:
+    """Find out on a CPU whether products are faster, before anything else runs beside.
+
+    Encoders whose configs have other names for their heads find out at their first image.
+    """
+    for config in configs:
+        num_heads = getattr(config, "num_heads", None) or getattr(
+            config, "num_attention_heads", None
+        )
+        width = getattr(config, "embed_dim", None) or getattr(config, "hidden_size", None)
+        if num_heads and width:
+            products.are_faster_for_images(num_heads, width // num_heads, dtype)
 
 
 @contextmanager

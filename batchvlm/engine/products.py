@@ -16,8 +16,8 @@ from torch import Tensor
 
 from batchvlm.engine import race
 
-# Shape legend: B images or rows, H heads, K key-value heads, G = H // K query heads for each of
-# these, T queries, L keys, D head size; X heads of all images or rows behind one another.
+# Shape legend: B images, H heads, K key-value heads, G = H // K query heads for each of these, T
+# queries, L keys, D head size; X heads of all images, or key-value heads, behind one another.
 
 _SCORES = 1 << 20
 """Scores of images computed at once: they stay in the cache of a CPU."""

@@ -86,7 +86,9 @@ class ImageFeatures:
         self._model_type = model.config.model_type
         self._device, self._dtype = model.device, model.dtype
         self._rotations = Rotations(model)
-        self._attention = image_attention.encoder_configs(model)
+        self._attention = name, configs = image_attention.encoder_configs(model)
+        if name == image_attention.NAME_IN_HALF:
+            image_attention.choose_way(configs, model.dtype)
         self.stats = stats
         self._is_shared = is_shared
         self._users: dict[str, int] = {}
