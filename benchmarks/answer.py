@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing.synchronize import Barrier
@@ -38,11 +38,11 @@ _COUNTS = ("images_encoded", "prompt_tokens", "row_steps")
 def main() -> None:
     args = parse_args()
     if args.processes == 1:
-        print(json.dumps(answer(args, 0, lambda: None)))
+        print(json.dumps(answer(args, 0)))
         return
     context = multiprocessing.get_context("spawn")
-    begin = context.Barrier(args.processes)
-    with ProcessPoolExecutor(args.processes, context, _wait_for, (begin,)) as pool:
+    barrier = context.Barrier(args.processes)
+    with ProcessPoolExecutor(args.processes, context, _meet_at, (barrier,)) as pool:
         parts = list(pool.map(answer, repeat(args), range(args.processes)))
     answers = {key: ids for part in parts for key, ids in part.pop("answers").items()}
     whole = {key: statistics.fmean(part[key] for part in parts) for key in parts[0]}
@@ -51,17 +51,16 @@ def main() -> None:
     print(json.dumps({**whole, "answers": answers}))
 
 
-_begin: Callable[[], object]
+_barrier: Barrier | None = None
+"""Where the processes wait until all have loaded; None: there is but one."""
 
 
-def _wait_for(begin: Barrier) -> None:
-    global _begin
-    _begin = begin.wait
+def _meet_at(barrier: Barrier) -> None:
+    global _barrier
+    _barrier = barrier
 
 
-def answer(
-    args: argparse.Namespace, rank: int, begin: Callable[[], object] | None = None
-) -> dict[str, Any]:
+def answer(args: argparse.Namespace, rank: int) -> dict[str, Any]:
     """Load a model, wait until all have, and answer this process's rows."""
     torch.set_num_threads(args.threads)
     cfg = compose(
@@ -104,7 +103,8 @@ def answer(
             prepare_s += time.perf_counter() - start
             yield sample
 
-    (begin or _begin)()
+    if _barrier is not None:
+        _barrier.wait()
     start, cpu_start = time.perf_counter(), time.process_time()
     answers: dict[str, Any] = {}
     ahead = Prefetcher(

@@ -170,16 +170,16 @@ def tokens_beside(
     if find_spec("torchvision") is not None:
         return f"{line}."
     # By vLLM's Python, which has torchvision, with what it lacks from here.
-    (ours, *_) = (system for system in systems(args, "float32") if "slots" in system.name)
-    (peers, *_) = (system for system in systems(args, "float32") if "vLLM" in system.name)
+    by_name = {system.name: system for system in systems(args, "float32")}
+    ours, python = by_name["batchvlm, slots"], by_name["vLLM, eager, 32 sequences"].needs
     own = [str(HERE.parent), str(HERE)]
     program = (
         "import runpy, sys; "
         f"sys.path[:0] = {own}; sys.path += {[p for p in sys.path if p.endswith('-packages')]}; "
         f"sys.argv = {ours.command[1:]}; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    command = [str(peers.needs), "-c", program]
-    alike = run(System("batchvlm with torchvision", command, peers.needs, ours.extra), args.peer)
+    command = [str(python), "-c", program]
+    alike = run(System("batchvlm with torchvision", command, python, ours.extra), args.peer)
     count = sum(list(ids) == theirs[key] for key, ids in alike["answers"].items())
     return f"{line}, without torchvision here; with it, as vLLM has it, in {count}."
 
