@@ -63,9 +63,10 @@ def systems(args: argparse.Namespace, dtype: str) -> list[System]:
     precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     here = Path(sys.executable)
     as_run = {"GOMP_SPINCOUNT": "1000"}  # as `batchvlm run` sets it
+    several = System(f"batchvlm, slots, {threads} processes of one thread", ranks, here, as_run)
     return [
         System("batchvlm, slots", [*mine, "--engine", "slots"], here, as_run),
-        System(f"batchvlm, slots, {threads} processes of one thread", ranks, here, as_run),
+        *([several] if args.threads > 1 else []),
         System("batchvlm, generate", [*mine, "--engine", "generate"], here, as_run),
         System(
             "vLLM, eager, 32 sequences",
