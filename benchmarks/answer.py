@@ -77,6 +77,7 @@ def answer(args: argparse.Namespace, rank: int) -> dict[str, Any]:
             "generation.columns.max_new_tokens=max_new_tokens",
             f"engine={args.engine}",
             f"engine.share_images={str(not args.no_sharing).lower()}",
+            f"engine.cpu_streams={args.streams or 'null'}",
         ],
     )
     preprocessor = Preprocessor(
@@ -139,6 +140,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1, help="with `--threads` each")
+    parser.add_argument("--streams", type=int, help="engine.cpu_streams")
     parser.add_argument("--engine", default="slots", choices=[str(name) for name in EngineName])
     parser.add_argument("--no-sharing", action="store_true")
     return parser.parse_args()

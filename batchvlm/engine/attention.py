@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -27,7 +28,8 @@ from batchvlm.engine.layout import KeysValues, Packed, Runs, Slots, Span
 
 NAME = "batchvlm_rows"
 
-_form: Packed | Slots | None = None
+_form: ContextVar[Packed | Slots | None] = ContextVar("form", default=None)
+"""Each thread has its own."""
 
 
 class OnlyLast(nn.Module):
@@ -42,23 +44,23 @@ class OnlyLast(nn.Module):
         self.inner = inner
 
     def forward(self, hidden_1TD: Tensor) -> Tensor:
-        if _form is None or _form.last_E is None:
+        form = _form.get()
+        if form is None or form.last_E is None:
             return cast(Tensor, self.inner(hidden_1TD))
-        some_1ED = self.inner(hidden_1TD[:, _form.last_E])
+        some_1ED = self.inner(hidden_1TD[:, form.last_E])
         out_1TD: Tensor = some_1ED.new_zeros(1, hidden_1TD.shape[1], some_1ED.shape[2])
-        out_1TD[:, _form.last_E] = some_1ED
+        out_1TD[:, form.last_E] = some_1ED
         return out_1TD
 
 
 @contextmanager
 def attending(form: Packed | Slots) -> Iterator[None]:
     """Say in which form the forwards within are."""
-    global _form
-    before, _form = _form, form
+    token = _form.set(form)
     try:
         yield
     finally:
-        _form = before
+        _form.reset(token)
 
 
 def attention(
@@ -89,7 +91,7 @@ def attention(
     if kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention sinks")
     score = _Scores(scaling=scaling, softcap=softcap)
-    match _form:
+    match _form.get():
         case Packed() as packed:
             past = [None if rows is None else rows[module.layer_idx] for rows in packed.past]
             window = sliding_window if attention_mask is None else None
@@ -352,18 +354,19 @@ def row_masks(
         None where every row is plainly causal; else bool [1, 1, T, T], false between rows. Rows of
         a family that sees ahead must not be computed in pieces.
     """
-    if not isinstance(_form, Packed) or mask_function is causal_mask_function:
+    form = _form.get()
+    if not isinstance(form, Packed) or mask_function is causal_mask_function:
         return None
-    if any(past is not None for past in _form.past):
+    if any(past is not None for past in form.past):
         return None  # plainly causal, or in a sliding window, which `attention` knows of
-    num_tokens = _form.bounds[-1]
+    num_tokens = form.bounds[-1]
     mask_TT = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device=device)
     first = torch.zeros((), dtype=torch.long, device=device)
-    for start, stop in _form.spans:
+    for start, stop in form.spans:
         places = torch.arange(start, stop, device=device)
         own = _indexed(mask_function, first, places, use_vmap=use_vmap)
         mask_TT[start:stop, start:stop] = own
-    _form.sees_ahead |= bool(mask_TT.triu(1).any())
+    form.sees_ahead |= bool(mask_TT.triu(1).any())
     return mask_TT[None, None]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,6 +98,18 @@ class RowCache:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """What the next forward of a thread writes to."""
+
+    slots: slice
+    slots_B: Tensor
+    positions_B: Tensor
+
+
+_use: ContextVar[_Use | None] = ContextVar("use", default=None)
+
+
 class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's keys and values of all slots, [N, K, S, D] each; a row writes at its place."""
 
@@ -104,9 +118,6 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, slots: KeysValues) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.slots = slots
-        num_slots = len(slots[0])
-        self.used = slice(0, num_slots)
-        self.slots_B = self.positions_B = torch.arange(num_slots, device=slots[0].device)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -118,9 +129,11 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         keys, values = self.slots
         if len(key_states) == 1:  # tokens behind one another
             key_states, value_states = (x.transpose(0, 2) for x in (key_states, value_states))
-        keys[self.slots_B, :, self.positions_B] = key_states[:, :, 0]
-        values[self.slots_B, :, self.positions_B] = value_states[:, :, 0]
-        return keys[self.used], values[self.used]
+        use = _use.get()
+        assert use is not None
+        keys[use.slots_B, :, use.positions_B] = key_states[:, :, 0]
+        values[use.slots_B, :, use.positions_B] = value_states[:, :, 0]
+        return keys[use.slots], values[use.slots]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots[0].shape[2], 0
@@ -176,7 +189,7 @@ class SlotCache(Cache):
     def use(
         self, start: int, stop: int, positions_B: Tensor, slots_B: Tensor | None = None
     ) -> None:
-        """Let the next forward write for slots `start` to `stop`, each at its position.
+        """Let this thread's next forward write for slots `start` to `stop`, each at its position.
 
         Args:
             start: first slot.
@@ -186,9 +199,7 @@ class SlotCache(Cache):
         """
         if slots_B is None:
             slots_B = torch.arange(start, stop, device=positions_B.device)
-        for layer in self._slotted:
-            layer.used = slice(start, stop)
-            layer.slots_B, layer.positions_B = slots_B, positions_B
+        _use.set(_Use(slice(start, stop), slots_B, positions_B))
 
     def put(self, slot: int, pieces: Sequence[RowCache]) -> None:
         """Copy a row, in one or several pieces behind one another, into a slot.

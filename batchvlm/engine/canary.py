@@ -170,7 +170,7 @@ def _over_slots(
     """The logits of the first token, and of the second where the first is `first_B`, [B, V]."""
     units = [images.units(row) for row in rows]
     for batch in batches(images.missing(u for own in units for u in own), max_cells=1 << 62):
-        images.encode(batch)
+        images.keep(batch, images.encode(batch))
     prompts = [decoder.prompt(row) for row in rows]
     features = images.joined(images.entries(u for own in units for u in own))
     if len(rows) == 1 and (tail := _tail(decoder, rows[0], prompts[0])):

@@ -7,6 +7,7 @@ the same to it whatever lies beside it. What differs between families is here.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from batchvlm.engine.graphs import StepGraphs
 from batchvlm.engine.kernels import PackedLinear
 from batchvlm.engine.layout import Packed, Runs, Slots, Span
 from batchvlm.engine.rotations import Rotations
+from batchvlm.engine.streams import Together
 from batchvlm.records import Sample
 
 # Shape legend: as in attention.py; R rope axes (3 for Qwen-VL's kind, else 1), V vocabulary.
@@ -98,6 +100,8 @@ class Decoder:
         self._graphs: StepGraphs | None = None
         self._fusing: Fusing | None = None
         self._rotations = Rotations(model)
+        self._running = Together(self._attending_by_row)
+        self._lock = threading.Lock()
         has_cap = getattr(self._config, "attn_logit_softcapping", None) is not None
         num_heads, num_keys, size = _heads_of(self._config)
         if self.device.type == "cpu":
@@ -142,7 +146,7 @@ class Decoder:
     def prefill(
         self, pieces: Sequence[Piece], images: Any, *, ends: Sequence[int]
     ) -> tuple[Tensor, PackedCache]:
-        """Compute pieces of prompts behind one another, without padding.
+        """Compute pieces of prompts behind one another, without padding; several threads may.
 
         Args:
             pieces: at most one of each prompt.
@@ -176,7 +180,7 @@ class Decoder:
             past=tuple(p.past.layers if p.past is not None else None for p in pieces),
             last_E=last,
         )
-        with attention.attending(form), self._attending_by_row():
+        with attention.attending(form), self._running:
             out = self._model(
                 input_ids=ids_T[None],
                 position_ids=self._axes(positions_RT[:, None]),
@@ -185,10 +189,11 @@ class Decoder:
                 logits_to_keep=last,
                 **inputs,
             )
-        if images is not None:
-            self.sees_ahead = bool(self.sees_ahead) or form.sees_ahead
-        else:
-            self._text_sees_ahead = bool(self._text_sees_ahead) or form.sees_ahead
+        with self._lock:
+            if images is not None:
+                self.sees_ahead = bool(self.sees_ahead) or form.sees_ahead
+            else:
+                self._text_sees_ahead = bool(self._text_sees_ahead) or form.sees_ahead
         return out.logits[0, : len(ends)], cache
 
     @torch.inference_mode()
@@ -211,7 +216,7 @@ class Decoder:
             past=tuple(b.past.layers for b in branches),
             trees=tuple(self.to_device(torch.from_numpy(b.sees)) for b in branches),
         )
-        with attention.attending(form), self._attending_by_row():
+        with attention.attending(form), self._running:
             out = self._model(
                 input_ids=self.to_device(torch.from_numpy(ids))[None],
                 position_ids=self._axes(self.to_device(torch.from_numpy(rope))[None, None]),
@@ -225,6 +230,11 @@ class Decoder:
     def is_causal(self, *, has_images: bool) -> bool:
         """Whether prompts with or without images are known to be causal: they may be cut."""
         return self.sees_ahead is False or (not has_images and self._text_sees_ahead is False)
+
+    def knows(self, *, has_images: bool) -> bool:
+        """Whether a prompt with or without images ran, so that `is_causal` is no guess."""
+        ahead = self.sees_ahead if has_images else self._text_sees_ahead
+        return ahead is not None
 
     def image_places(self, sample: Sample) -> npt.NDArray[np.intp] | None:
         """Where a prompt's image tokens lie, [image tokens]; None where they cannot be told.
@@ -293,7 +303,7 @@ class Decoder:
     ) -> Tensor:
         cache.use(first, first + len(ids_B), positions_B)
         rope_1B1 = (positions_B + deltas_B)[None, :, None]
-        with attention.attending(Slots(positions_B, spans)), self._attending_by_row():
+        with attention.attending(Slots(positions_B, spans)), self._running:
             out = self._model(
                 input_ids=ids_B[:, None],
                 position_ids=self._axes(rope_1B1),
@@ -328,7 +338,7 @@ class Decoder:
         last_E = self.to_device(torch.tensor(last))
         cache.use(first, stop, positions_T, slots_T)
         form = Slots(positions_T, own, runs=laid.to(self.to_device), last_E=last_E)
-        with attention.attending(form), self._attending_by_row():
+        with attention.attending(form), self._running:
             out = self._model(
                 input_ids=torch.cat([ids_N[first:stop], ids_M])[None],
                 position_ids=self._axes((positions_T + deltas_N[slots_T])[None, None]),

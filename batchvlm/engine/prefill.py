@@ -8,9 +8,11 @@ alike, the computing of that beginning. A prompt above the budget is computed in
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,8 @@ from batchvlm.engine.clock import Clock
 from batchvlm.engine.decoder import Decoder, Piece
 from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.memory import MemoryPlan
-from batchvlm.engine.vision import Entry, ImageFeatures, Unit, batches
+from batchvlm.engine.streams import Streams
+from batchvlm.engine.vision import Encoded, Entry, ImageFeatures, Unit, batches
 from batchvlm.engine.waiting import (
     Prepared,
     PreparedRow,
@@ -53,6 +56,7 @@ class Prefill:
         cfg: whether rows share images and beginnings.
         stats: counts what is computed.
         clock: counts its seconds.
+        streams: how many packs, and batches of images, are computed at once.
         looks_ahead: whether the device works by itself, so that this process has time meanwhile.
     """
 
@@ -65,9 +69,12 @@ class Prefill:
         stats: EngineStats,
         clock: Clock,
         *,
+        streams: Streams,
         looks_ahead: bool = False,
     ) -> None:
         self._clock = clock
+        self._streams = streams
+        self._lock = threading.Lock()
         self._decoder = decoder
         self._plan = plan
         self._is_shared = cfg.share_images
@@ -129,19 +136,33 @@ class Prefill:
                 self._searched.add(has_images)
                 alike = [row for row in self._waiting if bool(row.units) is has_images]
                 find_prefixes(alike, self._decoder)
-        pack: list[WaitingRow] = []
+        packs = self._take_packs()
+        rows = list(chain.from_iterable(packs))
+        self._encode([*rows, *self._waiting[::-1]], num_needed=len(rows), is_alone=is_alone)
+        prepared = list(self._compute_packs(packs, is_alone=is_alone))
+        if self._looks_ahead:
+            self._prepare(len(rows))
+        return prepared
+
+    def _take_packs(self) -> list[list[WaitingRow]]:
+        """The next rows, in as many packs as are computed at once."""
+        kinds = {bool(row.units) for row in self._waiting}
+        # What rows may share is known when the first of their kind are computed.
+        is_known = all(self._decoder.knows(has_images=kind) for kind in kinds)
+        most = self._streams.num_packs(self._plan.pack_tokens) if is_known else 1
+        packs: list[list[WaitingRow]] = []
         num_tokens = 0
         begun: set[int] = set()
         while self._waiting:
-            num_tokens += num_new_tokens_of(self._waiting[-1], begun)
-            if pack and num_tokens > self._plan.pack_tokens:
-                break
-            pack.append(self._waiting.pop())
-        self._encode([*pack, *self._waiting[::-1]], num_needed=len(pack), is_alone=is_alone)
-        prepared = list(self._compute_or_split(pack, is_alone=is_alone))
-        if self._looks_ahead:
-            self._prepare(len(pack))
-        return prepared
+            num = num_new_tokens_of(self._waiting[-1], begun)
+            if not packs or num_tokens + num > self._plan.pack_tokens:
+                if len(packs) == most:
+                    break
+                packs.append([])
+                num_tokens = 0
+            num_tokens += num
+            packs[-1].append(self._waiting.pop())
+        return packs
 
     def _prepare(self, num_rows: int) -> None:
         """Make the next pack ready while the GPU computes the last one, rather than after it."""
@@ -167,76 +188,103 @@ class Prefill:
             if num_cells > self._plan.vision_cells:
                 break
             units += self.images.missing(more)
+        parts = batches(units, self._plan.vision_cells)
         with self._clock.measure("vision_s"):
-            for batch in batches(units, self._plan.vision_cells):
-                self._encode_or_split(batch, is_alone=is_alone)
+            outcomes = self._streams.map(self._try_encode, parts)
+            for batch, outcome in zip(parts, outcomes, strict=True):
+                self._keep_or_split(batch, outcome, is_alone=is_alone)
 
-    def _encode_or_split(self, units: Sequence[Unit], *, is_alone: bool) -> None:
+    def _try_encode(self, units: Sequence[Unit]) -> Encoded | Failure:
         try:
-            self.images.encode(units)
-            return
+            return self.images.encode(units)
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except Exception as error:
-            failure = failure_of(error)
+            return failure_of(error)
+
+    def _keep_or_split(
+        self, units: Sequence[Unit], outcome: Encoded | Failure, *, is_alone: bool
+    ) -> None:
+        if not isinstance(outcome, Failure):
+            self.images.keep(units, outcome)
+            return
         free_memory(self._decoder.device)
         if len(units) == 1:
             # Else its rows wait until there may be memory for it.
-            if is_alone or failure.error_type is not ErrorType.OOM:
-                self.images.fail(units[0], failure)
+            if is_alone or outcome.error_type is not ErrorType.OOM:
+                self.images.fail(units[0], outcome)
             return
-        if failure.error_type is ErrorType.OOM:
+        if outcome.error_type is ErrorType.OOM:
             self._plan.lower_vision(sum(unit.num_cells for unit in units))
         middle = len(units) // 2
-        self._encode_or_split(units[:middle], is_alone=is_alone)
-        self._encode_or_split(units[middle:], is_alone=is_alone)
+        for half in (units[:middle], units[middle:]):
+            self._keep_or_split(half, self._try_encode(half), is_alone=is_alone)
 
-    def _compute_or_split(
-        self, rows: Sequence[WaitingRow], *, is_alone: bool
+    def _compute_packs(
+        self, packs: Sequence[Sequence[WaitingRow]], *, is_alone: bool
     ) -> Iterator[Prepared]:
-        able = []
-        for row in rows:
-            failure = self.images.failure(row.units)
-            if failure is not None:
-                yield self._given_up(row, failure)
-            elif self.images.missing(row.units):
-                self._postponed.append(row)
-            else:
-                able.append(row)
-        if not able:
-            return
+        able: list[list[WaitingRow]] = []
+        for pack in packs:
+            able.append([])
+            for row in pack:
+                failure = self.images.failure(row.units)
+                if failure is not None:
+                    yield self._given_up(row, failure)
+                elif self.images.missing(row.units):
+                    self._postponed.append(row)
+                else:
+                    able[-1].append(row)
+        able = [rows for rows in able if rows]
+        with self._clock.measure("prefill_s"):
+            is_begun = len(able) > 1 and self._compute_shared(
+                [row for rows in able for row in rows]
+            )
+            # Where two packs may need the same beginning, the first of them computes it.
+            outcomes = (self._streams.map if is_begun else map)(self._try_compute, able)
+            for rows, outcome in zip(able, outcomes, strict=True):
+                yield from self._leave_or_split(rows, outcome, is_alone=is_alone)
+                is_alone = False
+
+    def _try_compute(self, rows: Sequence[WaitingRow]) -> list[PreparedRow] | Failure:
         try:
-            with self._clock.measure("prefill_s"):
-                prepared = self._compute(able)
+            return self._compute(rows)
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except Exception as error:
-            failure = failure_of(error)
-        else:
-            for row in able:
+            # With the error its traceback goes, and with that the tensors of the attempt.
+            return failure_of(error)
+
+    def _leave_or_split(
+        self,
+        rows: Sequence[WaitingRow],
+        outcome: list[PreparedRow] | Failure,
+        *,
+        is_alone: bool,
+    ) -> Iterator[Prepared]:
+        if not isinstance(outcome, Failure):
+            for row in rows:
                 self._leave(row)
-            yield from prepared
+            yield from outcome
             return
-        # Only here, behind the except clause, is the error gone, and with its traceback the tensors
-        # of the failed attempt.
         free_memory(self._decoder.device)
-        is_oom = failure.error_type is ErrorType.OOM
-        if len(able) == 1:
+        is_oom = outcome.error_type is ErrorType.OOM
+        if len(rows) == 1:
             if is_oom and not is_alone:
-                self._postponed.append(able[0])
-            elif is_oom and (smaller := self._compute_smaller(able[0])):
-                self._leave(able[0])
+                self._postponed.append(rows[0])
+            elif is_oom and (smaller := self._compute_smaller(rows[0])):
+                self._leave(rows[0])
                 yield smaller
             else:
-                yield self._given_up(able[0], failure)
+                yield self._given_up(rows[0], outcome)
             return
-        log.warning("a pack of %d prompts failed (%s); halving it", len(able), failure.message)
+        log.warning("a pack of %d prompts failed (%s); halving it", len(rows), outcome.message)
         if is_oom:
             begun: set[int] = set()
-            self._plan.lower_pack(sum(num_new_tokens_of(row, begun) for row in able))
-        middle = len(able) // 2
-        yield from self._compute_or_split(able[:middle], is_alone=is_alone)
-        yield from self._compute_or_split(able[middle:], is_alone=False)
+            self._plan.lower_pack(sum(num_new_tokens_of(row, begun) for row in rows))
+        middle = len(rows) // 2
+        for half in (rows[:middle], rows[middle:]):
+            yield from self._leave_or_split(half, self._try_compute(half), is_alone=is_alone)
+            is_alone = False
 
     def _compute_smaller(self, row: WaitingRow) -> PreparedRow | None:
         """A row for which memory was short, in smaller and smaller pieces; None: not even so."""
@@ -286,22 +334,41 @@ class Prefill:
             )
         return prepared
 
+    def _compute_shared(self, rows: Sequence[WaitingRow]) -> bool:
+        """Compute what rows of several packs share, before these; False: not all of it."""
+        try:
+            for row in rows:
+                row.prompt = row.prompt or self._decoder.prompt(row.sample)
+            self._compute_prefixes(rows)
+        except Exception as error:
+            # The pack with the row at fault says so.
+            log.debug("what rows share was not computed at once: %s", type(error))
+            return False
+        return True
+
     def _compute_prefixes(self, rows: Sequence[WaitingRow]) -> None:
         """Compute the beginnings that rows share, each once."""
         first = {id(r.prefix): r for r in reversed(rows) if r.prefix and r.prefix.cache is None}
-        owners = []
+        groups: list[list[WaitingRow]] = []
+        num_tokens = 0
         for row in first.values():
             assert row.prefix is not None
-            if row.prefix.length > self._plan.pack_tokens:
-                row.prefix.cache, _ = self._compute_up_to(row, row.prefix.length)
-            else:
-                owners.append(row)
-        if not owners:
+            if not groups or num_tokens + row.prefix.length > self._plan.pack_tokens:
+                groups.append([])
+                num_tokens = 0
+            num_tokens += row.prefix.length
+            groups[-1].append(row)
+        deque(self._streams.map(self._compute_beginnings, groups), maxlen=0)
+
+    def _compute_beginnings(self, rows: Sequence[WaitingRow]) -> None:
+        """Compute the beginnings of these rows, in one forward if that is not too long."""
+        if len(rows) == 1 and (prefix := rows[0].prefix):
+            prefix.cache, _ = self._compute_up_to(rows[0], prefix.length)
             return
-        pieces = [self._piece(row, 0, row.prefix.length) for row in owners if row.prefix]
-        entries = [e for row in owners for e in self.images.entries(row.units)]
+        pieces = [self._piece(row, 0, row.prefix.length) for row in rows if row.prefix]
+        entries = [e for row in rows for e in self.images.entries(row.units)]
         _, caches = self._forward(pieces, entries, ends=())
-        for row, cache in zip(owners, caches, strict=True):
+        for row, cache in zip(rows, caches, strict=True):
             assert row.prefix is not None
             row.prefix.cache = cache
 
@@ -325,9 +392,10 @@ class Prefill:
     ) -> tuple[Tensor, list[RowCache]]:
         logits_EV, cache = self._decoder.prefill(pieces, self.images.joined(entries), ends=ends)
         bounds = np.cumsum([0, *(piece.stop - piece.start for piece in pieces)]).tolist()
-        self._stats.num_batches += 1
-        self._stats.prompt_cells += bounds[-1]
-        self._stats.prompt_tokens += bounds[-1]
+        with self._lock:
+            self._stats.num_batches += 1
+            self._stats.prompt_cells += bounds[-1]
+            self._stats.prompt_tokens += bounds[-1]
         return logits_EV, [cache.row(start, stop) for start, stop in pairwise(bounds)]
 
     def _piece(

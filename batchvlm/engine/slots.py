@@ -27,15 +27,16 @@ from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.faults import device_error, failure_of, free_memory, is_oom
 from batchvlm.engine.feed import Feed
 from batchvlm.engine.fusing import align, is_half_on_gpu, seconds_to_fusing
-from batchvlm.engine.layout import Span
 from batchvlm.engine.memory import MemoryPlan
 from batchvlm.engine.prefill import Prefill
 from batchvlm.engine.protocol import OnToken
 from batchvlm.engine.room import SlotRoom
-from batchvlm.engine.rows import Chosen, Row, spans_of
+from batchvlm.engine.rows import Chosen, Row
 from batchvlm.engine.sampling import Choice, RowSampler
 from batchvlm.engine.scoring import Scoring
+from batchvlm.engine.stepping import Stepping
 from batchvlm.engine.stops import RowStop, not_finite
+from batchvlm.engine.streams import open_streams
 from batchvlm.engine.waiting import PreparedRow
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.records import Completion, EngineStats, Failure, Sample
@@ -49,8 +50,6 @@ Outcome = tuple[Sample, Completion | Failure]
 _IS_OVER = attrgetter("is_over")
 _MAX_RUN = 16
 """Tokens that a grammar forces go into one step, up to so many of a row."""
-_NEIGHBOURS = 8
-"""Slots whose attention is computed together on a CPU, as far as the longest of them goes."""
 
 
 class SlotEngine:
@@ -98,6 +97,7 @@ class SlotEngine:
             model, self._decoder, is_on=cfg.canary, is_scoring=choices is not None
         )
         self._clock = Clock(self._device, self.stats)
+        self._streams = open_streams(model, cfg)
         self._plan = MemoryPlan(cfg, self._device)
         self._room = SlotRoom(self._plan, self._decoder, self._device)
         self._cfg = cfg
@@ -108,11 +108,7 @@ class SlotEngine:
             device=self._device,
             suppress_ids=self._suppress_ids,
         )
-        # int64 [N] each: a slot's newest token, where it lies, and what its rotary position is
-        # ahead of that.
-        self._ids_N, self._positions_N, self._deltas_N = (
-            torch.zeros(num_slots, dtype=torch.long, device=self._device) for _ in range(3)
-        )
+        self._stepping = Stepping(self._decoder, self._streams, num_slots)
         # On a GPU the next step is launched before the tokens of the last one are read.
         self._lag = 1 if self._device.type == "cuda" else 0
         self._max_run = 0 if self._device.type == "cuda" else _MAX_RUN
@@ -129,6 +125,7 @@ class SlotEngine:
             self._cfg,
             self.stats,
             self._clock,
+            streams=self._streams,
             looks_ahead=self._lag > 0,
         )
         self._scoring: Scoring | None = None
@@ -249,11 +246,7 @@ class SlotEngine:
             return
         stop = len(self._rows)
         prompts = [row.prepared.prompt for row in rows]
-        # The first chosen token lies behind the prompt; choosing moves positions on by one.
-        before_B = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        self._positions_N[first:stop] = self._decoder.to_device(before_B)
-        deltas_B = torch.tensor([prompt.rope_delta for prompt in prompts])
-        self._deltas_N[first:stop] = self._decoder.to_device(deltas_B)
+        self._stepping.admit(first, prompts)
         logits_BV = torch.stack([row.prepared.logits_V for row in rows])
         for row in rows:
             row.prepared.forget()
@@ -292,21 +285,13 @@ class SlotEngine:
             start = behind
 
     def _step_range(self, start: int, stop: int) -> None:
-        assert self._room.cache is not None
         rows = self._rows[start:stop]
-        runs = {slot: row.run for slot, row in enumerate(rows, start) if row.run}
+        assert self._room.cache is not None
         if not self._on_the_way:
             # All tokens are read: the masks of the next ones are filled while the model runs.
             self._constraints.start([row.matcher for row in rows])
         try:
-            logits_BV = self._decoder.step(
-                self._room.cache,
-                self._ids_N,
-                self._positions_N,
-                self._deltas_N,
-                self._spans(start, stop),
-                runs,
-            )
+            logits_BV = self._stepping.step(self._room.cache, rows, start)
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except Exception as error:
@@ -314,10 +299,10 @@ class SlotEngine:
         else:
             self.stats.row_steps += stop - start
             self._plan.count_good_step()
-            for slot in runs:
-                num = self._rows[slot].end_run()
-                self._positions_N[slot] += num
-                self._sampler.skip(slot, num)
+            for slot, row in enumerate(rows, start):
+                if num := row.end_run():
+                    self._stepping.skip(slot, num)
+                    self._sampler.skip(slot, num)
             self._choose(start, stop, logits_BV)
             return
         free_memory(self._device)
@@ -330,14 +315,6 @@ class SlotEngine:
             self._plan.lower_step(middle - start)
         self._step_in_parts(start, middle)
         self._step_in_parts(middle, stop)
-
-    def _spans(self, start: int, stop: int) -> list[Span]:
-        """Slots whose attention is computed together, each span as far as its longest row goes."""
-        if self._decoder.is_by_row:
-            assert self._room.cache is not None
-            return [Span(start, stop, self._room.cache.length)]
-        width = _NEIGHBOURS if self._device.type == "cpu" else stop - start
-        return spans_of(self._rows[start:stop], start, width)
 
     def _choose(
         self, start: int, stop: int, logits_BV: Tensor, mask_BW: Tensor | None = None
@@ -374,8 +351,7 @@ class SlotEngine:
 
     def _note(self, start: int, stop: int, choice: Choice) -> None:
         """Take note of tokens that are chosen, though not yet read."""
-        self._ids_N[start:stop] = choice.ids_B
-        self._positions_N[start:stop] += 1
+        self._stepping.push(start, stop, choice.ids_B)
         rows = self._rows[start:stop]
         self._on_the_way.append(Chosen(rows, choice))
         for row in rows:
@@ -444,6 +420,5 @@ class SlotEngine:
             assert self._room.cache is not None
             self._room.cache.move(last, slot, row.num_cached)
             self._sampler.move(last, slot)
-            for values_N in (self._ids_N, self._positions_N, self._deltas_N):
-                values_N[slot] = values_N[last]
+            self._stepping.move(last, slot)
             self._rows[slot] = row

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from batchvlm.engine import image_attention
 from batchvlm.engine.collate import join_features
 from batchvlm.engine.fusing import falling_back
 from batchvlm.engine.rotations import Rotations
+from batchvlm.engine.streams import Together
 from batchvlm.pixels import to_numbers
 from batchvlm.records import Array, EngineStats, Failure, PixelTable, Sample
 
@@ -41,6 +43,26 @@ class Entry:
     @property
     def size_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self.pooled_PD, *self.deep))
+
+
+@dataclass(frozen=True, slots=True)
+class OutputForm:
+    """What the outputs of one model's encoder have in common."""
+
+    type_: Any
+    is_stacked: bool
+    """Whether the family gives one tensor for all images rather than one for each."""
+    marks: Tensor | None
+    """Embeddings of the tokens around an image, the same for all (Ovis2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the encoder says of the units of one forward."""
+
+    entries: list[Entry]
+    """Those of all units, behind one another."""
+    form: OutputForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +118,10 @@ class ImageFeatures:
         """Bytes of what no row needs at the moment, the least recently used first."""
         self._entries: dict[str, Sequence[Entry]] = {}
         self._failures: dict[str, Failure] = {}
-        self._output_type: Any = None
-        self._is_stacked = False
-        """Whether the family gives one tensor for all images rather than one for each."""
+        self._form: OutputForm | None = None
         self._pixel_table: PixelTable | None = None
         """What the bytes of pixels stand for, the same for all rows of a job; None: numbers."""
-        self._marks: Tensor | None = None
-        """Embeddings of the tokens around an image, the same for all (Ovis2)."""
+        self._encoding = Together(self._replacing)
 
     def units(self, sample: Sample) -> tuple[Unit, ...]:
         """What a row needs encoded, in the order of its images; empty for text alone."""
@@ -154,8 +173,8 @@ class ImageFeatures:
         return next((self._failures[u.key] for u in units if u.key in self._failures), None)
 
     @torch.inference_mode()
-    def encode(self, units: Sequence[Unit]) -> None:
-        """Encode units of one shape in one forward of the encoder."""
+    def encode(self, units: Sequence[Unit]) -> Encoded:
+        """Encode units of one shape in one forward; changes nothing, several threads may."""
         is_gpu = self._device.type == "cuda"
         joined = join_features([unit.arrays for unit in units], is_pinned=is_gpu)
         inputs = {name: self._to_device(tensor) for name, tensor in joined.items()}
@@ -163,24 +182,35 @@ class ImageFeatures:
             inputs["pixel_values"] = to_numbers(
                 self._pixel_table, inputs["pixel_values"], self._dtype
             )
-        own_attention = image_attention.attending(*self._attention)
-        with own_attention, self._rotations.replaced(), falling_back():
+        with self._encoding:
             output = self._encode(**inputs, return_dict=True)
         pooled = output.pooler_output
         layers = getattr(output, "deepstack_features", None) or ()
-        self._output_type, self._is_stacked = type(output), isinstance(pooled, Tensor)
-        self._marks = getattr(output, "visual_indicator_features", None)
-        counts = [unit.num_entries for unit in units]
-        if len(pooled) != sum(counts):
-            raise ValueError(f"{len(pooled)} image features for {sum(counts)} images")
+        num_entries = sum(unit.num_entries for unit in units)
+        if len(pooled) != num_entries:
+            raise ValueError(f"{len(pooled)} image features for {num_entries} images")
         # Copies: a view would keep the whole batch's features alive for the last row of it.
         entries = [
             Entry(vectors_PD.clone(), tuple(layer[i].clone() for layer in layers))
             for i, vectors_PD in enumerate(pooled)
         ]
-        for unit, count in zip(units, counts, strict=True):
+        marks = getattr(output, "visual_indicator_features", None)
+        return Encoded(entries, OutputForm(type(output), isinstance(pooled, Tensor), marks))
+
+    def keep(self, units: Sequence[Unit], encoded: Encoded) -> None:
+        """Keep what the encoder says of units, for the rows that need it."""
+        self._form = encoded.form
+        entries = encoded.entries
+        for unit in units:
+            count = unit.num_entries
             self._entries[unit.key], entries = entries[:count], entries[count:]
         self.stats.images_encoded += len(units)
+
+    @contextmanager
+    def _replacing(self) -> Iterator[None]:
+        own_attention = image_attention.attending(*self._attention)
+        with own_attention, self._rotations.replaced(), falling_back():
+            yield
 
     def entries(self, units: Iterable[Unit]) -> list[Entry]:
         """What the encoder said of these units, in order."""
@@ -190,16 +220,18 @@ class ImageFeatures:
         """The encoder's output for these entries, as the model takes it; None for none."""
         if not entries:
             return None
+        form = self._form
+        assert form is not None
 
         def join(tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
-            return torch.stack(list(tensors)) if self._is_stacked else tuple(tensors)
+            return torch.stack(list(tensors)) if form.is_stacked else tuple(tensors)
 
-        output = self._output_type(pooler_output=join([entry.pooled_PD for entry in entries]))
+        output = form.type_(pooler_output=join([entry.pooled_PD for entry in entries]))
         if entries[0].deep:
             by_layer = zip(*(entry.deep for entry in entries), strict=True)
             output.deepstack_features = [join(layer) for layer in by_layer]
-        if self._marks is not None:
-            output.visual_indicator_features = self._marks
+        if form.marks is not None:
+            output.visual_indicator_features = form.marks
         return output
 
     def _to_device(self, tensor: Tensor) -> Tensor:

@@ -53,6 +53,12 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", lambda: 0)
 
 
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are divided among streams from two rows on; else a test would need dozens of them."""
+    monkeypatch.setattr("batchvlm.engine.streams._PART_ROWS", 1)
+
+
 @pytest.fixture(scope="package")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaVA that answers in printable ASCII alone, so that its text can be cut anywhere."""

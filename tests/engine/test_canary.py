@@ -17,7 +17,7 @@ from batchvlm.engine import canary
 from batchvlm.engine.cache import SlotCache
 from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.slots import SlotEngine
-from batchvlm.engine.vision import ImageFeatures, Unit
+from batchvlm.engine.vision import Encoded, ImageFeatures, Unit
 from batchvlm.errors import ExitCode, ModelError
 from batchvlm.records import Failure
 
@@ -136,9 +136,9 @@ def test_what_it_encodes_is_not_encoded_again(
     encoded: list[str] = []
     encode = ImageFeatures.encode
 
-    def counted(self: ImageFeatures, units: Sequence[Unit]) -> None:
+    def counted(self: ImageFeatures, units: Sequence[Unit]) -> Encoded:
         encoded.extend(unit.key for unit in units)
-        encode(self, units)
+        return encode(self, units)
 
     monkeypatch.setattr(ImageFeatures, "encode", counted)
     engine = small.slots(canary=True)

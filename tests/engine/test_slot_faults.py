@@ -33,21 +33,35 @@ from .faulty import (
 from .loaded import MOST_NEW_TOKENS, Loaded
 from .outcomes import run
 
-pytestmark = [needs_slots, pytest.mark.usefixtures("no_collection")]
+pytestmark = [needs_slots, pytest.mark.usefixtures("no_collection", "small_parts")]
 
 
 class TestRowsAtFault:
     @settings(max_examples=40, deadline=None)
-    @given(data=st.data(), rows=ROWS, max_slots=st.integers(1, 5), lag=st.integers(0, 1))
+    @given(
+        data=st.data(),
+        rows=ROWS,
+        max_slots=st.integers(1, 5),
+        streams=st.integers(1, 3),
+        lag=st.integers(0, 1),
+    )
     def test_a_token_that_the_model_fails_on(
-        self, small: Loaded, data: st.DataObject, rows: list[Row], max_slots: int, lag: int
+        self,
+        small: Loaded,
+        data: st.DataObject,
+        rows: list[Row],
+        max_slots: int,
+        streams: int,
+        lag: int,
     ) -> None:
         samples, expected = asked(small, rows), answers(small, rows)
         prompts = [sample.features["input_ids"][0].tolist() for sample in samples]
         # The last token of an answer is never read.
         read = [[*prompt, *ids[:-1]] for prompt, ids in zip(prompts, expected, strict=True)]
         token = data.draw(st.sampled_from(read[0][-MOST_NEW_TOKENS:]))
-        engine = small.slots(max_slots=max_slots, max_prefill_tokens=60, eos=[])
+        engine = small.slots(
+            max_slots=max_slots, max_prefill_tokens=60, cpu_streams=streams, eos=[]
+        )
         engine._lag = lag
         error = RuntimeError("shapes do not match")
         with refusing(small, token, error):
@@ -59,9 +73,14 @@ class TestRowsAtFault:
                 assert outcome.message == "RuntimeError: shapes do not match"
 
     @settings(max_examples=30, deadline=None)
-    @given(data=st.data(), rows=ROWS, is_shared=st.booleans())
+    @given(data=st.data(), rows=ROWS, is_shared=st.booleans(), streams=st.integers(1, 3))
     def test_an_image_that_cannot_be_encoded(
-        self, small: Loaded, data: st.DataObject, rows: list[Row], is_shared: bool
+        self,
+        small: Loaded,
+        data: st.DataObject,
+        rows: list[Row],
+        is_shared: bool,
+        streams: int,
     ) -> None:
         samples = asked(small, rows)
         keys = sorted({key for sample in samples for key in sample.image_keys})
@@ -77,7 +96,7 @@ class TestRowsAtFault:
             shown = [image for unit in units for image in unit.arrays["pixel_values"]]
             return any(image.tobytes() in pixels for image in shown)
 
-        engine = small.slots(max_slots=3, eos=[], share_images=is_shared)
+        engine = small.slots(max_slots=3, eos=[], share_images=is_shared, cpu_streams=streams)
         with failing(ImageFeatures, "encode", is_bad, ValueError("what a picture")):
             outcomes = run(engine, samples)
         check(outcomes, answers(small, rows), [bool(bad & {*s.image_keys}) for s in samples])

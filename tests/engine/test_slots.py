@@ -82,8 +82,9 @@ class TestFamilies:
             (0, {"max_slots": 3, "max_prefill_tokens": 24, "sort_window": 5}),
             (0, {"max_slots": 1, "share_images": False}),
             (1, {"max_slots": 2, "max_prefill_tokens": 100}),
+            (0, {"cpu_streams": 2, "max_prefill_tokens": 60}),
         ],
-        ids=["roomy", "tight", "alone", "behind"],
+        ids=["roomy", "tight", "alone", "behind", "streams"],
     )
     def test_rows_are_answered_as_transformers_answers_each_alone(
         self, loaded: Loaded, lag: int, settings: dict[str, Any]

@@ -12,7 +12,7 @@ from .families import Built, Family, gemma3, llava, needs_slots, qwen2_vl
 from .loaded import MOST_NEW_TOKENS, Loaded, Question, load
 from .outcomes import run
 
-pytestmark = needs_slots
+pytestmark = [needs_slots, pytest.mark.usefixtures("small_parts")]
 
 SIZES = (((90, 60),), ((90, 60), (48, 48)), ((48, 48),), ())
 TEXTS = (
@@ -65,6 +65,7 @@ ROWS = st.tuples(st.sampled_from(QUESTIONS), st.integers(0, 1), st.integers(1, M
             "max_prefill_tokens": st.integers(1, 200),
             "sort_window": st.integers(1, 20),
             "share_images": st.booleans(),
+            "cpu_streams": st.integers(1, 3),
         }
     ),
     lag=st.integers(0, 1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +77,10 @@ KEYS = ((0, "a"), (1, "b"), (2, "c"))
 def features(**cfg: Any) -> tuple[ImageFeatures, Encoder]:
     encoder = Encoder(cfg.pop("model_type", "llava"))
     return ImageFeatures(encoder, EngineStats(), **cfg), encoder
+
+
+def encode(images: ImageFeatures, units: Sequence[Unit]) -> None:
+    images.keep(units, images.encode(units))
 
 
 class TestUnits:
@@ -159,7 +163,7 @@ class TestEncoding:
             images.retain(row)
         missing = images.missing(unit for row in units for unit in row)
         assert [unit.key for unit in missing] == ["a", "b", "c"]
-        images.encode(missing)
+        encode(images, missing)
         assert images.missing(missing) == []
         assert images.stats.images_encoded == 3
         assert len(encoder.calls) == 1
@@ -177,7 +181,7 @@ class TestEncoding:
         several = [images.units(sample(i, (key,), pixel_values=pixels(i))) for i, key in KEYS]
         for (unit,) in several:
             images.retain([unit])
-            images.encode([unit])
+            encode(images, [unit])
         size_bytes = sum(entry.size_bytes for entry in images.entries(several[0]))
         monkeypatch.setattr("batchvlm.engine.vision._IDLE_BYTES", 2 * size_bytes)
         for units in several:
@@ -185,7 +189,7 @@ class TestEncoding:
         assert [bool(images.missing(units)) for units in several] == [True, False, False]
         # One that is needed again is not the next to go.
         images.retain(several[1])
-        images.encode(several[0])
+        encode(images, several[0])
         images.retain(several[0])
         images.release(several[0])
         assert not images.missing(several[1])
@@ -196,7 +200,7 @@ class TestEncoding:
         (unit,) = images.units(sample(0, ("a",), pixel_values=pixels(1)))
         images.retain([unit])
         images.retain([unit])
-        images.encode([unit])
+        encode(images, [unit])
         images.release([unit])
         assert len(images.entries([unit])) == 1
         images.release([unit])
@@ -208,7 +212,7 @@ class TestEncoding:
         images, _ = features()
         units = images.units(sample(0, ("a", "b"), pixel_values=pixels(1, 2)))
         images.retain(units)
-        images.encode(units)
+        encode(images, units)
         for entry in images.entries(units):
             for tensor in (entry.pooled_PD, *entry.deep):
                 assert tensor.untyped_storage().nbytes() == tensor.numel() * 4
@@ -230,7 +234,7 @@ class TestEncoding:
         (unit,) = images.units(sample(0, ("a",), pixel_values=pixels(1)))
         images._encode = lambda **kwargs: Output(torch.zeros(2, 2, 3))
         with pytest.raises(ValueError, match="2 image features for 1 images"):
-            images.encode([unit])
+            encode(images, [unit])
 
 
 @given(

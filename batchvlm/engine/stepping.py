@@ -1,0 +1,95 @@
+"""Decode steps over slots: each slot's newest token, and the logits of what comes after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from batchvlm.engine.cache import SlotCache
+from batchvlm.engine.decoder import Decoder, Prompt
+from batchvlm.engine.layout import Span
+from batchvlm.engine.rows import Row, spans_of
+from batchvlm.engine.streams import Streams
+
+# Shape legend: N slots of the cache, B neighbouring ones, V vocabulary.
+
+_NEIGHBOURS = 8
+"""Slots whose attention is computed together on a CPU, as far as the longest of them goes."""
+
+
+class Stepping:
+    """The newest tokens of all slots, and forwards over neighbouring ones.
+
+    Args:
+        decoder: a model's decoder.
+        streams: those in which parts of a step go on at once.
+        num_slots: N.
+    """
+
+    def __init__(self, decoder: Decoder, streams: Streams, num_slots: int) -> None:
+        self._decoder, self._streams = decoder, streams
+        # int64 [N] each: a slot's newest token, where it lies, and what its rotary position is
+        # ahead of that.
+        self._ids_N, self._positions_N, self._deltas_N = (
+            torch.zeros(num_slots, dtype=torch.long, device=decoder.device) for _ in range(3)
+        )
+
+    def admit(self, first: int, prompts: Sequence[Prompt]) -> None:
+        """Put prompts into neighbouring slots; their first tokens are yet to be chosen."""
+        slots = slice(first, first + len(prompts))
+        # The first chosen token lies behind the prompt; choosing moves positions on by one.
+        before_B = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        self._positions_N[slots] = self._decoder.to_device(before_B)
+        deltas_B = torch.tensor([prompt.rope_delta for prompt in prompts])
+        self._deltas_N[slots] = self._decoder.to_device(deltas_B)
+
+    def push(self, start: int, stop: int, ids_B: Tensor) -> None:
+        """Give slots `start` to `stop` their next tokens."""
+        self._ids_N[start:stop] = ids_B
+        self._positions_N[start:stop] += 1
+
+    def skip(self, slot: int, num_tokens: int) -> None:
+        """Let a slot's newest token lie so many tokens further on."""
+        self._positions_N[slot] += num_tokens
+
+    def move(self, source: int, target: int) -> None:
+        """Let a slot stand where another was."""
+        for values_N in (self._ids_N, self._positions_N, self._deltas_N):
+            values_N[target] = values_N[source]
+
+    def step(self, cache: SlotCache, rows: Sequence[Row], start: int) -> Tensor:
+        """Compute one token for neighbouring slots, and those that grammars force behind it.
+
+        Args:
+            cache: keys and values of N slots.
+            rows: the rows of B slots.
+            start: the first of these.
+
+        Returns:
+            logits_BV: [B, V], what comes after the last token of each; on a GPU good until the
+            next step.
+        """
+        runs = {slot: row.run for slot, row in enumerate(rows, start) if row.run}
+        where = self._ids_N, self._positions_N, self._deltas_N
+
+        def compute(spans: Sequence[Span]) -> Tensor:
+            return self._decoder.step(cache, *where, spans, _within(spans, runs))
+
+        parts = list(
+            self._streams.map(compute, self._streams.parts(self._spans(cache, rows, start)))
+        )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _spans(self, cache: SlotCache, rows: Sequence[Row], start: int) -> list[Span]:
+        """Slots whose attention is computed together, each span as far as its longest row goes."""
+        if self._decoder.is_by_row:
+            return [Span(start, start + len(rows), cache.length)]
+        width = _NEIGHBOURS if self._decoder.device.type == "cpu" else len(rows)
+        return spans_of(rows, start, width)
+
+
+def _within(spans: Sequence[Span], runs: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
+    slots = range(spans[0].start, spans[-1].stop)
+    return {slot: run for slot, run in runs.items() if slot in slots}
