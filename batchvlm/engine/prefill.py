@@ -190,7 +190,7 @@ class Prefill:
             units += self.images.missing(more)
         parts = batches(units, self._plan.vision_cells)
         with self._clock.measure("vision_s"):
-            outcomes = self._streams.map(self._try_encode, parts)
+            outcomes = self._streams.map(self._try_encode, parts, again=_is_oom)
             for batch, outcome in zip(parts, outcomes, strict=True):
                 self._keep_or_split(batch, outcome, is_alone=is_alone)
 
@@ -236,11 +236,11 @@ class Prefill:
                     able[-1].append(row)
         able = [rows for rows in able if rows]
         with self._clock.measure("prefill_s"):
-            is_begun = len(able) > 1 and self._compute_shared(
-                [row for rows in able for row in rows]
-            )
-            # Where two packs may need the same beginning, the first of them computes it.
-            outcomes = (self._streams.map if is_begun else map)(self._try_compute, able)
+            # One after another: where two need the same beginning, the first of them computes it.
+            outcomes: Iterable[list[PreparedRow] | Failure] = map(self._try_compute, able)
+            if len(able) > 1 and self._compute_shared(list(chain.from_iterable(able))):
+                outcomes = list(self._streams.map(self._try_compute, able, again=_is_oom))
+                is_alone &= all(isinstance(outcome, Failure) for outcome in outcomes)
             for rows, outcome in zip(able, outcomes, strict=True):
                 yield from self._leave_or_split(rows, outcome, is_alone=is_alone)
                 is_alone = False
@@ -416,3 +416,7 @@ class Prefill:
             row.prefix.num_users -= 1
             if not row.prefix.num_users:
                 row.prefix.cache = None
+
+
+def _is_oom(outcome: object) -> bool:
+    return isinstance(outcome, Failure) and outcome.error_type is ErrorType.OOM

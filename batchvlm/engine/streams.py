@@ -54,7 +54,11 @@ class Streams:
         self._num_weights = num_weights
 
     def map(
-        self, function: Callable[[_Item], _Result], items: Sequence[_Item]
+        self,
+        function: Callable[[_Item], _Result],
+        items: Sequence[_Item],
+        *,
+        again: Callable[[_Result], bool] = lambda _: False,
     ) -> Iterator[_Result]:
         """Call a function with each item; results in the order of the items.
 
@@ -64,9 +68,12 @@ class Streams:
         Args:
             function: is called in threads; where there is one stream, in this one.
             items: the longest first.
+            again: for which results of calls beside others the call is made anew, by itself.
         """
         num = len(items) - len(items) % self.num if self.num > 1 else 0
-        yield from self._map_at_once(function, items[:num]) if num else ()
+        if num:
+            for item, result in zip(items, self._map_at_once(function, items[:num]), strict=False):
+                yield function(item) if again(result) else result
         yield from map(function, items[num:])
 
     def _map_at_once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,6 +99,23 @@ class TestMemory:
         assert len(steps) <= 3 * streams
         assert len(images) <= 5 * streams
         assert len(caches) <= 5 + sum(never_fits)
+
+    def test_what_fits_only_by_itself_is_computed_by_itself(self, small: Loaded) -> None:
+        def is_beside_others(*args: Any, **kwargs: Any) -> bool:
+            return threading.current_thread() is not threading.main_thread()
+
+        rows = [(question, seed, 6) for question in QUESTIONS for seed in (0, 1)]
+        samples = asked(small, rows)
+        engine = small.slots(max_prefill_tokens=60, cpu_streams=2, eos=[])
+        engine._plan.vision_cells = 1
+        with (
+            failing(Decoder, "prefill", is_beside_others, OUT_OF_MEMORY) as packs,
+            failing(Decoder, "step", is_beside_others, OUT_OF_MEMORY) as steps,
+            failing(ImageFeatures, "encode", is_beside_others, OUT_OF_MEMORY) as images,
+        ):
+            outcomes = run(engine, samples)
+        check(outcomes, answers(small, rows), [False] * len(rows))
+        assert packs and steps and images
 
     def test_choosing_for_too_many_rows_is_halved_down_to_the_row(self, small: Loaded) -> None:
         rows = [(QUESTIONS[0], seed % 2, 8) for seed in range(6)]

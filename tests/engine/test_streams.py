@@ -58,6 +58,19 @@ class TestMap:
             list(Streams(2).map(call, range(2)))
         assert is_over.is_set()
 
+    def test_what_failed_beside_others_is_tried_by_itself(self) -> None:
+        here = threading.current_thread()
+
+        def call(number: int) -> tuple[int, bool]:
+            return number, threading.current_thread() is here
+
+        results = list(Streams(2).map(call, range(5), again=lambda result: result[0] == 1))
+        assert results == [(0, False), (1, True), (2, False), (3, False), (4, True)]
+        # Where one call follows another it has failed by itself.
+        calls: list[int] = []
+        assert list(Streams().map(calls.append, range(3), again=lambda _: True)) == [None] * 3
+        assert calls == [0, 1, 2]
+
     def test_a_signal_ends_the_calls_at_their_next_line(self) -> None:
         everybody_is_here = threading.Barrier(2)
         ended: list[str] = []
