@@ -132,7 +132,7 @@ def table(args: argparse.Namespace, dtype: str) -> list[str]:
     median = {n: statistics.median(r["wall_s"] for r in several) for n, several in runs.items()}
     base = median["batchvlm, slots"]
     lines = [
-        f"**{dtype}**, {args.threads} threads; {busy} over the last quarter of an hour",
+        f"**{dtype}**, {_threads(args.threads)}; {busy} over the last quarter of an hour",
         "",
         "| system | wall s, median (range) | over batchvlm's | CPU s of the process |",
         "|---|--:|--:|--:|",
@@ -185,6 +185,10 @@ def tokens_beside(
     return f"{line}, without torchvision here; with it, as vLLM has it, in {count}."
 
 
+def _threads(num: int) -> str:
+    return f"{num} thread{'s' * (num > 1)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", type=Path, required=True)
@@ -206,7 +210,7 @@ def main() -> None:
     markdown = "\n".join([environment(command), "", *lines])
     print(markdown)
     if args.write:
-        title = f"Beside other systems, {args.threads} threads"
+        title = f"Beside other systems, {_threads(args.threads)}"
         write_section(title, markdown)
 
 
