@@ -116,8 +116,9 @@ class EngineConfig:
     max_prefill_tokens: int | None = None
     """slots: prompt tokens in one forward; null: 1,024 on a CPU, 16,384 on a GPU."""
     cpu_streams: int | None = None
-    """slots: forwards of prompts and of images that go on at once on a CPU, each with its share of
-    the threads; null: one for each thread, 8 at most, and 1 for quantized models; 1: never two."""
+    """slots: forwards of prompts, of images and of parts of a step that go on at once on a CPU,
+    each with its share of the threads; null: one for each thread, 8 at most, and 1 for models that
+    keep state (quantized ones, rotary positions that change with length); 1: never two."""
     share_images: bool = True
     """slots: rows of a window that show the same image share its encoding, and the computing of
     the beginning that their prompts have in common."""

@@ -180,7 +180,7 @@ class Decoder:
             past=tuple(p.past.layers if p.past is not None else None for p in pieces),
             last_E=last,
         )
-        with attention.attending(form), self._running:
+        with attention.attending(form), self._running.within():
             out = self._model(
                 input_ids=ids_T[None],
                 position_ids=self._axes(positions_RT[:, None]),
@@ -216,7 +216,7 @@ class Decoder:
             past=tuple(b.past.layers for b in branches),
             trees=tuple(self.to_device(torch.from_numpy(b.sees)) for b in branches),
         )
-        with attention.attending(form), self._running:
+        with attention.attending(form), self._running.within():
             out = self._model(
                 input_ids=self.to_device(torch.from_numpy(ids))[None],
                 position_ids=self._axes(self.to_device(torch.from_numpy(rope))[None, None]),
@@ -303,7 +303,7 @@ class Decoder:
     ) -> Tensor:
         cache.use(first, first + len(ids_B), positions_B)
         rope_1B1 = (positions_B + deltas_B)[None, :, None]
-        with attention.attending(Slots(positions_B, spans)), self._running:
+        with attention.attending(Slots(positions_B, spans)), self._running.within():
             out = self._model(
                 input_ids=ids_B[:, None],
                 position_ids=self._axes(rope_1B1),
@@ -338,7 +338,7 @@ class Decoder:
         last_E = self.to_device(torch.tensor(last))
         cache.use(first, stop, positions_T, slots_T)
         form = Slots(positions_T, own, runs=laid.to(self.to_device), last_E=last_E)
-        with attention.attending(form), self._running:
+        with attention.attending(form), self._running.within():
             out = self._model(
                 input_ids=torch.cat([ids_N[first:stop], ids_M])[None],
                 position_ids=self._axes((positions_T + deltas_N[slots_T])[None, None]),

@@ -11,10 +11,9 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from itertools import pairwise
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -140,23 +139,21 @@ class Together:
         self._num_within = 0
         self._context: AbstractContextManager[Any] | None = None
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """Be in the context, from any thread."""
         with self._lock:
             if not self._num_within:
                 self._context = self._open()
                 self._context.__enter__()
             self._num_within += 1
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        with self._lock:
-            self._num_within -= 1
-            if not self._num_within and self._context is not None:
-                self._context.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_within -= 1
+                if not self._num_within and self._context is not None:
+                    self._context.__exit__(None, None, None)
 
 
 def open_streams(model: Any, cfg: EngineConfig) -> Streams:

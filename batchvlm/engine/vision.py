@@ -182,7 +182,7 @@ class ImageFeatures:
             inputs["pixel_values"] = to_numbers(
                 self._pixel_table, inputs["pixel_values"], self._dtype
             )
-        with self._encoding:
+        with self._encoding.within():
             output = self._encode(**inputs, return_dict=True)
         pooled = output.pooler_output
         layers = getattr(output, "deepstack_features", None) or ()

@@ -124,8 +124,8 @@ class TestTogether:
 
         together = Together(context)
         for _ in range(2):
-            with together:
-                with together:
+            with together.within():
+                with together.within():
                     assert said[-1] == "in"
                 assert said[-1] == "in"
         assert said == ["in", "out"] * 2
@@ -138,7 +138,7 @@ class TestTogether:
             yield
             said.append("out")
 
-        with pytest.raises(ValueError, match="no"), Together(context):
+        with pytest.raises(ValueError, match="no"), Together(context).within():
             raise ValueError("no")
         assert said == ["out"]
 
