@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,19 +13,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from batchvlm.constraints.constraints import Constraints
 from batchvlm.engine import canary, flash
 from batchvlm.engine.attention import attending, attention
 from batchvlm.engine.cache import RowCache, SlotCache
+from batchvlm.engine.choices import Choices
+from batchvlm.engine.generate import eos_ids
 from batchvlm.engine.layout import Packed, Slots, Span
 from batchvlm.engine.memory import free_bytes
 from batchvlm.engine.slots import SlotEngine
-from batchvlm.records import Completion
+from batchvlm.records import Completion, FinishReason, Sample
+from batchvlm.schemas import why_invalid
 
 from .families import FAMILIES, Family
 from .loaded import ABOUT_ONE, ABOUT_TWO, Loaded
 from .outcomes import run
 from .test_attention import LAYER, plain, sees
-from .test_slots import asked, cut, mixed_rows, tokens
+from .test_choices import COLORS, MANY
+from .test_constrained import schema_of
+from .test_slots import about_one_picture, asked, cut, mixed_rows, tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -50,6 +57,10 @@ def qwen(load_once: Callable[[Family], Loaded]) -> Loaded:
 def on_gpu(loaded: Loaded, dtype: torch.dtype = torch.float32) -> Loaded:
     model = copy.deepcopy(loaded.model).to(CUDA, dtype)
     return replace(loaded, model=model, _references={}, _tuned=[])
+
+
+def seeded(sample: Sample) -> Sample:
+    return replace(sample, generation=replace(sample.generation, seed=sample.row_index))
 
 
 class TestFlash:
@@ -185,6 +196,86 @@ class TestSteps:
         del engine
         torch.cuda.synchronize()
         assert torch.cuda.memory_allocated() - before < 64 << 20
+
+
+class TestRows:
+    """What rows ask for by themselves, beside each other as alone or on a CPU."""
+
+    def test_a_drawn_answer_is_that_of_its_seed(self, qwen: Loaded) -> None:
+        settings: list[dict[str, Any]] = [
+            {"temperature": 1.5},
+            {},
+            {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+            {"temperature": 2.0, "min_p": 0.05, "repetition_penalty": 1.3},
+            {"temperature": 1.0, "num_return_sequences": 3, "logprobs": True},
+        ]
+        samples = [
+            seeded(qwen.ask(i, ABOUT_ONE, i % 2, max_new_tokens=9, **settings[i % len(settings)]))
+            for i in range(20)
+        ]
+        together = run(qwen.slots(eos=[]), samples)
+        engine = qwen.slots(eos=[], max_slots=3)
+        for sample, outcome in zip(samples, together, strict=True):
+            (alone,) = run(engine, [sample])
+            assert outcome.token_ids == alone.token_ids
+            mine, its = ([o.text, *(a.text for a in o.alternatives)] for o in (outcome, alone))
+            assert mine == its
+            assert (outcome.logprobs is None) is not sample.generation.logprobs
+
+    @pytest.mark.parametrize("has_graphs", [True, False])
+    def test_rows_of_many_schemas_each_fit_their_own(self, qwen: Loaded, has_graphs: bool) -> None:
+        constraints = Constraints(
+            qwen.processor.tokenizer,
+            num_ids=qwen.model.get_output_embeddings().weight.shape[0],
+            eos_ids=eos_ids(qwen.model, qwen.processor.tokenizer),
+            device=CUDA,
+            form=None,
+        )
+        schemas = [json.dumps(schema_of(i)) for i in range(50)]
+        held = [
+            replace(
+                seeded(qwen.ask(i, ABOUT_ONE, i % 2, max_new_tokens=200, temperature=1.0)),
+                json_schema=schema,
+            )
+            for i, schema in enumerate(schemas)
+        ]
+        free = [qwen.ask(50 + i, ABOUT_ONE, max_new_tokens=5) for i in range(5)]
+        engine = qwen.slots(constraints=constraints, cuda_graphs=has_graphs, max_slots=16)
+        outcomes = run(engine, [*held, *free])
+        for schema, outcome in zip(schemas, outcomes, strict=False):
+            assert outcome.finish_reason is FinishReason.STOP
+            assert why_invalid(json.loads(outcome.text), schema) is None, outcome.text
+        assert tokens(outcomes[50:]) == [qwen.known(ABOUT_ONE)[:5]] * 5
+
+    def test_choices_score_as_on_a_cpu(
+        self, qwen: Loaded, load_once: Callable[[Family], Loaded]
+    ) -> None:
+        on_cpu = load_once(qwen.family)
+        scores = []
+        for loaded in (on_cpu, qwen):
+            ends = eos_ids(loaded.model, loaded.processor.tokenizer)
+            engine = loaded.slots(
+                choices=Choices(loaded.processor.tokenizer, COLORS, eos_ids=ends), canary=True
+            )
+            samples = [
+                replace(loaded.ask(i, ABOUT_ONE, i % 2), choices=MANY if i % 3 else None)
+                for i in range(9)
+            ]
+            outcomes = run(engine, samples)
+            scores.append([[score.logprob for score in o.scores] for o in outcomes])
+        for mine, its in zip(scores[1], scores[0], strict=True):
+            torch.testing.assert_close(mine, its, atol=1e-2, rtol=1e-3)
+
+    def test_an_image_is_encoded_once_and_a_beginning_computed_once(self, qwen: Loaded) -> None:
+        rows = [(question, 0, 6) for question in about_one_picture(qwen)] * 4
+        samples = asked(qwen, rows)
+        expected = [qwen.known(question, seed)[:limit] for question, seed, limit in rows]
+        # Packs of one row: what a family allows is known after the first.
+        engine = qwen.slots(eos=[], max_prefill_tokens=1)
+        assert tokens(run(engine, samples)) == expected
+        assert engine.stats.images_encoded == 1
+        total = sum(sample.prompt_tokens for sample in samples)
+        assert engine.stats.prompt_tokens <= total - 9 * max(16, samples[0].image_tokens)
 
 
 class TestFusing:
