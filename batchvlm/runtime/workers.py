@@ -21,7 +21,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext
 from multiprocessing.synchronize import RLock
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
@@ -29,6 +29,7 @@ from batchvlm.errors import BatchvlmError, ErrorType
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
 from batchvlm.records import Failure, Record, Sample
 from batchvlm.runtime.launch import num_cores
+from batchvlm.runtime.pipes import array_pipe
 
 # Enough that a worker never waits for the next record, few enough to bound memory.
 _UNDER_WAY_PER_WORKER = 16
@@ -73,7 +74,7 @@ class WorkerPool:
         self._under_way = num_workers * _UNDER_WAY_PER_WORKER
         self._local = Preprocessor(spec) if num_workers == 0 else None
         self._pool: ProcessPool | None = None
-        self._context: _LastingLocks | None = None
+        self._context: _PoolContext | None = None
         # Signals interrupt the main thread: a pool that is half started cannot be stopped, and its
         # processes would find nobody. And the kernel ends them with the thread that started them,
         # so this one lasts as long as they do.
@@ -93,7 +94,7 @@ class WorkerPool:
 
     def _open_pool(self) -> None:
         # Not forked: the parent has threads, which a fork would leave in the middle of a lock.
-        self._context = _LastingLocks()
+        self._context = _PoolContext()
         self._pool = ProcessPool(
             max_workers=self._num_workers,
             context=self._context,
@@ -221,8 +222,8 @@ class WorkerPool:
             )
 
 
-class _LastingLocks(SpawnContext):
-    """Spawns processes, and keeps the locks that it made for them as long as itself.
+class _PoolContext(SpawnContext):
+    """Spawns processes, talks to them by pipes for arrays, and keeps the locks it made for them.
 
     Pebble drops its locks before it stops its processes: one that is still loading would not find
     them any more and print a traceback.
@@ -231,6 +232,9 @@ class _LastingLocks(SpawnContext):
     def __init__(self) -> None:
         super().__init__()
         self._locks: list[RLock] = []
+
+    def Pipe(self, duplex: bool = True) -> tuple[Any, Any]:
+        return super().Pipe(duplex) if duplex else array_pipe()
 
     def RLock(self) -> RLock:
         lock = super().RLock()
