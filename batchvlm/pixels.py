@@ -30,7 +30,10 @@ _STEPS = ("do_rescale", "do_normalize")
 
 def to_numbers(table: PixelTable, pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """What bytes stand for, computed where they are: uint8 of any shape -> the same shape."""
-    values_C256 = torch.from_numpy(table.values_C256).to(pixels.device, dtype)
+    values_C256 = torch.from_numpy(table.values_C256).to(dtype)
+    if pixels.is_cuda:
+        # From memory that is not pinned the copy would wait for the device.
+        values_C256 = values_C256.pin_memory().to(pixels.device, non_blocking=True)
     if table.is_patched:
         parts = pixels.view(*pixels.shape[:-1], _NUM_COLOURS, -1).movedim(-2, 0)
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -358,6 +358,12 @@ class Decoder:
         """Run the model's layers in their fused forms from now on."""
         self.forget_slots()
         self._fusing = Fusing(self._model)
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """What the model's image encoder runs within."""
+        with self._fusing.encoding() if self._fusing is not None else nullcontext():
+            yield
 
     def forget_slots(self) -> None:
         """Give up what was captured over the present slots, so that their memory can go."""

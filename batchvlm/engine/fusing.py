@@ -75,6 +75,8 @@ class Fusing:
     def __init__(self, model: Any) -> None:
         self._rotations: dict[str, Callable[..., Any]] = {}
         self._module: Any = None
+        self._encoder_layers: list[tuple[nn.Module, Callable[..., Any]]] = []
+        """Layers of image encoders, and their compiled forms."""
         start_s = time.perf_counter()
         layers = list(model.get_decoder().layers)
         try:
@@ -103,7 +105,8 @@ class Fusing:
                 gates[type(act)] = torch.compile(_gate_of(act), dynamic=True)
                 # Outside of the comparison, which would take an error for a difference.
                 with torch.inference_mode():
-                    gates[type(act)](*random_like(mlp.gate_proj.weight, (2, 64)))
+                    sample = random_like(mlp.gate_proj.weight, (64,))
+                    gates[type(act)](sample, sample.clone())
             gated = GatedMLP(mlp, gates[type(act)])
             sample = random_like(mlp.gate_proj.weight, (4, mlp.gate_proj.in_features))
             if is_same(mlp, gated, sample):
@@ -123,7 +126,23 @@ class Fusing:
             is_alike = len({type(layer) for layer in stack}) == 1
             if is_alike and any(isinstance(m, nn.Linear) for m in stack[0].modules()):
                 for layer in stack:
-                    layer.compile(dynamic=True)
+                    if "forward" not in vars(layer):  # what accelerate has hooked into
+                        compiled = torch.compile(layer.forward, dynamic=True)
+                        self._encoder_layers.append((layer, compiled))
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Let the layers of encoders run compiled: within only.
+
+        `generate()` gives them an attention of its own, which would be compiled in many pieces.
+        """
+        for layer, compiled in self._encoder_layers:
+            layer.forward = compiled
+        try:
+            yield
+        finally:
+            for layer, _ in self._encoder_layers:
+                del layer.forward
 
     @contextmanager
     def decoding(self) -> Iterator[None]:

@@ -80,7 +80,9 @@ class Prefill:
         self._is_shared = cfg.share_images
         self._looks_ahead = looks_ahead
         self._stats = stats
-        self.images = ImageFeatures(model, stats, is_shared=cfg.share_images)
+        self.images = ImageFeatures(
+            model, stats, is_shared=cfg.share_images, around=decoder.encoding
+        )
         """What the encoder says of the images that rows need."""
         self._waiting: list[WaitingRow] = []
         """Sorted, the next row last."""

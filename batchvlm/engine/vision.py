@@ -8,25 +8,33 @@ says of each is kept until the last row that needs it is prefilled, and a while 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchvlm.engine import image_attention
 from batchvlm.engine.collate import join_features
 from batchvlm.engine.fusing import falling_back
+from batchvlm.engine.grids import find_encoder, made_of_grids
+from batchvlm.engine.kernels import is_same
 from batchvlm.engine.rotations import Rotations
 from batchvlm.engine.streams import Together
 from batchvlm.pixels import to_numbers
 from batchvlm.records import Array, EngineStats, Failure, PixelTable, Sample
 
+log = logging.getLogger(__name__)
+
 _IDLE_BYTES = 128 << 20
+_WORKING_BY_ITSELF = frozenset({"cuda"})
+"""Devices that work behind what is launched."""
+_GRIDS = "image_grid_thw"
 # Families whose processors put a row's tiles on the second dimension, behind one for the row.
 _ROWS_OF_TILES = frozenset({"idefics2", "idefics3", "smolvlm"})
 
@@ -100,14 +108,27 @@ class ImageFeatures:
         model: a transformers model with `get_image_features`.
         stats: counts what was encoded.
         is_shared: whether rows that show the same image share it; off only to measure.
+        around: makes what the encoder runs within.
     """
 
-    def __init__(self, model: Any, stats: EngineStats, *, is_shared: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        stats: EngineStats,
+        *,
+        is_shared: bool = True,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._encode = model.base_model.get_image_features
         self._names = frozenset(inspect.signature(self._encode).parameters)
         self._model_type = model.config.model_type
         self._device, self._dtype = model.device, model.dtype
         self._rotations = Rotations(model)
+        self._around = around
+        is_ahead = self._device.type in _WORKING_BY_ITSELF and _GRIDS in self._names
+        self._of_grids = find_encoder(model.base_model) if is_ahead else None
+        """The encoder, where what it makes of patch grids is worked out on the host."""
+        self._is_tried = False
         self._attention = name, configs = image_attention.encoder_configs(model)
         if name == image_attention.NAME_IN_HALF:
             image_attention.choose_way(configs, model.dtype)
@@ -177,13 +198,11 @@ class ImageFeatures:
         """Encode units of one shape in one forward; changes nothing, several threads may."""
         is_gpu = self._device.type == "cuda"
         joined = join_features([unit.arrays for unit in units], is_pinned=is_gpu)
-        inputs = {name: self._to_device(tensor) for name, tensor in joined.items()}
+        pixels = self._to_device(joined.pop("pixel_values"))
         if self._pixel_table is not None:
-            inputs["pixel_values"] = to_numbers(
-                self._pixel_table, inputs["pixel_values"], self._dtype
-            )
+            pixels = to_numbers(self._pixel_table, pixels, self._dtype)
         with self._encoding.within():
-            output = self._encode(**inputs, return_dict=True)
+            output = self._output(pixels, joined)
         pooled = output.pooler_output
         layers = getattr(output, "deepstack_features", None) or ()
         num_entries = sum(unit.num_entries for unit in units)
@@ -197,6 +216,37 @@ class ImageFeatures:
         marks = getattr(output, "visual_indicator_features", None)
         return Encoded(entries, OutputForm(type(output), isinstance(pooled, Tensor), marks))
 
+    def _output(self, pixels: Tensor, rest: Mapping[str, Tensor]) -> Any:
+        """The encoder's output for pixels on the device and what else it takes."""
+
+        def plainly() -> Any:
+            inputs = {name: self._to_device(tensor) for name, tensor in rest.items()}
+            return self._encode(pixel_values=pixels, **inputs, return_dict=True)
+
+        def ahead(encoder: nn.Module) -> Any:
+            inputs = made_of_grids(encoder, rest[_GRIDS])
+            for name, value in inputs.items():
+                if isinstance(value, Tensor):
+                    # Of their own type: these are places, and weights of places.
+                    inputs[name] = self._sent(value)
+            inputs[_GRIDS] = rest[_GRIDS]
+            return self._encode(pixel_values=pixels, **inputs, return_dict=True)
+
+        encoder = self._of_grids
+        if encoder is None or set(rest) != {_GRIDS}:
+            return plainly()
+        if self._is_tried:
+            return ahead(encoder)
+        # What a family has beside the names that all have shows at its first images.
+        self._is_tried = True
+        expected = plainly()
+        if not is_same(
+            lambda _: _numbers_of(expected), lambda _: _numbers_of(ahead(encoder)), pixels
+        ):
+            self._of_grids = None
+            log.debug("the encoder reads patch grids back from the device")
+        return expected
+
     def keep(self, units: Sequence[Unit], encoded: Encoded) -> None:
         """Keep what the encoder says of units, for the rows that need it."""
         self._form = encoded.form
@@ -209,7 +259,7 @@ class ImageFeatures:
     @contextmanager
     def _replacing(self) -> Iterator[None]:
         own_attention = image_attention.attending(*self._attention)
-        with own_attention, self._rotations.replaced(), falling_back():
+        with own_attention, self._around(), self._rotations.replaced(), falling_back():
             yield
 
     def entries(self, units: Iterable[Unit]) -> list[Entry]:
@@ -235,10 +285,20 @@ class ImageFeatures:
         return output
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        if self._device.type == "cuda":
-            pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-            tensor = pinned.to(self._device, non_blocking=True)
-        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
+        return self._sent(tensor).to(self._dtype if tensor.is_floating_point() else tensor.dtype)
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return tensor.to(self._device)
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        return pinned.to(self._device, non_blocking=True)
+
+
+def _numbers_of(output: Any) -> Tensor:
+    """All that an encoder says of its images that is used later, behind one another."""
+    deep = getattr(output, "deepstack_features", None) or ()
+    parts = [*output.pooler_output, *(vectors for layer in deep for vectors in layer)]
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def batches(units: Sequence[Unit], max_cells: int) -> list[list[Unit]]:

@@ -183,6 +183,22 @@ class TestSteps:
         assert tokens(run(engine, samples)) == [qwen.known(ABOUT_ONE)] * 6
         assert num_steps > 8
 
+    @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+    def test_an_encoder_waits_for_nothing(
+        self, name: str, load_once: Callable[[Family], Loaded]
+    ) -> None:
+        (family,) = (family for family in FAMILIES if family.name == name)
+        half = on_gpu(load_once(family), torch.bfloat16)
+        images = half.slots()._prefill.images
+        first, *others = (unit for sample in half.samples() for unit in images.units(sample))
+        images.encode([first])  # held against what it is plainly
+        assert images._of_grids is not None
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            images.encode(others)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
     def test_graphs_go_with_the_slots_they_were_made_for(self, qwen: Loaded) -> None:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

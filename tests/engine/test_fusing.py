@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +13,13 @@ import torch
 from torch import nn
 
 from batchvlm.config import EngineConfig
-from batchvlm.engine import image_attention
+from batchvlm.engine import canary, image_attention
 from batchvlm.engine.fusing import FusedRMSNorm, GatedMLP, align, seconds_to_fusing
+
+from .families import FAMILIES, Family
+from .loaded import Loaded
+from .outcomes import run
+from .test_slots import asked, mixed_rows, tokens
 
 
 class MLP(nn.Module):
@@ -75,6 +82,49 @@ def test_a_fused_norm_computes_the_same() -> None:
     x = torch.randn(2, 3, 16)
     expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
     torch.testing.assert_close(norm(x), expected)
+
+
+def test_layers_of_an_encoder_are_compiled_for_our_attention_alone(
+    load_once: Callable[[Family], Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within `generate()`, which the canary asks, they would be compiled in pieces."""
+    loaded = load_once(next(family for family in FAMILIES if family.name == "qwen2_5_vl"))
+    # On a CPU products lie as oneDNN wants them, and nothing is compiled.
+    loaded = replace(loaded, _tuned=[loaded.own()])
+    where: list[str] = []
+    calls: list[str] = []
+
+    def compiling(function: Callable[..., Any], *, dynamic: bool) -> Callable[..., Any]:
+        def compiled(*args: Any, **kwargs: Any) -> Any:
+            calls.append(f"{function.__qualname__} {where[-1:]}")
+            return function(*args, **kwargs)
+
+        return compiled
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            where.append(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                where.pop()
+
+        return noted
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    monkeypatch.setattr(canary, "_generated", noting("generate", canary._generated))
+    engine = loaded.slots(eos=[], compile=True, canary=True)
+    rows = mixed_rows(loaded, 8)
+    expected = [loaded.known(question, seed)[:limit] for question, seed, limit in rows]
+    assert tokens(run(engine, asked(loaded, rows))) == expected
+    (layers,) = (
+        module for name, module in engine._model.named_modules() if name.endswith("visual.blocks")
+    )
+    of_layers = [call for call in calls if "VisionBlock" in call]
+    num_encoded = engine.stats.images_encoded
+    assert len(layers) < len(of_layers) <= len(layers) * num_encoded
+    assert all(call.endswith("[]") for call in of_layers)
+    assert all("forward" not in vars(layer) for layer in layers)
 
 
 @pytest.mark.parametrize(
