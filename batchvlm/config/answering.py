@@ -124,7 +124,8 @@ class EngineConfig:
     the beginning that their prompts have in common."""
     compile: bool | None = None
     """slots: fuse the small kernels of a model's layers by torch.compile, which takes up to a
-    minute; null: on a GPU in half precision, once the engine has worked for a minute."""
+    minute; null: on a GPU in half precision, once the engine has worked for a minute; false leaves
+    out triton's kernel for decoding there too, which is tried at the start."""
     cuda_graphs: bool = True
     """slots: on a GPU, play the kernels of a decode step back as one; off only to measure."""
     canary: bool = True

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from batchvlm.engine import flash, products, race
+from batchvlm.engine import flash, products, race, slot_kernel
 from batchvlm.engine.layout import KeysValues, Packed, Runs, Slots, Span
 
 # Shape legend: B rows, T tokens of all packed rows, T_i of row i, P_i tokens of row i computed
@@ -218,9 +218,15 @@ def _over_slots(
     score: _Scores, query: Tensor, key: Tensor, value: Tensor, slots: Slots, window: int | None
 ) -> Tensor:
     num_rows, num_heads, _, size = query.shape
-    if score.softcap is None and flash.is_able(query):
-        return _over_slots_by_flash(score, query, key, value, slots, window)
     num_groups = num_heads // key.shape[1]
+    if score.softcap is None and flash.is_able(query):
+        shape = num_heads, key.shape[1], size
+        if slots.has_kernel and slot_kernel.is_faster(*shape, query.dtype, query.device):
+            return slot_kernel.attend(
+                query, key, value, slots.positions_B, scaling=score.scaling, window=window
+            )
+        bounds = slots.flash_bounds(key.shape[2], num_queries=num_groups if window is None else 1)
+        return flash.attend_slots(query, key, value, bounds, scaling=score.scaling, window=window)
     if query.device.type == "cpu" and is_apart_faster(num_groups, size, query.dtype):
         grouped = query
     else:
@@ -301,41 +307,6 @@ def _attend_over(
     return score.attend(
         query, key[rows, :, : span.length], value[rows, :, : span.length], mask, is_causal=False
     )
-
-
-def _over_slots_by_flash(
-    score: _Scores, query: Tensor, key: Tensor, value: Tensor, slots: Slots, window: int | None
-) -> Tensor:
-    num_rows, num_heads, _, size = query.shape
-    num_keys = key.shape[1]
-    # Slots behind one another, as they lie in memory.
-    key_LKD, value_LKD = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
-    if window is not None:
-        bounds = slots.flash_bounds(key.shape[2], num_queries=1)
-        out_BHD = flash.attend(
-            query[:, :, 0],
-            key_LKD,
-            value_LKD,
-            bounds,
-            scaling=score.scaling,
-            is_causal=True,
-            window=window,
-        )
-        return out_BHD[:, None]
-    # The query heads of one key head as queries behind one another, as above: its keys are read
-    # once for all of them.
-    num_groups = num_heads // num_keys
-    grouped = query.view(num_rows, num_keys, num_groups, size).transpose(1, 2).flatten(0, 1)
-    out = flash.attend(
-        grouped,
-        key_LKD,
-        value_LKD,
-        slots.flash_bounds(key.shape[2], num_queries=num_groups),
-        scaling=score.scaling,
-        is_causal=False,
-    )
-    out = out.view(num_rows, num_groups, num_keys, size).transpose(1, 2)
-    return out.reshape(num_rows, 1, num_heads, size)
 
 
 def row_masks(

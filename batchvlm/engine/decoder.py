@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from batchvlm.engine import attention, flash
+from batchvlm.engine import attention, flash, slot_kernel
 from batchvlm.engine.cache import PackedCache, RowCache, SlotCache
 from batchvlm.engine.fusing import Fusing
 from batchvlm.engine.graphs import StepGraphs
@@ -80,9 +80,10 @@ class Decoder:
     Args:
         model: a transformers model for image-text-to-text, in evaluation mode.
         has_graphs: whether steps are played back from CUDA graphs where the model is on a GPU.
+        has_kernel: whether steps may attend by a kernel of our own there.
     """
 
-    def __init__(self, model: Any, *, has_graphs: bool = True) -> None:
+    def __init__(self, model: Any, *, has_graphs: bool = True, has_kernel: bool = True) -> None:
         self._model = model
         self._config = model.get_decoder().config
         self._num_layers = self._config.num_hidden_layers
@@ -109,6 +110,10 @@ class Decoder:
         query_like = torch.empty(0, size, dtype=model.dtype, device=self.device)
         self.is_by_row = flash.is_able(query_like) and not has_cap
         """Whether attention over slots goes as far as each row goes, and no further."""
+        self._has_kernel = self.is_by_row and has_kernel
+        if self._has_kernel:
+            # Tried before anything else runs beside, and not while a graph is captured.
+            slot_kernel.is_faster(num_heads, num_keys, size, model.dtype, self.device)
         _trim_last_layer(model.get_decoder())
         token_id = getattr(model.config, "image_token_id", None)
         if token_id is None:
@@ -303,7 +308,8 @@ class Decoder:
     ) -> Tensor:
         cache.use(first, first + len(ids_B), positions_B)
         rope_1B1 = (positions_B + deltas_B)[None, :, None]
-        with attention.attending(Slots(positions_B, spans)), self._running.within():
+        form = Slots(positions_B, spans, has_kernel=self._has_kernel)
+        with attention.attending(form), self._running.within():
             out = self._model(
                 input_ids=ids_B[:, None],
                 position_ids=self._axes(rope_1B1),

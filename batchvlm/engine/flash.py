@@ -90,3 +90,49 @@ def attend(
         seqused_k=bounds.used_B,
     )[0]
     return out
+
+
+def attend_slots(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Bounds,
+    *,
+    scaling: float | None,
+    window: int | None = None,
+) -> Tensor:
+    """Let each row's query attend to its slot, up to its own position.
+
+    Args:
+        query: [B, H, 1, D].
+        key: [B, K, S, D], slots whose tokens lie one behind the other; `value` likewise.
+        value: see `key`.
+        bounds: of H // K queries a row, or of one with a window.
+        scaling: see `attend`.
+        window: see `attend`.
+
+    Returns:
+        [B, 1, H, D].
+    """
+    num_rows, num_heads, _, size = query.shape
+    num_keys = key.shape[1]
+    # Slots behind one another, as they lie in memory.
+    key_LKD, value_LKD = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
+    if window is not None:
+        out_BHD = attend(
+            query[:, :, 0],
+            key_LKD,
+            value_LKD,
+            bounds,
+            scaling=scaling,
+            is_causal=True,
+            window=window,
+        )
+        return out_BHD[:, None]
+    # The query heads of one key head as queries behind one another: its keys are read once for
+    # all of them.
+    num_groups = num_heads // num_keys
+    grouped = query.view(num_rows, num_keys, num_groups, size).transpose(1, 2).flatten(0, 1)
+    out = attend(grouped, key_LKD, value_LKD, bounds, scaling=scaling, is_causal=False)
+    out = out.view(num_rows, num_groups, num_keys, size).transpose(1, 2)
+    return out.reshape(num_rows, 1, num_heads, size)

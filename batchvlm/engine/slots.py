@@ -90,7 +90,9 @@ class SlotEngine:
         self._device: torch.device = model.device
         if is_half_on_gpu(model):
             align(model)
-        self._decoder = Decoder(model, has_graphs=cfg.cuda_graphs)
+        self._decoder = Decoder(
+            model, has_graphs=cfg.cuda_graphs, has_kernel=cfg.compile is not False
+        )
         self._until_fused_s = seconds_to_fusing(cfg, model)
         self._fuse_after(0.0)
         self._canary = Canary(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from batchvlm.constraints.constraints import Constraints
-from batchvlm.engine import canary, flash
+from batchvlm.engine import canary, flash, slot_kernel
 from batchvlm.engine.attention import attending, attention
 from batchvlm.engine.cache import RowCache, SlotCache
 from batchvlm.engine.choices import Choices
@@ -98,9 +98,15 @@ class TestFlash:
 
     @pytest.mark.parametrize("window", [None, 5])
     @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (14, 2)])
+    @pytest.mark.parametrize("has_kernel", [True, False])
     def test_slots_as_far_as_each_row_goes(
-        self, heads: tuple[int, int], window: int | None
+        self,
+        heads: tuple[int, int],
+        window: int | None,
+        has_kernel: bool,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr(slot_kernel, "is_faster", lambda *shape: True)
         torch.manual_seed(0)
         size, places = 32, [0, 3, 77, 199]
         like = RowCache([tuple(torch.zeros(2, heads[1], 1, size, device=CUDA).bfloat16())])
@@ -115,7 +121,8 @@ class TestFlash:
         for slot, place in enumerate(places):
             key[slot, :, place + 1 :] = torch.nan
         query = torch.randn(4, heads[0], 1, size, device=CUDA).bfloat16()
-        form = Slots(torch.tensor(places, device=CUDA), (Span(0, 4, 200),))
+        whole = (Span(0, 4, 200),)
+        form = Slots(torch.tensor(places, device=CUDA), whole, has_kernel=has_kernel)
         with attending(form):
             out, _ = attention(LAYER, query, key, value, None, sliding_window=window)
         for slot, (place, (k, v)) in enumerate(zip(places, rows, strict=True)):
@@ -124,6 +131,19 @@ class TestFlash:
             expected = plain(q, k.float().cpu(), v.float().cpu(), mask, size**-0.5, None)
             mine = out[slot].transpose(0, 1).float().cpu()
             torch.testing.assert_close(mine, expected, atol=2e-2, rtol=2e-2)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_the_kernel_for_slots_is_tried(
+        self, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("DEBUG", "batchvlm.engine.slot_kernel")
+        for shape in ((16, 2, 128), (28, 4, 128), (8, 8, 64), (8, 4, 256), (9, 3, 80)):
+            slot_kernel.is_faster.cache_clear()
+            slot_kernel.is_faster(*shape, dtype, CUDA)
+        # Right everywhere, whichever is the faster.
+        found = [record.message for record in caplog.records]
+        assert len(found) == 5
+        assert all(message.startswith("slots are attended to by") for message in found), found
 
 
 class TestFamilies:
@@ -150,7 +170,11 @@ class TestFamilies:
         else:
             assert graphs is None
 
-    def test_half_precision_is_that_of_transformers(self, loaded: Loaded) -> None:
+    @pytest.mark.parametrize("has_kernel", [True, False])
+    def test_half_precision_is_that_of_transformers(
+        self, loaded: Loaded, has_kernel: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(slot_kernel, "is_faster", lambda *shape: has_kernel)
         half = on_gpu(loaded, torch.bfloat16)
         engine = half.slots(eos=[], canary=True)
         rows = mixed_rows(half, 16)
