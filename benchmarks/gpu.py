@@ -210,12 +210,6 @@ def main() -> None:
         print(f"warm-up {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
         mine, engine = run(engine, num_rows=args.rows, out=folder / "out")
         found["batchvlm"] = mine
-        if args.profile:
-            activities = [torch.profiler.ProfilerActivity.CUDA]
-            with torch.profiler.profile(activities=activities) as profiler:
-                run(engine, num_rows=num_warm, out=folder / "profiled")
-            averages = profiler.key_averages()
-            args.profile.write_text(averages.table(sort_by="self_cuda_time_total", row_limit=60))
         found["roofline"] = roofline(
             shape, mine.pop("sizes"), found["rate"], found["bandwidth"], args.width
         )
@@ -254,7 +248,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--set", action="append", default=[], help="a setting of the job")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--profile", type=Path, help="profile as many rows as warm up")
     parser.add_argument("--write", action="store_true", help="write the table to RESULTS.md")
     return parser.parse_args()
 

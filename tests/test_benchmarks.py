@@ -73,3 +73,21 @@ def test_two_processes_answer_the_rows_of_one(tmp_path: Path) -> None:
     assert two["answers"] == one["answers"]
     # The first token of a row comes of its prompt.
     assert two["row_steps"] == one["row_steps"] == sum(row["max_new_tokens"] - 1 for row in rows)
+
+
+def test_the_parts_of_a_gpus_work_are_measured_alone(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, str(BENCHMARKS / "gpu_parts.py"), "--shape", "tiny", "--device", "cpu"),
+        *("--images", "2", "--side", "112", "--prompts", "3", "--prompt", "40", "--context", "60"),
+        *("--rows", "4", "8", "--repeat", "2", "--dtype", "float32", "--no-compile"),
+        *("--profile", str(tmp_path / "profile")),
+    ]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split("|")[1:4] for line in done.stdout.splitlines() if line.startswith("| ")]
+    parts = [title.strip() for title, _, _ in rows[1:]]
+    assert parts == ["2 images", "3 prompts", "a step of 4 rows", "a step of 8 rows"]
+    assert all(float(ms) > float(roof) > 0 for _, ms, roof in rows[1:])
+    written = {path.stem for path in (tmp_path / "profile").iterdir()}
+    assert written == {part.replace(" ", "-") for part in parts}
