@@ -125,27 +125,29 @@ def attend(
     width = triton.next_power_of_2(size)
     out = torch.empty(num_rows, 1, num_heads, size, dtype=query.dtype, device=query.device)
     scale = size**-0.5 if scaling is None else scaling
-    kernel[(num_rows, num_keys)](
-        query,
-        key,
-        value,
-        positions_B,
-        out,
-        scale * _LOG2_E,
-        length if window is None else window,
-        query.stride(0),
-        query.stride(1),
-        key.stride(0),
-        key.stride(1),
-        key.stride(2),
-        NUM_GROUPS=num_groups,
-        NUM_QUERIES=max(_FEWEST_QUERIES, triton.next_power_of_2(num_groups)),
-        SIZE=size,
-        WIDTH=max(16, width),
-        TILE=max(16, min(128, _TILE // width)),
-        num_warps=4,
-        num_stages=3,
-    )
+    # torch's own operators see to it that theirs is the current device.
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+        kernel[(num_rows, num_keys)](
+            query,
+            key,
+            value,
+            positions_B,
+            out,
+            scale * _LOG2_E,
+            length if window is None else window,
+            query.stride(0),
+            query.stride(1),
+            key.stride(0),
+            key.stride(1),
+            key.stride(2),
+            NUM_GROUPS=num_groups,
+            NUM_QUERIES=max(_FEWEST_QUERIES, triton.next_power_of_2(num_groups)),
+            SIZE=size,
+            WIDTH=max(16, width),
+            TILE=max(16, min(128, _TILE // width)),
+            num_warps=4,
+            num_stages=3,
+        )
     return out
 
 
