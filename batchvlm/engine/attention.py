@@ -94,8 +94,8 @@ def attention(
     match _form.get():
         case Packed() as packed:
             past = [None if rows is None else rows[module.layer_idx] for rows in packed.past]
-            window = sliding_window if attention_mask is None else None
-            return _packed(score, query, key, value, packed, past, attention_mask, window), None
+            masks, window = attention_mask, sliding_window
+            return _packed(score, query, key, value, packed, past, masks, window), None
         case Slots() as slots:
             if slots.runs is None:
                 return _over_slots(score, query, key, value, slots, sliding_window), None
@@ -178,10 +178,12 @@ def _packed(
         mask = masks[:, :, start:stop, start:stop] if masks is not None else None
         before = past[i]
         if before is not None:
+            # Plainly causal, or in the window: of others nothing is computed before.
+            mask = None
             k = torch.cat([before[0][None], k], dim=2)
             v = torch.cat([before[1][None], v], dim=2)
         num_before = k.shape[2] - q.shape[2]
-        is_cut = window is not None and k.shape[2] > window
+        is_cut = mask is None and window is not None and k.shape[2] > window
         if may_be_products and not is_cut and products.are_good_for_prompt(q[0], k[0]):
             attended = products.attend_prompt(q[0], k[0], v[0], score.scale(q))[None]
         else:
@@ -322,18 +324,21 @@ def row_masks(
     row's tokens alone it gives that row's own mask.
 
     Returns:
-        None where every row is plainly causal; else bool [1, 1, T, T], false between rows. Rows of
-        a family that sees ahead must not be computed in pieces.
+        None where every row is plainly causal; else bool [1, 1, T, T], false between rows and of
+        rows of which something was computed before: those are plainly causal, or in a sliding
+        window, which `attention` knows of. A prompt that sees ahead is not computed in pieces.
     """
     form = _form.get()
     if not isinstance(form, Packed) or mask_function is causal_mask_function:
         return None
-    if any(past is not None for past in form.past):
-        return None  # plainly causal, or in a sliding window, which `attention` knows of
+    if all(past is not None for past in form.past):
+        return None
     num_tokens = form.bounds[-1]
     mask_TT = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device=device)
     first = torch.zeros((), dtype=torch.long, device=device)
-    for start, stop in form.spans:
+    for (start, stop), past in zip(form.spans, form.past, strict=True):
+        if past is not None:
+            continue
         places = torch.arange(start, stop, device=device)
         own = _indexed(mask_function, first, places, use_vmap=use_vmap)
         mask_TT[start:stop, start:stop] = own

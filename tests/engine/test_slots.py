@@ -132,6 +132,32 @@ class TestFamilies:
             num_image = samples[0].image_tokens
             assert sharing.stats.prompt_tokens <= total - 9 * max(16, num_image)
 
+    def test_an_image_beside_rows_that_share_a_beginning(self, loaded: Loaded) -> None:
+        if not loaded.family.takes_text_alone:
+            pytest.skip("it takes no text alone")
+        texts = [
+            Question(
+                text=f"how is the lazy dog today? how was it on the day before? {end}", sizes=()
+            )
+            for end in ("tell", "and the cat?")
+        ]
+        engine = loaded.slots(eos=[])
+        # What a family allows is known from its first rows on.
+        run(engine, asked(loaded, [(texts[0], 0, 1)]))
+        before = engine.stats.prompt_tokens
+        samples = [
+            loaded.ask(i, question, max_new_tokens=6, logprobs=True)
+            for i, question in enumerate([ABOUT_ONE, *texts])
+        ]
+        alone = loaded.slots(eos=[], share_images=False)
+        for sample, outcome in zip(samples, run(engine, samples), strict=True):
+            (expected,) = run(alone, [sample])
+            assert outcome.token_ids == expected.token_ids
+            # Tokens of a random model can be the same by chance.
+            assert outcome.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        computed = engine.stats.prompt_tokens - before
+        assert computed <= sum(sample.prompt_tokens for sample in samples) - 16
+
     def test_a_prompt_above_the_budget_is_computed_in_pieces(
         self, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
     ) -> None:
