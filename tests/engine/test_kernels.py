@@ -18,7 +18,15 @@ from batchvlm.engine.kernels import PackedLinear, tune
 from batchvlm.engine.rotations import Rotations
 
 _ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-BOTH = pytest.mark.parametrize("dtype", list(_ROUNDING), ids=["float32", "bfloat16"])
+in_bfloat16 = pytest.param(
+    torch.bfloat16,
+    id="bfloat16",
+    marks=pytest.mark.skipif(
+        not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        reason="oneDNN has no bfloat16 on a processor without AVX-512",
+    ),
+)
+BOTH = pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="float32"), in_bfloat16])
 
 
 class Model(nn.Module):
