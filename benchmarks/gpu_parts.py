@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from gpu_roofline import ceilings, roofline, synchronize
 from gpu_work import PATCH, SHAPES, TEMPORAL, Shape, make_model
 from results import environment, write_section
 
-from batchvlm.engine import slot_kernel
 from batchvlm.engine.cache import RowCache, SlotCache
 from batchvlm.engine.decoder import Decoder, Piece, Prompt
 from batchvlm.engine.fusing import align, is_half_on_gpu
@@ -39,10 +37,6 @@ from batchvlm.records import EngineStats
 
 Part = tuple[str, Callable[[], object], float]
 """Its title, what runs it once, and the seconds of its roofline."""
-
-
-def _said(answer: bool, *_: object) -> bool:
-    return answer
 
 
 class Parts:
@@ -65,9 +59,8 @@ class Parts:
         self.preferred = "nothing: there is no choice"
         """What the engine itself attends to slots with, where it has the choice."""
         if self._decoder.is_by_row:
-            heads = shape.heads, shape.kv_heads, shape.hidden // shape.heads
-            is_first = slot_kernel.is_faster(*heads, model.dtype, model.device)
-            self.preferred = "the kernel for slots" if is_first else "flash attention"
+            has_kernel = self._decoder.has_kernel
+            self.preferred = "the kernel for slots" if has_kernel else "flash attention"
         if args.compile:
             self._decoder.fuse()
 
@@ -83,7 +76,7 @@ class Parts:
                 yield f"a step of {num_rows} rows", self._step(num_rows), roof_s
                 continue
             for way, has_kernel in ways.items():
-                slot_kernel.is_faster = partial(_said, has_kernel)  # type: ignore[assignment]
+                self._decoder.has_kernel = has_kernel
                 yield f"a step of {num_rows} rows, {way}", self._step(num_rows), roof_s
 
     def _roofline(self, name: str, num_rows: int = 1) -> float:

@@ -222,8 +222,7 @@ def _over_slots(
     num_rows, num_heads, _, size = query.shape
     num_groups = num_heads // key.shape[1]
     if score.softcap is None and flash.is_able(query):
-        shape = num_heads, key.shape[1], size
-        if slots.has_kernel and slot_kernel.is_faster(*shape, query.dtype, query.device):
+        if slots.has_kernel:
             return slot_kernel.attend(
                 query, key, value, slots.positions_B, scaling=score.scaling, window=window
             )

@@ -80,7 +80,7 @@ class Decoder:
     Args:
         model: a transformers model for image-text-to-text, in evaluation mode.
         has_graphs: whether steps are played back from CUDA graphs where the model is on a GPU.
-        has_kernel: whether steps may attend by a kernel of our own there.
+        has_kernel: whether steps attend by a kernel of our own there, where a trial prefers it.
     """
 
     def __init__(self, model: Any, *, has_graphs: bool = True, has_kernel: bool = True) -> None:
@@ -110,10 +110,10 @@ class Decoder:
         query_like = torch.empty(0, size, dtype=model.dtype, device=self.device)
         self.is_by_row = flash.is_able(query_like) and not has_cap
         """Whether attention over slots goes as far as each row goes, and no further."""
-        self._has_kernel = self.is_by_row and has_kernel
-        if self._has_kernel:
-            # Tried before anything else runs beside, and not while a graph is captured.
-            slot_kernel.is_faster(num_heads, num_keys, size, model.dtype, self.device)
+        heads = num_heads, num_keys, size
+        is_asked = self.is_by_row and has_kernel
+        self.has_kernel = is_asked and slot_kernel.is_faster(*heads, model.dtype, self.device)
+        """Whether steps attend by the kernel for slots rather than by flash attention."""
         _trim_last_layer(model.get_decoder())
         token_id = getattr(model.config, "image_token_id", None)
         if token_id is None:
@@ -308,7 +308,7 @@ class Decoder:
     ) -> Tensor:
         cache.use(first, first + len(ids_B), positions_B)
         rope_1B1 = (positions_B + deltas_B)[None, :, None]
-        form = Slots(positions_B, spans, has_kernel=self._has_kernel)
+        form = Slots(positions_B, spans, has_kernel=self.has_kernel)
         with attention.attending(form), self._running.within():
             out = self._model(
                 input_ids=ids_B[:, None],

@@ -144,7 +144,7 @@ class Slots:
     last_E: Tensor | None = None
     """int64 [E]: the tokens whose logits are asked for; None: all."""
     has_kernel: bool = False
-    """Whether `slot_kernel` attends where it is faster than flash attention."""
+    """Whether `slot_kernel` attends where flash attention could."""
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     _biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
     _flash: dict[tuple[int, int], flash.Bounds] = field(default_factory=dict)

@@ -13,10 +13,12 @@ import torch
 from batchvlm.engine import grids, image_attention, vision
 from batchvlm.engine.vision import ImageFeatures
 
-from .families import FAMILIES, Family
+from .families import FAMILIES, Family, needs_slots
 from .loaded import Loaded
 from .outcomes import run
 from .test_slots import asked, mixed_rows, tokens
+
+pytestmark = needs_slots
 
 WITH_GRIDS = [
     family

@@ -117,17 +117,13 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @interpreted
-@pytest.mark.parametrize("is_faster", [True, False])
-@pytest.mark.parametrize("is_allowed", [True, False])
-def test_a_step_attends_by_the_faster_one(
-    is_faster: bool, is_allowed: bool, as_on_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(slot_kernel, "is_faster", lambda *shape: is_faster)
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_a_step_attends_by_the_one_it_is_told(has_kernel: bool, as_on_a_gpu: list[str]) -> None:
     query, key, value = draw(8, 2, 32, torch.float16)
-    form = Slots(torch.tensor(PLACES), (Span(0, len(PLACES), LENGTH),), has_kernel=is_allowed)
+    form = Slots(torch.tensor(PLACES), (Span(0, len(PLACES), LENGTH),), has_kernel=has_kernel)
     with attending(form):
         out, _ = attention(LAYER, query, key, value, None, sliding_window=5)
-    if is_faster and is_allowed:
+    if has_kernel:
         assert as_on_a_gpu == ["kernel"]
         check(out, query, key, value, 5)
     else:
