@@ -260,6 +260,8 @@ class Decoder:
         deltas_N: Tensor,
         spans: Sequence[Span],
         runs: Mapping[int, Sequence[int]] | None = None,
+        *,
+        num_used: int | None = None,
     ) -> Tensor:
         """Compute one token for neighbouring slots, and the tokens that some have behind it.
 
@@ -270,6 +272,7 @@ class Decoder:
             deltas_N: int64 [N], what its rotary position is ahead of that.
             spans: the slots, B in all, grouped for attention; their starts count from the first.
             runs: by slot, ids behind its newest token.
+            num_used: slots in use, from the first on; None: up to the last of these.
 
         Returns:
             logits_BV: [B, V], what comes after its last token; on a GPU good until the next step.
@@ -285,7 +288,9 @@ class Decoder:
 
             length = max(span.length for span in spans)
             graphs = self._graphs_over(cache)
-            logits_BV = graphs.step(cache, positions_N, stop, length, forward)
+            logits_BV = graphs.step(
+                cache, positions_N, stop, length, forward, num_used=num_used or stop
+            )
             if logits_BV is not None:
                 return logits_BV
         return self._step(

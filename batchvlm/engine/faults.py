@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import logging
 
 import torch
 
 from batchvlm.errors import DeviceError, ErrorType
 from batchvlm.records import Failure
+
+log = logging.getLogger(__name__)
 
 
 def is_oom(error: BaseException) -> bool:
@@ -40,8 +43,15 @@ def device_error(error: BaseException) -> DeviceError:
 def free_memory(device: torch.device) -> None:
     """Give back what a failed attempt has left."""
     gc.collect()
-    if device.type == "cuda":
+    if device.type != "cuda":
+        return
+    try:
         torch.cuda.empty_cache()
+    except torch.AcceleratorError:
+        raise
+    except RuntimeError as error:
+        # torch 2.11 keeps its memory for good after the capture of a graph was broken off.
+        log.debug("memory is not given back: %s", _one_line(error))
 
 
 def _one_line(error: BaseException) -> str:

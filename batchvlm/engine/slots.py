@@ -293,7 +293,7 @@ class SlotEngine:
             # All tokens are read: the masks of the next ones are filled while the model runs.
             self._constraints.start([row.matcher for row in rows])
         try:
-            logits_BV = self._stepping.step(self._room.cache, rows, start)
+            logits_BV = self._stepping.step(self._room.cache, rows, start, num_used=len(self._rows))
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except Exception as error:

@@ -59,13 +59,14 @@ class Stepping:
         for values_N in (self._ids_N, self._positions_N, self._deltas_N):
             values_N[target] = values_N[source]
 
-    def step(self, cache: SlotCache, rows: Sequence[Row], start: int) -> Tensor:
+    def step(self, cache: SlotCache, rows: Sequence[Row], start: int, *, num_used: int) -> Tensor:
         """Compute one token for neighbouring slots, and those that grammars force behind it.
 
         Args:
             cache: keys and values of N slots.
             rows: the rows of B slots.
             start: the first of these.
+            num_used: slots in use, these among them.
 
         Returns:
             logits_BV: [B, V], what comes after the last token of each; on a GPU good until the
@@ -75,7 +76,8 @@ class Stepping:
         where = self._ids_N, self._positions_N, self._deltas_N
 
         def compute(spans: Sequence[Span]) -> Tensor:
-            return self._decoder.step(cache, *where, spans, _within(spans, runs))
+            own_runs = _within(spans, runs)
+            return self._decoder.step(cache, *where, spans, own_runs, num_used=num_used)
 
         parts = list(
             self._streams.map(compute, self._streams.parts(self._spans(cache, rows, start)))

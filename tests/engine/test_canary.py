@@ -79,7 +79,7 @@ def test_a_row_that_breaks_it_is_that_rows_failure(small: Loaded) -> None:
 
 def over_slots_give_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Decoder.step
-    monkeypatch.setattr(Decoder, "step", lambda *args: step(*args) * torch.nan)
+    monkeypatch.setattr(Decoder, "step", lambda *args, **given: step(*args, **given) * torch.nan)
 
 
 def test_what_is_no_number_is_a_difference_too(

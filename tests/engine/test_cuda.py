@@ -221,6 +221,15 @@ class TestSteps:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    def test_a_step_in_parts_leaves_rows_beside_it_as_they_are(self, qwen: Loaded) -> None:
+        rows = [(question, seed, 12) for question, seed, _ in mixed_rows(qwen, 6)]
+        engine = qwen.slots(eos=[], max_slots=8)
+        engine._plan.lower_step(3)
+        expected = [qwen.known(question, seed)[:12] for question, seed, _ in rows]
+        assert tokens(run(engine, asked(qwen, rows))) == expected
+        assert engine._decoder._graphs is not None
+        assert engine._decoder._graphs.num_replays > 8
+
     def test_graphs_go_with_the_slots_they_were_made_for(self, qwen: Loaded) -> None:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

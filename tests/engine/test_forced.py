@@ -267,7 +267,7 @@ def test_steps_that_fail_are_halved_with_their_runs(
     samples = rows(small, 9)
     wanted = run(by_steps(small, held), samples)
 
-    def too_much(self: Any, cache: Any, *args: Any) -> bool:
+    def too_much(self: Any, cache: Any, *args: Any, **kwargs: Any) -> bool:
         return sum(span.stop - span.start for span in args[3]) > most
 
     engine = engine_of(small, held)

@@ -353,8 +353,8 @@ class TestSlots:
         in_use: list[int] = []
         step = Decoder.step
 
-        def noted(self: Decoder, *args: Any) -> Any:
-            logits_BV = step(self, *args)
+        def noted(self: Decoder, *args: Any, **kwargs: Any) -> Any:
+            logits_BV = step(self, *args, **kwargs)
             in_use.append(len(logits_BV))
             return logits_BV
 
@@ -473,12 +473,13 @@ def test_a_step_does_not_wait_for_the_device(
 ) -> None:
     step, counted = Decoder.step, Counted()
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         with counted:
-            return step(*args)
+            return step(*args, **kwargs)
 
     monkeypatch.setattr(Decoder, "step", watched)
-    run(slots_with(), make_samples({}, {}, {}))
+    outcomes = run(slots_with(), make_samples({}, {}, {}))
+    assert all(isinstance(outcome, Completion) for outcome in outcomes), outcomes
     assert counted.waits == []
 
 
