@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from batchvlm.engine.decoder import Decoder, Piece, Prompt
 from batchvlm.engine.fusing import align, is_half_on_gpu
 from batchvlm.engine.kernels import tune
 from batchvlm.engine.layout import Span
-from batchvlm.engine.vision import ImageFeatures, Unit
-from batchvlm.records import EngineStats
+from batchvlm.engine.vision import ImageFeatures
+from batchvlm.records import EngineStats, Generation, PixelTable, Sample
 
 Part = tuple[str, Callable[[], object], float]
 """Its title, what runs it once, and the seconds of its roofline."""
@@ -94,17 +94,25 @@ class Parts:
         side = args.side // PATCH
         draw = np.random.default_rng(0)
         shape = side * side, 3 * TEMPORAL * PATCH**2
-        units = [
-            Unit(
-                str(i),
-                {
-                    "pixel_values": draw.standard_normal(shape, dtype=np.float32),
+        images = ImageFeatures(self._model, EngineStats(), around=self._decoder.encoding)
+        # Bytes, as they come from a worker.
+        colours_C256 = np.tile(np.linspace(-1.8, 2.1, 256, dtype=np.float32), (3, 1))
+        samples = [
+            Sample(
+                row_index=i,
+                features={
+                    "pixel_values": draw.integers(0, 256, shape, dtype=np.uint8),
                     "image_grid_thw": np.array([[1, side, side]]),
                 },
+                image_tokens=0,
+                image_sizes=((args.side, args.side),),
+                image_keys=(str(i),),
+                pixel_table=PixelTable(values_C256=colours_C256, is_patched=True),
+                generation=Generation(max_new_tokens=1),
             )
             for i in range(args.images)
         ]
-        images = ImageFeatures(self._model, EngineStats(), around=self._decoder.encoding)
+        units = [unit for sample in samples for unit in images.units(sample)]
         return lambda: images.encode(units)
 
     def _prefill(self) -> Callable[[], object]:
@@ -125,6 +133,7 @@ class Parts:
 
     def _step(self, num_rows: int) -> Callable[[], object]:
         shape, decoder, device = self._shape, self._decoder, self._decoder.device
+        decoder.forget_slots()
         size = shape.hidden // shape.heads
         dtype = getattr(torch, self._args.dtype)
         like = torch.zeros(shape.kv_heads, 1, size, dtype=dtype, device=device)
@@ -169,7 +178,7 @@ def profiling(path: Path | None) -> Iterator[None]:
 @torch.inference_mode()
 def main() -> None:
     args = parse_args()
-    lines = ["| part | ms | roofline ms | share |", "|---|--:|--:|--:|"]
+    rows: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         shape, dtype = SHAPES[args.shape], getattr(torch, args.dtype)
         parts = Parts(make_model(shape, Path(folder), args.device, dtype), shape, args)
@@ -177,11 +186,19 @@ def main() -> None:
             seconds = median_s(run, args.repeat, args.device)
             row = f"| {title} | {seconds * 1e3:.2f} | {roof_s * 1e3:.2f} | {roof_s / seconds:.0%} |"
             print(row, file=sys.stderr, flush=True)
-            lines.append(row)
+            rows.append(row)
+            if args.write:
+                write_section(f"Parts on a GPU, {args.shape.upper()}", table(args, parts, rows))
             name = title.replace(" ", "-").replace(",", "") + ".txt"
             with profiling(args.profile / name if args.profile else None):
                 run()
                 synchronize(args.device)
+            del run  # the slots of a step go before those of the next one come
+    print(table(args, parts, rows))
+
+
+def table(args: argparse.Namespace, parts: Parts, rows: Sequence[str]) -> str:
+    """What is known so far, as Markdown."""
     gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else "no GPU"
     command = f"python benchmarks/gpu_parts.py --shape {args.shape} --repeat {args.repeat} --write"
     about = (
@@ -189,10 +206,8 @@ def main() -> None:
         f" images of {args.side} pixels a side, prompts of {args.prompt} tokens, rows of"
         f" {args.context} tokens on average. The engine's own trial prefers {parts.preferred}."
     )
-    markdown = "\n".join([environment(command), "", about, "", *lines])
-    print(markdown)
-    if args.write:
-        write_section(f"Parts on a GPU, {args.shape.upper()}", markdown)
+    head = ["| part | ms | roofline ms | share |", "|---|--:|--:|--:|"]
+    return "\n".join([environment(command), "", about, "", *head, *rows])
 
 
 def parse_args() -> argparse.Namespace:

@@ -75,11 +75,13 @@ def roofline(
         steps = answer - 1
         keys_read += steps * (prompt + answer / 2)
     key_bytes = 2 * 2 * shape.layers * shape.kv_heads * head
-    num_steps = sum(answer - 1 for _, _, answer in sizes) / width
-    decode = num_steps * 2 * (body + vocabulary) + keys_read * key_bytes
+    row_steps = sum(answer - 1 for _, _, answer in sizes)
+    weights = body + vocabulary
+    products_s = 2 * row_steps * weights / rate
+    reading_weights_s = 2 * row_steps / width * weights / bandwidth
     seconds = {
         "vision": vision / rate,
         "prefill": prefill / rate,
-        "decode": decode / bandwidth,
+        "decode": max(products_s, reading_weights_s) + keys_read * key_bytes / bandwidth,
     }
     return seconds | {"all": sum(seconds.values())}

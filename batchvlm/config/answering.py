@@ -112,7 +112,7 @@ class EngineConfig:
     memory_fraction: float = 0.9
     """slots: share of the memory that is free beside the weights which may be used."""
     max_slots: int | None = None
-    """slots: rows decoded at once; null: as memory allows, 64 at most on a CPU, 256 on a GPU."""
+    """slots: rows decoded at once; null: as memory allows, 64 at most on a CPU, 512 on a GPU."""
     max_prefill_tokens: int | None = None
     """slots: prompt tokens in one forward; null: 1,024 on a CPU, 16,384 on a GPU."""
     cpu_streams: int | None = None

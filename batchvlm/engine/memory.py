@@ -13,7 +13,7 @@ from batchvlm.config import EngineConfig
 
 log = logging.getLogger(__name__)
 
-_MAX_SLOTS = {"cpu": 64, "cuda": 256}
+_MAX_SLOTS = {"cpu": 64, "cuda": 512}
 _PACK_TOKENS = {"cpu": 1024, "cuda": 16_384}
 """Prompt tokens in one pack. Past these, a pack is no more efficient: it only takes memory."""
 _VISION_CELLS = {"cpu": 1 << 20, "cuda": 64 << 20}
