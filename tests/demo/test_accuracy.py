@@ -90,7 +90,7 @@ def test_a_row_alone_and_in_mixed_batches(
 ) -> None:
     some = [item for item in items if item.scene_index < NUM_SCENES_ALONE]
     assert {len(item.images) for item in some} == {1, 2}
-    one_by_one = ("engine.max_slots=1", "engine.max_prefill_tokens=1", "engine.share_images=false")
+    one_by_one = ("engine.max_slots=1", "engine.max_prefill_tokens=16", "engine.share_images=false")
     assert answer(some, tmp_path / "alone", *one_by_one) == answers[: len(some)]
     assert answer(some, tmp_path / "few", "engine.max_slots=7") == answers[: len(some)]
 
