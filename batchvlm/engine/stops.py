@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
 from batchvlm.errors import ErrorType
@@ -13,6 +12,11 @@ MIN_CYCLE_TOKENS = 512
 MIN_CYCLE_PERIODS = 16
 """A row is caught in a cycle of p <= MAX_PERIOD tokens when its last `max(MIN_CYCLE_TOKENS,
 MIN_CYCLE_PERIODS * p)` tokens are nothing else."""
+_MAX_BYTES = 4
+"""Of one character in UTF-8."""
+_HALF = "\ufffd"
+"""What tokens decode to that hold a character in part. Tokens of one byte each (`<0x0A>`) all do
+that stand in one row with such a part."""
 
 
 class RowStop:
@@ -40,7 +44,8 @@ class RowStop:
             # A stop string may begin and end inside tokens, so look at text, but only at its end:
             # no token of text adds less than a byte, hence as many as the longest has bytes.
             longest = max(len(stop.encode()) for stop in row.stop)
-            self._tail = deque[int](maxlen=longest + 1)
+            self._num_tail = longest + 1
+            self._said: list[int] = []
 
     @property
     def num_tokens(self) -> int:
@@ -106,13 +111,23 @@ class RowStop:
         """How much a stop string that this token completes takes off the text's end; 0: none."""
         if token in self._special_ids:
             return 0  # adds no text
-        self._tail.append(token)
+        self._said.append(token)
         if is_early:
             return 0
-        tail = list(self._tail)
-        text, before = self._tokenizer.decode(tail), self._tokenizer.decode(tail[:-1])
-        # Half a character decodes to U+FFFD, which the next token takes back.
-        num_old = len(before.rstrip("\ufffd"))
+        # Neither what is looked at begins, nor what was there before it ends, within a character.
+        tail = self._said[-self._num_tail :]
+        text = self._tokenizer.decode(tail)
+        for num_more in range(1, _MAX_BYTES):
+            if not text.startswith(_HALF):
+                break
+            tail = self._said[-self._num_tail - num_more :]
+            text = self._tokenizer.decode(tail)
+        before = _HALF
+        for num_new in range(1, _MAX_BYTES + 1):
+            if not before.endswith(_HALF):
+                break
+            before = self._tokenizer.decode(tail[:-num_new])
+        num_old = len(before.rstrip(_HALF))
         stops = self._row.stop
         starts = [text.find(stop, max(0, num_old - len(stop) + 1)) for stop in stops]
         return max((len(text) - start for start in starts if start >= 0), default=0)

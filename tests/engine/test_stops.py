@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from batchvlm.engine import stops
 from batchvlm.engine.stops import CycleDetector, RowStop
@@ -28,6 +30,34 @@ def push_all(stop: RowStop, ids: Sequence[int]) -> int | None:
 
 def answer(stop: RowStop) -> Completion:
     return stop.completion(7, 0.5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of_bytes() -> PreTrainedTokenizerFast:
+    """As Llama 2's and Mistral's: what has no token of its own is spelled in tokens of one byte."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *"abcde"]
+    core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>"))
+    core.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def spelled(tokenizer_of_bytes: Any, text: str) -> list[int]:
+    """A text's ids there; the decoder takes a space from its beginning."""
+    ids: list[int] = []
+    for char in " " + text:
+        own = tokenizer_of_bytes.get_vocab().get(char.replace(" ", "\u2581"))
+        ids += [own] if own is not None else [3 + byte for byte in char.encode()]
+    return ids
 
 
 class TestLimit:
@@ -111,6 +141,29 @@ class TestStopStrings:
         assert completion.token_ids == tuple(ids[:ends])
         assert (string in text) == (ends is not None)
         assert string not in completion.text
+
+    @settings(max_examples=200, deadline=None)
+    @given(
+        text=st.text("ab \n\u00e9\u554f\U0001f600", min_size=1, max_size=12),
+        string=st.text("ab \n\u00e9\u554f\U0001f600", min_size=1, max_size=2),
+        min_new_tokens=st.integers(0, 8),
+    )
+    @example(text="a\U0001f600\nb", string="\n", min_new_tokens=0)
+    @example(text="a\n\U0001f600b", string="\n", min_new_tokens=5)
+    def test_behind_characters_spelled_in_bytes(
+        self, tokenizer_of_bytes: Any, text: str, string: str, min_new_tokens: int
+    ) -> None:
+        ids = spelled(tokenizer_of_bytes, text)
+        asked = row(stop=(string,), min_new_tokens=min_new_tokens)
+        stop = RowStop(asked, frozenset(), tokenizer_of_bytes)
+
+        def num_ids(characters: int) -> int:
+            return len(spelled(tokenizer_of_bytes, text[:characters]))
+
+        ends = [i for i in range(1, len(text) + 1) if text[:i].endswith(string)]
+        end = next((i for i in ends if num_ids(i) >= min_new_tokens), None)
+        assert push_all(stop, ids) == (None if end is None else num_ids(end))
+        assert answer(stop).text == (text if end is None else text[: end - len(string)])
 
 
 def first_cycle(ids: Sequence[int]) -> int | None:
