@@ -261,10 +261,14 @@ def _spelled(tokenizer: Any, text: str) -> Sequence[int]:
     return ids
 
 
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids that a tokenizer leaves out of text with `skip_special_tokens`."""
+    # Among those that were added may be some that no attribute of the tokenizer names.
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
+
+
 def banned_ids(tokenizer: Any, num_ids: int) -> list[int]:
     """Special tokens and ids of no token, which a grammar could take for text."""
-    special = set(tokenizer.all_special_ids)
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special |= {i for i, token in added.items() if token.special}
     known = set(tokenizer.get_vocab().values())
-    return sorted(special | (set(range(num_ids)) - known))
+    return sorted(special_ids(tokenizer) | (set(range(num_ids)) - known))

@@ -18,7 +18,7 @@ from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, 
 
 from batchvlm.batching import group_by_length
 from batchvlm.config import BatchingConfig, ModelConfig
-from batchvlm.constraints.constraints import Constraints, Unconstrained
+from batchvlm.constraints.constraints import Constraints, Unconstrained, special_ids
 from batchvlm.constraints.masks import RowMatcher
 from batchvlm.engine.answers import expand, join
 from batchvlm.engine.choices import Choices
@@ -102,6 +102,7 @@ class GenerateEngine:
         self._model = model
         kind = model.config.model_type
         self._tokenizer = SpokenTokens(tokenizer) if kind in _SPEAKS_IN_TOKENS else tokenizer
+        self._special_ids = special_ids(self._tokenizer)
         self._takes_one_image = kind in ONE_IMAGE
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._eos_ids = eos_ids(model, tokenizer)
@@ -249,8 +250,8 @@ class GenerateEngine:
                 settings = replace(settings, min_new_tokens=0)
             sampler.admit(i, settings, sample.features["input_ids"])
         chosen = ChosenToken(sampler, matchers, self._constraints)
-        ends = frozenset(self._eos_ids)
-        stops = [RowStop(sample.generation, ends, self._tokenizer) for sample in samples]
+        known = frozenset(self._eos_ids), self._tokenizer, self._special_ids
+        stops = [RowStop(sample.generation, *known) for sample in samples]
         rows = [sample.row_index if sample.answer == 0 else None for sample in samples]
         criterion = RowStops(stops, chosen, self._eos_ids, rows=rows, on_token=self.on_token)
         generate = self.generate if self._team is None else partial(self._team.run, self.generate)

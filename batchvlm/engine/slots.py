@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from batchvlm.config import BatchingConfig, EngineConfig
-from batchvlm.constraints.constraints import Constraints, Unconstrained
+from batchvlm.constraints.constraints import Constraints, Unconstrained, special_ids
 from batchvlm.engine.answers import expand, join
 from batchvlm.engine.canary import Canary
 from batchvlm.engine.choices import Choices
@@ -83,6 +83,7 @@ class SlotEngine:
         self._constraints = constraints or Unconstrained()
         self._model = model
         self._tokenizer = tokenizer
+        self._special_ids = special_ids(tokenizer)
         self._batching = batching
         self._eos_ids = frozenset(eos_ids)
         self._suppress_ids = tuple(suppress_ids)
@@ -223,7 +224,7 @@ class SlotEngine:
             failure = Failure(error_type=error.error_type, message=error.message)
             self._ready.append((sample, failure))
             return
-        stop = RowStop(sample.generation, self._eos_ids, self._tokenizer)
+        stop = RowStop(sample.generation, self._eos_ids, self._tokenizer, self._special_ids)
         length = sample.prompt_tokens + sample.generation.max_new_tokens
         self._parked.append(Row(prepared, stop, length, sample.generation.max_new_tokens, matcher))
 

@@ -26,10 +26,18 @@ class RowStop:
         row: the row's settings.
         eos_ids: ids that end a sequence.
         tokenizer: the tokenizer that decodes the answer.
+        special_ids: ids that it leaves out of the text.
     """
 
-    def __init__(self, row: Generation, eos_ids: frozenset[int], tokenizer: Any) -> None:
+    def __init__(
+        self,
+        row: Generation,
+        eos_ids: frozenset[int],
+        tokenizer: Any,
+        special_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self._row = row
+        self._special_ids = special_ids
         self._eos_ids = frozenset[int]() if row.ignore_eos else eos_ids
         self._tokenizer = tokenizer
         self._ids: list[int] = []
@@ -40,7 +48,6 @@ class RowStop:
         heeds_cycles = row.stop_on_repetition and not row.ignore_eos
         self._cycle = CycleDetector() if heeds_cycles else None
         if row.stop:
-            self._special_ids = frozenset(tokenizer.all_special_ids)
             # A stop string may begin and end inside tokens, so look at text, but only at its end:
             # no token of text adds less than a byte, hence as many as the longest has bytes.
             longest = max(len(stop.encode()) for stop in row.stop)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from batchvlm.constraints.constraints import special_ids
 from batchvlm.engine import stops
 from batchvlm.engine.stops import CycleDetector, RowStop
 from batchvlm.errors import ErrorType
@@ -129,7 +131,8 @@ class TestStopStrings:
             start = data.draw(st.integers(0, len(text) - 1))
             string = text[start : start + data.draw(st.integers(1, 4))]
         ignoring = row(stop=(string,), ignore_eos=True)
-        stop = RowStop(ignoring, frozenset([tokenizer.eos_token_id]), tokenizer)
+        ends_at = frozenset([tokenizer.eos_token_id])
+        stop = RowStop(ignoring, ends_at, tokenizer, special_ids(tokenizer))
 
         def is_complete(n: int) -> bool:
             return string in tokenizer.decode(ids[:n], skip_special_tokens=True)
@@ -141,6 +144,18 @@ class TestStopStrings:
         assert completion.token_ids == tuple(ids[:ends])
         assert (string in text) == (ends is not None)
         assert string not in completion.text
+
+    @pytest.mark.parametrize(("string", "is_found"), [("is", True), ("|", False)])
+    def test_a_token_that_is_special_though_no_attribute_names_it_is_no_text(
+        self, folder: Any, string: str, is_found: bool
+    ) -> None:
+        changed = transformers.AutoTokenizer.from_pretrained(folder)
+        changed.add_tokens([AddedToken("<|reserved_7|>", special=True)])
+        reserved = changed.convert_tokens_to_ids("<|reserved_7|>")
+        i, s = (changed.convert_tokens_to_ids(c) for c in "is")
+        stop = RowStop(row(stop=(string,)), frozenset(), changed, special_ids(changed))
+        assert push_all(stop, [i, reserved, s]) == (3 if is_found else None)
+        assert answer(stop).text == ("" if is_found else "is")
 
     @settings(max_examples=200, deadline=None)
     @given(
