@@ -137,6 +137,8 @@ class ImageFeatures:
         self._users: dict[str, int] = {}
         self._idle: OrderedDict[str, int] = OrderedDict()
         """Bytes of what no row needs at the moment, the least recently used first."""
+        self._idle_bytes = 0
+        """Of all of it: rows come and go, and there may be thousands of images."""
         self._entries: dict[str, Sequence[Entry]] = {}
         self._failures: dict[str, Failure] = {}
         self._form: OutputForm | None = None
@@ -164,7 +166,7 @@ class ImageFeatures:
         """Count one more row that needs these units."""
         for unit in units:
             self._users[unit.key] = self._users.get(unit.key, 0) + 1
-            self._idle.pop(unit.key, None)
+            self._idle_bytes -= self._idle.pop(unit.key, 0)
 
     def release(self, units: Iterable[Unit]) -> None:
         """Count one row less; of what nobody needs, the latest is kept: a row may come yet."""
@@ -175,9 +177,12 @@ class ImageFeatures:
             del self._users[unit.key]
             self._failures.pop(unit.key, None)
             if unit.key in self._entries:
-                self._idle[unit.key] = sum(e.size_bytes for e in self._entries[unit.key])
-        while sum(self._idle.values()) > (_IDLE_BYTES if self._is_shared else 0):
-            key, _ = self._idle.popitem(last=False)
+                size_bytes = sum(entry.size_bytes for entry in self._entries[unit.key])
+                self._idle[unit.key] = size_bytes
+                self._idle_bytes += size_bytes
+        while self._idle_bytes > (_IDLE_BYTES if self._is_shared else 0):
+            key, size_bytes = self._idle.popitem(last=False)
+            self._idle_bytes -= size_bytes
             del self._entries[key]
 
     def missing(self, units: Iterable[Unit]) -> list[Unit]:

@@ -187,6 +187,11 @@ class TestEncoding:
         for units in several:
             images.release(units)
         assert [bool(images.missing(units)) for units in several] == [True, False, False]
+        # However often it was needed again, one counts once.
+        for _ in range(3):
+            images.retain(several[1])
+            images.release(several[1])
+        assert [bool(images.missing(units)) for units in several] == [True, False, False]
         # One that is needed again is not the next to go.
         images.retain(several[1])
         encode(images, several[0])
