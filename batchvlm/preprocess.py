@@ -138,6 +138,10 @@ class Preprocessor:
             assert pixels is not None, "a processor that makes bytes of some images only"
             features["pixel_values"] = pixels
         num_tokens = features["input_ids"].shape[-1]
+        if not num_tokens:
+            # Without a template, and a tokenizer that begins with no token. There is nothing to
+            # answer behind.
+            raise RowError(ErrorType.PROMPT, "the prompt is empty")
         num_image_tokens = 0
         if self._limits.image_token_id is not None:
             num_image_tokens = int((features["input_ids"] == self._limits.image_token_id).sum())

@@ -129,6 +129,16 @@ def test_a_prompt_is_never_truncated(vqa: Preprocessor) -> None:
     )
 
 
+def test_a_prompt_without_a_token_is_refused(
+    vqa: Preprocessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one is where nothing is asked, no template says more, and no token begins every prompt."""
+    nothing = {"input_ids": np.zeros((1, 0), np.float32)}
+    monkeypatch.setattr(vqa._chat, "encode", lambda *args: nothing)
+    found = failure(vqa, question="", images=[picture()])
+    assert (found.error_type, found.message) == (ErrorType.PROMPT, "the prompt is empty")
+
+
 def test_an_answer_gets_no_more_room_than_positions_are_left(vqa: Preprocessor) -> None:
     short = prepared(vqa, "?", picture())
     assert short.generation.max_new_tokens == 256
