@@ -41,6 +41,8 @@ class _Row:
     settings: Generation
     rng: np.random.Generator
     num_tokens: int = 0
+    uniform: float | None = None
+    """The number drawn for the next token: kept where memory is short before that is chosen."""
 
     @property
     def is_drawn(self) -> bool:
@@ -204,20 +206,25 @@ class RowSampler:
         is_finite_B = chosen_B.isfinite()
         if is_sound_B is not None:
             is_finite_B &= is_sound_B | ~batch.drawn_B
-        if batch.has_penalty:
-            assert self._seen_SV is not None
-            self._seen_SV.index_put_((batch.slots_B, ids_B), torch.ones_like(is_finite_B))
+        logprobs_B = chosen_B - logits_BV.logsumexp(-1) if batch.has_logprobs else None
+        is_seen_B = torch.ones_like(is_finite_B) if batch.has_penalty else None
+        counts_B = None
         if batch.has_count_penalty:
             assert self._counts_SV is not None
-            ones_B = torch.ones_like(ids_B, dtype=self._counts_SV.dtype)
-            self._counts_SV.index_put_((batch.slots_B, ids_B), ones_B, accumulate=True)
+            places_B = batch.slots_B * self._counts_SV.shape[1] + ids_B
+            counts_B = self._counts_SV.view(-1).index_select(0, places_B) + 1
+        # All that takes memory is done. From here on rows change; until here, what has raised can
+        # be called again, also for some of the rows, and chooses the same.
+        if is_seen_B is not None:
+            assert self._seen_SV is not None
+            self._seen_SV.index_put_((batch.slots_B, ids_B), is_seen_B)
+        if counts_B is not None:
+            assert self._counts_SV is not None
+            self._counts_SV.index_put_((batch.slots_B, ids_B), counts_B)
         for row in batch.rows:
             row.num_tokens += 1
-        return Choice(
-            ids_B=ids_B,
-            logprobs_B=chosen_B - logits_BV.logsumexp(-1) if batch.has_logprobs else None,
-            is_finite_B=is_finite_B,
-        )
+            row.uniform = None
+        return Choice(ids_B=ids_B, logprobs_B=logprobs_B, is_finite_B=is_finite_B)
 
     def _batch_of(self, slots: Sequence[int] | slice) -> _Batch:
         key = slots if isinstance(slots, slice) else tuple(slots)
@@ -274,9 +281,10 @@ class RowSampler:
         for slot in batch.slots:
             if slot in self._prompts:
                 # Some models keep their image placeholder above the ids that they can answer.
-                ids = self._prompts.pop(slot)
+                ids = self._prompts[slot]
                 ids_T = self._to_device(ids[(ids >= 0) & (ids < num_ids)], torch.long)
                 self._seen_SV[slot].zero_().index_fill_(0, ids_T, True)
+                del self._prompts[slot]
         # As in CTRL (Keskar et al. 2019) and transformers: divide what is above 0, multiply below.
         penalised_BV = torch.where(
             scores_BV > 0, scores_BV / batch.penalty_B1, scores_BV * batch.penalty_B1
@@ -290,8 +298,8 @@ class RowSampler:
             self._counts_SV = torch.zeros(shape, dtype=torch.int32, device=self._device)
         for slot in batch.slots:
             if slot in self._uncounted:
-                self._uncounted.remove(slot)
                 self._counts_SV[slot].zero_()
+                self._uncounted.remove(slot)
         # As OpenAI's API defines them: over the answer so far, not the prompt.
         counts_BV = self._counts_SV.index_select(0, batch.slots_B)
         taken_BV = counts_BV * batch.frequency_B1 + (counts_BV > 0) * batch.presence_B1
@@ -308,7 +316,10 @@ class RowSampler:
         """A token of each row, and whether its probabilities were numbers."""
         cumulated_BV = scores_BV.softmax(-1).cumsum(-1)
         total_B1 = cumulated_BV[:, -1:]
-        uniform = [row.rng.random() if row.is_drawn else 0.0 for row in rows]
+        for row in rows:
+            if row.is_drawn and row.uniform is None:
+                row.uniform = row.rng.random()
+        uniform = [row.uniform if row.uniform is not None else 0.0 for row in rows]
         uniform_B1 = self._to_device(uniform, torch.float32)[:, None]
         # Below the total, also where rounding makes the product equal to it: beyond the last step
         # there is no token, and a step of height 0 is never found.

@@ -507,3 +507,53 @@ def test_count_penalties_move_and_end_with_their_row() -> None:
     rows.admit(0, strict, np.array([[0]]))
     rows.move(0, 1)
     assert tokens_of(rows.choose(logits_BV, [1])) == [0]
+
+
+class OutOfMemory(TorchDispatchMode):
+    """Raises at one of the operations that make tensors; -1: counts them."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.num = at, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not func._schema.is_mutable:
+            self.num += 1
+            if self.num - 1 == self.at:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return func(*args, **(kwargs or {}))
+
+
+def test_where_memory_was_short_the_same_is_chosen_by_halves() -> None:
+    every = [
+        row(seed=3, logprobs=True),
+        row(seed=4, repetition_penalty=1.7, top_k=5),
+        row(temperature=0.0, frequency_penalty=1.5, presence_penalty=0.5),
+        row(seed=5, temperature=3.0, min_new_tokens=3, min_p=0.01),
+    ]
+    prompts = [[0], [1, 2], [0], [0]]
+    logits_BV = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    whole = sampler(every, prompts)
+    expected = [tokens_of(whole.choose(logits_BV, slice(4))) for _ in range(6)]
+
+    def said(at: int, *, step: int) -> tuple[list[list[int]], int]:
+        rows = sampler(every, prompts)
+        tokens = [tokens_of(rows.choose(logits_BV, slice(4))) for _ in range(step)]
+        short = OutOfMemory(at)
+        try:
+            with short:
+                choice = rows.choose(logits_BV, slice(4))
+            tokens.append(tokens_of(choice))
+        except torch.OutOfMemoryError:
+            halves = [rows.choose(logits_BV[half], half) for half in (slice(2), slice(2, 4))]
+            tokens.append([token for half in halves for token in tokens_of(half)])
+        tokens += [tokens_of(rows.choose(logits_BV, slice(4))) for _ in range(5 - step)]
+        return tokens, short.num
+
+    for step in (0, 2):
+        counted, num = said(-1, step=step)
+        assert counted == expected and num > 20
+        for at in range(num):
+            assert said(at, step=step)[0] == expected, (step, at)
