@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from batchvlm.engine.faults import is_oom
 from batchvlm.engine.layout import KeysValues
 
 # Shape legend: as in attention.py; N slots of the cache, B <= N of them in use.
@@ -179,6 +180,8 @@ class SlotCache(Cache):
             )
             for (heads, size), num in groups.items()
         }
+        # Two launches for a row instead of two for each layer.
+        self._is_put_whole = first.is_cuda and len(self._stacks) == 1
         self._places = places
         self._slotted = []
         for pair in places:
@@ -210,10 +213,10 @@ class SlotCache(Cache):
         start = 0
         for piece in pieces:
             stop = start + piece.length
-            if len(self._stacks) == 1 and piece.layers[0][0].is_cuda:
-                # Two launches instead of two for each layer.
+            whole = _whole(piece) if self._is_put_whole else None
+            if whole is not None:
                 (stack,) = self._stacks.values()
-                stack[:, slot, :, start:stop] = torch.stack([x for kv in piece.layers for x in kv])
+                stack[:, slot, :, start:stop] = whole
             else:
                 for layer, row in zip(self._slotted, piece.layers, strict=True):
                     for mine, its in zip(layer.slots, row, strict=True):
@@ -236,3 +239,13 @@ class SlotCache(Cache):
         for stack in self._stacks.values():
             stack[:, target, :, :length] = stack[:, source, :, :length]
             stack[:, target, :, length:] = 0
+
+
+def _whole(piece: RowCache) -> Tensor | None:
+    """Keys and values of all layers in one stack; None where there is no memory for that."""
+    try:
+        return torch.stack([x for layer in piece.layers for x in layer])
+    except Exception as error:
+        if not is_oom(error):
+            raise
+        return None

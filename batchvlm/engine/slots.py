@@ -240,21 +240,28 @@ class SlotEngine:
             assert self._room.cache is not None
             row = self._parked.popleft()
             slot = len(self._rows)
-            self._room.cache.put(slot, row.prepared.pieces)
+            try:
+                self._room.cache.put(slot, row.prepared.pieces)
+            except Exception as error:
+                if not is_oom(error):
+                    raise
+                self._end(row, failure_of(error))
+                continue
+            row.prepared.pieces = []
             sample = row.sample
             self._sampler.admit(slot, row.settings, sample.features["input_ids"][0])
             self._rows.append(row)
-        rows = self._rows[first:]
-        if not rows:
-            return
-        stop = len(self._rows)
-        prompts = [row.prepared.prompt for row in rows]
-        self._stepping.admit(first, prompts)
+        if len(self._rows) > first:
+            self._choose(first, len(self._rows))
+            self._compact()
+
+    def _begin_rows(self, start: int, rows: Sequence[Row]) -> Tensor:
+        """Logits [B, V] behind the prompts of rows in neighbouring slots, which give these up."""
+        self._stepping.admit(start, [row.prepared.prompt for row in rows])
         logits_BV = torch.stack([row.prepared.logits_V for row in rows])
         for row in rows:
             row.prepared.forget()
-        self._choose(first, stop, logits_BV)
-        self._compact()
+        return logits_BV
 
     def _has_slot_for(self, row: Row) -> bool:
         """See to it that there is a free slot, long enough for this row; else False."""
@@ -320,12 +327,22 @@ class SlotEngine:
         self._step_in_parts(middle, stop)
 
     def _choose(
-        self, start: int, stop: int, logits_BV: Tensor, mask_BW: Tensor | None = None
+        self,
+        start: int,
+        stop: int,
+        logits_BV: Tensor | None = None,
+        mask_BW: Tensor | None = None,
     ) -> None:
-        """Choose the next token of slots `start` to `stop`, in halves where memory is short."""
+        """Choose the next token of slots `start` to `stop`, in halves where memory is short.
+
+        Without logits it is their first.
+        """
+        rows = self._rows[start:stop]
         if mask_BW is None:
-            mask_BW = self._mask_of(self._rows[start:stop])
+            mask_BW = self._mask_of(rows)
         try:
+            if logits_BV is None:
+                logits_BV = self._begin_rows(start, rows)
             choice = self._sampler.choose(logits_BV, slice(start, stop), mask_BW=mask_BW)
         except Exception as error:
             if not is_oom(error):
@@ -341,8 +358,9 @@ class SlotEngine:
         middle = (start + stop) // 2
         for first, behind in ((start, middle), (middle, stop)):
             half = slice(first - start, behind - start)
+            logits = None if logits_BV is None else logits_BV[half]
             mask = None if mask_BW is None else mask_BW[half]
-            self._choose(first, behind, logits_BV[half], mask)
+            self._choose(first, behind, logits, mask)
 
     def _mask_of(self, rows: Sequence[Row]) -> Tensor | None:
         """Which tokens these rows may say next; None: any."""

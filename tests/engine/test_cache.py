@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from batchvlm.engine.cache import PackedCache, RowCache, SlotCache
@@ -48,6 +51,24 @@ def test_pieces_are_put_behind_one_another_and_read_back() -> None:
     before = cache.row(1, 6)
     cache.put(1, [other])
     assert_equal(before, first.joined(second))
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+def test_a_row_is_put_whole_where_there_is_memory_for_that(
+    is_short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = SlotCache(row(1), num_slots=2, length=8)
+    cache._is_put_whole = True  # as on a GPU
+    pieces = [row(2, 1), row(4, 2)]
+    expected = pieces[0].joined(pieces[1])
+
+    def stack(tensors: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    if is_short:
+        monkeypatch.setattr(torch, "stack", stack)
+    cache.put(1, pieces)
+    assert_equal(cache.row(1, 6), expected)
 
 
 def test_a_slot_is_moved_and_nothing_else() -> None:

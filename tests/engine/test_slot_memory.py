@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -133,6 +134,26 @@ class TestMemory:
             outcomes = run(engine, asked(small, rows))
         check(outcomes, answers(small, rows), [True] * 6)
         assert all(o.error_type is ErrorType.OOM for o in outcomes if isinstance(o, Failure))
+
+    @pytest.mark.parametrize(
+        ("owner", "name", "num_lost"), [(torch, "stack", 0), (room.SlotCache, "put", 1)]
+    )
+    def test_a_moment_without_memory_while_rows_come_into_slots(
+        self, small: Loaded, owner: Any, name: str, num_lost: int
+    ) -> None:
+        rows = [(QUESTIONS[0], i % 2, limit) for i, limit in enumerate((3, 7, 4, 8))]
+        calls: list[int] = []
+
+        def is_first(*args: Any, **kwargs: Any) -> bool:
+            calls.append(1)
+            return len(calls) == 1
+
+        with failing(owner, name, is_first, OUT_OF_MEMORY) as raised:
+            outcomes = run(small.slots(eos=[]), asked(small, rows))
+        assert raised
+        is_lost = [isinstance(outcome, Failure) for outcome in outcomes]
+        assert sum(is_lost) == num_lost
+        check(outcomes, answers(small, rows), is_lost)
 
     def test_a_prompt_that_fits_only_alone_waits_for_the_others(self, small: Loaded) -> None:
         long, short = QUESTIONS[11], QUESTIONS[0]
