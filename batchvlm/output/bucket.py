@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -161,14 +161,16 @@ class Bucket:
         *,
         replace: bool,
         check: Callable[[], None],
+        hold: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> bool:
         buffer = io.BytesIO()
         write(buffer)
-        check()
-        for path in [path for path in self._lines if path.parent == final.parent]:
-            # A time line grows with the counts that are put beside it.
-            self._put(path, bytes(self._lines[path]), replace=True)
-        return self._put(final, buffer.getvalue(), replace=replace)
+        with hold():
+            check()
+            for path in [path for path in self._lines if path.parent == final.parent]:
+                # A time line grows with the counts that are put beside it.
+                self._put(path, bytes(self._lines[path]), replace=True)
+            return self._put(final, buffer.getvalue(), replace=replace)
 
     def _put(self, path: Path, content: bytes, *, replace: bool) -> bool:
         options: dict[str, Any] = {} if replace else {"mode": "create"}

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -112,6 +112,7 @@ class Disk:
         *,
         replace: bool,
         check: Callable[[], None],
+        hold: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> bool:
         # A name of its own for every file: two attempts, or two ranks forked from one process,
         # may write the same part at the same time.
@@ -125,9 +126,10 @@ class Disk:
                 # A rename survives a killed process, not a lost node: without fsync the name
                 # can reach the disk before the bytes, and resume would trust it.
                 os.fsync(file.fileno())
-            check()
-            is_ours = _publish(aside, final, replace=replace)
-            sync_folder(final.parent)
+            with hold():
+                check()
+                is_ours = _publish(aside, final, replace=replace)
+                sync_folder(final.parent)
         finally:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -50,11 +50,13 @@ class Files(Protocol):
         *,
         replace: bool,
         check: Callable[[], None],
+        hold: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> bool:
         """Let `final` be there completely, or as it was; see `OutputFolder.commit_file`.
 
         Args:
             check: called at the last moment; what it raises keeps the file from being there.
+            hold: what to be in from the last check until the file is there: a lock.
         """
 
     def append(self, path: Path, line: bytes) -> None:

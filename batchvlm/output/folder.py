@@ -45,6 +45,10 @@ class Part:
     path: Path
 
 
+class _IsThere(Exception):
+    """Another process was faster."""
+
+
 class OutputFolder:
     """The output folder on a disk, or a prefix in an object store.
 
@@ -293,6 +297,31 @@ class OutputFolder:
         """
         try:
             return self._files.commit(write, final, replace=replace, check=self.check_claim)
+        except OSError as error:
+            raise output_error("write", final, error) from error
+
+    def commit_part(self, write: Callable[[BinaryIO], object], index: int, num_shards: int) -> bool:
+        """Write a shard's first part, unless a part with its rows is there by then.
+
+        Returns:
+            Whether it is this one that is there.
+
+        Raises:
+            OutputError: the file system refuses, or the folder is not this run's any more.
+        """
+        final = self.part(index, num_shards)
+
+        def check() -> None:
+            self.check_claim()
+            if self.find_part(index, num_shards) is not None:
+                raise _IsThere
+
+        try:
+            # Writing may take any time. Under the lock nothing is retried, compacted or overwritten
+            # between the last look and the rename.
+            return self._files.commit(write, final, replace=False, check=check, hold=self.lock)
+        except _IsThere:
+            return False
         except OSError as error:
             raise output_error("write", final, error) from error
 

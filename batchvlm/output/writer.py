@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -196,19 +197,22 @@ class ShardWriter:
         num_missing = self._shard.num_rows - len(self._rows)
         assert num_missing == 0, f"shard {self._shard.index} lacks {num_missing} rows"
         part = self._folder.find_part(self._shard.index, self._num_shards)
-        if part is not None:
-            if self._is_retry or self.attempts:
-                self._renew()
-            self._folder.remove_segments(self._shard.index)
-            return part.path
-        try:
-            self._write_part(self._segments)
-        except UnreadableSegment as error:
-            # Whoever finishes a shard removes its segments, also those of other writers.
-            if not self._folder.exists(self._part):
-                raise _lost_segment(error) from error
+        if part is None:
+            lost: UnreadableSegment | None = None
+            try:
+                if self._write_part(self._segments):
+                    self._folder.remove_segments(self._shard.index)
+                    return self._part
+            except UnreadableSegment as error:
+                # Whoever finishes a shard removes its segments, also those of other writers.
+                lost = error
+            part = self._folder.find_part(self._shard.index, self._num_shards)
+            if part is None:
+                raise _lost_segment(lost or UnreadableSegment(f"{self._part} was removed"))
+        if self._is_retry or self.attempts:
+            self._renew()
         self._folder.remove_segments(self._shard.index)
-        return self._part
+        return part.path
 
     def _find_rows(self) -> None:
         """Read what is on disk, and tell rows that count as answered from the others."""
@@ -260,15 +264,24 @@ class ShardWriter:
                     raise _lost_segment(error) from error
             self._folder.remove_segments(self._shard.index, is_retry=True, only=known)
 
-    def _write_part(self, segments: Sequence[Segment], *, into: Path | None = None) -> None:
-        """Write the part, or a merged one (`into`) with this shard's rows anew."""
+    def _write_part(self, segments: Sequence[Segment], *, into: Path | None = None) -> bool:
+        """Write the first part, or the one that is there (`into`, it may be merged) anew.
+
+        Returns:
+            False where another process has just put a first part there.
+        """
         pending, schema = self._pending_table(), self._schema
         tables = in_order(self._folder, segments, pending, self._shard, schema)
         if into is not None and into != self._part:
             tables = around(self._folder, into, self._shard, tables)
             schema = schema.with_metadata(pq.read_schema(into).metadata)
-        final = into or self._part
-        self._folder.commit_file(lambda file: write_tables(tables, file, schema), final)
+
+        def write(file: BinaryIO) -> None:
+            write_tables(tables, file, schema)
+
+        if into is None:
+            return self._folder.commit_part(write, self._shard.index, self._num_shards)
+        return self._folder.commit_file(write, into)
 
     def _pending_table(self) -> pa.Table:
         rows = sorted(self._pending, key=lambda result: result.row)
