@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 from batchvlm.config import RetryConfig
 from batchvlm.errors import OutputError
-from batchvlm.output.folder import OutputFolder, new_attempt
+from batchvlm.output.folder import OutputFolder, Part, new_attempt
 from batchvlm.output.schema import Provenance, to_table
 from batchvlm.output.segments import (
+    FINGERPRINT_KEY,
     Segment,
     UnreadableSegment,
     around,
@@ -118,7 +119,7 @@ class ShardWriter:
         self._retry = retry
         self._clock = clock
 
-        self._is_finished = folder.find_part(shard.index, num_shards) is not None
+        self._is_finished = self._find_part() is not None
         # Rows of a finished shard that are answered again wait in a folder of their own: whoever
         # does not retry neither reads nor removes them.
         self._is_retry = self._is_finished and bool(retry.errors)
@@ -196,7 +197,7 @@ class ShardWriter:
         """
         num_missing = self._shard.num_rows - len(self._rows)
         assert num_missing == 0, f"shard {self._shard.index} lacks {num_missing} rows"
-        part = self._folder.find_part(self._shard.index, self._num_shards)
+        part = self._find_part()
         if part is None:
             lost: UnreadableSegment | None = None
             try:
@@ -206,13 +207,33 @@ class ShardWriter:
             except UnreadableSegment as error:
                 # Whoever finishes a shard removes its segments, also those of other writers.
                 lost = error
-            part = self._folder.find_part(self._shard.index, self._num_shards)
+            part = self._find_part()
             if part is None:
                 raise _lost_segment(lost or UnreadableSegment(f"{self._part} was removed"))
         if self._is_retry or self.attempts:
             self._renew()
         self._folder.remove_segments(self._shard.index)
         return part.path
+
+    def _find_part(self) -> Part | None:
+        """The part that holds the shard, if it is there; its footer says whose it is."""
+        part = self._folder.find_part(self._shard.index, self._num_shards)
+        if part is None:
+            return None
+        try:
+            with self._folder.open(part.path) as file:
+                marks = pq.ParquetFile(file).schema_arrow.metadata or {}
+        except FileNotFoundError:
+            return part  # `compact` has just put another one into its place
+        except (OSError, pa.ArrowException) as error:
+            raise _damaged(part, error) from error
+        if marks.get(FINGERPRINT_KEY) != self._schema.metadata[FINGERPRINT_KEY]:
+            # Left by the run that was overwritten, where the file system has no locks.
+            raise OutputError(
+                f"{part.path} is of another run",
+                hint="delete it and run the same command again: its rows are computed again",
+            )
+        return part
 
     def _find_rows(self) -> None:
         """Read what is on disk, and tell rows that count as answered from the others."""
@@ -237,10 +258,7 @@ class ShardWriter:
         try:
             return [inspect(self._folder, part.path, self._shard, self._schema, merged=merged)]
         except UnreadableSegment as error:
-            raise OutputError(
-                f"cannot read {part.path}: {error}",
-                hint="delete the file and run the same command again: its rows are computed again",
-            ) from error
+            raise _damaged(part, error) from error
 
     def _renew(self) -> None:
         """Put rows that were answered again in their places in the part."""
@@ -286,6 +304,13 @@ class ShardWriter:
     def _pending_table(self) -> pa.Table:
         rows = sorted(self._pending, key=lambda result: result.row)
         return to_table(rows, self._schema, self._provenance)
+
+
+def _damaged(part: Part, error: Exception) -> OutputError:
+    return OutputError(
+        f"cannot read {part.path}: {error}",
+        hint="delete the file and run the same command again: its rows are computed again",
+    )
 
 
 def _lost_segment(error: UnreadableSegment) -> OutputError:

@@ -138,3 +138,21 @@ def test_its_part_is_not_the_next_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert "was given to another run" in str(refused[0])
     assert set(read_data(folder)["generated_text"].to_pylist()) == {"new"}
     assert verify(folder).faults == []
+
+
+def test_where_there_are_no_locks_its_part_is_known_for_another_runs(tmp_path: Path) -> None:
+    """It may look for run.json just before that is replaced, and rename just after."""
+    old = finish(tmp_path / "old", "old").part(1, NUM_SHARDS)
+    folder, run = start(tmp_path / "new", "new")
+    writer = open_filled(folder, run.plan[1], run, generated_text="new")
+    late = folder.part(1, NUM_SHARDS)
+    late.parent.mkdir()
+    late.write_bytes(old.read_bytes())
+    with pytest.raises(OutputError, match="is of another run"):
+        writer.commit()
+    with pytest.raises(OutputError, match="is of another run"):
+        open_filled(folder, run.plan[1], run)
+    late.unlink()
+    finish(tmp_path / "new", "new")
+    assert set(read_data(folder)["generated_text"].to_pylist()) == {"new"}
+    assert verify(folder).faults == []
