@@ -33,6 +33,7 @@ _CATEGORIES = {
     TaskName.caption: "image-to-text",
     TaskName.vqa: "visual-question-answering",
     TaskName.extract: "image-text-to-text",
+    TaskName.dialog: "image-text-to-text",
 }
 _SIZES = (
     (10**3, "n<1K"),

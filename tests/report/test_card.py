@@ -9,11 +9,20 @@ import datasets
 import pytest
 from huggingface_hub import DatasetCard
 
+from batchvlm.config import TaskName
 from batchvlm.output.schema import output_schema
 from batchvlm.report.card import MARK, MEANINGS, card, write_card, write_finished_card
 from batchvlm.report.outputs import Output
 from tests.report.conftest import answer
 from tests.report.make import make_output
+
+NEEDED = {
+    TaskName.caption: [],
+    TaskName.vqa: [],
+    TaskName.extract: ["task.output.choice=[yes,no]"],
+    TaskName.dialog: ["data.columns.turns=talk"],
+}
+"""Settings that a task does not go without."""
 
 
 def test_the_header_is_what_the_hub_expects(output: Output) -> None:
@@ -39,6 +48,18 @@ def test_it_says_what_is_there(output: Output) -> None:
     assert "```text\n{{ question }}\n```" in text
     assert "| `generation.max_new_tokens` | 256 |" in text
     assert "| `generated_text` | `string` | the answer; null where there is none |" in text
+
+
+@pytest.mark.parametrize("task", TaskName)
+def test_every_task_has_a_card(tmp_path: Path, source: Path, task: TaskName) -> None:
+    output = make_output(
+        tmp_path / "out", source, answer, f"task={task.value}", *NEEDED[task], name="run"
+    )
+    text = card(output)
+    assert len(DatasetCard(text).data.to_dict()["task_categories"]) == 1
+    assert f"| Task | {task.value} |" in text
+    turns = "Prompts are the user turns of the column `talk`."
+    assert (turns in text) == (task is TaskName.dialog) != ("## Prompt" in text)
 
 
 def test_every_column_has_a_meaning() -> None:
