@@ -36,7 +36,7 @@ from batchvlm.records import (
     Sample,
     Shard,
 )
-from batchvlm.report.card import write_finished_card
+from batchvlm.report.card import complete_card, write_finished_card, write_first_card
 from batchvlm.report.redact import redact_all
 from batchvlm.runtime.claims import TALK_EVERY_S, Peers, claim_shards
 from batchvlm.runtime.launch import find_launch
@@ -132,6 +132,8 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
                 num_mine = metrics.num_found + metrics.num_rows
                 _check_complete(job, mine, peers)
             write_finished_card(job.folder)
+    else:
+        complete_card(job.folder)
     return Summary(
         folder=job.folder,
         num_rows=sum(shard.num_rows for shard in job.run.plan),
@@ -271,6 +273,8 @@ def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine
         # Rows are read and prepared while the model loads.
         engine = engine or _load(cfg, rank, work.followers)
         save_run(job.folder, job.run)
+        if rank.index == 0:
+            write_first_card(job.folder, job.run, job.schema)
         metrics.start_s = time.perf_counter() - start
         ready.wait_s = 0.0
         start = time.perf_counter()

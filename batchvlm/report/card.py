@@ -19,7 +19,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from batchvlm import __version__
 from batchvlm.config import JobConfig, TaskName
+from batchvlm.errors import OutputError
 from batchvlm.output.folder import OutputFolder
+from batchvlm.output.run_file import RunFile
 from batchvlm.report.outputs import Output, job_config, open_output
 from batchvlm.report.redact import redact, redact_all
 
@@ -29,6 +31,7 @@ _MAX_PARTS = 5000
 """The card counts all rows: of more parts, the last process of a job would be at it for long."""
 
 MARK = "<!-- Written by batchvlm, which writes it anew; without this line the file is yours. -->"
+_UNFINISHED = "The job was not finished when this was written"
 _CATEGORIES = {
     TaskName.caption: "image-to-text",
     TaskName.vqa: "visual-question-answering",
@@ -73,6 +76,34 @@ MEANINGS = {
 }
 # What an answer depends on; paths of this machine are none of a reader's business.
 _GROUPS = ("model", "generation")
+
+
+def write_first_card(folder: OutputFolder, run: RunFile, schema: pa.Schema) -> None:
+    """Write a card that counts no rows yet, unless one of this run is there.
+
+    By its header `load_dataset` reads `data` while the job is at work. Never in the way of the run.
+    """
+    path = folder.root / "README.md"
+    try:
+        old = folder.read_bytes(path)
+        if old is not None and (MARK.encode() not in old or run.fingerprint.encode() in old):
+            return
+        text = card(Output(folder=folder, run=run, parts=[], schema=schema))
+        data = text.encode("utf-8", "replace")
+        folder.commit_file(lambda file: file.write(data), path, replace=old is not None)
+    except Exception as error:
+        log.warning("no dataset card yet: %s", error)
+
+
+def complete_card(folder: OutputFolder) -> None:
+    """Write the card that a kill after the last part left undone. Never in the way of the run."""
+    try:
+        old = folder.read_bytes(folder.root / "README.md")
+    except OutputError as error:
+        log.warning("no dataset card: %s", error)
+        return
+    if old is None or (MARK.encode() in old and _UNFINISHED.encode() in old):
+        write_finished_card(folder)
 
 
 def write_finished_card(folder: OutputFolder) -> None:
@@ -133,6 +164,7 @@ def card(output: Output, *, features: Sequence[dict[str, Any]] | None = None) ->
         input=_input_name(cfg),
         num_rows=num_rows,
         num_planned=output.num_planned,
+        unfinished=_UNFINISHED,
         statuses=statuses,
         errors=errors.most_common(),
         tokens=tokens,

@@ -11,7 +11,15 @@ from huggingface_hub import DatasetCard
 
 from batchvlm.config import TaskName
 from batchvlm.output.schema import output_schema
-from batchvlm.report.card import MARK, MEANINGS, card, write_card, write_finished_card
+from batchvlm.report.card import (
+    MARK,
+    MEANINGS,
+    card,
+    complete_card,
+    write_card,
+    write_finished_card,
+    write_first_card,
+)
 from batchvlm.report.outputs import Output
 from tests.report.conftest import answer
 from tests.report.make import make_output
@@ -115,6 +123,43 @@ def test_only_a_finished_job_gets_one_and_somebody_elses_stays(
     assert MARK in readme.read_text()
     readme.write_text("mine")
     assert write_card(finished) is None and readme.read_text() == "mine"
+
+
+def test_the_first_card_reads_what_is_there_so_far(tmp_path: Path, source: Path) -> None:
+    rows = "output.rows_per_shard=16"
+    root = tmp_path / "out"
+    output = make_output(root, source, answer, rows, leave_out=[1])
+    write_first_card(output.folder, output.run, output_schema([]))
+    readme = root / "README.md"
+    text = readme.read_text()
+    assert "not finished when this was written: rows so far, 0 of 60" in text
+    assert "| `generated_text` | `string` |" in text
+    cache = str(tmp_path / "cache")
+    found = datasets.load_dataset(str(root), split="train", cache_dir=cache)
+    assert len(found) == 44
+    complete_card(output.folder)
+    assert readme.read_text() == text
+    finished = make_output(root, source, answer, rows)
+    complete_card(finished.folder)
+    whole = readme.read_text()
+    assert "60 rows, one for every row" in whole
+    # Started again, to answer failed rows, say.
+    write_first_card(finished.folder, finished.run, output_schema([]))
+    assert readme.read_text() == whole
+
+
+def test_the_first_card_takes_the_place_of_another_runs_and_of_nobody_elses(
+    tmp_path: Path, source: Path
+) -> None:
+    output = make_output(tmp_path / "out", source, answer)
+    readme = tmp_path / "out" / "README.md"
+    readme.write_text(f"{MARK}\nof the run that was overwritten")
+    write_first_card(output.folder, output.run, output_schema([]))
+    assert output.run.fingerprint in readme.read_text()
+    readme.write_text("mine")
+    write_first_card(output.folder, output.run, output_schema([]))
+    complete_card(output.folder)
+    assert readme.read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_read_is_a_warning(
