@@ -6,11 +6,10 @@ import ctypes
 import errno
 import logging
 import os
-import shutil
 import sys
 from pathlib import Path
 
-from batchvlm.output.disk import output_error, sync_folder
+from batchvlm.output.disk import new_attempt, output_error, sync_folder
 from batchvlm.output.folder import OutputFolder
 
 logger = logging.getLogger(__name__)
@@ -23,7 +22,7 @@ _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 def exchange_data(folder: OutputFolder, aside: Path) -> None:
     """Let `aside` take the place of `data`; only under `folder.lock()`.
 
-    What was `data` is at `aside` then, or gone.
+    What was `data` is at `aside` then.
 
     Raises:
         OSError: the file system refuses; `data` is as it was, or `restore_data` makes it so.
@@ -41,10 +40,8 @@ def exchange_data(folder: OutputFolder, aside: Path) -> None:
         except OSError:
             os.rename(old, folder.data)
             raise
-        sync_folder(folder.root)
-        sync_folder(folder.inner)
-        shutil.rmtree(old)
-        return
+        # Under this name it is nothing to restore.
+        os.rename(old, aside)
     sync_folder(folder.root)
     sync_folder(folder.inner)
 
@@ -75,8 +72,19 @@ def restore_data(folder: OutputFolder) -> None:
     if not folder.is_local:
         return
     try:
-        for old in sorted(folder.inner.glob("compact-*.old")):
-            if not folder.data.exists():
+        if not any(folder.inner.glob("compact-*.old")):
+            return
+        # Whoever is at it right now holds the lock.
+        with folder.lock():
+            for old in sorted(folder.inner.glob("compact-*.old")):
+                aside = old.with_suffix("")
+                if folder.data.exists() and not aside.exists():
+                    # Killed after both steps: nobody needs the old parts any more.
+                    os.rename(old, aside)
+                    continue
+                if folder.data.exists():
+                    # Between them. Then a late writer made `data` anew: its rows are in `old` too.
+                    os.rename(folder.data, folder.inner / f"compact-{new_attempt()}")
                 os.rename(old, folder.data)
                 sync_folder(folder.root)
                 logger.warning("%s: an interrupted compact was undone", folder.root)

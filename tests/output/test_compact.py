@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,7 @@ def names(folder: OutputFolder) -> list[str]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the system call that exchanges folders, and where the file system has none."""
     if request.param == "two steps":
-
-        def refuse(first: Path, second: Path) -> None:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-
-        monkeypatch.setattr(exchange_module, "exchange", refuse)
+        monkeypatch.setattr(exchange_module, "exchange", refuse_exchange)
     return str(request.param)
 
 
@@ -123,10 +120,11 @@ def test_an_unfinished_job_is_refused(tmp_path: Path) -> None:
 def test_a_live_writer_adds_nothing_to_merged_parts(tmp_path: Path) -> None:
     """Another process may still be at a shard that was finished and merged meanwhile."""
     folder = job(tmp_path, stop_after=6)
-    run = make_plan(NUM_SHARDS, NUM_ROWS)
-    about = Provenance(model="m", fingerprint="f", run_id="r")
-    late = ShardWriter(folder, run[6], NUM_SHARDS, SCHEMA, about, flush_every_s=1e9)
-    late.add(make_result(run[6], 0))
+    run = read_run(folder)
+    assert run is not None
+    about = Provenance(model="m", fingerprint=run.fingerprint, run_id="r")
+    late = ShardWriter(folder, run.plan[6], NUM_SHARDS, SCHEMA, about, flush_every_s=1e9)
+    late.add(make_result(run.plan[6], 0))
     job(tmp_path)
     compact(folder, target_rows=80)
     assert late.commit() == folder.data / "part-00000-to-00006-of-00007.parquet"
@@ -213,6 +211,69 @@ def test_two_retries_of_one_merged_part(tmp_path: Path) -> None:
     assert read_data(folder)["attempts"].to_pylist().count(2) == 4
     assert read_data(folder)["row_index"].to_pylist() == list(range(25))
     assert set(read_data(folder)["status"].to_pylist()) == {"success"}
+
+
+def refuse_exchange(first: Path, second: Path) -> None:
+    """What a file system says that cannot exchange two folders: NFS."""
+    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
+def kill_compact(
+    folder: OutputFolder, monkeypatch: pytest.MonkeyPatch, *, after_renames: int
+) -> None:
+    """Merge all parts in two steps, and die after so many renames of folders."""
+    rename = os.rename
+    left = [None] * after_renames
+
+    def die(first: Path, second: Path) -> None:
+        if not left:
+            raise Killed
+        left.pop()
+        rename(first, second)
+
+    def leave(path: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exchange_module, "exchange", refuse_exchange)
+        patch.setattr(os, "rename", die)
+        patch.setattr(shutil, "rmtree", leave)
+        with pytest.raises(Killed):
+            compact(folder, target_rows=80)
+
+
+@pytest.mark.parametrize("after_renames", [2, 3])
+def test_old_parts_that_a_kill_left_come_back_into_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_renames: int
+) -> None:
+    kill_compact(job(tmp_path), monkeypatch, after_renames=after_renames)
+    about: dict[str, Any] = {"layout": {}, "settings": {}, "packages": {}}
+    about |= {"identity": {"prompt": "another"}, "plan": make_plan(NUM_SHARDS, NUM_ROWS)}
+    folder = OutputFolder(tmp_path)
+    run = find_run(folder, **about, overwrite=True)
+    save_run(folder, run, overwrite=True)
+    find_run(folder, **about)
+    assert not folder.data.exists()
+
+
+def test_a_late_writer_after_a_kill_between_the_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = OutputFolder(tmp_path)
+    late = job(tmp_path, stop_after=1)
+    run = read_run(late)
+    assert run is not None
+    about = Provenance(model="m", fingerprint=run.fingerprint, run_id="r")
+    writer = ShardWriter(late, run.plan[1], NUM_SHARDS, SCHEMA, about, flush_every_s=1e9)
+    for row in range(NUM_ROWS):
+        writer.add(make_result(run.plan[1], row))
+    before = read_data(job(tmp_path))
+    kill_compact(folder, monkeypatch, after_renames=1)
+    writer.commit()
+    assert names(folder) == ["part-00001-of-00007.parquet"]
+    job(tmp_path)
+    assert read_data(folder).equals(before)
+    assert verify(folder).faults == []
 
 
 @pytest.mark.kill
