@@ -83,11 +83,13 @@ class Disk:
 
     def below(self, folder: Path) -> list[tuple[Path, float]]:
         found = []
-        for path in sorted(folder.rglob("*")):
-            with suppress(FileNotFoundError):
-                if path.is_file():
-                    found.append((path, path.stat().st_mtime))
-        return found
+        # Not rglob: before Python 3.13 it fails where a folder is removed meanwhile.
+        for parent, _, names in os.walk(folder, onerror=_raise_unless_gone):
+            for path in (Path(parent, name) for name in names):
+                with suppress(FileNotFoundError):
+                    if path.is_file():
+                        found.append((path, path.stat().st_mtime))
+        return sorted(found)
 
     def exists(self, path: Path) -> bool:
         return path.exists()
@@ -129,7 +131,9 @@ class Disk:
             with hold():
                 check()
                 is_ours = _publish(aside, final, replace=replace)
-                sync_folder(final.parent)
+                # Another writer of the shard may have removed the folder of its segments just now.
+                with suppress(FileNotFoundError):
+                    sync_folder(final.parent)
         finally:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
@@ -159,6 +163,11 @@ class Disk:
                     else:
                         path.unlink()
                     logger.info("removed %s, left by an attempt that died", path)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def make_folder(path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -236,6 +237,27 @@ def test_leftovers_go_but_nothing_that_may_be_alive(tmp_path: Path) -> None:
         "data/part-00000-of-00002.parquet",
     ]
     assert not folder.segment(0, "a", 0).parent.exists()
+
+
+def test_a_folder_that_goes_while_it_is_looked_through_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = OutputFolder(tmp_path)
+    for index in range(3):
+        path = folder.segment(index, new_attempt(), 0)
+        folder.commit_file(lambda file: file.write(b"rows"), path)
+    scandir = os.scandir
+
+    def scan(path: str | Path | int) -> object:
+        # Listed by now in the folder above it.
+        if not isinstance(path, int) and Path(path).name == "shard-00001":
+            monkeypatch.setattr(os, "scandir", scandir)
+            shutil.rmtree(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    found = [path.parent.name for path, _ in folder.written(folder.segments)]
+    assert found == ["shard-00000", "shard-00002"]
 
 
 def test_attempts_have_names_of_their_own() -> None:

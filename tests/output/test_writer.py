@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchvlm.errors import OutputError
+from batchvlm.output import disk as disk_module
 from batchvlm.output import writer as writer_module
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.schema import output_schema
@@ -231,6 +232,30 @@ def test_the_other_writer_finishes_while_this_one_writes_its_part(
 
     monkeypatch.setattr(OutputFolder, "open", open_after_the_first_is_done)
     assert second.commit() == folder.part(0, 1)
+    assert read_data(folder).equals(undisturbed(PLAN, tmp_path / "plain"))
+
+
+def test_the_other_writer_finishes_while_this_one_flushes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = OutputFolder(tmp_path / "out")
+    first, second = open_writer(folder, PLAN, 0), open_writer(folder, PLAN, 0)
+    fill(first)
+    second.add(make_result(SHARD, 7))
+    publish = disk_module._publish
+
+    def publish_then_lose_the_folder(*args: object, **options: bool) -> bool:
+        monkeypatch.setattr(disk_module, "_publish", publish)
+        is_ours = publish(*args, **options)  # type: ignore[arg-type]
+        first.commit()
+        return is_ours
+
+    monkeypatch.setattr(disk_module, "_publish", publish_then_lose_the_folder)
+    second.flush()
+    for row in set(range(30)) - {7}:
+        second.add(make_result(SHARD, row))
+    assert second.commit() == folder.part(0, 1)
+    assert folder.list_segments(0) == []
     assert read_data(folder).equals(undisturbed(PLAN, tmp_path / "plain"))
 
 
