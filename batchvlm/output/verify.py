@@ -19,6 +19,7 @@ from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import RunFile, read_run
 from batchvlm.output.segments import FINGERPRINT_KEY
 
+_COLUMNS = ["row_index", "status", "error_type", "fingerprint"]
 _MAX_RANGES = 20
 """Ranges of rows that a line names at most."""
 _MAX_FILES = 10
@@ -130,11 +131,11 @@ def _read_part(
         marks = parquet.schema_arrow.metadata or {}
         if marks.get(FINGERPRINT_KEY) != wanted:
             verdict.faults.append(f"fingerprint {path.name} is of another run")
+        if missing := [name for name in _COLUMNS if name not in parquet.schema_arrow.names]:
+            raise OutputError(f"it is no part of an output, for it has no column {missing[0]!r}")
         rows = []
         for group in range(parquet.num_row_groups):
-            table = parquet.read_row_group(
-                group, columns=["row_index", "status", "error_type", "fingerprint"]
-            )
+            table = parquet.read_row_group(group, columns=_COLUMNS)
             verdict.statuses.update(table["status"].to_pylist())
             verdict.errors.update(kind for kind in table["error_type"].to_pylist() if kind)
             odd = set(table["fingerprint"].unique().to_pylist()) - {run.fingerprint}

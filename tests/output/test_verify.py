@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -104,6 +105,13 @@ def test_parts_of_another_run_are_named(folder: OutputFolder, tmp_path: Path) ->
     folder.part(1, 2).write_bytes(other.read_bytes())
     faults = verify(folder).faults
     assert len(faults) == 2 and all(fault.startswith("fingerprint part-00001") for fault in faults)
+
+
+def test_a_foreign_file_is_named(folder: OutputFolder) -> None:
+    pq.write_table(pa.table({"x": [1]}), folder.data / "mine.parquet")
+    faults = verify(folder).faults
+    assert "mine.parquet" in faults[0] and "no column 'row_index'" in faults[-1]
+    assert all("mine.parquet" in fault for fault in faults)
 
 
 def test_a_folder_that_is_no_output(tmp_path: Path) -> None:
