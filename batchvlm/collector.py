@@ -179,11 +179,11 @@ class Collector:
     def close(self) -> None:
         """Bring every finished row to disk; commit shards that were complete from the start."""
         with self._lock:
-            for index, writer in list(self._writers.items()):
-                # Flushed first: a commit that failed for want of room may leave room for less.
+            # All flushed first: a part that has no room may leave room for other shards' rows.
+            for writer in self._writers.values():
                 writer.flush()
-                if self._missing[index] == 0:
-                    self._commit(index)
+            for index in [index for index, missing in self._missing.items() if missing == 0]:
+                self._commit(index)
 
     def flush(self) -> None:
         """Bring every finished row to disk, and the counts."""

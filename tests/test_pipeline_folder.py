@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from batchvlm.errors import OutputError
+from batchvlm.output.disk import Disk
 from batchvlm.records import Completion, Failure, Sample
 from tests.conftest import picture
-from tests.test_pipeline import FakeEngine, run
+from tests.test_pipeline import FakeEngine, rows_of, run
 
 Writer = Callable[..., Path]
 
@@ -36,3 +43,32 @@ def test_a_card_that_a_kill_left_undone_is_written_by_the_next_run(
     (out / "README.md").unlink()
     run(out, source, engine=FakeEngine())
     assert (out / "README.md").read_text() == card
+
+
+def test_a_part_that_has_no_room_keeps_no_other_shards_rows_from_the_disk(
+    tmp_path: Path, write_parquet: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_parquet([picture()] * 20, row_group_size=10), tmp_path / "out"
+    commit = Disk.commit
+
+    def commit_no_part(self: Disk, write: Any, final: Path, **options: Any) -> bool:
+        if final.parent.name == "data":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return commit(self, write, final, **options)
+
+    class InOrder(FakeEngine):
+        """Answers three rows of the second shard before the last one of the first."""
+
+        def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+            by_row = {sample.row_index: sample for sample in samples}
+            for row in (*range(9), 10, 11, 12, 9):
+                yield from super().run([by_row[row]])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "commit", commit_no_part)
+        with pytest.raises(OutputError, match="No space"):
+            run(out, source, engine=InOrder())
+    rest = FakeEngine()
+    run(out, source, engine=rest)
+    assert sorted(rest.seen) == list(range(13, 20))
+    assert len(rows_of(out)) == 20
