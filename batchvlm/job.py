@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from batchvlm.config import EngineName, JobConfig, OnMismatch, SourceKind, TaskName, sent_as
-from batchvlm.errors import FingerprintError, InputError
+from batchvlm.errors import FingerprintError, InputError, OutputError
 from batchvlm.forms import run_choices, run_form
 from batchvlm.identity import (
     answer_identity,
@@ -20,6 +20,7 @@ from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import RunFile, differs, find_run, read_run
 from batchvlm.output.schema import kept_fields, output_schema
+from batchvlm.output.status import Progress, status
 from batchvlm.output.typed import Parsed, parsed_column
 from batchvlm.plan import plan_shards
 from batchvlm.preprocess import PreprocessSpec
@@ -167,4 +168,38 @@ def open_job(cfg: JobConfig) -> Job:
         run=run,
         schema=schema,
         parsed=parsed,
+    )
+
+
+def announce_overwriting(job: Job) -> None:
+    """Say what `output.on_mismatch=overwrite` gives up, before the model is loaded.
+
+    Raises:
+        FingerprintError: a process is at work on it.
+    """
+    found: Progress | None = None
+    try:
+        found = status(job.folder)
+    except OutputError as error:
+        log.warning("%s", error)
+    # Looked at last: another rank of this launch may have given the folder to the new run by now,
+    # and the processes at work are those of the launch.
+    there = read_run(job.folder)
+    if there is None or not (changes := "; ".join(differs(there, job.run))):
+        return
+    if found is not None and found.num_live:
+        raise FingerprintError(
+            f"{job.folder.root} holds the answers to another question: {changes}; "
+            f"output.on_mismatch=overwrite takes them from no process that is at work on them, "
+            f"and {found.num_live} are",
+            hint="end them first (one that was killed counts for a minute), or name another "
+            "output.dir; batchvlm status tells more",
+        )
+    rows = "its rows" if found is None else f"{found.num_done:,} rows that it has answered"
+    log.warning(
+        "%s holds the answers to another question: %s; once the model has loaded, "
+        "output.on_mismatch=overwrite gives up %s",
+        job.folder.root,
+        changes,
+        rows,
     )

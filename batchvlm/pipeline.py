@@ -23,7 +23,7 @@ from batchvlm.errors import UnfinishedError
 from batchvlm.identity import (
     model_name,
 )
-from batchvlm.job import Job, open_job
+from batchvlm.job import Job, announce_overwriting, open_job
 from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.parts import look_into_parts
@@ -91,6 +91,8 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
 def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None) -> Summary:
     job = open_job(cfg)
     cfg = job.cfg
+    if job.is_overwriting:
+        announce_overwriting(job)
     mine = shards_of_task(job.run.plan, cfg.runtime)
     finished = _finished(job, mine)
     metrics = Metrics()

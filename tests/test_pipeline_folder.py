@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from batchvlm.errors import OutputError
+from batchvlm.errors import FingerprintError, OutputError
 from batchvlm.output.disk import Disk
 from batchvlm.records import Completion, Failure, Sample
 from tests.conftest import picture
@@ -72,3 +73,40 @@ def test_a_part_that_has_no_room_keeps_no_other_shards_rows_from_the_disk(
     run(out, source, engine=rest)
     assert sorted(rest.seen) == list(range(13, 20))
     assert len(rows_of(out)) == 20
+
+
+def test_what_is_overwritten_is_said(
+    tmp_path: Path, write_parquet: Writer, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, out = write_parquet([picture()] * 25), tmp_path / "out"
+    run(out, source)
+    run(out, source, "task.prompt=Why?", "output.on_mismatch=overwrite")
+    (said,) = [text for text in caplog.messages if "gives up" in text]
+    assert "'Why?'" in said and "25 rows that it has answered" in said
+
+
+def test_what_another_process_is_at_is_not_overwritten(
+    tmp_path: Path, write_parquet: Writer
+) -> None:
+    source, out = write_parquet([picture()] * 5), tmp_path / "out"
+    engine = FakeEngine()
+
+    class Meanwhile(FakeEngine):
+        def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+            for answer in super().run(samples):
+                if not refused:
+                    (path,) = (out / "_batchvlm" / "metrics").glob("*.json*")
+                    path.with_suffix(".json").write_text(json.dumps({"rows_per_s": 1.0}))
+                    with pytest.raises(
+                        FingerprintError, match="no process that is at work"
+                    ) as error:
+                        run(out, source, "task.prompt=Why?", over, engine=engine)
+                    refused.append(error.value)
+                yield answer
+
+    refused: list[FingerprintError] = []
+    over = "output.on_mismatch=overwrite"
+    run(out, source, engine=Meanwhile())
+    assert refused[0].exit_code == 2 and engine.seen == []
+    run(out, source, "task.prompt=Why?", over, engine=engine)
+    assert len(engine.seen) == len(rows_of(out)) == 5
