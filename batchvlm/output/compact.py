@@ -68,6 +68,7 @@ def compact(
         )
     num_shards = len(run.plan)
     parts = folder.parts(num_shards)
+    _check_nothing_else(folder, parts)
     aside = folder.inner / f"compact-{new_attempt()}"
     try:
         before = _state(parts)
@@ -88,6 +89,7 @@ def compact(
             sync_folder(aside)
             _compare([part.path for part in parts], sorted(aside.iterdir()))
             with folder.lock():
+                _check_nothing_else(folder, parts)
                 if _state(folder.parts(num_shards)) != before:
                     raise OutputError(
                         f"{folder.data} was written to meanwhile",
@@ -105,6 +107,16 @@ def compact(
             error = OSError(errno.EIO, str(error))
         raise output_error("compact", folder.root, error) from error
     return Compaction(num_before=len(parts), num_after=len(groups))
+
+
+def _check_nothing_else(folder: OutputFolder, parts: Sequence[Part]) -> None:
+    """See that `data`, which is deleted in the end, holds nothing that somebody else put there."""
+    ours = {part.path.name for part in parts}
+    if others := sorted(name for name in os.listdir(folder.data) if name not in ours):
+        raise OutputError(
+            f"{folder.data / others[0]} is no part of the output",
+            hint="move it away: compact merges into a new folder, and deletes this one",
+        )
 
 
 def _group(

@@ -213,6 +213,18 @@ def test_two_retries_of_one_merged_part(tmp_path: Path) -> None:
     assert set(read_data(folder)["status"].to_pylist()) == {"success"}
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "labels/gold.csv", ".mine"])
+def test_a_file_of_somebody_else_is_named_and_stays(tmp_path: Path, name: str) -> None:
+    folder = job(tmp_path)
+    other = folder.data / name
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("mine")
+    with pytest.raises(OutputError, match=f"{name.split('/')[0]} is no part of the output"):
+        compact(folder, target_rows=80)
+    assert other.read_text() == "mine"
+    assert len(names(folder)) == 7
+
+
 def refuse_exchange(first: Path, second: Path) -> None:
     """What a file system says that cannot exchange two folders: NFS."""
     raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
