@@ -266,7 +266,9 @@ class ShardWriter:
         with self._folder.lock():
             parts = self._read_parts()
             # All that wait, also another's: who puts them into the part removes them. Of ours, some
-            # may be in the part already for that reason.
+            # may be in the part already for that reason. One that is damaged goes too: nobody will
+            # ever read it, and its rows are as the part has them.
+            listed = set(self._folder.list_segments(self._shard.index, is_retry=True))
             waiting = read_segments(self._folder, self._shard, self._schema, is_retry=True)
             known = {segment.path for segment in waiting}
             for segment in self._segments:
@@ -280,7 +282,7 @@ class ShardWriter:
                     self._write_part([*waiting, *parts], into=parts[0].path)
                 except UnreadableSegment as error:
                     raise _lost_segment(error) from error
-            self._folder.remove_segments(self._shard.index, is_retry=True, only=known)
+            self._folder.remove_segments(self._shard.index, is_retry=True, only=listed | known)
 
     def _write_part(self, segments: Sequence[Segment], *, into: Path | None = None) -> bool:
         """Write the first part, or the one that is there (`into`, it may be merged) anew.

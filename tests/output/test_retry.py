@@ -197,6 +197,19 @@ def test_two_retries_of_one_part_at_once(tmp_path: Path, seed: int) -> None:
     assert column(folder, "attempts") == [2 if i in FAILED | {5} else 1 for i in range(21)]
 
 
+def test_a_damaged_segment_waits_for_nobody(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path)
+    finish(folder)
+    path = folder.segment(SHARD.index, "20260101T000000-00000000", 0, is_retry=True)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"garbled by the disk")
+    writer = retry(folder)
+    answer(writer, sorted(writer.attempts))
+    writer.commit()
+    assert folder.list_segments(SHARD.index, is_retry=True) == []
+    assert not path.parent.exists()
+
+
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     folder = OutputFolder(tmp_path)
     finish(folder)
