@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +78,7 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> P
     damaged: list[Part] = []
     for part in parts:
         try:
-            errors.update(kind for _, kind in _read_outcomes(folder, part.path))
+            errors.update(kind for _, kind, _ in _read_outcomes(folder, part.path))
         except FileNotFoundError:
             continue  # `compact` has just put another one into its place
         except (OSError, pa.ArrowException):
@@ -89,11 +89,11 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> P
     in_segments = waiting = 0
     for index in folder.shards_with_segments():
         if index not in finished:
-            rows = dict(_outcomes(folder, folder.list_segments(index)))
+            rows = outcomes_in_segments(folder, index)
             in_segments += len(rows)
             errors.update(rows.values())
     for index in folder.shards_with_segments(is_retry=True):
-        waiting += len(dict(_outcomes(folder, folder.list_segments(index, is_retry=True))))
+        waiting += len(outcomes_in_segments(folder, index, is_retry=True))
     del errors[""]
     limit_s = max(_LIVE_S, 2 * float(_setting(run, "flush_every_s", 0.0)))
     workers = _latest(folder, now_s())
@@ -125,18 +125,29 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> P
     )
 
 
-def _outcomes(folder: OutputFolder, paths: Iterable[Path]) -> Iterator[tuple[int, str]]:
-    """Row index and error type, "" for none; a file that vanished or is damaged has no rows."""
-    for path in paths:
+def outcomes_in_segments(
+    folder: OutputFolder, index: int, *, is_retry: bool = False
+) -> dict[int, str]:
+    """Each row of a shard's segments, by row index, and its error type, "" for none.
+
+    Of a row in several the one that counts, as `output.segments` says; a segment that vanished or
+    is damaged has no rows.
+    """
+    found: dict[int, tuple[str, int]] = {}
+    for path in folder.list_segments(index, is_retry=is_retry):
         with suppress(OSError, pa.ArrowException):
-            yield from _read_outcomes(folder, path)
+            for row, kind, attempts in _read_outcomes(folder, path):
+                if row not in found or attempts > found[row][1]:
+                    found[row] = kind, attempts
+    return {row: kind for row, (kind, _) in found.items()}
 
 
-def _read_outcomes(folder: OutputFolder, path: Path) -> list[tuple[int, str]]:
+def _read_outcomes(folder: OutputFolder, path: Path) -> list[tuple[int, str, int]]:
     with folder.open(path) as file:
-        table = pq.ParquetFile(file).read(columns=["row_index", "error_type"])
+        table = pq.ParquetFile(file).read(columns=["row_index", "error_type", "attempts"])
     kinds = (kind or "" for kind in table["error_type"].to_pylist())
-    return list(zip(table["row_index"].to_pylist(), kinds, strict=True))
+    rows, attempts = table["row_index"].to_pylist(), table["attempts"].to_pylist()
+    return list(zip(rows, kinds, attempts, strict=True))
 
 
 def _setting(run: RunFile, name: str, default: Any) -> Any:

@@ -7,6 +7,8 @@ import os
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from batchvlm.config import RetryConfig
@@ -87,6 +89,20 @@ def test_rows_that_were_answered_again_wait(tmp_path: Path) -> None:
         lambda file: file.write(segment.read_bytes()), folder.segment(0, "a", 0, is_retry=True)
     )
     assert status(folder).num_waiting == 1
+
+
+def test_of_two_answers_to_a_row_the_one_that_the_part_takes_is_counted(tmp_path: Path) -> None:
+    """Two live writers had the shard in common: of their segments the earlier one counts."""
+    run_job(tmp_path, "ours", stop_after=1)
+    folder = OutputFolder(tmp_path)
+    (first,) = folder.list_segments(0)
+    table = pq.read_table(first)
+    place = table.schema.get_field_index("error_type")
+    kinds = pa.array(["fetch"], table.schema.field(place).type)
+    pq.write_table(table.set_column(place, "error_type", kinds), first.with_name("z-00000.parquet"))
+    assert status(folder).errors == {}
+    first.rename(first.with_name("zz-00000.parquet"))
+    assert status(folder).errors == {"fetch": 1}
 
 
 def test_nothing_done_yet_and_no_run_at_all(tmp_path: Path) -> None:
