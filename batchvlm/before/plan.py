@@ -14,7 +14,8 @@ from batchvlm.before.footprint import Footprint, foresee
 from batchvlm.before.tokens import RowCount, TokenCounter
 from batchvlm.config import BatchingConfig, EngineName
 from batchvlm.job import Job
-from batchvlm.records import Generation, Sample
+from batchvlm.output.status import outcomes_in_segments
+from batchvlm.records import Generation, Sample, Shard
 from batchvlm.runtime.launch import num_cores
 from batchvlm.runtime.ranks import shards_of_task
 from batchvlm.runtime.workers import default_num_workers
@@ -86,14 +87,13 @@ def make_plan(job: Job, *, num_sampled: int, with_speed: bool) -> Plan:
     if footprint.engine is EngineName.generate:
         num_batches, padding_share = _padding(counts, cfg.batching)
     mine = shards_of_task(plan, cfg.runtime)
-    finished = frozenset() if job.is_overwriting else job.folder.finished_shards(len(plan))
     num_mine = sum(shard.num_rows for shard in mine)
     found = Plan(
         job=job,
         num_rows=sum(shard.num_rows for shard in plan),
         num_files=len({shard.source_file for shard in plan}),
         num_mine=num_mine,
-        num_done=sum(shard.num_rows for shard in mine if shard.index in finished),
+        num_done=0 if job.is_overwriting else _num_done(job, mine),
         drawn=drawn,
         counts=counts,
         failed=[row for row in looked_at if row.failure is not None],
@@ -106,6 +106,19 @@ def make_plan(job: Job, *, num_sampled: int, with_speed: bool) -> Plan:
     good = {row.row_index for row in counts}
     speed = calibrate(job, [record for record in drawn.records if record.row_index in good])
     return replace(found, estimate=_estimate(found, speed))
+
+
+def _num_done(job: Job, shards: Sequence[Shard]) -> int:
+    """Rows that earlier runs have answered, those in segments of unfinished shards too."""
+    finished = job.folder.finished_shards(len(job.run.plan))
+    begun = set(job.folder.shards_with_segments()) - finished
+    return sum(
+        shard.num_rows
+        if shard.index in finished
+        else len(outcomes_in_segments(job.folder, shard.index))
+        for shard in shards
+        if shard.index in finished or shard.index in begun
+    )
 
 
 def _padding(counts: Sequence[RowCount], cfg: BatchingConfig) -> tuple[int, float]:

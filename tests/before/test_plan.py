@@ -17,11 +17,14 @@ from batchvlm.job import Job, open_job
 from batchvlm.loading import ModelLimits
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import save_run
+from batchvlm.output.schema import Provenance
+from batchvlm.output.writer import ShardWriter
 from batchvlm.preprocess import Preprocessor
 from batchvlm.records import Failure
 from batchvlm.runtime.launch import num_cores
 from batchvlm.settings import compose
 from tests.engine.families.qwen import qwen2_vl
+from tests.output.make import make_result
 
 from .test_drawn import demo_job
 
@@ -177,6 +180,22 @@ def test_another_question_in_the_folder_is_no_mistake_yet(
         assert line.endswith(f"out: holds the answers to another question; {words}")
     show(compose("run", [f"output.dir={out.root}"]))
     assert capsys.readouterr().out.splitlines()[1].endswith("out: nothing done yet")
+
+
+def test_rows_of_unfinished_shards_are_done(tmp_path: Path) -> None:
+    job = demo_job(tmp_path, "output.rows_per_shard=8")
+    save_run(job.folder, job.run)
+    about = Provenance(model="m", fingerprint=job.run.fingerprint, run_id="r")
+    num_shards = len(job.run.plan)
+    for shard, num_rows in zip(job.run.plan, (8, 4), strict=False):
+        writer = ShardWriter(job.folder, shard, num_shards, job.schema, about, flush_every_s=1e9)
+        for row in range(num_rows):
+            writer.add(make_result(shard, row, kept={}))
+        writer.flush()
+        if num_rows == shard.num_rows:
+            writer.commit()
+    plan = planned(job)
+    assert (plan.num_done, plan.num_todo) == (12, plan.num_rows - 12)
 
 
 def test_mistakes_of_a_plan_are_those_of_a_run(tmp_path: Path) -> None:
