@@ -45,9 +45,17 @@ class Parsed:
         """An answer, as canonical JSON text, as a value of the type.
 
         Raises:
-            UnfitError: it is too large, or no date that there is.
+            UnfitError: it is too large, no date that there is, or of another type.
         """
-        return text if self._fit is _as_text_whole else self._fit(json.loads(text), "$")
+        if self._fit is _as_text_whole:
+            return text
+        try:
+            return self._fit(json.loads(text), "$")
+        except UnfitError:
+            raise
+        # A schema may be valid of what nobody thought of; it costs the answer's row alone.
+        except Exception as error:
+            raise UnfitError(f"$ does not fit its column: {type(error).__name__}") from error
 
 
 def parsed_column(form: Form | None, *, is_by_row: bool) -> Parsed:
@@ -185,7 +193,7 @@ class _Maker:
             values=values,
             format=schema.get("format"),
             is_map=bool(schema.get("patternProperties")) or extra is True or bool(extra),
-            choices=[c for c in schema.get("anyOf", schema.get("oneOf", [])) if _is_typed(c)],
+            choices=_choices(schema),
         )
         parts = list(schema.get("allOf", []))
         if isinstance(schema.get("$ref"), str):
@@ -217,11 +225,22 @@ def _is_typed(choice: Any) -> bool:
     return isinstance(choice, Mapping) and any(kind in choice for kind in kinds)
 
 
+def _choices(schema: Mapping[str, Any]) -> Sequence[Any]:
+    """The alternatives, less lists of them of which one says nothing: that is any value."""
+    lists = [schema.get(name, []) for name in ("anyOf", "oneOf")]
+    return [choice for choices in lists if all(map(_is_typed, choices)) for choice in choices]
+
+
 def _items(schema: Mapping[str, Any]) -> Any:
     items = schema.get("items")
     if isinstance(items, list) or "prefixItems" in schema:
-        tuple_ = items if isinstance(items, list) else schema["prefixItems"]
-        return {"anyOf": list(tuple_)} if tuple_ else None
+        is_old = isinstance(items, list)
+        tuple_: list[Any] = [*(schema["items"] if is_old else schema["prefixItems"])]
+        # What may follow them is anything, unless that is said.
+        rest = schema.get("additionalItems" if is_old else "items", {})
+        if rest is not False and schema.get("maxItems", len(tuple_) + 1) > len(tuple_):
+            tuple_.append(rest)
+        return {"anyOf": tuple_} if tuple_ else None
     return items if isinstance(items, Mapping) else None
 
 
@@ -251,26 +270,49 @@ def _as_text(value: Any, path: str) -> Any:
     return None if value is None else text
 
 
+def _as_string(value: Any, path: str) -> Any:
+    if not isinstance(value, str | None):
+        raise UnfitError(f"{path} is no string")
+    return value
+
+
+def _as_bool(value: Any, path: str) -> Any:
+    if not isinstance(value, bool | None):
+        raise UnfitError(f"{path} is neither true nor false")
+    return value
+
+
 def _as_int(value: Any, path: str) -> Any:
     if value is None:
         return None
-    if isinstance(value, float):
+    if isinstance(value, float) and value.is_integer():
         value = int(value)  # 3.0 is an integer in JSON
+    # Seen first: Python compares what is no number with every one of a range.
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UnfitError(f"{path} is no integer")
     if value not in _INT64:
         raise UnfitError(f"{path} is an integer beyond 64 bits")
     return value
 
 
 def _as_float(value: Any, path: str) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise UnfitError(f"{path} is no number")
     try:
-        return None if value is None else float(value)
+        return float(value)
     except OverflowError as error:
         raise UnfitError(f"{path} is a number beyond 64 bits") from error
 
 
 def _as_date(value: Any, path: str) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise UnfitError(f"{path} is no date")
     try:
-        return None if value is None else date.fromisoformat(value)
+        return date.fromisoformat(value)
     except ValueError as error:
         raise UnfitError(f"{path} is no date of our calendar") from error
 
@@ -278,6 +320,8 @@ def _as_date(value: Any, path: str) -> Any:
 def _as_time(value: Any, path: str) -> Any:
     if value is None:
         return None
+    if not isinstance(value, str):
+        raise UnfitError(f"{path} is no time")
     try:
         time = datetime.fromisoformat(value.upper())
         return time.replace(tzinfo=time.tzinfo or UTC).astimezone(UTC)
@@ -289,6 +333,8 @@ def _each(fit: Fit) -> Fit:
     def items(value: Any, path: str) -> Any:
         if value is None:
             return None
+        if not isinstance(value, list):
+            raise UnfitError(f"{path} is no array")
         return [fit(item, f"{path}[{place}]") for place, item in enumerate(value)]
 
     return items
@@ -298,6 +344,8 @@ def _fields(fits: Mapping[str, Fit]) -> Fit:
     def struct(value: Any, path: str) -> Any:
         if value is None:
             return None
+        if not isinstance(value, dict):
+            raise UnfitError(f"{path} is no object")
         return {
             name: fit(value[name], f"{path}.{name}") for name, fit in fits.items() if name in value
         }
@@ -306,8 +354,8 @@ def _fields(fits: Mapping[str, Fit]) -> Fit:
 
 
 _PLAIN: Mapping[str, tuple[pa.DataType, Fit]] = {
-    "string": (pa.string(), _as_is),
+    "string": (pa.string(), _as_string),
     "integer": (pa.int64(), _as_int),
     "number": (pa.float64(), _as_float),
-    "boolean": (pa.bool_(), _as_is),
+    "boolean": (pa.bool_(), _as_bool),
 }

@@ -110,6 +110,66 @@ def test_a_value_beyond_its_type_is_named(value: Any, field: str) -> None:
     assert str(caught.value).startswith(f"{field} ")
 
 
+ANYTHING = ["abc", 5, 1.5, True, None, [], ["a"], {}, {"a": 1}, 10**400]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "integer"},
+        {"type": "number"},
+        {"type": "boolean"},
+        {"type": "string"},
+        {"type": "string", "format": "date"},
+        {"type": "string", "format": "date-time"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "object", "properties": {"a": {"type": "string"}}},
+        {"properties": {"a": {"type": "string"}}},
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_named_too(part: Any) -> None:
+    """Whatever a validator lets through; a text is not compared with all numbers of 64 bits."""
+    parsed = column({"type": "object", "properties": {"v": part}})
+    for value in ANYTHING:
+        try:
+            held = parsed.fit(json.dumps({"v": value}))
+        except UnfitError as error:
+            assert str(error).startswith("$.v")
+        else:
+            assert len(pa.array([held], type=parsed.type)) == 1
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"anyOf": [{"type": "integer"}, {}]},
+        {"oneOf": [{"type": "integer"}, {}], "anyOf": [{}, True]},
+        {"anyOf": [{"type": "string", "format": "date"}, True]},
+        {"anyOf": [{"type": "array", "items": {"type": "string"}}, {}]},
+        {"type": "array", "prefixItems": [{"type": "string"}]},
+        {"type": "array", "prefixItems": [{"type": "number"}], "items": {"type": "string"}},
+    ],
+    ids=str,
+)
+def test_what_may_be_anything_is_json_text(part: Any) -> None:
+    parsed = column({"type": "object", "properties": {"v": part}})
+    assert parsed.type.field("v").type == pa.string()
+    assert parsed.notes[0].startswith("$.v ")
+    for value in ANYTHING:
+        held = parsed.fit(json.dumps({"v": value}))["v"]
+        assert value is None if held is None else json.loads(held) == value
+
+
+def test_a_tuple_of_one_type_that_ends_is_a_list() -> None:
+    pair = [{"type": "integer"}, {"type": "integer"}]
+    for end in ({"maxItems": 2}, {"items": False}, {"items": {"type": "integer"}}):
+        assert column({"type": "array", "prefixItems": pair, **end}).type == pa.list_(pa.int64())
+    old = {"type": "array", "items": pair}
+    assert column(old | {"additionalItems": False}).type == pa.list_(pa.int64())
+    assert column(old).type == pa.string()
+
+
 @pytest.mark.parametrize(
     ("schema", "reason"),
     [
