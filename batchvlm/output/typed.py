@@ -79,7 +79,8 @@ def parsed_column(form: Form | None, *, is_by_row: bool) -> Parsed:
     except (_NoTypeError, RecursionError) as error:
         reason = str(error) or "nested too deeply"
         return Parsed(pa.string(), (f"$ ({reason})",), _as_text_whole)
-    return Parsed(kind, tuple(maker.notes), fit)
+    notes = dict.fromkeys(f"{path} ({reason})" for path, reason in maker.texts)
+    return Parsed(kind, tuple(notes), fit)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class _Maker:
         resource = Resource.from_contents(schema, default_specification=DRAFT202012)
         self._resolver: Any = REGISTRY.with_resource("", resource).resolver_with_root(resource)
         self._num_fields = 0
-        self.notes: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        """The path of each field that is JSON text, and the reason."""
 
     def make_root(self) -> tuple[pa.DataType, Fit]:
         return self._make(self._schema, "$", ())
@@ -112,10 +114,11 @@ class _Maker:
         self._num_fields += 1
         if self._num_fields > _MAX_FIELDS:
             raise _NoTypeError(f"more than {_MAX_FIELDS} fields")
+        num_texts = len(self.texts)
         try:
             return self._make(schema, path, under)
         except _NoTypeError as error:
-            self.notes.append(f"{path} ({error})")
+            self.texts[num_texts:] = [(path, str(error))]
             return pa.string(), _as_text
 
     def _make(self, schema: Any, path: str, under: tuple[str, ...]) -> tuple[pa.DataType, Fit]:
@@ -164,13 +167,18 @@ class _Maker:
         self, node: _Node, path: str, under: tuple[str, ...]
     ) -> tuple[pa.DataType, Fit]:
         """One type that all alternatives have, one of which may be null."""
-        made = []
+        made: list[tuple[pa.DataType, Fit]] = []
+        texts: list[set[str]] = []
         for choice in node.choices:
             below, _ = self._node(choice, under)
             if below.types == frozenset({"null"}):
                 continue
+            num_texts = len(self.texts)
             made.append(self._make(choice, path, under))
-        if not made or any(kind != made[0][0] for kind, _ in made):
+            # JSON text and a string have one type, and are not read alike.
+            texts.append({name for name, _ in self.texts[num_texts:]})
+        are_alike = all(kind == made[0][0] for kind, _ in made)
+        if not made or not are_alike or any(names != texts[0] for names in texts):
             raise _NoTypeError("alternatives of several types")
         return made[0]
 

@@ -170,6 +170,38 @@ def test_a_tuple_of_one_type_that_ends_is_a_list() -> None:
     assert column(old).type == pa.string()
 
 
+TEXT = {
+    "type": "object",
+    "properties": {"kind": {"const": "text"}, "value": {"type": "string"}},
+}
+TABLE = {
+    "type": "object",
+    "properties": {
+        "kind": {"const": "table"},
+        "value": {"type": "object", "additionalProperties": {"type": "string"}},
+    },
+}
+
+
+@pytest.mark.parametrize("choices", [[TEXT, TABLE], [TABLE, TEXT]], ids=["text", "table"])
+def test_alternatives_of_which_one_holds_json_text_are_json_text(choices: Any) -> None:
+    """As pydantic writes `list[Text | Table]`."""
+    blocks = {"type": "array", "items": {"anyOf": choices}}
+    parsed = column({"type": "object", "properties": {"blocks": blocks}})
+    value = [{"kind": "text", "value": "x"}, {"kind": "table", "value": {"a": "b"}}]
+    held = parsed.fit(json.dumps({"blocks": value}))["blocks"]
+    assert json.loads(held) == value
+    assert parsed.notes == ("$.blocks (alternatives of several types)",)
+
+
+def test_alternatives_that_hold_the_same_json_text_keep_their_type() -> None:
+    parsed = column({"type": "object", "properties": {"block": {"oneOf": [TABLE, TABLE]}}})
+    assert parsed.type.field("block").type == pa.struct(
+        [("kind", pa.string()), ("value", pa.string())]
+    )
+    assert parsed.notes == ("$.block.value (properties of any name)",)
+
+
 @pytest.mark.parametrize(
     ("schema", "reason"),
     [
