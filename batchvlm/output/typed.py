@@ -18,6 +18,7 @@ from batchvlm.records import Form, FormKind
 
 _MAX_DEPTH = 32
 _MAX_FIELDS = 2000
+_MAX_ALTERNATIVES = 10_000
 _INT64 = range(-(1 << 63), 1 << 63)
 
 Fit = Callable[[Any, str], Any]
@@ -95,6 +96,9 @@ class _Node:
     is_map: bool
     """Whether it says what undeclared properties hold."""
     choices: Sequence[Any]
+    """Alternatives of which one holds the value, and each of which says what it is."""
+    alternatives: Sequence[Any] = ()
+    """All there are, those that say no more than which properties there must be included."""
 
 
 class _Maker:
@@ -103,6 +107,7 @@ class _Maker:
         resource = Resource.from_contents(schema, default_specification=DRAFT202012)
         self._resolver: Any = REGISTRY.with_resource("", resource).resolver_with_root(resource)
         self._num_fields = 0
+        self._num_alternatives = 0
         self.texts: list[tuple[str, str]] = []
         """The path of each field that is JSON text, and the reason."""
 
@@ -123,7 +128,10 @@ class _Maker:
 
     def _make(self, schema: Any, path: str, under: tuple[str, ...]) -> tuple[pa.DataType, Fit]:
         node, under = self._node(schema, under)
-        if node.choices:
+        if node.properties and self._names(node, under) - node.properties.keys():
+            raise _NoTypeError("properties in one alternative alone")
+        # With properties of its own, alternatives say which of their values go together.
+        if node.choices and not node.properties:
             return self._alternatives(node, path, under)
         if node.values is not None:
             return _of_values(node)
@@ -170,6 +178,7 @@ class _Maker:
         made: list[tuple[pa.DataType, Fit]] = []
         texts: list[set[str]] = []
         for choice in node.choices:
+            self._count_alternative()
             below, _ = self._node(choice, under)
             if below.types == frozenset({"null"}):
                 continue
@@ -181,6 +190,21 @@ class _Maker:
         if not made or not are_alike or any(names != texts[0] for names in texts):
             raise _NoTypeError("alternatives of several types")
         return made[0]
+
+    def _count_alternative(self) -> None:
+        # References make many of few: two on each of twenty levels are a million.
+        self._num_alternatives += 1
+        if self._num_alternatives > _MAX_ALTERNATIVES:
+            raise _NoTypeError(f"more than {_MAX_ALTERNATIVES} alternatives")
+
+    def _names(self, node: _Node, under: tuple[str, ...]) -> set[str]:
+        """The properties that a schema's alternatives declare, and theirs."""
+        names: set[str] = set()
+        for choice in node.alternatives:
+            self._count_alternative()
+            below, deeper = self._node(choice, under)
+            names |= below.properties.keys() | self._names(below, (*deeper, "alternative"))
+        return names
 
     def _node(self, schema: Any, under: tuple[str, ...]) -> tuple[_Node, tuple[str, ...]]:
         if len(under) > _MAX_DEPTH:
@@ -202,6 +226,7 @@ class _Maker:
             format=schema.get("format"),
             is_map=bool(schema.get("patternProperties")) or extra is True or bool(extra),
             choices=_choices(schema),
+            alternatives=[*schema.get("anyOf", ()), *schema.get("oneOf", ())],
         )
         parts = list(schema.get("allOf", []))
         if isinstance(schema.get("$ref"), str):
@@ -223,6 +248,7 @@ class _Maker:
                 format=said.format or below.format,
                 is_map=said.is_map or below.is_map,
                 choices=[*said.choices, *below.choices],
+                alternatives=[*said.alternatives, *below.alternatives],
             )
         return said, under
 

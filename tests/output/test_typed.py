@@ -194,6 +194,57 @@ def test_alternatives_of_which_one_holds_json_text_are_json_text(choices: Any) -
     assert parsed.notes == ("$.blocks (alternatives of several types)",)
 
 
+def test_properties_beside_alternatives_are_kept() -> None:
+    kinds = [{"properties": {"kind": {"const": kind}}} for kind in "ab"]
+    own = {"kind": {"type": "string"}, "amount": {"type": "number"}}
+    for alternatives in (kinds, [*kinds, {"required": ["amount"]}], [{"oneOf": kinds}, True]):
+        for name in ("anyOf", "oneOf"):
+            parsed = column({"type": "object", "properties": own, name: alternatives})
+            assert parsed.type == pa.struct([("kind", pa.string()), ("amount", pa.float64())])
+            value = {"kind": "a", "amount": 3.5}
+            assert parsed.fit(json.dumps(value)) == value
+
+
+@pytest.mark.parametrize(
+    "alternatives",
+    [
+        [{"properties": {"b": {"type": "string"}}}, {}],
+        [{"$ref": "#/$defs/more"}, {"required": ["a"]}],
+        [{"anyOf": [{"allOf": [{"$ref": "#/$defs/more"}]}]}],
+    ],
+    ids=["as it is", "reference", "nested"],
+)
+def test_properties_of_one_alternative_alone_are_kept_as_json_text(alternatives: Any) -> None:
+    parsed = column(
+        {
+            "properties": {"a": {"type": "string"}},
+            "anyOf": alternatives,
+            "$defs": {"more": {"properties": {"b": {"type": "integer"}}}},
+        }
+    )
+    assert parsed.type == pa.string()
+    assert "properties in one alternative alone" in parsed.notes[0]
+
+
+def test_alternatives_that_lead_back_are_json_text() -> None:
+    parsed = column({"properties": {"a": {"type": "string"}}, "anyOf": [{"$ref": "#"}]})
+    assert parsed.type == pa.string()
+
+
+def test_alternatives_without_number_are_json_text() -> None:
+    levels = {
+        f"l{level}": {
+            "properties": {"a": {"type": "string"}},
+            "anyOf": [{"$ref": f"#/$defs/l{level + 1}"}] * 2,
+        }
+        for level in range(14)
+    }
+    levels["l14"] = {"properties": {"a": {"type": "string"}}}
+    parsed = column({"$ref": "#/$defs/l0", "$defs": levels})
+    assert parsed.type == pa.string()
+    assert "more than 10000 alternatives" in parsed.notes[0]
+
+
 def test_alternatives_that_hold_the_same_json_text_keep_their_type() -> None:
     parsed = column({"type": "object", "properties": {"block": {"oneOf": [TABLE, TABLE]}}})
     assert parsed.type.field("block").type == pa.struct(
