@@ -129,6 +129,37 @@ def test_spellings_that_lead_there(url: str) -> None:
     refuse(url)
 
 
+NUMBERS = [
+    "2130706433",
+    "0x7f000001",
+    "017700000001",
+    "0177.0.0.1",
+    "127.1",
+    "127.0.0.1.",
+    "127.0.0.0x1",
+    "0X7F.1",
+    "0",
+    "0.",
+    "0x",
+    "1.2.3.4.5",
+    "images.256",
+    "\uff18.\uff18.\uff18.\uff18.",
+]
+
+
+@pytest.mark.parametrize("host", NUMBERS)
+def test_numbers_are_no_names(host: str) -> None:
+    """Before anything is resolved or connected to, and whatever the client thinks of it."""
+    with pytest.raises(RowError) as caught:
+        Allowed(["127.0.0.1", host]).web(f"http://{host}/a.png")
+    assert caught.value.error_type is ErrorType.FORBIDDEN
+
+
+@pytest.mark.parametrize("host", ["1and1.com", "127.0.0.1.example", "0x.org", "8.8.8.8", "x0x1"])
+def test_names_with_numbers_in_them(host: str) -> None:
+    assert Allowed().web(f"http://{host}/a.png").host == host
+
+
 def answers_of(monkeypatch: pytest.MonkeyPatch, *answers: Sequence[str]) -> list[str]:
     """Make names resolve to these addresses, lookup after lookup; the names that are asked."""
     asked: list[str] = []
