@@ -24,7 +24,7 @@ from batchvlm.errors import InputError
 from batchvlm.records import InputFile, Record, Shard
 from batchvlm.sources.cursor import BrokenStreamError, Cursors
 from batchvlm.sources.files import HAS_CHANGED, Listing, image_root_of, is_text, list_files
-from batchvlm.sources.rows import ShardRows, one_line
+from batchvlm.sources.rows import MAX_DEPTH, ShardRows, is_too_deep, one_line
 
 SUFFIXES = tuple(f".{kind}{end}" for kind in ("jsonl", "ndjson") for end in ("", ".gz"))
 CHUNK_BYTES = 1 << 20
@@ -275,7 +275,10 @@ def _rows(file: BinaryIO) -> Iterator[bytes]:
 
 
 def why_unusable(read: Mapping[str, Any], line: bytes) -> str:
-    """Why what was read from a line cannot be stored; empty where it can."""
+    """Why what was read from a line cannot be used; empty where it can."""
+    # Few lines have as many brackets as a value that is too deep.
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and is_too_deep(read):
+        return f"a value is nested too deeply, on more than {MAX_DEPTH} levels"
     try:
         # JSON can escape half a surrogate pair, which no string column can hold.
         if b"\\u" in line:

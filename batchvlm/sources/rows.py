@@ -14,6 +14,21 @@ from batchvlm.records import Failure, Record, Shard
 MAX_ERROR_CHARS = 200
 """Longest piece of another library's message that one of ours quotes."""
 
+MAX_DEPTH = 128
+"""Levels of arrays and objects in a JSON value. What comes after reading walks values by recursion,
+which ends at some hundred levels, a few frames of Python each."""
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether a value holds arrays and objects on more than `MAX_DEPTH` levels below its own."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH + 1):
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+        if not level:
+            return False
+    return True
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRows:

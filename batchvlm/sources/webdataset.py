@@ -24,7 +24,7 @@ from batchvlm.errors import InputError
 from batchvlm.records import InputFile, Record, Shard
 from batchvlm.sources.files import HAS_CHANGED, Listing, image_root_of, is_text, list_files
 from batchvlm.sources.folder import IMAGE_SUFFIXES
-from batchvlm.sources.rows import ShardRows, one_line
+from batchvlm.sources.rows import MAX_DEPTH, ShardRows, is_too_deep, one_line
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
 """Key and extension, as WebDataset divides them: at the first dot of the last part."""
@@ -214,11 +214,15 @@ class WebDatasetSource:
             if not _is_json(extension):
                 return text
             value = json.loads(text)
-            json.dumps(value, ensure_ascii=False).encode()
-            return value
+            if not is_too_deep(value):
+                json.dumps(value, ensure_ascii=False).encode()
+                return value
         except (ValueError, RecursionError) as error:
             kind = "JSON" if _is_json(extension) else "UTF-8"
             raise _BadMemberError(f"the member .{extension} is no {kind}") from error
+        raise _BadMemberError(
+            f"the member .{extension} is nested too deeply, on more than {MAX_DEPTH} levels"
+        )
 
     def _checked_index(self, name: str) -> _Index:
         """The index of a file that is as it was planned.

@@ -215,6 +215,27 @@ def test_lines_with_half_a_surrogate_pair(tmp_path: Path) -> None:
     check(tmp_path / "out", [None, "input", "input", None, None])
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ["data.columns.image=null", "output.keep_columns=[kept]"],
+        ["data.columns.image=kept", "data.allow_remote=true"],
+        ["data.columns.image=null", "task.prompt='{{ question }} {{ kept }}'"],
+    ],
+    ids=["kept", "image", "prompt"],
+)
+def test_values_nested_too_deeply(tmp_path: Path, setting: list[str]) -> None:
+    """What walks them by recursion, also on the way to a worker, would end the run."""
+    deep = "[" * 700 + "]" * 700
+    kept = ["[1]", deep, "[2]", f'{{"a": {deep}}}']
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(f'{{"question": "q", "kept": {value}}}\n' for value in kept))
+    run(tmp_path / "out", path, "data=jsonl", *setting, name="vqa")
+    errors = [row["error_type"] for row in rows_of(tmp_path / "out")]
+    assert errors[1::2] == ["input", "input"]
+    assert "input" not in errors[::2]
+
+
 ANSWER_SCHEMAS: list[tuple[str | None, str | None]] = [
     (None, None),
     ('{"type": "object"}', None),

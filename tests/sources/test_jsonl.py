@@ -85,6 +85,8 @@ def test_lines(tmp_path: Path, text: bytes, expected: list[Any]) -> None:
         (b'{"n": "\\ud800 secret"}', "half a surrogate pair"),
         (b'{"n": [{"\\udfff": 1}]}', "half a surrogate pair"),
         (b'{"n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"n": ' + b"[" * 129 + b"]" * 129 + b"}", "more than 128 levels"),
+        (b'{"n": ' + b'[{"a":' * 300 + b"0" + b"}]" * 300 + b"}", "nested too deeply"),
         (b'{"n": ' + b"1" * 5000 + b"}", "too long"),
         (b"\x00\x01\x02", "Expecting value"),
     ],

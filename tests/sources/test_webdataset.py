@@ -114,6 +114,14 @@ def test_kept_json_is_text(tmp_path: Path) -> None:
     }
 
 
+def test_json_that_is_nested_too_deeply_is_its_rows_failure(tmp_path: Path) -> None:
+    deep = b"[" * 300 + b"]" * 300
+    members = [("a.json", b"5"), ("b.json", deep), ("c.json", deep[:64] + deep[-64:])]
+    records = read(write(tmp_path / "a.tar", *members), "json")
+    assert [bool(r.failure) for r in records] == [False, True, False]
+    assert "nested too deeply" in message(records[1])
+
+
 def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
