@@ -130,7 +130,8 @@ class PromptBuilder:
         """Every address among the images that one row shows, in any turn."""
         try:
             return [ref.url for ref in self._whole(record)[1] if ref.url is not None]
-        except RowError:  # its worker says so
+        # Its worker meets the same and says so; here it would be the end of the run.
+        except Exception:
             return []
 
     def _whole(self, record: Record) -> tuple[list[Message], tuple[ImageRef, ...]]:
@@ -171,10 +172,10 @@ class PromptBuilder:
     def _schema(self, values: Mapping[str, Any]) -> str | None:
         if self._schema_column is None or (schema := values[self._schema_column]) is None:
             return None
-        text = schema if isinstance(schema, str) else json.dumps(schema)
         try:
+            text = schema if isinstance(schema, str) else json.dumps(schema)
             compile_schema(text)
-        except InvalidSchemaError as error:
+        except (InvalidSchemaError, TypeError) as error:
             raise RowError(ErrorType.PROMPT, f"{self._schema_column}: {error}") from error
         return text
 

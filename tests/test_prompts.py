@@ -242,6 +242,21 @@ def test_rows_draw_differently_and_each_always_the_same() -> None:
     assert other.build(record(row_index=3)).generation.seed != seeds[3]
 
 
+def test_a_row_that_makes_no_prompt_has_no_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = builder(schema_column="schema", image=None)
+    bad = record(schema=b'{"type": "object"}')
+    assert build.addresses(bad) == []
+    with pytest.raises(RowError) as caught:
+        build.build(bad)
+    assert caught.value.error_type is ErrorType.PROMPT
+
+    def fail(*_: object) -> None:
+        raise RecursionError
+
+    monkeypatch.setattr(build, "_whole", fail)
+    assert build.addresses(bad) == []
+
+
 def test_a_rows_own_schema() -> None:
     build = builder(schema_column="schema")
     schema = '{"type": "object"}'
