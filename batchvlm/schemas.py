@@ -7,15 +7,16 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError, best_match
+from jsonschema.exceptions import SchemaError, ValidationError, best_match
 from jsonschema.protocols import Validator
-from jsonschema.validators import validator_for
+from jsonschema.validators import extend, validator_for
 from jsonschema_specifications import REGISTRY
 from referencing.exceptions import Unresolvable
 
@@ -131,8 +132,30 @@ def compile_schema(text: str) -> Validator:
     except (SchemaError, RecursionError) as error:
         reason = error.message if isinstance(error, SchemaError) else "nested too deeply"
         raise InvalidSchemaError(f"not a valid JSON schema: {reason[:200]}") from error
+    if isinstance(schema, dict):
+        # By its name a $ref to the whole would find the draft's own validator again.
+        schema = {key: part for key, part in schema.items() if key != "$schema"}
     # Of the drafts themselves alone: jsonschema would else fetch the address that a $ref names.
-    return cls(schema, registry=REGISTRY, format_checker=cls.FORMAT_CHECKER)
+    return _exact(cls)(schema, registry=REGISTRY, format_checker=cls.FORMAT_CHECKER)
+
+
+@lru_cache(maxsize=16)
+def _exact(cls: type[Validator]) -> type[Validator]:
+    """A draft's validator, where 0.07 is a multiple of 0.01: jsonschema's own divides floats."""
+    made: type[Validator] = extend(cls, {"multipleOf": _multiple_of})  # type: ignore[no-untyped-call]
+    return made
+
+
+def _multiple_of(validator: Any, step: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+    if not validator.is_type(value, "number"):
+        return
+    try:
+        # A float's shortest text is the number that somebody wrote.
+        is_multiple = Fraction(repr(value)) % Fraction(repr(step)) == 0
+    except (ValueError, ZeroDivisionError):  # infinite
+        is_multiple = False
+    if not is_multiple:
+        yield ValidationError(f"{value!r} is not a multiple of {step}")
 
 
 def why_no_match(text: str, pattern: str) -> str | None:

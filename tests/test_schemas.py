@@ -52,6 +52,23 @@ def test_the_schemas_own_draft_and_formats() -> None:
     assert why_invalid("2026-02-30", date) is not None
 
 
+@pytest.mark.parametrize(
+    "draft", ["", *(f"http://json-schema.org/draft-0{n}/schema#" for n in (4, 7))]
+)
+def test_multiples_are_those_of_the_numbers_as_written(draft: str) -> None:
+    named = {"$schema": draft} if draft else {}
+    tree = {"properties": {"price": {"multipleOf": 0.01}, "inner": {"$ref": "#"}}}
+    schema = json.dumps(named | tree)
+    for cents in range(1000):
+        assert why_invalid({"inner": {"price": cents / 100}}, schema) is None
+    for wrong in (0.005, 1.001, 1e-300, -0.015):
+        message = why_invalid({"inner": {"price": wrong}}, schema)
+        assert message == f"$.inner.price: {wrong} is not a multiple of 0.01"
+    for right in (3, 10**400, -2.5, "0.005", True, None):
+        assert why_invalid({"price": right}, schema) is None
+    assert why_invalid(7, '{"multipleOf": 2}') == "$: 7 is not a multiple of 2"
+
+
 def test_a_reference_is_never_fetched(tmp_path: Path) -> None:
     secret = tmp_path / "schema.json"
     secret.write_text('{"type": "integer"}')
