@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from batchvlm.config import TaskOutputConfig
 from batchvlm.errors import ConfigError
 from batchvlm.records import Form, FormKind
-from batchvlm.schemas import read_schema
+from batchvlm.schemas import InvalidSchemaError, check_references, compile_schema, read_schema
 
 _JSON_TYPES = ("integer", "number", "boolean", "string")
 """Named types that are JSON as they stand; the others are patterns of `outlines.types`."""
@@ -32,9 +33,10 @@ def run_form(cfg: TaskOutputConfig) -> Form | None:
     if cfg.choice is not None:
         return Form(FormKind.CHOICE, json.dumps(list(cfg.choice), ensure_ascii=False))
     if cfg.regex is not None:
-        return Form(FormKind.REGEX, cfg.regex)
+        return _sound(Form(FormKind.REGEX, cfg.regex), "task.output.regex")
     if cfg.grammar is not None:
-        return Form(FormKind.GRAMMAR, _grammar(cfg.grammar))
+        form = Form(FormKind.GRAMMAR, _grammar(cfg.grammar))
+        return _sound(form, "task.output.grammar")
     if cfg.type is not None:
         return _named(cfg.type)
     return None
@@ -91,9 +93,43 @@ def form_of_type(value: Any) -> Form:
 
 def _form_of(value: Any, setting: str) -> Form:
     try:
-        return form_of_type(value)
+        form = form_of_type(value)
     except (TypeError, ValueError, NotImplementedError, RecursionError) as error:
         raise ConfigError(f"{setting} is no type of an answer: {error}") from error
+    return _sound(form, setting)
+
+
+@lru_cache(maxsize=32)
+def _sound(form: Form, setting: str) -> Form:
+    """The same form, once answers can be held against it.
+
+    Raises:
+        ConfigError: it is broken, so that no answer, or any, would be of it.
+    """
+    match form.kind:
+        case FormKind.REGEX:
+            try:
+                re.compile(form.text)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ConfigError(f"{setting} is no regular expression: {error}") from error
+        case FormKind.GRAMMAR:
+            # Not above: llguidance is loaded where there is a grammar.
+            from batchvlm.constraints.plan import make_plan
+
+            plan = make_plan(form)
+            if plan.grammar is None:
+                reason = "; ".join(plan.notes).removeprefix("grammar: ")
+                raise ConfigError(
+                    f"{setting} is no grammar: {reason}",
+                    hint="write it as Lark does, beginning with a rule named start",
+                )
+        case FormKind.JSON_SCHEMA:
+            try:
+                compile_schema(form.text)
+                check_references(form.text)
+            except InvalidSchemaError as error:
+                raise ConfigError(f"{setting}: {error}") from error
+    return form
 
 
 @lru_cache(maxsize=32)

@@ -18,7 +18,9 @@ from jsonschema.exceptions import SchemaError, ValidationError, best_match
 from jsonschema.protocols import Validator
 from jsonschema.validators import extend, validator_for
 from jsonschema_specifications import REGISTRY
+from referencing import Resource
 from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from batchvlm.errors import ConfigError
 
@@ -61,6 +63,7 @@ def read_schema(schema: str | dict[str, Any], setting: str) -> str:
     try:
         text = json.dumps(_Bundle(folder).whole(value))
         compile_schema(text)
+        check_references(text)
     except InvalidSchemaError as error:
         raise ConfigError(f"{setting}: {error}") from error
     except RecursionError as error:
@@ -137,6 +140,32 @@ def compile_schema(text: str) -> Validator:
         schema = {key: part for key, part in schema.items() if key != "$schema"}
     # Of the drafts themselves alone: jsonschema would else fetch the address that a $ref names.
     return _exact(cls)(schema, registry=REGISTRY, format_checker=cls.FORMAT_CHECKER)
+
+
+def check_references(text: str) -> None:
+    """See that each `$ref` of a valid schema leads somewhere.
+
+    Raises:
+        InvalidSchemaError: one does not, and no answer that meets it could be valid.
+    """
+    resource = Resource.from_contents(json.loads(text), default_specification=DRAFT202012)
+    root: Any = REGISTRY.with_resource("", resource).resolver_with_root(resource)
+    left, seen = [(resource, root)], set()
+    while left:
+        part, resolver = left.pop()
+        if id(part.contents) in seen:
+            continue
+        seen.add(id(part.contents))
+        left += [(below, resolver.in_subresource(below)) for below in part.subresources()]
+        reference = part.contents.get("$ref") if isinstance(part.contents, dict) else None
+        if isinstance(reference, str):
+            try:
+                found = resolver.lookup(reference)
+            # Unresolvable, and what a pointer into a number or an odd address makes of it.
+            except Exception as error:
+                raise InvalidSchemaError(f"$ref {reference[:200]!r} leads nowhere") from error
+            target = Resource.from_contents(found.contents, default_specification=DRAFT202012)
+            left.append((target, found.resolver))
 
 
 @lru_cache(maxsize=16)

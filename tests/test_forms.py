@@ -68,11 +68,26 @@ def test_a_pydantic_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ({"type": "nothing"}, "is no named type; there are integer"),
         ({"grammar": "nowhere.lark"}, "cannot be read"),
         ({"json_schema": {"type": 3}}, "not a valid JSON schema"),
+        ({"json_schema": {"properties": {"a": {"$ref": "#/$defs/x"}}}}, r"\$ref .* leads nowhere"),
+        ({"json_schema": {"$ref": "#/a", "a": {"not": {"$ref": "#b"}}}}, "'#b' leads nowhere"),
+        ({"json_schema": {"$ref": "http://127.0.0.1:9/a.json"}}, "leads nowhere"),
+        ({"regex": "["}, "task.output.regex is no regular expression: unterminated"),
+        ({"grammar": "start: foo"}, "task.output.grammar is no grammar: .*foo"),
+        ({"grammar": 'begin: "a"'}, "task.output.grammar is no grammar"),
     ],
 )
 def test_what_is_no_form_is_refused(output: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         form(**output)
+
+
+def test_references_that_lead_somewhere() -> None:
+    tree = {"properties": {"left": {"$ref": "#"}, "right": {"$ref": "#/properties/left"}}}
+    named = {"$ref": "#x", "$defs": {"a": {"$anchor": "x", "enum": [{"$ref": "#/nowhere"}]}}}
+    meta = {"$ref": "https://json-schema.org/draft/2020-12/schema"}
+    inner = {"$id": "http://x/a", "$defs": {"b": {}}, "items": {"$ref": "#/$defs/b"}}
+    for schema in (tree, named, meta, {"properties": {"$ref": {"type": "string"}}, "not": inner}):
+        assert form(json_schema=schema) is not None
 
 
 class Color(enum.Enum):

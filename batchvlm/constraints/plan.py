@@ -133,10 +133,10 @@ def _regex_grammar(pattern: str) -> str:
 
 
 def fits(form: Form, text: str) -> bool:
-    """Whether a text is of a form, as far as its grammar says."""
+    """Whether a text is of a form, as far as its grammar says; a form without one fits no text."""
     grammar = _grammar_of(form)
     if grammar is None:
-        return True
+        return False
     matcher = byte_matcher(grammar)
     tokens = list(text.encode("utf-8", "surrogatepass"))
     return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
