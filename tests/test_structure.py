@@ -47,7 +47,7 @@ ALLOWED = {
     },
     "batchvlm.batching": set(),
     "batchvlm.again": set(),
-    "batchvlm.forms": {"batchvlm.schemas"},
+    "batchvlm.forms": {"batchvlm.constraints", "batchvlm.schemas"},
     "batchvlm.constraints": set(),
     "batchvlm.engine": {
         *("batchvlm.batching", "batchvlm.constraints", "batchvlm.forms", "batchvlm.loading"),
