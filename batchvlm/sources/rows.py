@@ -69,7 +69,11 @@ class ShardRows:
         values = {name: read.get(name) for name in self.columns}
         if kept is None:
             kept = {name: read.get(name) for name in self.kept}
-        return self._record(row, values, self._key(read), kept=kept)
+        key = self._key(read)
+        if key is None and self.id_column is not None and read.get(self.id_column) is not None:
+            message = f"column {self.id_column!r}, the key, holds bytes that are no UTF-8"
+            return self._record(row, {}, None, message)
+        return self._record(row, values, key, kept=kept)
 
     def failed(self, rows: Iterable[int], message: str) -> Iterator[Record]:
         """Records of rows that cannot be read."""
@@ -112,7 +116,13 @@ class ShardRows:
                 yield self.record(row, read, kept)
 
     def _key(self, read: Mapping[str, Any]) -> str | None:
+        """The row's own key; None where it has none, or one that is no text."""
         value = None if self.id_column is None else read.get(self.id_column)
+        if isinstance(value, bytes):
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                return None
         return None if value is None else str(value)
 
     def _record(

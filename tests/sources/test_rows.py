@@ -100,6 +100,16 @@ def test_a_column_may_be_kept_and_read(tmp_path: Path) -> None:
     assert bad.failure is not None and bad.failure.message.startswith("column 'x' (timestamp[us])")
 
 
+def test_a_key_of_bytes_is_their_text(tmp_path: Path) -> None:
+    keys = [b"a-1", None, b"\xff", "\u00e9".encode()]
+    table = pa.table({"key": pa.array(keys, pa.binary()), "n": [0, 1, 2, 3]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = open_path("parquet", tmp_path, id_column="key")
+    records = list(source.read_shard(plan(source)[0], ["n"]))
+    assert [r.id for r in records] == ["a-1", "a.parquet:1", "a.parquet:2", "\u00e9"]
+    assert [r.failure is None for r in records] == [True, True, False, True]
+
+
 def test_a_kept_value_holds_no_more_than_itself(tmp_path: Path) -> None:
     kind = pa.struct([("t", pa.time64("ns")), ("s", pa.string())])
     pq.write_table(
