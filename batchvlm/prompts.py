@@ -10,9 +10,6 @@ from dataclasses import fields, replace
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, meta, nodes
-from jinja2.sandbox import SandboxedEnvironment
-
 from batchvlm.config import (
     GENERATION_LIMITS,
     ColumnsConfig,
@@ -21,7 +18,7 @@ from batchvlm.config import (
     Instructions,
     TaskConfig,
 )
-from batchvlm.errors import ConfigError, ErrorType, InputError, RowError
+from batchvlm.errors import ErrorType, InputError, RowError
 from batchvlm.forms import run_form
 from batchvlm.messages import (
     Message,
@@ -33,6 +30,7 @@ from batchvlm.messages import (
 )
 from batchvlm.records import Completion, FormKind, Generation, ImageRef, Prompt, Record
 from batchvlm.schemas import InvalidSchemaError, compile_schema
+from batchvlm.templates import Template
 
 
 class PromptBuilder:
@@ -245,81 +243,6 @@ def _seed_of_turn(seed: int, turn: int) -> int:
         return seed
     digest = hashlib.blake2b(f"turn:{seed}:{turn}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
-
-
-class Template:
-    """A Jinja2 template over the row's columns, strict about unknown names and nulls.
-
-    A column is written `{{ name }}`, or `{{ row["any name"] }}` where its name is no identifier.
-
-    Args:
-        source: the template.
-        setting: the setting it comes from, for messages.
-    """
-
-    def __init__(self, source: str, setting: str) -> None:
-        environment = SandboxedEnvironment(
-            undefined=StrictUndefined, finalize=_refuse_null, keep_trailing_newline=True
-        )
-        # Columns may have the names of Jinja2's own functions.
-        environment.globals.clear()
-        environment.tests["none"] = lambda value: value is None or isinstance(value, _Null)
-        try:
-            tree = environment.parse(source)
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise ConfigError(f"{setting} is no valid Jinja2 template: {error}") from error
-        self.setting = setting
-        self.columns = frozenset(meta.find_undeclared_variables(tree) - {"row"}) | {
-            str(item.arg.value)
-            for item in tree.find_all(nodes.Getitem)
-            if _is_row(item.node) and isinstance(item.arg, nodes.Const)
-        }
-        self.columns |= {item.attr for item in tree.find_all(nodes.Getattr) if _is_row(item.node)}
-
-    def render(self, values: Mapping[str, Any]) -> str:
-        """Fill in one row's values.
-
-        Raises:
-            RowError: a value is null, or an expression fails on it (`prompt`).
-        """
-        try:
-            known = {name: _Null() if v is None else v for name, v in values.items()}
-            return self._template.render({**known, "row": known})
-        except RowError as error:
-            raise RowError(error.error_type, f"{self.setting}: {error.message}") from error
-        # An expression over a row's values can raise anything that Python can.
-        except Exception as error:
-            names = ", ".join(sorted(self.columns)) or "no column"
-            raise RowError(
-                ErrorType.PROMPT, f"{self.setting} over {names}: {type(error).__name__}"
-            ) from error
-
-
-class _Null:
-    """A null column in a template: false, `is none`, and an error once it becomes text."""
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __eq__(self, other: object) -> bool:
-        return other is None or isinstance(other, _Null)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __str__(self) -> str:
-        raise RowError(ErrorType.PROMPT, "a value is null; write {{ column or '' }} to allow it")
-
-    __html__ = __repr__ = __str__
-
-
-def _is_row(node: nodes.Node) -> bool:
-    return isinstance(node, nodes.Name) and node.name == "row"
-
-
-def _refuse_null(value: Any) -> Any:
-    # A null within a column's value; Jinja2 would print "None" into the prompt.
-    return str(_Null()) if value is None else value
 
 
 def _generation_columns(columns: GenerationColumnsConfig) -> dict[str, str]:

@@ -106,6 +106,65 @@ def test_a_null_can_be_asked_for() -> None:
     assert Template("{{ row.q }}", "task.prompt").columns == {"q"}
 
 
+@pytest.mark.parametrize(
+    ("source", "values"),
+    [
+        ("{{ question }}", {"question": b"What is it?"}),
+        ("{{ 'Q: ' ~ question }}", {"question": b"What is it?"}),
+        ("{{ tags }}", {"tags": [b"a"]}),
+        ("{{ tags }}", {"tags": ["a", None]}),
+        ("{{ tags | join(', ') }}", {"tags": ["a", None]}),
+        ("{{ meta.title | trim }}", {"meta": {"title": None}}),
+        ("{{ meta.title | tojson }}", {"meta": {"title": None}}),
+        ("{{ row }}", {"row": "hello"}),
+        ("{{ [row] }}", {"question": "What?"}),
+        ("{{ row.items }}", {"question": "What?"}),
+        ("{{ question.upper }}", {"question": "What?"}),
+        ("{% for name in row %}{{ row[name] }}{% endfor %}", {"question": b"What?"}),
+    ],
+)
+def test_no_python_gets_into_the_prompt(source: str, values: dict[str, Any]) -> None:
+    with pytest.raises(RowError) as caught:
+        Template(source, "task.prompt").render(values)
+    assert caught.value.error_type is ErrorType.PROMPT
+    assert "RowError" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("source", "values", "text"),
+    [
+        ("{{ row.items }}", {"items": "apples"}, "apples"),
+        ("{{ order.items }} {{ order['keys'] }}", {"order": {"items": 3, "keys": 4}}, "3 4"),
+        ("{% for k, v in order.items() %}{{ k }}={{ v }}{% endfor %}", {"order": {"a": 1}}, "a=1"),
+        ("{{ question.decode() }}", {"question": b"What?"}, "What?"),
+        ("{{ meta | tojson }}", {"meta": {"title": None, "n": [None, 1]}}, None),
+        ("{{ tags | reject('none') | join }}", {"tags": ["a", None]}, "a"),
+        ("{{ meta.title or 'none' }}", {"meta": {"title": None}}, "none"),
+        ("{{ tags }}", {"tags": ["a", 1]}, "['a', 1]"),
+    ],
+)
+def test_what_values_of_values_come_to(
+    source: str, values: dict[str, Any], text: str | None
+) -> None:
+    wanted = '{"n": [null, 1], "title": null}' if text is None else text
+    assert Template(source, "task.prompt").render(values) == wanted
+
+
+@pytest.mark.parametrize(
+    ("source", "columns"),
+    [
+        ("{% for row in table %}{{ row.a }} {% endfor %}", {"table"}),
+        ("{% for row in row.table %}{{ row.a }}{% else %}{{ row.b }}{% endfor %}", {"table", "b"}),
+        ("{% for i, row in t %}{{ row['a'] }}{% endfor %}{{ row['c d'] }}", {"t", "c d"}),
+        ("{% with row = row.x %}{{ row.a }}{% endwith %}", {"x"}),
+        ("{% macro show(row) %}{{ row.a }}{% endmacro %}{{ show(row.b) }}", {"b"}),
+        ("{% for x in t if row.y %}{{ row.a }}{% endfor %}", {"t", "y", "a"}),
+    ],
+)
+def test_the_columns_of_a_template(source: str, columns: set[str]) -> None:
+    assert Template(source, "task.prompt").columns == columns
+
+
 def test_a_column_may_have_the_name_of_a_function() -> None:
     template = Template("{{ range }} {{ dict }}", "task.prompt")
     assert template.columns == {"range", "dict"}

@@ -30,7 +30,10 @@ ALLOWED = {
     "batchvlm.messages": set(),
     "batchvlm.schemas": set(),
     "batchvlm.fetch": set(),
-    "batchvlm.prompts": {"batchvlm.forms", "batchvlm.messages", "batchvlm.schemas"},
+    "batchvlm.templates": set(),
+    "batchvlm.prompts": {
+        *("batchvlm.forms", "batchvlm.messages", "batchvlm.schemas", "batchvlm.templates"),
+    },
     "batchvlm.images": set(),
     "batchvlm.recent": set(),
     "batchvlm.pixels": set(),

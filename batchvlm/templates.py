@@ -1,0 +1,173 @@
+"""A row's values -> text, by templates that let nothing of Python into a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, Undefined, meta, nodes
+from jinja2.sandbox import SandboxedEnvironment
+
+from batchvlm.errors import ConfigError, ErrorType, RowError
+
+
+class Template:
+    """A Jinja2 template over the row's columns, strict about unknown names, nulls and bytes.
+
+    A column is written `{{ name }}`, or `{{ row["any name"] }}` where its name is no identifier.
+
+    Args:
+        source: the template.
+        setting: the setting it comes from, for messages.
+    """
+
+    def __init__(self, source: str, setting: str) -> None:
+        environment = _Environment(
+            undefined=StrictUndefined, finalize=_refuse_python, keep_trailing_newline=True
+        )
+        # Columns may have the names of Jinja2's own functions.
+        environment.globals.clear()
+        environment.tests["none"] = lambda value: value is None or isinstance(value, _Null)
+        environment.policies["json.dumps_function"] = _dumps
+        try:
+            tree = environment.parse(source)
+            self._template = environment.from_string(source)
+        except TemplateError as error:
+            raise ConfigError(f"{setting} is no valid Jinja2 template: {error}") from error
+        self.setting = setting
+        names = meta.find_undeclared_variables(tree)
+        self.columns = frozenset(names - {"row"})
+        if "row" in names:
+            self.columns |= frozenset(_columns_of_row(tree))
+
+    def render(self, values: Mapping[str, Any]) -> str:
+        """Fill in one row's values.
+
+        Raises:
+            RowError: a value is null or binary, or an expression fails on it (`prompt`).
+        """
+        try:
+            # Other columns may hold images, which nobody needs looked through.
+            known = {
+                name: _shown(value) if value is None or name in self.columns else value
+                for name, value in values.items()
+            }
+            return self._template.render({**known, "row": _Row(known)})
+        except RowError as error:
+            raise RowError(error.error_type, f"{self.setting}: {error.message}") from error
+        # An expression over a row's values can raise anything that Python can.
+        except Exception as error:
+            names = ", ".join(sorted(self.columns)) or "no column"
+            raise RowError(
+                ErrorType.PROMPT, f"{self.setting} over {names}: {type(error).__name__}"
+            ) from error
+
+
+class _Environment(SandboxedEnvironment):
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """A mapping's own key first: `order.items` is what the order says, not Python's method."""
+        if isinstance(obj, Mapping) and attribute in obj:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+
+class _Null:
+    """A null in a template: false, `is none`, and an error once it becomes text."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or isinstance(other, _Null)
+
+    def __hash__(self) -> int:
+        return hash(None)
+
+    def __str__(self) -> str:
+        raise RowError(ErrorType.PROMPT, "a value is null; write {{ column or '' }} to allow it")
+
+    __html__ = __repr__ = __str__
+
+
+class _Binary(bytes):
+    """Bytes in a template: an error once they become text."""
+
+    def __str__(self) -> str:
+        raise RowError(
+            ErrorType.PROMPT, "a value is binary; write {{ column.decode() }} where it is text"
+        )
+
+    __repr__ = __str__
+
+
+class _Row(dict[str, Any]):
+    """All columns of a row: an error once they become text."""
+
+    def __str__(self) -> str:
+        raise RowError(ErrorType.PROMPT, "the whole row is no text; write {{ row.column }}")
+
+    __repr__ = __str__
+
+
+def _shown(value: Any) -> Any:
+    """A value as a template sees it, its nulls and bytes marked on every level."""
+    match value:
+        case None:
+            return _Null()
+        case bytes() | bytearray() | memoryview():
+            return _Binary(value)
+        case dict():
+            return {_shown(key): _shown(item) for key, item in value.items()}
+        case list():
+            return [_shown(item) for item in value]
+        case tuple():
+            return tuple(_shown(item) for item in value)
+    return value
+
+
+def _refuse_python(value: Any) -> Any:
+    """What an expression comes to, before it becomes text."""
+    if value is None or isinstance(value, bytes):
+        return str(_shown(value))
+    if callable(value) and not isinstance(value, Undefined):
+        raise RowError(ErrorType.PROMPT, "a value is a function of Python's, and no text")
+    return value
+
+
+def _dumps(value: Any, **options: Any) -> str:
+    """JSON of a value, in which a null is one."""
+
+    def plain(item: Any) -> None:
+        if not isinstance(item, _Null):
+            raise TypeError
+
+    return json.dumps(str(value) if isinstance(value, _Null) else value, default=plain, **options)
+
+
+def _columns_of_row(node: nodes.Node) -> Iterator[str]:
+    """The columns that are written `row.name`, where the template itself names nothing `row`."""
+    match node:
+        case nodes.Getitem(node=nodes.Name(name="row"), arg=nodes.Const(value=name)):
+            yield str(name)
+        case nodes.Getattr(node=nodes.Name(name="row"), attr=name):
+            yield name
+        case nodes.For():
+            yield from _columns_of_row(node.iter)
+            for below in node.else_:
+                yield from _columns_of_row(below)
+            if _is_row_named(node.target):
+                return
+        case nodes.With() if any(map(_is_row_named, node.targets)):
+            for below in node.values:
+                yield from _columns_of_row(below)
+            return
+        case nodes.Macro() | nodes.CallBlock() if any(map(_is_row_named, node.args)):
+            return
+    for below in node.iter_child_nodes():
+        yield from _columns_of_row(below)
+
+
+def _is_row_named(target: nodes.Node) -> bool:
+    names = [target] if isinstance(target, nodes.Name) else target.find_all(nodes.Name)
+    return any(name.name == "row" for name in names)
