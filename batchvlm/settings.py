@@ -17,7 +17,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, OmegaConf, flag_override, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -109,12 +109,34 @@ def read_config(node: DictConfig) -> JobConfig:
             raise ConfigError(
                 f"{missing[0]} is required and not set", hint=f"add {missing[0]}=... to the command"
             )
+        for key in _TEXTS:
+            _read_texts(node, key)
         cfg = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(cfg, JobConfig)
     check_config(cfg)
     return cfg
+
+
+_TEXTS = ("task.output.choice", "generation.stop")
+"""Lists of any values for OmegaConf, which would make the text "True" of true, and of YAML's yes."""
+
+
+def _read_texts(node: DictConfig, key: str) -> None:
+    values = OmegaConf.select(node, key)
+    if values is None:
+        return
+    for value in values:
+        if isinstance(value, bool):
+            raise ConfigError(
+                f"{key}: {str(value).lower()} stands for a truth value and is no text",
+                hint=f"""quote each text: '{key}=["true","false"]', in YAML ["yes", "no"]""",
+            )
+        if not isinstance(value, str | int | float):
+            raise ConfigError(f"{key} holds a {type(value).__name__}", hint="it takes texts")
+    with read_write(node):
+        OmegaConf.update(node, key, [str(value) for value in values])
 
 
 def _refuse_unknown(node: DictConfig, cls: type, prefix: str = "") -> None:

@@ -177,6 +177,44 @@ def test_what_is_no_host_is_refused(entry: str) -> None:
         compose("run", ["data.allow_remote=true", f"data.allow_hosts=['{entry}']"])
 
 
+CHOOSING = ("task=extract", "data=parquet", "data.path=x")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "task.output.choice=[true,false]",
+        "task.output.choice=[a,True]",
+        "task.output.choice=[a,null]",
+        "task.output.choice=[a,[b]]",
+        "generation.stop=[false]",
+    ],
+)
+def test_what_is_no_text_is_not_made_one(override: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{override.partition('=')[0]}"):
+        compose("run", [*CHOOSING, override])
+
+
+def test_words_of_a_file_that_yaml_takes_for_truth_values_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    for text, is_refused in (("[yes, no]", True), ('["yes", "no"]', False)):
+        preset = f"defaults: [extract]\noutput:\n  choice: {text}\n"
+        (tmp_path / "task" / "mine.yaml").write_text(preset)
+        given = [f"hydra.searchpath=[file://{tmp_path}]", "task=mine", *CHOOSING[1:]]
+        if is_refused:
+            with pytest.raises(ConfigError, match=r"true stands for a truth value") as caught:
+                compose("run", given)
+            assert '["yes", "no"]' in str(caught.value.hint)
+        else:
+            assert compose("run", given).task.output.choice == ["yes", "no"]
+
+
+def test_numbers_and_quoted_words_are_texts() -> None:
+    cfg = compose("run", [*CHOOSING, 'task.output.choice=["true",1,2.5]', "generation.stop=[3]"])
+    assert cfg.task.output.choice == ["true", "1", "2.5"]
+    assert cfg.generation.stop == ["3"]
+
+
 def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(ConfigError, match=r"needs aiohttp.*pip install 'batchvlm\[remote\]'"):

@@ -78,7 +78,7 @@ class TaskOutputConfig:
     to files beside it."""
     pydantic: str | None = None
     """`module:Class`: a Pydantic model, dataclass or typed dict; its module runs as code."""
-    choice: list[str] | None = None
+    choice: list[Any] | None = None
     """The answers to choose from."""
     regex: str | None = None
     """A pattern that the whole answer must match."""
@@ -166,7 +166,7 @@ class GenerationConfig:
     """Taken off a token's logit once the answer has it."""
     seed: int = 0
     """Each row draws from a generator of its own, seeded by this and the row's position."""
-    stop: list[str] = field(default_factory=list)
+    stop: list[Any] = field(default_factory=list)
     """Strings that end an answer; they are cut off it."""
     ignore_eos: bool = False
     """Go on to `max_new_tokens` whatever the model says; for benchmarks."""
