@@ -5,6 +5,7 @@ Nothing here imports torch: a mistake costs a second.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -34,6 +35,25 @@ def image_columns(cfg: JobConfig) -> tuple[str, ...]:
     if image is None:
         return ()
     return (image,) if isinstance(image, str) else tuple(image)
+
+
+def _may_be_reached(entry: str) -> bool:
+    """Whether an entry of `data.allow_hosts` is what some address can name: a host or a place."""
+    protocol, separator, _ = entry.partition("://")
+    if separator:
+        return _WORD.fullmatch(protocol) is not None and protocol.lower() not in _WEB
+    try:
+        ipaddress.ip_address(re.sub(r"^\[(.*)\]$", r"\1", entry).rstrip("."))
+    except ValueError:
+        # No name ends in a number: 127.1 is an address, written so that it is forbidden.
+        is_number = re.fullmatch(r"\d+|0x[0-9a-f]*", entry.lower().rstrip(".").rpartition(".")[2])
+        return bool(_HOST.fullmatch(entry)) and is_number is None
+    return True
+
+
+_WEB = ("http", "https")
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*")
+_HOST = re.compile(r"[\w\-]+(\.[\w\-]+)*\.?")
 
 
 def check_config(cfg: JobConfig) -> None:
@@ -222,7 +242,7 @@ def _check_combinations(cfg: JobConfig) -> None:
             "data.allow_hosts names files of this machine", hint="data.image_root is for those"
         )
     for entry in cfg.data.allow_hosts:
-        if not entry.strip() or re.fullmatch(r"[^:/]+:\d+|[^:/]+/.*", entry):
+        if not _may_be_reached(entry):
             raise ConfigError(
                 f"data.allow_hosts: {entry!r} is no host",
                 hint="write the name alone, as images.intra, or a place, as s3://bucket/folder",

@@ -120,7 +120,7 @@ def read_config(node: DictConfig) -> JobConfig:
 
 
 _TEXTS = ("task.output.choice", "generation.stop")
-"""Lists of any values for OmegaConf, which would make the text "True" of true, and of YAML's yes."""
+"""Lists of any values for OmegaConf, which would make "True" of true, and of YAML's yes."""
 
 
 def _read_texts(node: DictConfig, key: str) -> None:

@@ -171,7 +171,14 @@ def test_a_mistake_is_refused_in_one_line(override: str) -> None:
     assert caught.value.exit_code is ExitCode.USAGE
 
 
-@pytest.mark.parametrize("entry", ["x:80", "x/a", "", "file:///", "FILE://x", "local://etc"])
+NO_HOSTS = [
+    *("x:80", "x/a", "", "file:///", "FILE://x", "local://etc"),
+    *("http://images.intra", "HTTPS://images.intra/", "[::1]:80", "[::1", "10.0.0.0/8", "127.1"),
+    *("*.intra", "me@images.intra", "images intra", "://x", "images..intra"),
+]
+
+
+@pytest.mark.parametrize("entry", NO_HOSTS)
 def test_what_is_no_host_is_refused(entry: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.allow_hosts"):
         compose("run", ["data.allow_remote=true", f"data.allow_hosts=['{entry}']"])
@@ -222,7 +229,7 @@ def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hosts_and_places_are_taken() -> None:
-    hosts = "[images.intra,10.0.0.5,'[::1]','s3://bucket/folder','hf://datasets/a/b']"
+    hosts = "[images.intra,images_2.intra.,'bücher.de',10.0.0.5,'[::1]','::1','s3://bucket/folder','hf://datasets/a/b']"
     compose("run", ["data.allow_remote=true", f"data.allow_hosts={hosts}"])
 
 
