@@ -137,6 +137,9 @@ class PromptBuilder:
         values = record.values
         images: list[ImageRef] = []
         for column in self._image_columns:
+            # Messages and turns may be about no image; a prompt is about one.
+            if values[column] is None and self._prompt is None:
+                continue
             refs = image_refs(values[column], column)
             # Messages say themselves how many images they show; a prompt is about an image.
             if not refs and self._prompt is not None:

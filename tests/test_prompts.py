@@ -204,10 +204,11 @@ def test_a_column_without_an_image_is_a_missing_image(empty: Any) -> None:
 def test_messages_say_themselves_how_many_images_they_show() -> None:
     build = builder(image="images", messages="chat")
     text = [{"role": "user", "content": "Hello."}]
-    assert build.build(record(images=[], chat=text)).images == ()
+    for none in ([], None):
+        assert build.build(record(images=none, chat=text)).images == ()
     slot = [{"role": "user", "content": [{"type": "image"}, "What is this?"]}]
     with pytest.raises(RowError, match="holds 1 image slots and the row brings 0") as caught:
-        build.build(record(images=[], chat=slot))
+        build.build(record(images=None, chat=slot))
     assert caught.value.error_type is ErrorType.MISSING_IMAGE
 
 
