@@ -124,18 +124,23 @@ def _completion(
         pairs = zip(row["token_ids"], row["logprobs"], strict=True)
         content = [_token(token_text(token), logprob) for token, logprob in pairs]
         choices[0]["logprobs"] = {"content": content, "refusal": None}
-    num_prompt, num_answer = row["prompt_tokens"], row["completion_tokens"]
     return {
         "id": f"chatcmpl-{name}",
         "object": "chat.completion",
         "created": created,
         "model": row["model"],
         "choices": choices,
-        "usage": {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_answer,
-            "total_tokens": num_prompt + num_answer,
-        },
+        "usage": _usage(row["prompt_tokens"], row["completion_tokens"]),
+    }
+
+
+def _usage(num_prompt: int | None, num_answer: int | None) -> dict[str, int] | None:
+    if num_prompt is None or num_answer is None:
+        return None  # a server that counts nothing answered
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_answer,
+        "total_tokens": num_prompt + num_answer,
     }
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from batchvlm.cli import main
 from batchvlm.errors import BatchvlmError, ExitCode
-from batchvlm.records import FinishReason, Sample
+from batchvlm.records import FinishReason, Sample, Usage
 from tests.conftest import picture
 from tests.test_pipeline import FakeEngine, run
 
@@ -64,6 +64,18 @@ def test_a_cycle_is_a_length_that_says_why(tmp_path: Path, write_parquet: Writer
     run(tmp_path / "out", write_parquet([picture()]), engine=Looping())
     (choice,) = export(tmp_path / "out")[0]["response"]["body"]["choices"]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "repetition")
+
+
+def test_answers_of_a_server_that_counts_no_tokens(tmp_path: Path, write_parquet: Writer) -> None:
+    class Served(FakeEngine):
+        def run(self, samples: Iterable[Sample]) -> Any:
+            for index, outcome in super().run(samples):
+                yield index, replace(outcome, token_ids=(), usage=Usage())
+
+    run(tmp_path / "out", write_parquet([picture()]), engine=Served())
+    body = export(tmp_path / "out")[0]["response"]["body"]
+    assert body["choices"][0]["message"]["content"] == "row 0"
+    assert body["usage"] is None
 
 
 def test_a_job_that_is_not_done_is_exported_where_asked(
