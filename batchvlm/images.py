@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from batchvlm.config import ImageFormat
 from batchvlm.errors import ErrorType, RowError
@@ -117,6 +117,9 @@ def load_image(
         ) from error
 
 
+_TIFF_SIZE = (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH)
+
+
 def image_size(
     ref: ImageRef, *, image_root: str | None, max_image_bytes: int, max_source_pixels: int
 ) -> tuple[int, int]:
@@ -151,6 +154,9 @@ def image_size(
                 ErrorType.DECODE, f"{num_bytes} bytes are no readable image: {_one_line(error)}"
             ) from error
     width, height = image.size
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # Pillow turns a TIFF's size as it opens it, newer releases of it; its tags say the file's.
+        width, height = (int(image.tag_v2[tag]) for tag in _TIFF_SIZE)
     return (height, width) if turn in (5, 6, 7, 8) else (width, height)
 
 

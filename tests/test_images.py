@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from batchvlm.errors import ErrorType, RowError
-from batchvlm.images import capped_size, load_image, to_rgb
+from batchvlm.images import capped_size, image_size, load_image, to_rgb
 from batchvlm.records import ImageRef
 from tests.conftest import encode
 
@@ -118,6 +118,19 @@ def test_orientation(kind: str, orientation: int, size: tuple[int, int], red_at:
     x, y = red_at
     assert color_at(image, x, y) == "red"
     assert color_at(image, 1 - x if x != 0.5 else x, 1 - y if y != 0.5 else y) == "blue"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(9))
+def test_a_header_tells_the_upright_size(kind: str, orientation: int) -> None:
+    """Also of a TIFF, which Pillow turns as it opens it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(halves(), kind, exif=exif)
+    size = image_size(
+        ImageRef(data=data), image_root=None, max_image_bytes=1 << 20, max_source_pixels=10**8
+    )
+    assert size == load(data).size == ((20, 40) if orientation >= 5 else (40, 20))
 
 
 def test_broken_exif_costs_nothing() -> None:
