@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.records import ImageRef
@@ -36,6 +36,10 @@ _IMAGE_FILE = re.compile(
 )
 _MIN_BASE64_CHARS = 40
 """The smallest image file has some 30 bytes."""
+_MAX_PATH_CHARS = 4096
+"""No system takes a longer path."""
+_URL_SAFE = str.maketrans("-_", "+/")
+_NO_BASE64 = re.compile(r"[^A-Za-z0-9+/=\s_-]")
 
 
 def image_refs(value: Any, where: str) -> list[ImageRef]:
@@ -87,20 +91,37 @@ def _image_ref(value: Any, where: str) -> ImageRef:
             f"{where} is a {address.group(1).lower()}: address; "
             "images come from bytes, data: URIs, or paths below data.image_root",
         )
-    data = _decode_image(value)
+    data = _decode_image(value, where)
     return ImageRef(path=value) if data is None else ImageRef(data=data)
 
 
-def _decode_image(text: str) -> bytes | None:
-    """The image that a text is the base64 of, without a `data:` before it; None: it is a path."""
+def _decode_image(text: str, where: str) -> bytes | None:
+    """The image that a text is the base64 of, without a `data:` before it; None: it is a path.
+
+    Raises:
+        RowError: it begins as an image in base64 does, and is neither (`decode`).
+    """
+    if len(text) < _MIN_BASE64_CHARS:
+        return None
     try:
         # 20 characters tell most paths apart before all of the text is looked at.
-        head = base64.b64decode(text.lstrip()[:20], validate=True)
-        if len(text) < _MIN_BASE64_CHARS or not _IMAGE_FILE.match(head):
-            return None
-        return base64.b64decode("".join(text.split()), validate=True)
+        head = _from_base64(text.lstrip()[:20])
     except ValueError:
         return None
+    if not _IMAGE_FILE.match(head):
+        return None
+    try:
+        return _from_base64(text)
+    except ValueError as error:
+        if len(text) < _MAX_PATH_CHARS and _NO_BASE64.search(text):
+            return None
+        raise RowError(ErrorType.DECODE, f"{where} is an image in broken base64") from error
+
+
+def _from_base64(text: str) -> bytes:
+    """Base64 of either alphabet, with white space in it, with or without `=` at its end."""
+    text = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def _decode_data_uri(uri: str, where: str) -> bytes:
@@ -108,8 +129,8 @@ def _decode_data_uri(uri: str, where: str) -> bytes:
     if not comma:
         raise RowError(ErrorType.DECODE, f"{where} is a data: URI without a comma")
     try:
-        if header.lower().endswith(";base64"):
-            data = base64.b64decode("".join(payload.split()), validate=True)
+        if "".join(header.split()).lower().endswith(";base64"):
+            data = _from_base64(unquote(payload) if "%" in payload else payload)
         else:
             data = unquote_to_bytes(payload)
     except (binascii.Error, ValueError) as error:

@@ -95,7 +95,6 @@ def test_base64_alone_is_an_image_where_it_decodes_to_one(kind: str, width: int)
     [
         base64.b64encode(b"a note, and no picture").decode(),
         base64.b64encode(picture()).decode() + ".png",
-        base64.b64encode(picture()).decode()[:-1],
         "/9j/photos/red",
         "iVBORw0KGgo",
         "Qk12",
@@ -104,6 +103,29 @@ def test_base64_alone_is_an_image_where_it_decodes_to_one(kind: str, width: int)
 )
 def test_other_text_stays_a_path(value: str) -> None:
     assert image_refs(value, "image") == [ImageRef(path=value)]
+
+
+NOISE = bytes(range(256)) * 3
+
+
+@pytest.mark.parametrize("num_bytes", [64, 65, 66])
+def test_base64_may_be_url_safe_and_unpadded(num_bytes: int) -> None:
+    data = (picture()[:32] + NOISE[200:])[:num_bytes]
+    plain = base64.b64encode(data).decode()
+    safe = base64.urlsafe_b64encode(data).decode()
+    assert plain != safe
+    for text in (plain, safe, plain.rstrip("="), safe.rstrip("=")):
+        assert image_refs(text, "image") == [ImageRef(data=data)]
+        for header in ("data:image/png;base64", "data:image/png; base64", "data: ; BASE64 "):
+            assert image_refs(f"{header},{text}", "image") == [ImageRef(data=data)]
+    encoded = "data:image/png;base64," + plain.replace("+", "%2B").replace("=", "%3D")
+    assert image_refs(encoded, "image") == [ImageRef(data=data)]
+
+
+@pytest.mark.parametrize("text", ["A" * 5, "A" * 3000 + "." + "A" * 3000])
+def test_an_image_in_broken_base64_is_no_path(text: str) -> None:
+    value = base64.b64encode(picture()[:48]).decode() + text
+    assert error_type(image_refs, value, "image") is ErrorType.DECODE
 
 
 def test_a_message_never_repeats_the_payload() -> None:
