@@ -19,6 +19,7 @@ from batchvlm.config import (
     JobConfig,
     SourceKind,
     TaskName,
+    TaskOutputConfig,
 )
 from batchvlm.endpoint_settings import check_endpoint
 from batchvlm.errors import ConfigError, ErrorType
@@ -282,6 +283,13 @@ def _check_output(cfg: JobConfig) -> None:
             "task=extract has no schema",
             hint="set task.output.json_schema=FILE or task.output.json_schema_column=COLUMN; "
             "or pydantic, choice, choice_column, regex, grammar or type there",
+        )
+    takes_form = cfg.task.name is TaskName.extract or columns
+    if not takes_form and output.guided is not TaskOutputConfig.guided:
+        raise ConfigError(
+            f"task.output.guided has no effect with task={cfg.task.name.value}, whose answers have "
+            "no form",
+            hint="choose task=extract, or set task.output.json_schema_column=COLUMN",
         )
     if len(named) > 1 or len(columns) > 1:
         both = named if len(named) > 1 else columns

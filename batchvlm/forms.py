@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import re
@@ -156,7 +157,7 @@ def _grammar(text: str) -> str:
     if not is_path:
         return text
     try:
-        return Path(text).read_text(encoding="utf-8")
+        return Path(text).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"task.output.grammar={text} cannot be read",
@@ -171,10 +172,13 @@ def _named(name: str) -> Form:
 
     term = getattr(types, name, None)
     if not isinstance(term, types.Regex) and not isinstance(term, types.dsl.Term):
-        known = sorted(k for k, v in vars(types).items() if isinstance(v, types.dsl.Term))
+        terms = sorted(k for k, v in vars(types).items() if isinstance(v, types.dsl.Term))
+        known = list(dict.fromkeys([*_JSON_TYPES, *terms]))
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        question = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
             f"task.output.type={name} is no named type",
-            hint=f"there are {', '.join([*_JSON_TYPES, *known])}",
+            hint=f"{question}there are {', '.join(known)}",
         )
     return _form_of(term, f"task.output.type={name}")
 

@@ -49,13 +49,15 @@ def read_schema(schema: str | dict[str, Any], setting: str) -> str:
     value: Any = schema
     if isinstance(schema, str):
         try:
-            text = Path(schema).read_text(encoding="utf-8")
+            # Some editors put a mark first.
+            text = Path(schema).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"{setting}={schema} cannot be read",
                 hint="give the path of a JSON schema file",
             ) from error
         folder = Path(schema).parent
+        setting = f"{setting}={schema}"
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -105,7 +107,7 @@ class _Bundle:
         if path not in self._keys:
             key = self._keys[path] = f"file-{len(self._keys)}-{path.name.replace('/', '-')}"
             try:
-                part = json.loads(path.read_text(encoding="utf-8"))
+                part = json.loads(path.read_text(encoding="utf-8-sig"))
             except (OSError, ValueError, RecursionError) as error:
                 raise InvalidSchemaError(f"$ref leads to {path}, which is no JSON") from error
             if isinstance(part, dict):
@@ -133,8 +135,12 @@ def compile_schema(text: str) -> Validator:
         if isinstance(schema, dict):  # true and false are schemas too, and always valid
             cls.check_schema(schema)
     except (SchemaError, RecursionError) as error:
-        reason = error.message if isinstance(error, SchemaError) else "nested too deeply"
-        raise InvalidSchemaError(f"not a valid JSON schema: {reason[:200]}") from error
+        place, reason = "", "nested too deeply"
+        if isinstance(error, SchemaError):
+            keys = (str(key).replace("~", "~0").replace("/", "~1") for key in error.absolute_path)
+            place, reason = "".join(f"/{key}" for key in keys), error.message
+        at = f" at {place[:200]}" if place else ""
+        raise InvalidSchemaError(f"not a valid JSON schema{at}: {reason[:200]}") from error
     if isinstance(schema, dict):
         # By its name a $ref to the whole would find the draft's own validator again.
         schema = {key: part for key, part in schema.items() if key != "$schema"}

@@ -18,7 +18,11 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, flag_override, read_write
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 from yaml import YAMLError
 
 from batchvlm import demo
@@ -178,7 +182,9 @@ def explain(error: Exception) -> ConfigError:
         if "is not a ListConfig" in reason:
             value = getattr(cause, "value", None)
             return ConfigError(f"{key}={value} is no list", hint=f"write '{key}=[{value}]'")
-        return ConfigError(f"{key}: {reason}" if key else reason)
+        is_dollar = isinstance(cause, GrammarParseError | InterpolationResolutionError)
+        hint = "${ begins the name of another setting; in a template a dollar is {{ '$' }}"
+        return ConfigError(f"{key}: {reason}" if key else reason, hint=hint if is_dollar else "")
     if override:
         return _unknown_key(override.group(1))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -66,6 +66,10 @@ def test_a_pydantic_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ({"pydantic": "json:nothing"}, "cannot be imported"),
         ({"pydantic": "json:JSONDecoder"}, "is no type of an answer"),
         ({"type": "nothing"}, "is no named type; there are integer"),
+        (
+            {"type": "intger"},
+            r"mean integer\? there are integer, number, boolean, string, bic",
+        ),
         ({"grammar": "nowhere.lark"}, "cannot be read"),
         ({"json_schema": {"type": 3}}, "not a valid JSON schema"),
         ({"json_schema": {"properties": {"a": {"$ref": "#/$defs/x"}}}}, r"\$ref .* leads nowhere"),

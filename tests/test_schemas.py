@@ -36,6 +36,21 @@ def test_what_is_no_schema(tmp_path: Path) -> None:
             compile_schema(text)
 
 
+def test_a_broken_schema_is_named_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "point.json"
+    path.write_text('{"properties": {"a/b": {"type": "nonsense"}}}')
+    with pytest.raises(ConfigError) as caught:
+        read_schema(str(path), "task.output.json_schema")
+    start = f"task.output.json_schema={path}: not a valid JSON schema at /properties/a~1b/type: "
+    assert str(caught.value).startswith(start)
+
+
+def test_a_mark_before_a_schema_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"$ref": "b.json"}', encoding="utf-8-sig")
+    (tmp_path / "b.json").write_text('{"type": "integer"}', encoding="utf-8-sig")
+    assert why_invalid("x", read_schema(str(tmp_path / "a.json"), "s")) is not None
+
+
 def test_why_invalid_names_the_place() -> None:
     schema = json.dumps(POINT)
     assert why_invalid({"x": 1}, schema) is None

@@ -76,6 +76,9 @@ def _open_saved(cfg: DataConfig, folder: str, split: str | None = None) -> Datas
     # A split that was saved alone is the one that is read, whatever it is called.
     if split is None and cfg.split not in (name, DataConfig.split, os.path.basename(folder)):
         raise _no_split(cfg, [name])
+    if not state.get("_data_files", True):
+        # No file is written of no rows, and the library fails at that.
+        raise InputError(f"data.path={cfg.path} holds no rows")
     dataset = datasets.load_from_disk(folder)
     return DatasetSource(
         dataset,

@@ -76,6 +76,12 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     assert source.image_root == str(tmp_path / "saved")
 
 
+def test_a_saved_dataset_without_rows_says_so(tmp_path: Path) -> None:
+    dataset(0).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match="holds no rows"):
+        open_path("hf", tmp_path / "saved")
+
+
 def test_a_saved_dataset_dict_has_splits(tmp_path: Path) -> None:
     splits = {"train": dataset(3), "dev-1": dataset(2, first=50)}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
