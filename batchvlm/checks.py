@@ -10,6 +10,7 @@ import re
 from dataclasses import asdict
 from importlib.util import find_spec
 
+from batchvlm import demo
 from batchvlm.config import (
     GENERATION_LIMITS,
     DataConfig,
@@ -27,6 +28,7 @@ from batchvlm.errors import ConfigError, ErrorType
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _TRACKERS = ("tensorboard", "wandb")
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_DEMO_DATA, _DEMO_MODEL = "demo", "batchvlm-demo"  # their names in conf/
 _PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/@]*:[^/@]*@")
 
 
@@ -65,6 +67,7 @@ def check_config(cfg: JobConfig) -> None:
     """
     _check_ranges(cfg)
     _check_choices(cfg)
+    _check_demo(cfg)
     _check_combinations(cfg)
 
 
@@ -189,6 +192,22 @@ def _check_choices(cfg: JobConfig) -> None:
     for key, column in asdict(cfg.generation.columns).items():
         if column == "":
             raise ConfigError(f"generation.columns.{key} is empty", hint="name a column, or null")
+
+
+def _check_demo(cfg: JobConfig) -> None:
+    """Another input or model than the demo's must not go under its name and by its settings."""
+    data, model = cfg.data, cfg.model
+    if data.name == _DEMO_DATA and data.path != str(demo.SAMPLES_PATH):
+        raise ConfigError(
+            f"data.path={data.path} is set, but no kind of input",
+            hint=f"write data=parquet data.path={data.path} (or data=hf, folder, jsonl, openai, "
+            "webdataset)",
+        )
+    if model.name == _DEMO_MODEL and model.path != str(demo.MODEL_DIR):
+        raise ConfigError(
+            f"model.path={model.path} is set together with the demo's settings",
+            hint=f"write model=hub model.path={model.path}",
+        )
 
 
 def _check_combinations(cfg: JobConfig) -> None:

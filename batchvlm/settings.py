@@ -195,7 +195,8 @@ def explain(error: Exception) -> ConfigError:
         if option := re.search(r"Could not find '(\w+)/([^']+)'", lines[0]):
             group, name = option.groups()
             if group in ("data", "model"):
-                hint += f"; a name of your own is {group}.path={name}"
+                kind = {"data": "parquet", "model": "hub"}[group]
+                hint += f"; one of your own is written {group}={kind} {group}.path={name}"
             return ConfigError(f"{group}={name} is no option of {group}", hint=hint)
         return ConfigError(lines[0], hint=hint)
     return ConfigError(lines[0] if lines else type(error).__name__, hint="; ".join(lines[1:3]))

@@ -88,7 +88,7 @@ def test_the_job_scripts(tmp_path: Path, task: str) -> None:
         (["run", "data=parquet"], "data.path is required"),
         (["run", "data=parquet", "data.path=none.parquet"], "none.parquet"),
         (["run", "data.columns.image=img"], "img"),
-        (["run", "model.path=./none"], "model.path=./none"),
+        (["run", "model=hub", "model.path=./none"], "model.path=./none"),
         (["run", "task.prompt='{{ no_such_column }}'"], "no_such_column"),
         (["run", "task.prompt='{{ row.no_such_column }}'"], "no_such_column"),
         (["run", "output.dir=s3://bucket/out"], "output.dir"),
@@ -439,7 +439,7 @@ def test_a_folder_without_a_processor_is_one_line_too(tmp_path: Path) -> None:
     model.mkdir()
     for name in ("config.json", "model.safetensors"):
         (model / name).write_bytes((demo.MODEL_DIR / name).read_bytes())
-    done = command("run", f"model.path={model}", "output.dir=out", cwd=tmp_path)
+    done = command("run", "model=hub", f"model.path={model}", "output.dir=out", cwd=tmp_path)
     assert done.returncode == ExitCode.USAGE
     errors = [line for line in done.stderr.splitlines() if " INFO " not in line]
     assert len(errors) == 1 and "cannot load the processor of model.path" in errors[0], done.stderr

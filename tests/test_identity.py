@@ -27,7 +27,7 @@ def write_model(folder: Path, changed: str | None = None) -> None:
 
 
 def of_model(folder: Path) -> object:
-    return answer_identity(compose("run", [f"model.path={folder}"]), FILES)["model"]
+    return answer_identity(compose("run", ["model=hub", f"model.path={folder}"]), FILES)["model"]
 
 
 @pytest.mark.parametrize("max_whole_bytes", [1, 1 << 30])

@@ -68,7 +68,7 @@ def test_large_weights_without_a_header(
 ) -> None:
     monkeypatch.setattr(identity, "_MAX_WHOLE_BYTES", -1)
     (model / "model.safetensors").write_bytes(head)
-    cfg = compose("run", [f"model.path={model}"])
+    cfg = compose("run", ["model=hub", f"model.path={model}"])
     assert "cannot load the files of model.path" in refused(answer_identity, cfg, [])
 
 

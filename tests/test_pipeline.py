@@ -314,6 +314,7 @@ def test_a_model_that_does_not_load_claims_no_folder(tmp_path: Path, write_parqu
             "data=parquet",
             f"data.path={source}",
             f"output.dir={tmp_path / 'out'}",
+            "model=hub",
             f"model.path={tmp_path / 'empty'}",
         ],
     )
@@ -421,6 +422,7 @@ def test_a_model_that_does_not_load_overwrites_nothing(
             "data=parquet",
             f"data.path={source}",
             f"output.dir={out}",
+            "model=hub",
             f"model.path={tmp_path / 'empty'}",
             "output.on_mismatch=overwrite",
         ],

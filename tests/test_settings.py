@@ -68,8 +68,13 @@ REFUSED = {
     "+extra=1": "extra is no setting",
     "+data.extra=1": "data.extra is no setting",
     "in.parquet": "in.parquet is no setting, which is written key=value; an input is named by data",
-    "data=in.parquet": "data=in.parquet is no option of data; there are demo, folder, hf, jso",
-    "model=org/name": "a name of your own is model.path=org/name",
+    "data=in.parquet": "one of your own is written data=parquet data.path=in.parquet",
+    "data=in.csv": "data=in.csv is no option of data; there are demo, folder, hf, jsonl, openai",
+    "model=org/name": "one of your own is written model=hub model.path=org/name",
+    "data.path=in.parquet": "data.path=in.parquet is set, but no kind of input; write data=parquet "
+    "data.path=in.parquet (or data=hf, folder, jsonl, openai, webdataset)",
+    "model.path=org/name": "model.path=org/name is set together with the demo's settings; write "
+    "model=hub model.path=org/name",
     "task=cption": "task=cption is no option of task; there are caption, ",
     "task.prompt={{ a }}": "quote a value",
     'task.prompt="It costs ${{ price }}"': "in a template a dollar is {{ '$' }}",

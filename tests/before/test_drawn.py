@@ -83,7 +83,10 @@ def test_reading_that_takes_long_ends_early_and_has_been_everywhere(tmp_path: Pa
 def test_a_model_behind_a_server_shows_no_processor() -> None:
     cfg = compose(
         "run",
-        ["engine=endpoint", "engine.endpoint.url=http://127.0.0.1:9/v1", "model.path=there"],
+        [
+            *("engine=endpoint", "engine.endpoint.url=http://127.0.0.1:9/v1"),
+            *("model=hub", "model.path=there"),
+        ],
     )
     with pytest.raises(ConfigError, match="engine=endpoint leaves elsewhere"):
         look_at(cfg)

@@ -86,7 +86,7 @@ def followers(second: Second) -> Iterator[Followers]:
 
 
 def job(path: str, **batching: Any) -> JobConfig:
-    cfg = compose("run", [f"model.path={path}", "model.dtype=float32"])
+    cfg = compose("run", ["model=hub", f"model.path={path}", "model.dtype=float32"])
     model = ModelConfig(path=path, dtype="float32", tp_plan="auto", gpus_per_replica=2)
     return replace(cfg, model=model, batching=BatchingConfig(**batching))
 
