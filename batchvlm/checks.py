@@ -24,6 +24,7 @@ from batchvlm.config import (
 )
 from batchvlm.endpoint_settings import check_endpoint
 from batchvlm.errors import ConfigError, ErrorType
+from batchvlm.words import setting
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _TRACKERS = ("tensorboard", "wandb")
@@ -200,13 +201,13 @@ def _check_demo(cfg: JobConfig) -> None:
     if data.name == _DEMO_DATA and data.path != str(demo.SAMPLES_PATH):
         raise ConfigError(
             f"data.path={data.path} is set, but no kind of input",
-            hint=f"write data=parquet data.path={data.path} (or data=hf, folder, jsonl, openai, "
-            "webdataset)",
+            hint=f"write data=parquet {setting('data.path', data.path)} (or data=hf, folder, "
+            "jsonl, openai, webdataset)",
         )
     if model.name == _DEMO_MODEL and model.path != str(demo.MODEL_DIR):
         raise ConfigError(
             f"model.path={model.path} is set together with the demo's settings",
-            hint=f"write model=hub model.path={model.path}",
+            hint=f"write model=hub {setting('model.path', model.path)}",
         )
 
 

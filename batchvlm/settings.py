@@ -8,10 +8,12 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
+from os.path import expanduser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -31,8 +33,11 @@ from batchvlm.config import (
     JobConfig,
 )
 from batchvlm.errors import ConfigError
+from batchvlm.words import setting
 
 _ROOTS = tuple(f.name for f in fields(JobConfig))
+_OWN = {"data": "parquet", "model": "hub"}
+"""The option of a group that takes a path."""
 
 
 def conf_dir() -> Path:
@@ -119,6 +124,7 @@ def read_config(node: DictConfig) -> JobConfig:
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(cfg, JobConfig)
+    cfg = _at_home(cfg)
     check_config(cfg)
     return cfg
 
@@ -141,6 +147,17 @@ def _read_texts(node: DictConfig, key: str) -> None:
             raise ConfigError(f"{key} holds a {type(value).__name__}", hint="it takes texts")
     with read_write(node):
         OmegaConf.update(node, key, [str(value) for value in values])
+
+
+def _at_home(cfg: JobConfig) -> JobConfig:
+    """Paths that begin with `~` as a shell would have them: between quotes it leaves them alone."""
+    data, model, output = cfg.data, cfg.model, cfg.output
+    return replace(
+        cfg,
+        data=replace(data, path=expanduser(data.path)),
+        model=replace(model, path=expanduser(model.path)),
+        output=replace(output, dir=expanduser(output.dir)),
+    )
 
 
 def _refuse_unknown(node: DictConfig, cls: type, prefix: str = "") -> None:
@@ -169,6 +186,8 @@ def explain(error: Exception) -> ConfigError:
         return _broken_file(error)
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override)
+    if twice := re.match(r"Ambiguous value for argument '(.*)'\n", str(error)):
+        return _ambiguous(twice[1])
     chain = list(_causes(error))
     override = re.search(r"Could not override '([^']+)'", " ".join(map(str, chain)))
     cause = next((e for e in chain if isinstance(e, OmegaConfBaseException)), None)
@@ -194,24 +213,57 @@ def explain(error: Exception) -> ConfigError:
         hint = f"there are {', '.join(options)}"
         if option := re.search(r"Could not find '(\w+)/([^']+)'", lines[0]):
             group, name = option.groups()
-            if group in ("data", "model"):
-                kind = {"data": "parquet", "model": "hub"}[group]
-                hint += f"; one of your own is written {group}={kind} {group}.path={name}"
+            if group in _OWN:
+                own = setting(f"{group}.path", name)
+                hint += f"; one of your own is written {group}={_OWN[group]} {own}"
             return ConfigError(f"{group}={name} is no option of {group}", hint=hint)
         return ConfigError(lines[0], hint=hint)
     return ConfigError(lines[0] if lines else type(error).__name__, hint="; ".join(lines[1:3]))
 
 
 def _unreadable(override: str) -> ConfigError:
+    """A value with a letter that Hydra gives a meaning, or knows only between quotes."""
     key, equals, value = override.partition("=")
     if not equals:
         # What most people try first is the input's name alone.
-        hint = f"an input is named by data=parquet data.path={override}, say; --help tells more"
+        own = setting("data.path", override)
+        hint = f"an input is named by data=parquet {own}, say; --help tells more"
         return ConfigError(f"{override} is no setting, which is written key=value", hint=hint)
-    hint = "quote a value with spaces, braces or commas twice: 'task.prompt=\"Is it red?\"'"
+    if not re.fullmatch(r"[\w.@/+~:-]+", key, re.ASCII):
+        return ConfigError(f"{key} is no setting", hint="write key=value, as data.path=in.parquet")
+    starts, ends = value[:1] in ("[", "{") and not value.startswith("{{"), value[-1:] in ("]", "}")
     if value.startswith("[") != value.endswith("]"):
         hint = f"write a list as '{key}=[{value.strip('[]')}]'"
+    elif value.startswith("[") and not re.search(r"[\[\]{}\"]", inner := value[1:-1]):
+        hint = f"write {_list(key, inner)}"
+    elif starts and ends:
+        hint = f"quote each text in it, and the whole: '{key}={{name: \"a text\"}}'"
+    elif key in _OWN:
+        hint = f"write {key}={_OWN[key]} {setting(f'{key}.path', value)}"
+    else:
+        if value[:1] in ("'", '"'):  # which nothing closes
+            value = value.strip(value[0])
+        hint = f"write {setting(key, value)}"
     return ConfigError(f"cannot read the override {override}", hint=hint)
+
+
+def _list(key: str, items: str) -> str:
+    """A list as it is typed in a shell."""
+    quoted = ",".join(f'"{item.strip()}"' for item in items.split(","))
+    return f"'{key}=[{quoted}]'" if "'" not in items else shlex.quote(f"{key}=[{quoted}]")
+
+
+def _ambiguous(override: str) -> ConfigError:
+    """A comma outside quotes, which only a sweep knows what to do with."""
+    key, _, value = override.partition("=")
+    sweep = "several jobs (a sweep): put -m first"
+    if key in _ROOTS:
+        return ConfigError(f"{key} names several options", hint=f"keep one of them; or, {sweep}")
+    if key == "data.columns.image" or key in _lists(JobConfig):
+        meant = f"a list: '{key}=[{value}]'"
+    else:
+        meant = f"a text: {setting(key, value)}"
+    return ConfigError(f"{key} has a comma outside quotes", hint=f"{meant}; {sweep}")
 
 
 def _broken_file(error: YAMLError | UnicodeDecodeError) -> ConfigError:
@@ -242,6 +294,17 @@ def _dotted(cls: type, prefix: str = "") -> Iterable[str]:
         if isinstance(f.default_factory, type) and is_dataclass(f.default_factory):
             yield from _dotted(f.default_factory, f"{name}.")
         else:
+            yield name
+
+
+def _lists(cls: type, prefix: str = "") -> Iterable[str]:
+    """The settings that hold lists of texts."""
+    types = get_type_hints(cls)
+    for f in fields(cls):
+        name = f"{prefix}{f.name}"
+        if isinstance(f.default_factory, type) and is_dataclass(f.default_factory):
+            yield from _lists(f.default_factory, f"{name}.")
+        elif types[f.name] in (list[str], list[str] | None):
             yield name
 
 

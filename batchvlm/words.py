@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections import Counter
 
 _BYTES = ("bytes", "kB", "MB", "GB", "TB")
@@ -15,6 +17,18 @@ def printable(text: str, *, keep: str = "") -> str:
         keep: control characters that stay, such as line ends.
     """
     return "".join(c if c.isprintable() or c in keep else " " for c in text)
+
+
+def setting(key: str, value: str) -> str:
+    """How a setting is typed in a shell: `data.path=a.parquet`, `'data.path="my a.parquet"'`."""
+    if re.fullmatch(r"[\w./:@%-]+", value, re.ASCII):
+        return f"{key}={value}"
+    # Hydra reads a backslash as one, unless quotes follow.
+    inner = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value)
+    text = f'{key}="{inner}"'
+    if "'" in text and not re.search(r"[$`\\!]", text):
+        return '"' + text.replace('"', '\\"') + '"'
+    return shlex.quote(text) if "'" in text else f"'{text}'"
 
 
 def counted(counts: Counter[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
@@ -76,10 +77,18 @@ REFUSED = {
     "model.path=org/name": "model.path=org/name is set together with the demo's settings; write "
     "model=hub model.path=org/name",
     "task=cption": "task=cption is no option of task; there are caption, ",
-    "task.prompt={{ a }}": "quote a value",
     'task.prompt="It costs ${{ price }}"': "in a template a dollar is {{ '$' }}",
     'task.prompt="It costs ${price}"': "in a template a dollar is {{ '$' }}",
     "task.output.guided=strict": "task.output.guided has no effect with task=caption",
+    "task.prompt={{ a }}": """write 'task.prompt="{{ a }}"'""",
+    "generation.stop=[é, b]": """write 'generation.stop=["é","b"]'""",
+    "data=é.parquet": """write data=parquet 'data.path="é.parquet"'""",
+    "é=1": "é is no setting; write key=value",
+    "task.prompt=Is it red, or blue?": "task.prompt has a comma outside quotes; a text: "
+    """'task.prompt="Is it red, or blue?"'; several jobs (a sweep): put -m first""",
+    "data.columns.image=a,b": "a list: 'data.columns.image=[a,b]'; several jobs",
+    "output.keep_columns=a,b": "a list: 'output.keep_columns=[a,b]'; several jobs",
+    "task=caption,vqa": "task names several options; keep one of them; or, several jobs (a sweep)",
     "data=parqet": "there are demo, folder, hf, jsonl, openai, parquet, webdataset",
     "data=parquet": "data.path is required and not set; add data.path=",
     "engine=endpoint": "engine.endpoint.url is required and not set; add engine.endpoint.url=http",
@@ -177,6 +186,30 @@ def test_a_mistake_is_refused_in_one_line(override: str) -> None:
     assert REFUSED[override] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code is ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["é", "a (1)", "a+b", "it's", "a#b", "~x", 'say "yes"', "it's $5", "a=b", "{{ a }}", "(C:\\",
+     """both ' and \\" """, "red, blue", '"open'],
+)  # fmt: skip
+def test_what_to_write_instead_is_read_as_it_was_meant(value: str) -> None:
+    try:
+        assert compose("run", [f"task.prompt={value}"]).task.prompt == value
+    except ConfigError as error:
+        message = str(error)
+    else:
+        return
+    written = message.partition("; ")[2].removeprefix("write ").removeprefix("a text: ")
+    (override,) = shlex.split(written.partition("; several jobs")[0])
+    assert compose("run", [override]).task.prompt == ("open" if value == '"open' else value)
+
+
+def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = ("data.path", "model.path", "output.dir")
+    cfg = compose("run", ["data=parquet", "model=hub", *(f'{key}="~/x"' for key in paths)])
+    assert {cfg.data.path, cfg.model.path, cfg.output.dir} == {"/home/me/x"}
 
 
 NO_HOSTS = [
