@@ -40,6 +40,7 @@ Its output:
   batchvlm compare OUT_A OUT_B    two outputs of one input, row by row
   batchvlm compact OUT            merge the parts of a finished job into larger ones
   batchvlm export OUT --to openai --path FILE     the answers as an OpenAI batch output file
+  batchvlm export OUT --to hub NAMESPACE/NAME     the output as a dataset of the Hugging Face Hub
 
 More:
   batchvlm run --help                     groups, settings, examples
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `batchvlm` command."""
     args = _without_debug(sys.argv[1:] if argv is None else argv)
     match args:
+        case ["--version"] | [_, "--version"] if args[0] in (*COMMANDS, "--version"):
+            print(f"batchvlm {__version__}")
+            return ExitCode.DONE
         case ["run", *rest]:
             return run_app("run", rest)
         case ["verify" | "status" | "compact" as name, *rest]:
@@ -75,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         case ["plan" | "preview" as name, *rest]:
             from batchvlm.before import commands as before
 
-            job, overrides = getattr(before, name)(rest)
+            try:
+                job, overrides = getattr(before, name)(rest)
+            except ConfigError as error:
+                return _say(error)
             return run_app("run", overrides, program=f"batchvlm {name}", job=job)
         case ["-sc" | "--shell-completion", *_]:
             # The script that Hydra installs asks the program itself, whatever command is typed.
@@ -84,9 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 line = line.replace(f"batchvlm {word} ", "batchvlm ", 1)
             os.environ["COMP_LINE"] = line
             return run_app("run", args, program="batchvlm")
-        case ["--version"]:
-            print(f"batchvlm {__version__}")
-            return ExitCode.DONE
         case [] | ["-h" | "--help" | "help"]:
             print(_USAGE, end="")
             return ExitCode.DONE

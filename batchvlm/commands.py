@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from batchvlm.arguments import Parser
 from batchvlm.errors import ExitCode
-from batchvlm.words import duration
+from batchvlm.words import duration, number_of
 
 if TYPE_CHECKING:
     from batchvlm.output.status import Progress, Silent
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?", re.IGNORECASE)
 _MAX_SILENT = 10
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def verify(argv: Sequence[str]) -> ExitCode:
@@ -36,8 +37,9 @@ def verify(argv: Sequence[str]) -> ExitCode:
     from batchvlm.output.verify import verify
 
     verdict = verify(OutputFolder(args.out))
-    print(f"input        {verdict.num_rows:,} rows")
-    print(f"output       {verdict.statuses.total():,} rows: {_counts(verdict.statuses)}")
+    print(f"input        {number_of(verdict.num_rows, 'row')}")
+    num_there = number_of(verdict.statuses.total(), "row")
+    print(f"output       {num_there}: {_counts(verdict.statuses)}")
     if verdict.errors:
         print(f"errors       {_counts(verdict.errors)}")
     for fault in verdict.faults:
@@ -60,7 +62,8 @@ def status(argv: Sequence[str]) -> ExitCode:
         nargs="?",
         const=5.0,
         metavar="SECONDS",
-        help="look again every so often, 5 seconds without a number, until the job is done",
+        help="look again every so often, 5 seconds without a number, until the job is done or has "
+        "stopped",
     )
     args = parser.parse_args(argv)
     from batchvlm.output.folder import OutputFolder
@@ -72,10 +75,12 @@ def status(argv: Sequence[str]) -> ExitCode:
             print("\x1b[H\x1b[2J", end="")  # from the top of an empty screen
         if args.json:
             silent = [asdict(worker) for worker in found.silent]
-            print(json.dumps(vars(found) | {"silent": silent}), flush=True)
+            shown = {"state": found.state} | vars(found) | {"silent": silent}
+            print(json.dumps(shown), flush=True)
         else:
             _print_status(found)
-        if not args.watch or found.num_done == found.num_rows:
+        is_over = found.num_done == found.num_rows or found.state == "stopped"
+        if not args.watch or is_over:
             return ExitCode.DONE
         time.sleep(args.watch)
         if not args.json:
@@ -85,6 +90,7 @@ def status(argv: Sequence[str]) -> ExitCode:
 def _print_status(found: Progress) -> None:
     share = found.num_done / max(found.num_rows, 1)
     unfinished = found.num_in_segments
+    print(f"state    {_state(found)}")
     print(f"rows     {found.num_done:,} of {found.num_rows:,} ({share:.1%})", end="")
     print(f", {unfinished:,} of them in unfinished shards" if unfinished else "")
     print(f"shards   {found.num_finished:,} of {found.num_shards:,} finished")
@@ -93,19 +99,30 @@ def _print_status(found: Progress) -> None:
     if found.errors:
         print(f"errors   {_counts(found.errors)}")
     if found.num_waiting:
-        print(f"retried  {found.num_waiting:,} rows wait for a run with retry.errors")
-    if found.num_live:
-        left_s = (found.num_rows - found.num_done) / max(found.rows_per_s, 1e-9)
-        left = f", {duration(left_s)} left" if found.rows_per_s else ""
-        print(f"speed    {found.rows_per_s:,.1f} rows/s of {found.num_live} processes{left}")
+        wait = "waits" if found.num_waiting == 1 else "wait"
+        print(f"retried  {number_of(found.num_waiting, 'row')} {wait} for a run with retry.errors")
+    if found.num_live and found.rows_per_s:
+        left_s = (found.num_rows - found.num_done) / found.rows_per_s
+        of = number_of(found.num_live, "process")
+        print(f"speed    {found.rows_per_s:,.1f} rows/s of {of}, {duration(left_s)} left")
+    elif found.num_live:
+        print("speed    not known yet")
     if found.silent and found.num_done < found.num_rows:
         _print_silent(found.silent)
     if found.written_s_ago is not None:
         print(f"written  {duration(found.written_s_ago)} ago")
 
 
+def _state(found: Progress) -> str:
+    if found.num_live:
+        return f"{found.state} ({number_of(found.num_live, 'process')})"
+    return f"{found.state}{': the same command goes on' * (found.state == 'stopped')}"
+
+
 def _print_silent(silent: Sequence[Silent]) -> None:
-    print(f"silent   {len(silent):,} processes, which have not ended and say nothing:")
+    have, say = ("has", "says") if len(silent) == 1 else ("have", "say")
+    num = number_of(len(silent), "process")
+    print(f"silent   {num}, which {have} not ended and {say} nothing:")
     for worker in silent[:_MAX_SILENT]:
         where = f" on {worker.where}" if worker.where else ""
         print(f"         {worker.name}{where}, for {duration(worker.silent_s)}")
@@ -139,14 +156,12 @@ def compact(argv: Sequence[str]) -> ExitCode:
         done = compact(folder, target_rows=args.rows)
     else:
         done = compact(folder, target_bytes=args.target_size)
-    print(f"{done.num_before:,} parts -> {done.num_after:,} in {folder.data}")
+    print(f"{number_of(done.num_before, 'part')} -> {done.num_after:,} in {folder.data}")
     return ExitCode.DONE
 
 
-def _parser(name: str, about: str, more: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"batchvlm {name}", description=about, epilog=more, allow_abbrev=False
-    )
+def _parser(name: str, about: str, more: str) -> Parser:
+    parser = Parser(prog=f"batchvlm {name}", description=about, epilog=more, allow_abbrev=False)
     parser.add_argument("out", metavar="OUT", help="the folder that output.dir named")
     return parser
 
@@ -157,7 +172,7 @@ def _counts(counts: Counter[str]) -> str:
 
 def _size(text: str) -> int:
     match = _SIZE.fullmatch(text)
-    if match is None or not (size := int(float(match[1]) * _UNITS[match[2]])):
+    if match is None or not (size := int(float(match[1]) * _UNITS[match[2].upper()])):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 2GB")
     return size
 

@@ -37,6 +37,12 @@ def counted(counts: Counter[str]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in ordered)
 
 
+def number_of(count: int, word: str) -> str:
+    """`1 row`, `1,200 rows`, `2 processes`."""
+    plural = "es" if word.endswith(("s", "ch")) else "s"
+    return f"{count:,} {word}" + ("" if count == 1 else plural)
+
+
 def duration(seconds: float) -> str:
     """`95 s`, `12 min`, `3 h 20 min`."""
     if seconds < 120:

@@ -56,7 +56,9 @@ def look_back(lines: list[dict[str, Any]]) -> tuple[float, list[Look]]:
     at = [datetime.fromisoformat(line["time"]).timestamp() for line in lines]
     end = at[-1]
     told = [
-        (when, line["left_s"]) for when, line in zip(at, lines, strict=True) if "left_s" in line
+        (when, line["left_s"])
+        for when, line in zip(at, lines, strict=True)
+        if line.get("left_s") is not None
     ]
     # Rows are answered from some second on, which the log does not name: that of the first line at
     # the latest.

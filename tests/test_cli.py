@@ -134,6 +134,11 @@ def test_a_flag_that_is_none(
     [
         (["rum"], "rum is no command; did you mean run?"),
         (["plan", "data.pth=x"], "data.pth is no setting; did you mean data.path?"),
+        (
+            ["plan", "--sample=0"],
+            "argument --sample: '0' is no number of 1 or more; batchvlm plan "
+            "--help lists the flags",
+        ),
         (["preview", "--seeed"], "--seeed is no flag; batchvlm preview --help lists the flags"),
     ],
 )
@@ -157,6 +162,8 @@ def test_help(tmp_path: Path) -> None:
     config = command("run", "--cfg", "job", cwd=tmp_path).stdout
     assert "max_new_tokens: 256" in config
     assert command("--version", cwd=tmp_path).stdout.startswith("batchvlm 0.")
+    assert command("run", "--version", cwd=tmp_path).stdout.startswith("batchvlm 0.")
+    assert "settings.md" in shown
     assert not list(tmp_path.iterdir())
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from batchvlm.cli import main
+from batchvlm.commands import _size
 from batchvlm.errors import ExitCode
 from batchvlm.output.folder import OutputFolder
 from tests.output.test_compact import job
@@ -26,8 +27,8 @@ def test_verify_says_yes_or_what_is_wrong(
         "input        8 rows",
         "output       6 rows: 5 success, 1 error",
         "errors       1 decode",
-        "missing     1 rows: 7",
-        "unfinished  1 rows: 6; they are in segments, the same command brings them into parts",
+        "missing     1 row: 7",
+        "unfinished  1 row: 6; they are in segments, the same command brings them into parts",
         "not whole",
     ]
     run_job(tmp_path, "ours")
@@ -39,7 +40,8 @@ def test_status_for_people_and_programs(tmp_path: Path, capsys: pytest.CaptureFi
     run_job(tmp_path, "ours", stop_after=7)
     assert main(["status", str(tmp_path)]) == ExitCode.DONE
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == [
+    assert lines[:4] == [
+        "state    running",
         "rows     7 of 8 (87.5%), 1 of them in unfinished shards",
         "shards   1 of 2 finished",
         "errors   1 decode",
@@ -48,15 +50,16 @@ def test_status_for_people_and_programs(tmp_path: Path, capsys: pytest.CaptureFi
     main(["status", "--json", str(tmp_path)])
     found = json.loads(capsys.readouterr().out)
     assert (found["num_done"], found["errors"]) == (7, {"decode": 1})
+    assert found["state"] == "running"
     part = OutputFolder(tmp_path).part(0, 2)
     part.write_bytes(part.read_bytes()[:-9])
     main(["status", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == [
+    assert lines[1:3] == [
         "rows     1 of 8 (12.5%), 1 of them in unfinished shards",
         "shards   0 of 2 finished",
     ]
-    assert "damaged  part-00000-of-00002.parquet: delete it, and the same command" in lines[2]
+    assert "damaged  part-00000-of-00002.parquet: delete it, and the same command" in lines[3]
 
 
 def test_status_is_watched_until_the_job_is_done(
@@ -79,8 +82,27 @@ def test_status_is_watched_until_the_job_is_done(
     ]
     assert waited == [0.5, 0.5] and "\x1b" not in "".join(lines)
     assert main(["status", str(tmp_path), "--watch"]) == ExitCode.DONE
-    with pytest.raises(SystemExit):
-        main(["status", str(tmp_path), "--watch", "0"])
+    assert main(["status", str(tmp_path), "--watch", "0"]) == ExitCode.USAGE
+
+
+def test_a_job_that_has_stopped_is_not_watched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_job(tmp_path, "ours", stop_after=3)
+    metrics = OutputFolder(tmp_path).metrics
+    metrics.mkdir(exist_ok=True)
+    counts = metrics / "task-00000-rank-000-20260101T000000-a.json"
+    for rate, speed in ((0, "not known yet"), (2.5, "2.5 rows/s of 1 process, 2 s left")):
+        counts.write_text(json.dumps({"rows_per_s": rate, "is_over": False}))
+        main(["status", str(tmp_path)])
+        shown = capsys.readouterr().out
+        assert "state    running (1 process)" in shown and f"speed    {speed}\n" in shown
+    counts.write_text(json.dumps({"rows_per_s": 2.5, "is_over": True}))
+    assert main(["status", str(tmp_path), "--watch"]) == ExitCode.DONE
+    assert "state    stopped: the same command goes on\n" in capsys.readouterr().out
+    run_job(tmp_path, "ours")
+    main(["status", str(tmp_path)])
+    assert capsys.readouterr().out.startswith("state    done\n")
 
 
 def test_compact_by_rows_and_by_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,9 +122,11 @@ def test_mistakes_are_one_line(
     assert main([name, str(tmp_path)]) == ExitCode.USAGE
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "is no output of batchvlm" in said[0]
-    with pytest.raises(SystemExit) as caught:
-        main([name])
-    assert caught.value.code == ExitCode.USAGE
+    assert main([name]) == ExitCode.USAGE
+    assert capsys.readouterr().err == (
+        "batchvlm: error: the following arguments are required: OUT; "
+        f"batchvlm {name} --help lists the flags\n"
+    )
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])
     assert caught.value.code == 0
@@ -111,9 +135,14 @@ def test_mistakes_are_one_line(
 
 @pytest.mark.parametrize("size", ["0MB", "x", "-5GB", "5PB"])
 def test_a_size_that_is_none(size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["compact", "out", f"--target-size={size}"])
-    assert "is no size" in capsys.readouterr().err
+    assert main(["compact", "out", f"--target-size={size}"]) == ExitCode.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is no size" in line
+
+
+@pytest.mark.parametrize("size", ["1KB", "1kb", "1k", "1000", "0.001MB", "1KiB"])
+def test_a_size_in_any_case(size: str) -> None:
+    assert _size(size) == 1000
 
 
 def test_the_commands_load_no_model_library() -> None:

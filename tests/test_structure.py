@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 GROUND = {
     *("batchvlm", "batchvlm.config", "batchvlm.errors", "batchvlm.records"),
-    "batchvlm.words",
+    *("batchvlm.arguments", "batchvlm.words"),
 }
 # What a room may import besides the ground floor and itself. The top floor joins the stages.
 ALLOWED = {
@@ -22,6 +22,7 @@ ALLOWED = {
     "batchvlm.errors": set(),
     "batchvlm.records": {"batchvlm.errors"},
     "batchvlm.words": set(),
+    "batchvlm.arguments": set(),
     "batchvlm.endpoint_settings": set(),
     "batchvlm.checks": {"batchvlm.demo", "batchvlm.endpoint_settings"},
     "batchvlm.settings": {"batchvlm.checks", "batchvlm.demo"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchvlm.words import duration, large_number, num_bytes, printable
+from batchvlm.words import duration, large_number, num_bytes, number_of, printable
 
 
 def test_a_terminal_takes_no_orders_from_data() -> None:
@@ -25,6 +25,11 @@ def test_a_terminal_takes_no_orders_from_data() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_one_and_many() -> None:
+    words = [number_of(n, w) for n, w in ((1, "row"), (0, "row"), (1200, "process"), (2, "batch"))]
+    assert words == ["1 row", "0 rows", "1,200 processes", "2 batches"]
 
 
 def test_large_numbers() -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 
+from batchvlm.arguments import Parser
 from batchvlm.config import JobConfig
 
 Command = tuple[Callable[[JobConfig], None], list[str]]
@@ -65,8 +66,8 @@ def preview(argv: Sequence[str]) -> Command:
     return show, overrides
 
 
-def _parser(name: str, about: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+def _parser(name: str, about: str) -> Parser:
+    return Parser(
         prog=f"batchvlm {name}",
         usage=f"batchvlm {name} [flags] [settings as for batchvlm run]",
         description=about,

@@ -11,7 +11,7 @@ import numpy as np
 from batchvlm.before.plan import Plan
 from batchvlm.before.tokens import RowCount
 from batchvlm.config import EngineName, OnMismatch
-from batchvlm.words import duration, large_number, num_bytes, printable
+from batchvlm.words import duration, large_number, num_bytes, number_of, printable
 
 _NUM_BINS = 8
 _BAR = 40
@@ -65,20 +65,20 @@ def _job(plan: Plan) -> Iterator[str]:
     per_shard = max(shard.num_rows for shard in job.run.plan)
     yield _line(
         "input",
-        f"{_count(plan.num_rows, 'row')} in {_count(plan.num_files, 'file')}; "
-        f"{_count(len(job.run.plan), 'shard')} of at most {_count(per_shard, 'row')}",
+        f"{number_of(plan.num_rows, 'row')} in {number_of(plan.num_files, 'file')}; "
+        f"{number_of(len(job.run.plan), 'shard')} of at most {number_of(per_shard, 'row')}",
     )
     runtime = job.cfg.runtime
     if runtime.num_tasks > 1:
         yield _line(
             "task",
-            f"{runtime.task_id} of {runtime.num_tasks}: {_count(plan.num_mine, 'row')}",
+            f"{runtime.task_id} of {runtime.num_tasks}: {number_of(plan.num_mine, 'row')}",
         )
     if job.is_overwriting:
         state = "holds the answers to another question; a run would "
         state += _ON_MISMATCH[job.cfg.output.on_mismatch]
     elif plan.num_done:
-        state = f"{_count(plan.num_done, 'row')} done, {plan.num_todo:,} left"
+        state = f"{number_of(plan.num_done, 'row')} done, {plan.num_todo:,} left"
     else:
         state = "nothing done yet"
     yield _line("output", f"{job.folder.root}: {state}")
@@ -94,10 +94,10 @@ def _job(plan: Plan) -> Iterator[str]:
     if plan.drawn.is_all:
         yield _line("looked at", "every row")
     else:
-        places = _count(plan.drawn.num_places, "place")
+        places = number_of(plan.drawn.num_places, "place")
         yield _line(
             "looked at",
-            f"{_count(num_drawn, 'row')} from {places} of the input; "
+            f"{number_of(num_drawn, 'row')} from {places} of the input; "
             "what follows is told by them (--sample N)",
         )
 
@@ -180,7 +180,7 @@ def _time(plan: Plan) -> Iterator[str]:
     yield _line(
         "speed",
         f"{speed.rows_per_s:,.1f} rows/s, {speed.completion_tokens / speed.run_s:,.0f} tokens/s "
-        f"on {plan.footprint.device}, by {_count(speed.num_rows, 'row')} answered in "
+        f"on {plan.footprint.device}, by {number_of(speed.num_rows, 'row')} answered in "
         f"{speed.run_s:.1f} s",
     )
     limit = "the engine"
@@ -190,7 +190,7 @@ def _time(plan: Plan) -> Iterator[str]:
         limit = "the cores, which prepare samples beside the engine"
     yield _line(
         "time",
-        f"{duration(estimate.total_s)} for {_count(plan.num_todo, 'row')} on one device, "
+        f"{duration(estimate.total_s)} for {number_of(plan.num_todo, 'row')} on one device, "
         f"{duration(speed.load_s)} of it to load; the limit is {limit}",
     )
     if plan.footprint.device.startswith("cuda"):
@@ -206,7 +206,7 @@ def _failures(plan: Plan) -> Iterator[str]:
         return
     share = len(plan.failed) / num_drawn
     about = "" if plan.drawn.is_all else f", about {share * plan.num_rows:,.0f} of the whole input"
-    yield f"cannot work: {len(plan.failed):,} of {_count(num_drawn, 'row')} ({share:.1%}{about})"
+    yield f"cannot work: {len(plan.failed):,} of {number_of(num_drawn, 'row')} ({share:.1%}{about})"
     for kind, rows in _by_kind(plan.failed).items():
         yield f"  {len(rows):,} {kind}"
         for row in rows[:_NUM_EXAMPLES]:
@@ -237,10 +237,6 @@ def _quantiles(values: Sequence[int]) -> dict[str, float]:
 
 def _line(name: str, text: str) -> str:
     return f"{name:<10} {text}"
-
-
-def _count(count: int, word: str) -> str:
-    return f"{count:,} {word}" + ("" if count == 1 else "s")
 
 
 def _cut(text: str, width: int) -> str:

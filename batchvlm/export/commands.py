@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from batchvlm.arguments import Parser
 from batchvlm.errors import ExitCode, OutputError
 
 
 def export(argv: Sequence[str]) -> ExitCode:
     """`batchvlm export OUT --to openai --path FILE`, `batchvlm export OUT --to hub REPO`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="batchvlm export",
         description="Give the answers to another tool or place, in the order of the input.",
         epilog="openai: JSON lines as hosted batch APIs and vllm run-batch write them, errors "

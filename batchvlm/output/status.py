@@ -63,6 +63,17 @@ class Progress:
     """Seconds since anything was written; None where nothing was."""
     fingerprint: str
 
+    @property
+    def state(self) -> str:
+        """`running`, `stopped` or `done`."""
+        if self.num_live:
+            return "running"
+        if self.num_done == self.num_rows:
+            return "done"
+        # The first process of a job has something to count after a while.
+        is_known = self.num_over or self.silent or self.written_s_ago is None
+        return "stopped" if is_known or self.written_s_ago >= _LIVE_S else "running"
+
 
 def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> Progress:
     """How far a job is, running or dead, from its folder alone.

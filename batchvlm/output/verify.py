@@ -14,10 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchvlm.errors import InputError, OutputError
+from batchvlm.errors import ConfigError, InputError, OutputError
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import RunFile, read_run
 from batchvlm.output.segments import FINGERPRINT_KEY
+from batchvlm.words import number_of
 
 _COLUMNS = ["row_index", "status", "error_type", "fingerprint"]
 _MAX_RANGES = 20
@@ -33,7 +34,12 @@ def open_run(folder: OutputFolder) -> RunFile:
     Raises:
         InputError: there is none.
     """
-    run = read_run(folder)
+    try:
+        run = read_run(folder)
+    except (ConfigError, OutputError) as error:
+        # Whoever writes there may name another folder; who looks has just this one.
+        hint = error.hint.removesuffix("name another output.dir").removesuffix(", or ")
+        raise type(error)(error.message, hint=hint) from error
     if run is None:
         raise InputError(
             f"{folder.root} is no output of batchvlm: {folder.run_json} is missing",
@@ -91,7 +97,9 @@ def verify(folder: OutputFolder) -> Verdict:
         ("foreign", strange, _named(folder, readable, strange)),
     ):
         if len(found):
-            verdict.faults.append(f"{word:<10}  {len(found):,} rows: {ranges(found)}{more}")
+            verdict.faults.append(
+                f"{word:<10}  {number_of(len(found), 'row')}: {ranges(found)}{more}"
+            )
     return verdict
 
 

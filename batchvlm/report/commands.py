@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from batchvlm.arguments import Parser
 from batchvlm.errors import ExitCode, OutputError
 
 
@@ -74,13 +75,11 @@ def compare(argv: Sequence[str]) -> ExitCode:
     return ExitCode.DONE
 
 
-def _parser(name: str, about: str, more: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"batchvlm {name}", description=about, epilog=more, allow_abbrev=False
-    )
+def _parser(name: str, about: str, more: str) -> Parser:
+    return Parser(prog=f"batchvlm {name}", description=about, epilog=more, allow_abbrev=False)
 
 
-def _add_gallery(parser: argparse.ArgumentParser) -> None:
+def _add_gallery(parser: Parser) -> None:
     parser.add_argument(
         "--rows", type=_count, default=500, metavar="N", help="rows drawn at random (500)"
     )

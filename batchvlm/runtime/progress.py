@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from batchvlm.runtime.logs import DATA
 from batchvlm.runtime.metrics import Metrics
+from batchvlm.words import number_of
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class _Look:
     tokens_per_s: float
     completion_tokens: int
     num_errors: int
-    left_s: float
+    left_s: float | None
+    """None: nothing is done yet that would tell."""
 
 
 class Progress:
@@ -112,8 +114,8 @@ class Progress:
             self._bar.close()
 
     @property
-    def left_s(self) -> float:
-        """Seconds until the last row, as far as can be told."""
+    def left_s(self) -> float | None:
+        """Seconds until the last row, as far as can be told; None: not yet."""
         return self._look(self._clock()).left_s
 
     def advance(self) -> None:
@@ -156,7 +158,7 @@ class Progress:
                     "errors": look.num_errors,
                     "wait_share": round(mine.wait_share, 4),
                     "memory_bytes": (self._memory() or (None,))[0],
-                    "left_s": round(look.left_s, 1),
+                    "left_s": None if look.left_s is None else round(look.left_s, 1),
                 }
             },
         )
@@ -177,16 +179,18 @@ class Progress:
             tokens_per_s=tokens / elapsed_s,
             completion_tokens=tokens,
             num_errors=mine.num_errors + sum(counts.num_errors for counts in others),
-            left_s=elapsed_s * (1 - share) / share if share > 0 else 0.0,
+            left_s=elapsed_s * (1 - share) / share if share > 0 else None,
         )
 
     def _facts(self, look: _Look) -> list[str]:
         facts = [
             f"{look.tokens_per_s:,.0f} tok/s",
-            f"{look.num_errors} errors",
+            number_of(look.num_errors, "error"),
             f"{self._metrics.wait_share:.0%} waiting for data",
         ]
         if (memory := self._memory()) is not None:
             used, there = (number / 1e9 for number in memory)
             facts.append(f"{used:.1f} of {there:.0f} GB")
-        return [*facts, f"{tqdm.format_interval(look.left_s)} left"]
+        if look.left_s is not None:
+            facts.append(f"{tqdm.format_interval(look.left_s)} left")
+        return facts

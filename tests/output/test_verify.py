@@ -46,8 +46,8 @@ def test_a_finished_job_is_whole(folder: OutputFolder) -> None:
 def test_an_unfinished_job_misses_rows(tmp_path: Path) -> None:
     run_job(tmp_path, "ours", stop_after=7)
     assert verify(OutputFolder(tmp_path)).faults == [
-        "missing     1 rows: 7",
-        "unfinished  1 rows: 6; they are in segments, the same command brings them into parts",
+        "missing     1 row: 7",
+        "unfinished  1 row: 6; they are in segments, the same command brings them into parts",
     ]
 
 
@@ -72,8 +72,8 @@ def test_a_row_twice_in_one_part(folder: OutputFolder) -> None:
     table = pq.read_table(part)
     pq.write_table(table.take([0, 1, 2, 3, 4, 4]), part)
     assert verify(folder).faults == [
-        "missing     1 rows: 5",
-        "double      1 rows: 4; in part-00000-of-00002.parquet",
+        "missing     1 row: 5",
+        "double      1 row: 4; in part-00000-of-00002.parquet",
     ]
 
 

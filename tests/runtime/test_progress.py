@@ -45,8 +45,8 @@ def test_the_time_left_follows_from_this_runs_own_rate(caplog: pytest.LogCapture
     # 20 rows in 20 s, 40 were there before, so 40 rows and 40 s are left.
     # One of 10 rows failed and cost nothing, which no later row is expected to do more often.
     assert [r.getMessage() for r in caplog.records] == [
-        "50 of 100 rows (50%), 1.0 rows/s, 4 tok/s, 1 errors, 0% waiting for data, 00:50 left",
-        "60 of 100 rows (60%), 1.0 rows/s, 5 tok/s, 1 errors, 0% waiting for data, 00:40 left",
+        "50 of 100 rows (50%), 1.0 rows/s, 4 tok/s, 1 error, 0% waiting for data, 00:50 left",
+        "60 of 100 rows (60%), 1.0 rows/s, 5 tok/s, 1 error, 0% waiting for data, 00:40 left",
     ]
     assert caplog.records[-1].__dict__[DATA] == {
         "rows": 60,
@@ -114,6 +114,7 @@ def test_the_time_left_is_right_after_a_tenth_of_a_skewed_job(seed: int) -> None
         def look(now: float) -> None:
             for share in (0.1, 0.25, 0.5):
                 if now >= share * whole_s and f"{share}" not in found:
+                    assert progress.left_s is not None
                     found[f"{share}"] = progress.left_s / (whole_s - now)
                     by_rows = now * (job.num_rows / metrics.num_rows - 1)
                     found[f"{share} by rows"] = by_rows / (whole_s - now)
@@ -135,6 +136,17 @@ def test_the_last_row_is_always_shown(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records[-1].getMessage().startswith("1 of 1 rows (100%)")
 
 
+def test_no_time_is_left_while_nothing_tells_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    metrics = Metrics(num_prepared=3, prepared_tokens=30)
+    with Progress(metrics, total=5, log_every_s=0, clock=lambda: 1.0) as progress:
+        assert progress.left_s is None
+        progress.advance()
+    (line,) = caplog.records
+    assert line.getMessage().endswith("0 errors, 0% waiting for data")
+    assert line.__dict__[DATA]["left_s"] is None
+
+
 def test_a_bar_in_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,7 +160,7 @@ def test_a_bar_in_a_terminal(
         metrics.count_result(result(0, Failure(error_type=ErrorType.OOM, message="")))
         progress.advance()
     shown = capsys.readouterr().err
-    assert "2/2" in shown and "tok/s, 1 errors" in shown
+    assert "2/2" in shown and "tok/s, 1 error" in shown
     assert "0% waiting for data, 3.0 of 80 GB, 00:00 left" in shown
 
 
@@ -183,5 +195,5 @@ def test_rank_0_shows_all_ranks_and_the_others_show_nothing(
         progress.advance()
     # 40 rows in 10 s, 30 are left.
     assert [r.getMessage() for r in caplog.records] == [
-        "70 of 100 rows (70%), 4.0 rows/s, 8 tok/s, 1 errors, 0% waiting for data, 00:07 left"
+        "70 of 100 rows (70%), 4.0 rows/s, 8 tok/s, 1 error, 0% waiting for data, 00:07 left"
     ]
