@@ -146,6 +146,11 @@ def differs(there: RunFile, ours: RunFile) -> list[str]:
 
 
 def _check_same(folder: OutputFolder, there: RunFile, ours: RunFile) -> None:
+    if there.fingerprint == ours.fingerprint and (found := differs(there, ours)):
+        raise FingerprintError(
+            f"{folder.root} was begun with other settings: {'; '.join(found)}",
+            hint="put them back, or name another output.dir",
+        )
     if found := differs(there, ours):
         raise FingerprintError(
             f"{folder.root} holds the answers to another question: {'; '.join(found)}",

@@ -59,6 +59,16 @@ def test_the_first_settings_stay_and_others_never_matter(tmp_path: Path) -> None
     assert open_here(tmp_path, **changes) == first
 
 
+def test_another_layout_is_no_other_question(tmp_path: Path) -> None:
+    open_here(tmp_path)
+    with pytest.raises(FingerprintError) as caught:
+        open_here(tmp_path, layout={"output.rows_per_shard": 50, "output.keep_columns": ()})
+    assert str(caught.value) == (
+        f"{tmp_path} was begun with other settings: output.rows_per_shard: 100 -> 50; put them "
+        "back, or name another output.dir"
+    )
+
+
 def test_every_difference_is_named(tmp_path: Path) -> None:
     open_here(tmp_path)
     content = (tmp_path / "_batchvlm/run.json").read_bytes()
