@@ -46,6 +46,8 @@ _SHOWN_SAME = 50
 def table(a: Output, b: Output, found: Comparison) -> str:
     """The comparison as lines of text."""
     lines = [f"A  {a.folder.root}  {redact(a.model)}", f"B  {b.folder.root}  {redact(b.model)}", ""]
+    if differing := _differences(a, b):
+        lines += ["what differs between the runs", *(f"  {printable(x)}" for x in differing), ""]
     key = "id (the inputs differ)" if found.is_by_id else "row_index"
     lines.append(f"rows in both       {found.num_both:,}, matched by {key}")
     for outcome in (SAME, CHANGED, ONLY_A, ONLY_B, BOTH):
@@ -147,24 +149,24 @@ def sums(a: Output, b: Output, found: Comparison) -> list[list[str]]:
     def row(name: str, read: Any) -> list[str]:
         return [name, read(found.a), read(found.b)]
 
-    rows = [
-        row("rows", lambda s: f"{s.num_rows:,}"),
-        row("errors", lambda s: f"{s.errors.total():,}"),
-    ]
+    rows = [row("whole output: rows", lambda s: f"{s.num_rows:,}")]
+    spent = [sum(p.run_s for p in read_processes(output.folder)) for output in (a, b)]
+    if any(spent):
+        name = "whole output: computing time, processes added up"
+        rows.append([name, *(seconds(s) for s in spent)])
+    rows.append(row("rows in both: errors", lambda s: f"{s.errors.total():,}"))
     for kind in sorted(found.a.errors | found.b.errors):
         rows.append(row(f"  {kind}", lambda s, kind=kind: f"{s.errors[kind]:,}"))
     for name in ("prompt_tokens", "image_tokens", "completion_tokens"):
-        rows.append(row(name.replace("_", " "), lambda s, name=name: f"{s.tokens[name].total:,}"))
+        shown = f"rows in both: {name.replace('_', ' ')}"
+        rows.append(row(shown, lambda s, name=name: f"{s.tokens[name].total:,}"))
     rows += [
         row(
-            "completion tokens an answer",
+            "rows in both: completion tokens an answer",
             lambda s: per_answer(s, s.tokens["completion_tokens"].total),
         ),
-        row("characters an answer", lambda s: per_answer(s, s.num_chars)),
+        row("rows in both: characters an answer", lambda s: per_answer(s, s.num_chars)),
     ]
-    spent = [sum(p.run_s for p in read_processes(output.folder)) for output in (a, b)]
-    if any(spent):
-        rows.append(["computing time, processes added up", *(seconds(s) for s in spent)])
     return rows
 
 

@@ -68,7 +68,9 @@ def test_the_table(pair: tuple[Output, Output], found: Comparison) -> None:
     assert "same answer        56 (93.3%)" in lines
     assert "error only in B    1 (1.7%)" in lines
     cells = [line.split() for line in lines]
-    assert ["errors", "2", "2"] in cells
+    assert ["rows", "in", "both:", "errors", "2", "2"] in cells
+    assert ["whole", "output:", "rows", "60", "60"] in cells
+    assert "  task.prompt: 'Describe the image.' -> 'And now?'" in lines
     assert ["decode", "2", "0"] in cells and ["oom", "0", "2"] in cells
 
 
