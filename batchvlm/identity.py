@@ -94,6 +94,11 @@ def pin_model(cfg: ModelConfig) -> ModelConfig:
     """
     cfg = pin_adapter(cfg)
     if os.path.isdir(cfg.path):
+        if not os.path.exists(os.path.join(cfg.path, "config.json")):
+            raise ModelError(
+                f"model.path={cfg.path}: no config.json there, so this is no model folder",
+                hint="name the folder that save_pretrained wrote, or a model of the Hub",
+            )
         return cfg
     if os.path.exists(cfg.path) or cfg.path.startswith((".", "~", os.sep)):
         raise ModelError(
