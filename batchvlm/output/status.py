@@ -71,8 +71,8 @@ class Progress:
         if self.num_done == self.num_rows:
             return "done"
         # The first process of a job has something to count after a while.
-        is_known = self.num_over or self.silent or self.written_s_ago is None
-        return "stopped" if is_known or self.written_s_ago >= _LIVE_S else "running"
+        is_new = not self.num_over and not self.silent and self.written_s_ago is not None
+        return "running" if is_new and (self.written_s_ago or 0) < _LIVE_S else "stopped"
 
 
 def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> Progress:
