@@ -22,6 +22,7 @@ from batchvlm.output.writer import ShardWriter
 from batchvlm.records import (
     Completion,
     Failure,
+    FinishReason,
     Record,
     Result,
     Sample,
@@ -34,6 +35,7 @@ from batchvlm.runtime.metrics import Metrics
 from batchvlm.runtime.progress import Progress
 from batchvlm.runtime.ranks import Rank
 from batchvlm.turns import Turns
+from batchvlm.words import number_of
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +173,9 @@ class Collector:
             self.finish(row_index, lost, progress)
         self.close()
         for index, num_missing in self._missing.items():
+            were = "was" if num_missing == 1 else "were"
             raise BatchvlmError(
-                f"{num_missing} rows of shard {index} were never answered",
+                f"{number_of(num_missing, 'row')} of shard {index} {were} never answered",
                 hint="run the same command again; if it says so again, please report it",
             )
 
@@ -223,6 +226,8 @@ class Collector:
         reading = self.job.task.read(
             completion.text, json_schema=sample.json_schema, choices=sample.choices
         )
+        if reading.is_unfinished and completion.finish_reason is FinishReason.LENGTH:
+            reading = replace(reading, failure=_cut_off(completion))
         parsed: Any = None
         if reading.parsed is not None:
             try:
@@ -305,6 +310,14 @@ def _result(record: Record, failure: Failure | None, sample: Sample | None = Non
         image_tokens=sample.image_tokens if sample and is_counted else None,
         num_images=len(sample.image_sizes) if sample else None,
         image_sizes=sample.image_sizes if sample else None,
+    )
+
+
+def _cut_off(completion: Completion) -> Failure:
+    where = "" if completion.num_tokens is None else f" at {completion.num_tokens:,} tokens"
+    return Failure(
+        error_type=ErrorType.INVALID_JSON,
+        message=f"the answer was cut{where} before its JSON ended; raise generation.max_new_tokens",
     )
 
 

@@ -23,6 +23,8 @@ class Reading:
     json_valid: bool | None = None
     """Whether the answer has the form that was asked for; None where the task asks for none."""
     failure: Failure | None = None
+    is_unfinished: bool = False
+    """Whether it is no JSON as far as it goes, and might have become some."""
 
 
 class Task(Protocol):

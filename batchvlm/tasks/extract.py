@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from batchvlm.config import TaskOutputConfig
@@ -51,11 +52,17 @@ class Extract:
 
 
 def _read_json(text: str, schema: str | None) -> Reading:
+    inner = _without_fence(text)
     try:
-        value = json.loads(_without_fence(text), parse_constant=_refuse_constant)
+        value = json.loads(inner, parse_constant=_refuse_constant)
         parsed = _canonical(value)
+    except json.JSONDecodeError as error:
+        # One of the texts of the library ends in "at": the place follows.
+        place = f"{error.msg.removesuffix(' at')} at character {text.find(inner) + error.pos + 1}"
+        failed = _invalid(f"the answer is no JSON: {place}")
+        return replace(failed, is_unfinished=error.msg != "Extra data")
     except (ValueError, RecursionError) as error:
-        return _invalid(f"the answer is no JSON: {_reason(error)}")
+        return _invalid(f"the answer is no JSON: {str(error)[:120]}")
     if schema is not None and (reason := why_invalid(value, schema)) is not None:
         return _invalid(f"the answer breaks the schema: {reason}")
     return Reading(parsed=parsed, json_valid=True)
@@ -94,10 +101,6 @@ def _without_fence(text: str) -> str:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
-
-
-def _reason(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)[:120]
 
 
 def _invalid(message: str) -> Reading:
