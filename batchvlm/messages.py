@@ -184,6 +184,12 @@ def read_turns(value: Any, where: str) -> list[Message]:
         RowError: the cell is null, or holds something else (`prompt`).
     """
     if isinstance(value, str):
+        if value.strip() and value.strip()[0] not in '[{"':
+            raise RowError(
+                ErrorType.PROMPT,
+                f"turns must be a list of texts, or JSON text of one; column {where!r} holds plain "
+                "text",
+            )
         value = _from_json(value, where)
     if not isinstance(value, list) or not value:
         raise RowError(ErrorType.PROMPT, f"{where} holds no list of turns")

@@ -51,6 +51,7 @@ from batchvlm.runtime.watchdog import Ticker, Watchdog
 from batchvlm.runtime.workers import WorkerPool, default_num_workers
 from batchvlm.settings import to_plain
 from batchvlm.turns import Turns
+from batchvlm.words import number_of
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,9 @@ class Summary:
     """Rows that were this process's to compute."""
     num_found: int
     """Those of them that earlier runs had finished."""
+    num_given_up: int = 0
+    """Rows that `retry.errors` names and `retry.max_attempts` left as they were."""
+    max_attempts: int = 0
     metrics: Metrics = field(default_factory=Metrics)
 
 
@@ -99,6 +103,7 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
     if not job.is_overwriting:
         done = {shard.index for shard in mine} & finished
         metrics.found_errors = look_into_parts(job.folder, job.run, done)
+    num_given_up = job.num_given_up(mine)
     launch = find_launch()
     num_mine = sum(shard.num_rows for shard in mine)
     if any(shard.index not in finished for shard in mine):
@@ -142,6 +147,8 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
         num_shards=len(job.run.plan),
         num_mine=num_mine,
         num_found=num_mine - metrics.num_rows,
+        num_given_up=num_given_up,
+        max_attempts=cfg.retry.max_attempts,
         metrics=metrics,
     )
 
@@ -247,7 +254,8 @@ def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine
     cfg, peers, deadline = job.cfg, work.peers, work.deadline
     num_todo = sum(shard.num_rows for shard in work.todo)
     name = model_name(cfg.model)
-    log.info("%d rows in %d shards; loading %s on %s", num_todo, len(work.todo), name, rank.device)
+    todo = f"{number_of(num_todo, 'row')} in {number_of(len(work.todo), 'shard')}"
+    log.info("%s; loading %s on %s", todo, name, rank.device)
     start = time.perf_counter()
     with ExitStack() as stack:
         if peers is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from itertools import islice
@@ -12,7 +13,9 @@ import pyarrow.parquet as pq
 
 from batchvlm.errors import OutputError
 from batchvlm.pipeline import Summary
-from batchvlm.words import counted, printable
+from batchvlm.words import counted, number_of, printable
+
+log = logging.getLogger(__name__)
 
 _NUM_ANSWERS = 5
 _NUM_ERRORS = 5
@@ -30,6 +33,12 @@ def print_summary(summary: Summary) -> None:
     for word, errors in (("errors", metrics.errors), ("earlier", metrics.found_errors)):
         if errors:
             print(f"{word:<8} {counted(errors)}")
+    if summary.num_given_up:
+        were = "was" if summary.num_given_up == 1 else "were"
+        print(
+            f"retry    {number_of(summary.num_given_up, 'row')} {were} left: tried "
+            f"{number_of(summary.max_attempts, 'time')} already (retry.max_attempts)"
+        )
     if metrics.constraints:
         print(f"{'guided':<8} {counted(metrics.constraints)}")
     engine = metrics.engine
@@ -40,11 +49,21 @@ def print_summary(summary: Summary) -> None:
             f"{metrics.completion_tokens * per_s:,.0f} tokens/s; "
             f"{metrics.start_s:.1f} s to load, {metrics.run_s:.1f} s to answer"
         )
+        batches = number_of(engine.num_batches, "batch")
         print(
-            f"engine   {engine.num_batches} batches, {engine.padding_share:.0%} padding, "
+            f"engine   {batches}, {engine.padding_share:.0%} padding, "
             f"{metrics.wait_share:.0%} of the time waiting for data"
         )
     _print_rows(summary)
+    if metrics.num_rows and not metrics.num_success:
+        ((kind, count),) = metrics.errors.most_common(1)
+        log.warning(
+            "no row was answered: %d of %d with %s, such as %s",
+            count,
+            metrics.num_rows,
+            kind,
+            printable(metrics.examples.get(kind, "")),
+        )
     folder = summary.folder
     data = folder.address(folder.data)
     if folder.is_local:
@@ -66,7 +85,7 @@ def _headline(summary: Summary) -> str:
     found = f", {summary.num_found:,} were there already" if summary.num_found else ""
     return (
         f"rows     {summary.num_mine:,}{share}: {metrics.num_success:,} answered, "
-        f"{metrics.num_errors:,} errors{found}{with_errors}"
+        f"{number_of(metrics.num_errors, 'error')}{found}{with_errors}"
     )
 
 

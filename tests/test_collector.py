@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from batchvlm.errors import ErrorType, ExitCode, OutputError, TooManyErrors
 from batchvlm.output import disk as disk_module
 from batchvlm.output.folder import OutputFolder
-from batchvlm.records import Completion, Failure, Sample
+from batchvlm.records import Completion, Failure, FinishReason, Sample
+from batchvlm.summary import print_summary
 from tests.conftest import picture
 from tests.test_pipeline import FakeEngine, answers, rows_of, run
 
@@ -48,6 +50,60 @@ class CrashingOomEngine(OomEngine):
             yield item
 
 
+def test_rows_that_were_tried_often_enough_are_told(
+    tmp_path: Path, write_parquet: Writer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write_parquet([picture()] * 25), tmp_path / "out"
+    retry = ("retry.errors=[oom]", "retry.max_attempts=2")
+    run(out, source, engine=OomEngine({3, 12}))
+    assert run(out, source, *retry, engine=OomEngine({3, 12})).num_given_up == 0
+    engine = FakeEngine()
+    summary = run(out, source, *retry, engine=engine)
+    assert (summary.num_given_up, engine.seen) == (2, [])
+    print_summary(summary)
+    shown = capsys.readouterr().out
+    assert "retry    2 rows were left: tried 2 times already (retry.max_attempts)" in shown
+    assert run(out, source, *retry, "runtime.num_tasks=2").num_given_up == 1
+
+
+def test_a_run_that_answered_nothing_warns(
+    tmp_path: Path, write_parquet: Writer, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_parquet([picture()] * 3 + [b"no image"], id=list("abcd"))
+    print_summary(run(tmp_path / "out", source, engine=OomEngine({0, 1, 2})))
+    assert "no row was answered: 3 of 4 with oom, such as " in caplog.text
+    caplog.clear()
+    print_summary(run(tmp_path / "some", source, engine=OomEngine({0, 1})))
+    assert "no row was answered" not in caplog.text
+
+
+class CutEngine(FakeEngine):
+    """Its answers end in the middle."""
+
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+        for index, outcome in super().run(samples):
+            assert isinstance(outcome, Completion)
+            yield index, replace(outcome, finish_reason=FinishReason.LENGTH)
+
+
+def test_json_that_was_cut_is_told_from_json_that_is_none(
+    tmp_path: Path, write_parquet: Writer
+) -> None:
+    source = write_parquet([picture()])
+    settings = ("task=extract", "task.output.json_schema=any")
+    for engine, message in (
+        (
+            CutEngine(answer='{{"a": "b'),
+            "the answer was cut at 3 tokens before its JSON ended; raise generation.max_new_tokens",
+        ),
+        (CutEngine(answer="{{}} and"), "the answer is no JSON: Extra data at character 4"),
+        (FakeEngine(answer="A cat"), "the answer is no JSON: Expecting value at character 1"),
+    ):
+        out = tmp_path / str(len(message))
+        run(out, source, *settings, engine=engine)
+        assert rows_of(out)[0]["error_message"] == message
+
+
 def test_a_retry_computes_just_the_rows_it_names(tmp_path: Path, write_parquet: Writer) -> None:
     source, out = write_parquet([picture()] * 25), tmp_path / "out"
     run(tmp_path / "plain", source, engine=FakeEngine(failing=[4]))
@@ -77,6 +133,7 @@ def test_a_retry_computes_just_the_rows_it_names(tmp_path: Path, write_parquet: 
         assert row.pop("attempts") == (2 if index in {3, 11, 24} else 1)
         want.pop("attempts")
         assert row == want
+    assert summary.num_given_up == 0
     run(out, source, *retry, engine=FakeEngine())
     assert [row["status"] for row in rows_of(out)].count("error") == 1
     assert all(path.stat().st_mtime_ns != at_ns for path, at_ns in before.items())

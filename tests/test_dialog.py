@@ -191,3 +191,11 @@ def test_what_is_no_list_of_turns_is_refused(value: Any) -> None:
     with pytest.raises(RowError) as caught:
         read_turns(value, "turns")
     assert caught.value.error_type is ErrorType.PROMPT
+
+
+def test_plain_text_is_no_list_of_turns() -> None:
+    with pytest.raises(RowError) as caught:
+        read_turns("What is this?", "question")
+    assert caught.value.message == (
+        "turns must be a list of texts, or JSON text of one; column 'question' holds plain text"
+    )
