@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -31,6 +31,14 @@ Set any of them on the command line as `group.setting=value`, or choose an optio
 folder of your own options is named by `--config-dir`.
 """
 
+_ANY = {
+    "data.columns.image": "text, list or null",
+    "task.output.json_schema": "text, mapping or null",
+    "model.dtype": "text or mapping",
+    "model.device_map": "text, mapping or null",
+}
+"""What settings take whose class says `Any`."""
+
 
 def page() -> str:
     """The whole page."""
@@ -49,11 +57,12 @@ def page() -> str:
 
 
 def _options(group: str) -> Iterator[str]:
-    """The files of a group, each with the comment at its top."""
+    """The files of a group, each with the comment at its top, but for Hydra's word in it."""
     files = sorted((conf_dir() / group).glob("*.yaml"))
     for file in files:
-        first = file.read_text(encoding="utf-8").splitlines()[0]
-        about = first.removeprefix("#").strip()
+        lines = file.read_text(encoding="utf-8").splitlines()
+        head = [line.removeprefix("#") for line in takewhile(lambda s: s.startswith("#"), lines)]
+        about = _one_line(" ".join(line for line in head if "@package" not in line))
         if not about.startswith("See "):
             yield f"- `{group}={file.stem}`: {about}"
     if files:
@@ -76,10 +85,10 @@ def _rows(kind: type, prefix: str) -> Iterator[str]:
             about = _one_line(named.__doc__)
         limits = config.GENERATION_LIMITS.get(field.name) if prefix == "generation." else None
         if limits is not None:
-            about = f"{about} From {limits[0]:,g} to {limits[1]:,g}.".strip()
+            about = f"{about} From {_limit(limits[0])} to {_limit(limits[1])}.".strip()
         cells = [
             f"`{prefix}{field.name}`",
-            _type(types[field.name]),
+            _ANY.get(f"{prefix}{field.name}") or _type(types[field.name]),
             _default(default),
             _cell(about),
         ]
@@ -103,15 +112,19 @@ def _type(kind: Any) -> str:
         return " ".join(f"`{item.value}`" for item in kind)
     names = {"str": "text", "int": "number", "float": "number", "bool": "true or false"}
     parts = [part for part in get_args(kind) if part is not type(None)] or [kind]
-    if getattr(kind, "__origin__", None) is list:
-        return "list"
-    if getattr(kind, "__origin__", None) is dict:
-        return "mapping"
+    if getattr(kind, "__origin__", None) in (list, dict):
+        parts = [kind]
+    containers = {list: "list", dict: "mapping"}
     name = getattr(parts[0], "__name__", "")
-    text = names.get(name, "")
+    text = containers.get(getattr(parts[0], "__origin__", None)) or names.get(name, "")
     if isinstance(parts[0], type) and issubclass(parts[0], Enum):
         text = " ".join(f"`{item.value}`" for item in parts[0])
-    return f"{text} or null".strip() if type(None) in get_args(kind) else text
+    assert text, f"what is {kind} called?"
+    return f"{text} or null" if type(None) in get_args(kind) else text
+
+
+def _limit(number: float) -> str:
+    return f"{int(number):,}" if float(number).is_integer() else f"{number:g}"
 
 
 def _default(value: Any) -> str:

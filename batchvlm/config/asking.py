@@ -49,7 +49,9 @@ class DataConfig:
     image_root: str | None = None
     """The only folder that image paths in rows may point into; null: the input's own folder."""
     allow_remote: bool = False
-    """Fetch images whose address is on the public web (http, https), or allowed by name."""
+    """Fetch images whose address is on the public web (http, https), or allowed by name. What may
+    be reached is a part of the question: with other values here, in `allow_hosts` or in
+    `image_root`, an output folder is refused."""
     allow_hosts: list[str] = field(default_factory=list)
     """allow_remote: hosts that may have private addresses (`images.intra`, `10.0.0.5`), and places
     of object stores or other file systems of fsspec (`s3://bucket/folder`, `hf://datasets/a/b`),

@@ -22,7 +22,7 @@ class OutputConfig:
     """... and whenever this many rows of one shard are waiting; null: by the clock alone."""
     on_mismatch: OnMismatch = OnMismatch.error
     """Where `dir` holds the answers to another question: `error` refuses, `new_folder` writes to
-    `dir-FINGERPRINT` beside it, `overwrite` gives up the old answers once the model has loaded."""
+    `dir-FINGERPRINT` beside it, `overwrite` deletes the old answers once the model has loaded."""
     keep_columns: list[str] = field(default_factory=list)
     """Input columns copied to the output unchanged."""
     token_ids: bool = False

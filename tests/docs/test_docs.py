@@ -66,6 +66,9 @@ def test_the_page_of_settings_is_what_the_settings_say() -> None:
     assert made == (DOCS / "settings.md").read_text(encoding="utf-8")
     assert "| `generation.top_p` | number | 1 | Draw among the likeliest" in made
     assert made.count("\n| `") > 80
+    assert not re.search(r"\n\| `[^|]*` \|  \|", made), "a setting without a type"
+    assert "| or null |" not in made and "e+" not in made
+    assert "@package" not in made and "the rows of that (its columns, and image)." in made
 
 
 def test_the_site_builds_without_a_dead_link(tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ def test_the_site_builds_without_a_dead_link(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shown = (tmp_path / "site" / "guarantees.html").read_text(encoding="utf-8")
     assert "Every input row is in the output exactly once" in shown
-    assert "Adding things" not in shown
+    assert "Adding things" not in shown and "Source layout" not in shown
 
 
 def test_the_readme_links_to_what_is_there() -> None:
