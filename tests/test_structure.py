@@ -1,4 +1,4 @@
-"""The house's own rules: which module may import which, and how long a file may grow."""
+"""The rules of the source layout: which module may import which, and how long a file may grow."""
 
 from __future__ import annotations
 

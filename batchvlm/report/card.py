@@ -63,6 +63,7 @@ MEANINGS = {
     "parsed": "the answer, typed by its schema, or as JSON text",
     "json_valid": "whether it fits the schema",
     "constraint": "how far it was held to that: `strict`, `lenient`, `xgrammar`, or `none`",
+    "scores": "of each choice: log-probability, and probability among the row's choices",
     "finish_reason": "`stop`, `length` (cut at the limit), or `repetition`",
     "prompt_tokens": "tokens of the prompt, those of images included",
     "image_tokens": "those of images",
