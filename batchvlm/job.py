@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -64,9 +65,14 @@ class Job:
         retry, folder = self.cfg.retry, self.folder
         if not retry.errors or self.is_overwriting:
             return 0
-        paths = [part.path for part in folder.parts(len(self.run.plan))]
+        wanted = {shard.index for shard in shards}
+        paths = [
+            part.path
+            for part in folder.parts(len(self.run.plan))
+            if not wanted.isdisjoint(range(part.first, part.last + 1))
+        ]
         for is_retry in (False, True):
-            for index in folder.shards_with_segments(is_retry=is_retry):
+            for index in wanted & set(folder.shards_with_segments(is_retry=is_retry)):
                 paths += folder.list_segments(index, is_retry=is_retry)
         latest: dict[int, tuple[int, str]] = {}
         for path in paths:
@@ -76,9 +82,9 @@ class Job:
                 for row, *tried in zip(*(c.to_pylist() for c in table.columns), strict=True):
                     if tried[0] >= retry.max_attempts:  # most rows were tried once
                         latest[row] = max(latest.get(row, (0, "")), (tried[0], tried[1] or ""))
-        ranges = [range(s.first_row_index, s.first_row_index + s.num_rows) for s in shards]
+        starts = [shard.first_row_index for shard in self.run.plan]
         return sum(
-            kind in retry.errors and any(row in rows for rows in ranges)
+            kind in retry.errors and bisect_right(starts, row) - 1 in wanted
             for row, (_, kind) in latest.items()
         )
 
