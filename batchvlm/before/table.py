@@ -11,6 +11,7 @@ import numpy as np
 from batchvlm.before.plan import Plan
 from batchvlm.before.tokens import RowCount
 from batchvlm.config import EngineName, OnMismatch
+from batchvlm.output.run_file import read_run
 from batchvlm.words import duration, large_number, num_bytes, number_of, printable
 
 _NUM_BINS = 8
@@ -75,8 +76,12 @@ def _job(plan: Plan) -> Iterator[str]:
             f"{runtime.task_id} of {runtime.num_tasks}: {number_of(plan.num_mine, 'row')}",
         )
     if job.is_overwriting:
-        state = "holds the answers to another question; a run would "
-        state += _ON_MISMATCH[job.cfg.output.on_mismatch]
+        there = read_run(job.folder)
+        is_same = there is not None and there.fingerprint == job.run.fingerprint
+        state = (
+            "was begun with other settings" if is_same else "holds the answers to another question"
+        )
+        state += "; a run would " + _ON_MISMATCH[job.cfg.output.on_mismatch]
     elif plan.num_done:
         state = f"{number_of(plan.num_done, 'row')} done, {plan.num_todo:,} left"
     else:

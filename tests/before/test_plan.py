@@ -178,6 +178,9 @@ def test_another_question_in_the_folder_is_no_mistake_yet(
         show(compose("run", [*overrides, f"output.on_mismatch={on_mismatch}"]))
         line = capsys.readouterr().out.splitlines()[1]
         assert line.endswith(f"out: holds the answers to another question; {words}")
+    layout = [f"output.dir={out.root}", "output.rows_per_shard=3"]
+    show(compose("run", [*layout, "output.on_mismatch=overwrite"]))
+    assert "out: was begun with other settings; a run would" in capsys.readouterr().out
     show(compose("run", [f"output.dir={out.root}"]))
     assert capsys.readouterr().out.splitlines()[1].endswith("out: nothing done yet")
 
