@@ -22,14 +22,52 @@ _CACHE_SHARE = 0.6
 """Share of the free memory that keys and values may take; the rest is for activations, for image
 features, and for prompts that wait for a slot."""
 
-
 _TRY_AGAIN_STEPS = 256
 """Memory may have been short for a moment, by somebody else's doing."""
+_TRY_AGAIN_PACKS = 32
+"""Likewise of packs, which take longer."""
 _UNLIMITED = 1 << 62
 _SCORED_LOGITS = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Logits in one forward over choices, all of which are looked at."""
 _SCORED_TOKENS = 4096
 """Tokens there: each may attend to every other."""
+
+
+class Ceiling:
+    """A limit that falls where memory was short, and doubles after a number that went well.
+
+    Where it then falls again, it takes twice as many.
+
+    Args:
+        most: what it begins with, and what it rises to.
+        try_again: how many have to go well.
+        least: what it falls to.
+    """
+
+    def __init__(self, most: int, *, try_again: int, least: int = 1) -> None:
+        self.now = self._most = most
+        self._least = least
+        self._try_again = try_again
+        self._num_good = 0
+        self._is_tried_again = False
+
+    def lower(self, limit: int) -> None:
+        """Remember that there was no memory for more than this."""
+        if self._is_tried_again:
+            self._try_again *= 2
+        self._is_tried_again = False
+        self._num_good = 0
+        self.now = max(self._least, min(self.now, limit))
+
+    def count_good(self) -> None:
+        """Note one that went well."""
+        if self.now >= self._most:
+            return
+        self._num_good += 1
+        if self._num_good >= self._try_again:
+            self._num_good = 0
+            self._is_tried_again = True
+            self.now = min(2 * self.now, self._most)
 
 
 class MemoryPlan:
@@ -45,56 +83,86 @@ class MemoryPlan:
         kind = "cuda" if device.type == "cuda" else "cpu"
         self.max_slots = cfg.max_slots or _MAX_SLOTS[kind]
         """Rows decoded at once."""
-        self.max_step_rows = self.max_slots
-        """Rows in one forward of a decode step."""
-        self._num_good_steps = 0
-        self.pack_tokens = cfg.max_prefill_tokens or _PACK_TOKENS[kind]
-        """Prompt tokens in one forward."""
+        self._step_rows = Ceiling(self.max_slots, try_again=_TRY_AGAIN_STEPS)
+        pack_tokens = cfg.max_prefill_tokens or _PACK_TOKENS[kind]
+        self._pack_tokens = Ceiling(pack_tokens, try_again=_TRY_AGAIN_PACKS)
+        self.pieces = Ceiling(pack_tokens, try_again=_TRY_AGAIN_PACKS)
+        """Tokens of pieces of one long prompt: they attend to all that lies before, so what is too
+        much for them is not too much for a pack."""
         self._scored_logits = _SCORED_LOGITS[kind]
-        self._scored_tokens = min(_SCORED_TOKENS, self.pack_tokens)
-        self.vision_cells = _VISION_CELLS[kind]
+        scored_tokens = min(_SCORED_TOKENS, pack_tokens)
+        self._scored_tokens = Ceiling(scored_tokens, least=2, try_again=_TRY_AGAIN_STEPS)
+        self._vision_cells = Ceiling(_VISION_CELLS[kind], try_again=_TRY_AGAIN_PACKS)
+        share = cfg.memory_fraction * _CACHE_SHARE
+        num_bytes = int(share * max(0, free_bytes(device) - taken_bytes))
+        self._cache_bytes = Ceiling(num_bytes, try_again=_TRY_AGAIN_STEPS)
+
+    @property
+    def max_step_rows(self) -> int:
+        """Rows in one forward of a decode step."""
+        return self._step_rows.now
+
+    @property
+    def pack_tokens(self) -> int:
+        """Prompt tokens in one forward."""
+        return self._pack_tokens.now
+
+    @property
+    def piece_tokens(self) -> int:
+        """Tokens of one prompt in one forward."""
+        return min(self.pieces.now, self.pack_tokens)
+
+    @property
+    def vision_cells(self) -> int:
         """Numbers in the pixel arrays of one forward of the image encoder."""
-        self._cache_bytes = int(
-            cfg.memory_fraction * _CACHE_SHARE * max(0, free_bytes(device) - taken_bytes)
-        )
+        return self._vision_cells.now
 
     def count_good_step(self) -> None:
-        """Note a decode step that went well: after many of them, more rows are tried again."""
-        if self.max_step_rows < self.max_slots:
-            self._num_good_steps += 1
-            if self._num_good_steps >= _TRY_AGAIN_STEPS:
-                self._num_good_steps = 0
-                self.max_step_rows = min(2 * self.max_step_rows, self.max_slots)
+        """Note a decode step that went well."""
+        self._step_rows.count_good()
+        self._cache_bytes.count_good()
+
+    def count_good_pack(self) -> None:
+        """Note a pack of prompts that went well."""
+        self._pack_tokens.count_good()
+        self.pieces.count_good()
+
+    def count_good_images(self) -> None:
+        """Note a batch of images that went well."""
+        self._vision_cells.count_good()
+
+    def count_good_scored(self) -> None:
+        """Note a pack of choices that went well."""
+        self._scored_tokens.count_good()
 
     def num_slots(self, bytes_per_token: int, length: int) -> int:
         """Slots of `length` tokens that there is memory for; one at least."""
-        return max(1, min(self.max_slots, self._cache_bytes // (bytes_per_token * length)))
+        return max(1, min(self.max_slots, self._cache_bytes.now // (bytes_per_token * length)))
 
     def lower_cache(self, num_bytes: int) -> None:
         """Remember that there was no memory for keys and values of this many bytes."""
-        self._cache_bytes = min(self._cache_bytes, num_bytes // 2)
+        self._cache_bytes.lower(num_bytes // 2)
 
     def lower_step(self, num_rows: int) -> None:
         """Remember that there was no memory to decode more than this many rows at once."""
-        self.max_step_rows = max(1, min(self.max_step_rows, num_rows))
-        self._num_good_steps = 0
+        self._step_rows.lower(num_rows)
 
     def lower_pack(self, num_tokens: int) -> None:
         """Remember that there was no memory for a pack of this many prompt tokens."""
-        self.pack_tokens = max(1, min(self.pack_tokens, num_tokens // 2))
+        self._pack_tokens.lower(num_tokens // 2)
         log.warning("no memory for %d prompt tokens at once; %d", num_tokens, self.pack_tokens)
 
     def num_scored(self, vocab_size: int) -> int:
         """Tokens of choices in one forward; two at least."""
-        return max(2, min(self._scored_tokens, self._scored_logits // vocab_size))
+        return max(2, min(self._scored_tokens.now, self._scored_logits // vocab_size))
 
     def lower_scored(self, num_tokens: int) -> None:
         """Remember that there was no memory to score this many tokens at once."""
-        self._scored_tokens = max(2, min(self._scored_tokens, num_tokens // 2))
+        self._scored_tokens.lower(num_tokens // 2)
 
     def lower_vision(self, num_cells: int) -> None:
         """Remember that there was no memory for images of this many numbers."""
-        self.vision_cells = max(1, min(self.vision_cells, num_cells // 2))
+        self._vision_cells.lower(num_cells // 2)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -209,6 +209,7 @@ class Prefill:
     ) -> None:
         if not isinstance(outcome, Failure):
             self.images.keep(units, outcome)
+            self._plan.count_good_images()
             return
         free_memory(self._decoder.device)
         if len(units) == 1:
@@ -264,6 +265,7 @@ class Prefill:
         is_alone: bool,
     ) -> Iterator[Prepared]:
         if not isinstance(outcome, Failure):
+            self._plan.count_good_pack()
             for row in rows:
                 self._leave(row)
             yield from outcome
@@ -290,12 +292,13 @@ class Prefill:
 
     def _compute_smaller(self, row: WaitingRow) -> PreparedRow | None:
         """A row for which memory was short, in smaller and smaller pieces; None: not even so."""
-        before = self._plan.pack_tokens
-        num_tokens = min(before, num_new_tokens_of(row, set()))
+        before = self._plan.pieces.now
+        num_tokens = min(self._plan.piece_tokens, num_new_tokens_of(row, set()))
         is_causal = self._decoder.is_causal(has_images=bool(row.units))
         while is_causal and num_tokens > _MIN_PIECE_TOKENS:
-            self._plan.lower_pack(num_tokens)
-            num_tokens = self._plan.pack_tokens
+            log.warning("no memory for %d tokens of one prompt at once; halving", num_tokens)
+            num_tokens //= 2
+            self._plan.pieces.lower(num_tokens)
             try:
                 return self._compute([row])[0]
             except torch.AcceleratorError:
@@ -303,8 +306,8 @@ class Prefill:
             except Exception as error:
                 log.warning("not in pieces of %d tokens either: %s", num_tokens, type(error))
             free_memory(self._decoder.device)
-        # It was not for the pack.
-        self._plan.pack_tokens = before
+        # It was not for the pieces.
+        self._plan.pieces.now = before
         return None
 
     def _compute(self, rows: Sequence[WaitingRow]) -> list[PreparedRow]:
@@ -381,7 +384,7 @@ class Prefill:
         done = past.length if past else 0
         entries = self.images.entries(row.units) if done == 0 else []
         places = self._decoder.image_places(row.sample)
-        for start, behind, here in cut(done, stop, self._plan.pack_tokens, places, entries):
+        for start, behind, here in cut(done, stop, self._plan.piece_tokens, places, entries):
             piece = self._piece(row, start, behind, past)
             ends = (0,) if behind == len(row.prompt) else ()
             logits_EV, (cache,) = self._forward([piece], here, ends=ends)

@@ -150,6 +150,7 @@ class Scoring:
             return
         try:
             self._on_the_way.append((pack, ToHost([self._launch(pack)])))
+            self._plan.count_good_scored()
             return
         except torch.AcceleratorError as error:
             raise device_error(error) from error

@@ -10,7 +10,7 @@ import torch
 
 from batchvlm.config import EngineConfig
 from batchvlm.engine import memory
-from batchvlm.engine.memory import MemoryPlan, free_bytes
+from batchvlm.engine.memory import Ceiling, MemoryPlan, free_bytes
 
 CPU = torch.device("cpu")
 GIB = 1 << 30
@@ -124,7 +124,7 @@ class TestPlan:
         assert (plan.max_slots, plan.pack_tokens, plan.max_step_rows) == (3, 77, 3)
         assert plan.num_slots(1, 1) == 3
 
-    def test_ceilings_only_fall(self, plan: MemoryPlan) -> None:
+    def test_ceilings_fall_where_memory_is_short(self, plan: MemoryPlan) -> None:
         plan.lower_pack(100)
         plan.lower_pack(900)
         assert plan.pack_tokens == 50
@@ -147,10 +147,38 @@ class TestPlan:
         assert (plan.pack_tokens, plan.vision_cells, plan.max_step_rows) == (1, 1, 1)
         assert plan.num_slots(1000, 64) == 1
 
-    def test_a_step_that_was_too_large_once_is_tried_again(self, plan: MemoryPlan) -> None:
-        plan.lower_step(plan.max_slots // 4)
-        for most in (4, 2, 1):
-            assert plan.max_step_rows == plan.max_slots // most
-            for _ in range(memory._TRY_AGAIN_STEPS):
-                plan.count_good_step()
-        assert plan.max_step_rows == plan.max_slots
+    def test_what_was_too_large_once_is_tried_again(self, plan: MemoryPlan) -> None:
+        def limits() -> tuple[int, ...]:
+            scored = plan.num_scored(1)
+            return plan.max_step_rows, plan.pack_tokens, plan.vision_cells, scored, slots()
+
+        def slots() -> int:
+            return plan.num_slots(1000, 64)
+
+        def count() -> None:
+            plan.count_good_step()
+            plan.count_good_pack()
+            plan.count_good_images()
+            plan.count_good_scored()
+
+        whole = limits()
+        plan.lower_step(whole[0] // 4)
+        plan.lower_pack(whole[1] // 2)
+        plan.lower_vision(whole[2] // 2)
+        plan.lower_scored(whole[3] // 2)
+        plan.lower_cache(64 * 1000 * (whole[4] // 2))
+        assert all(now <= most // 4 + 1 for now, most in zip(limits(), whole, strict=True))
+        for _ in range(3 * memory._TRY_AGAIN_STEPS):
+            count()
+        assert limits() == whole
+
+    def test_what_is_too_large_again_is_tried_less_and_less_often(self) -> None:
+        ceiling = Ceiling(8, try_again=2)
+        ceiling.lower(2)
+        tried = []
+        for n in range(1, 40):
+            ceiling.count_good()
+            if ceiling.now > 2:
+                tried.append(n)
+                ceiling.lower(2)
+        assert tried == [2, 6, 14, 30]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchvlm.engine import room
+from batchvlm.engine import memory, room
 from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.sampling import RowSampler
 from batchvlm.engine.vision import ImageFeatures
@@ -108,7 +108,7 @@ class TestMemory:
         rows = [(question, seed, 6) for question in QUESTIONS for seed in (0, 1)]
         samples = asked(small, rows)
         engine = small.slots(max_prefill_tokens=60, cpu_streams=2, eos=[])
-        engine._plan.vision_cells = 1
+        engine._plan.lower_vision(1)
         with (
             failing(Decoder, "prefill", is_beside_others, OUT_OF_MEMORY) as packs,
             failing(Decoder, "step", is_beside_others, OUT_OF_MEMORY) as steps,
@@ -295,3 +295,47 @@ def test_a_shared_beginning_above_the_budget_is_computed_in_pieces(small: Loaded
     assert max(packs[1:]) <= 25
     # The first row was computed before it was known that the others may share; they do.
     assert sum(packs) < 2.5 * samples[0].prompt_tokens
+
+
+def test_one_long_prompt_leaves_packs_of_others_as_they_were(small: Loaded) -> None:
+    """Its pieces attend to all that lies before: what is short for them is enough for others."""
+    rows = [(TALE, 0, 2), *[(QUESTIONS[0], seed % 2, 2) for seed in range(8)]]
+    samples = asked(small, rows)
+    packs: list[int] = []
+
+    def is_too_much(self: Any, pieces: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
+        packs.append(len(pieces))
+        is_long = any(len(piece.prompt) == samples[0].prompt_tokens for piece in pieces)
+        return is_long and sum(piece.stop - piece.start for piece in pieces) > 40
+
+    engine = small.slots(share_images=False, cpu_streams=1, eos=[])
+    list(engine.run(samples[1:2]))  # which tells what the family allows
+    with failing(Decoder, "prefill", is_too_much, OUT_OF_MEMORY) as raised:
+        outcomes = dict([*engine.run(samples[:1]), *engine.run(samples[1:])])
+    assert raised
+    check([outcomes[i] for i in range(9)], answers(small, rows), [False] * 9)
+    assert packs[-1] == 8
+
+
+def test_packs_and_batches_of_images_grow_again(
+    small: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_TRY_AGAIN_PACKS", 2)
+    packs: list[int] = []
+    batches: list[int] = []
+
+    def is_first(self: Any, things: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
+        seen = packs if isinstance(self, Decoder) else batches
+        seen.append(len(things))
+        return len(seen) == 1
+
+    rows = [(QUESTIONS[1], seed, 1) for seed in range(80)]
+    engine = small.slots(sort_window=8, cpu_streams=1, eos=[])
+    with (
+        failing(Decoder, "prefill", is_first, OUT_OF_MEMORY),
+        failing(ImageFeatures, "encode", is_first, OUT_OF_MEMORY),
+    ):
+        outcomes = run(engine, asked(small, rows))
+    check(outcomes, answers(small, rows), [False] * len(rows))
+    for sizes in (packs, batches):
+        assert min(sizes) < sizes[0] and max(sizes[-3:]) == sizes[0]

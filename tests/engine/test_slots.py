@@ -15,6 +15,7 @@ from batchvlm.config import BatchingConfig, EngineConfig
 from batchvlm.engine import room
 from batchvlm.engine.cache import SlotCache
 from batchvlm.engine.decoder import Decoder, Piece
+from batchvlm.engine.memory import Ceiling
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.records import Completion, FinishReason, Sample
 
@@ -329,7 +330,8 @@ class TestSlots:
         engine = slots_with(sort_window=6)
         # Room for eight short rows, or for two long ones.
         token_bytes = 2 * 2 * 2 * 16 * 4
-        monkeypatch.setattr(engine._plan, "_cache_bytes", 8 * 64 * token_bytes)
+        most = Ceiling(8 * 64 * token_bytes, try_again=1)
+        monkeypatch.setattr(engine._plan, "_cache_bytes", most)
         outcomes = run(engine, samples)
         known = [reference(i, 120) for i in range(4)]
         assert tokens(outcomes) == [known[i % 4][:limit] for i, limit in enumerate(limits)]
