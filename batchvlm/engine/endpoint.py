@@ -49,7 +49,7 @@ _LOOK_EVERY_S = 0.05
 _PER_CLIENT = 100
 """Connections that one client opens at most."""
 _IS_NOT_HERE = (401, 403, 404, 405)
-"""Wrong token, address or model: true of every row."""
+"""Wrong token, address or model, if another request is refused like that too."""
 _IS_NOT_READY = (408, 409, 425, 429)
 
 _FORM_FIELDS = ("response_format", "structured_outputs", "guided_")
@@ -68,6 +68,8 @@ class _Fault:
     """Whether the server asks to come back later."""
     wait_s: float | None = None
     """How much later."""
+    refusal: ModelError | None = None
+    """What ends the run if the server has answered nobody yet."""
 
 
 class EndpointEngine:
@@ -178,6 +180,7 @@ class EndpointEngine:
         body = request_body(sample, self._cfg, model=self._model, form=form)
         start = time.perf_counter()
         num_faults, wait_s = 0, _FIRST_WAIT_S
+        busy_since_s: float | None = None
         while True:
             outcome = await self._post(body, sample, start)
             if not isinstance(outcome, _Fault):
@@ -185,14 +188,24 @@ class EndpointEngine:
                 self._is_there()
                 return outcome
             # Only a server that answers another request can be failing because of this one.
-            if not outcome.is_busy and await self._answers_others():
+            if outcome.is_busy:
+                now_s = time.monotonic()
+                busy_since_s = now_s if busy_since_s is None else busy_since_s
+                is_up = now_s - busy_since_s >= self._cfg.patience_s
+                if (is_up or self._is_patience_up()) and await self._answers_others():
+                    if is_up:
+                        return _given_up(
+                            outcome, f"for engine.endpoint.patience_s={self._cfg.patience_s:g}"
+                        )
+                else:
+                    self._lose_patience(outcome)
+            elif await self._answers_others():
                 num_faults += 1
                 if num_faults >= self._cfg.max_attempts:
                     tries = f"{num_faults} times in a row" if num_faults > 1 else "once"
-                    return Failure(
-                        error_type=outcome.error_type,
-                        message=f"{outcome.reason}, {tries}, while the server answered others",
-                    )
+                    return _given_up(outcome, tries)
+            elif outcome.refusal is not None and not self._has_answered:
+                raise outcome.refusal
             else:
                 self._lose_patience(outcome)
             await _sleep(
@@ -226,9 +239,10 @@ class EndpointEngine:
             return outcome
         reason = reason_of(text, secrets=[self._token] if self._token else [])
         if status in _IS_NOT_HERE or 300 <= status < 400:
-            if not self._has_answered:
-                raise self._refused(status, reason)
-            return _Fault(reason=f"the server answered {status}: {reason}", is_busy=True)
+            return _Fault(
+                reason=f"the server answered {status}: {reason}",
+                refusal=self._refused(status, reason),
+            )
         if 400 <= status < 500 and status not in _IS_NOT_READY:
             if any(name in reason for name in _FORM_FIELDS) and not self._has_answered:
                 raise ModelError(
@@ -276,17 +290,20 @@ class EndpointEngine:
             log.info("the server at %s answers again", self._url)
         self._down_since_s = None
 
+    def _is_patience_up(self) -> bool:
+        since_s = self._down_since_s
+        return since_s is not None and time.monotonic() - since_s >= self._cfg.patience_s
+
     def _lose_patience(self, fault: _Fault) -> None:
         """Count the time in which the server answers nothing.
 
         Raises:
             EndpointError: it is up.
         """
-        now_s = time.monotonic()
         if self._down_since_s is None:
-            self._down_since_s = now_s
+            self._down_since_s = time.monotonic()
             log.warning("the server at %s does not answer (%s); waiting", self._url, fault.reason)
-        if now_s - self._down_since_s >= self._cfg.patience_s:
+        if self._is_patience_up():
             raise EndpointError(
                 f"the server at {self._url} has answered nothing for "
                 f"engine.endpoint.patience_s={self._cfg.patience_s:g}: {fault.reason}",
@@ -359,6 +376,11 @@ class EndpointEngine:
         if self._token:
             text = text.replace(self._token, "***")
         return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _given_up(fault: _Fault, tries: str) -> Failure:
+    message = f"{fault.reason}, {tries}, while the server answered others"
+    return Failure(error_type=fault.error_type, message=message)
 
 
 def _check_sent(kinds: Set[FormKind], cfg: EndpointConfig) -> None:

@@ -214,6 +214,26 @@ def test_a_row_that_is_refused_is_its_error_at_once(server: StandIn, status: int
     assert len(server.requests) == 3
 
 
+@pytest.mark.parametrize("row", [0, 3])
+@pytest.mark.parametrize("status", [307, 401, 403, 404, 408, 409, 425, 429])
+def test_a_row_that_is_refused_for_good_is_its_error(
+    server: StandIn, status: int, row: int
+) -> None:
+    """A server that answers others, were it only a short question, is there."""
+
+    def reply(request: Request) -> Reply:
+        if request.text == f"row {row}":
+            return Reply(status=status, body={"error": "too large: at most 30000 tokens a minute"})
+        return echo(request)
+
+    server.reply = reply
+    outcomes = run(engine_of(server.url, max_concurrency=2, patience_s=0.2), samples_of(6))
+    failure = outcomes.pop(row)
+    assert isinstance(failure, Failure) and failure.error_type is ErrorType.ENGINE
+    assert f"{status}: too large" in failure.message and "answered others" in failure.message
+    assert all(isinstance(outcome, Completion) for outcome in outcomes)
+
+
 class TestAServerThatAnswersNobody:
     def test_ends_the_run_and_no_row_is_charged(self, server: StandIn) -> None:
         is_down = threading.Event()
@@ -256,7 +276,9 @@ class TestAServerThatAnswersNobody:
         engine = engine_of(server.url, max_concurrency=1, patience_s=0)
         outcomes = engine.run(samples_of(2))
         next(outcomes)
-        server.reply = lambda request: Reply(status=404, body={"error": "no upstream"})
+        server.reply = server.probe = lambda request: Reply(
+            status=404, body={"error": "no upstream"}
+        )
         with pytest.raises(EndpointError, match="404: no upstream"):
             next(outcomes)
 
@@ -309,7 +331,7 @@ class TestTokens:
             open_engine(job(server.url, token_env="MY_TOKEN"), device="cpu")
         assert caught.value.exit_code is ExitCode.USAGE
         assert "Incorrect API key ***; MY_TOKEN holds the wrong token" in str(caught.value)
-        server.reply = lambda request: wrong
+        server.reply = server.probe = lambda request: wrong
         with pytest.raises(ModelError) as caught:
             run(engine_of(server.url, token_env="MY_TOKEN"), samples_of(3))
         assert "sk-secret" not in str(caught.value) and "sk-secret" not in caplog.text
@@ -326,14 +348,16 @@ class TestTokens:
         monkeypatch.setenv("BATCHVLM_ENDPOINT_TOKEN", "sk-secret")
         with StandIn() as elsewhere:
             target = f"{elsewhere.url}/chat/completions"
-            server.reply = lambda request: Reply(status=307, headers={"Location": target})
+            away = Reply(status=307, headers={"Location": target})
+            server.reply = server.probe = lambda request: away
             with pytest.raises(ModelError, match=r"answered 307.*check engine\.endpoint\.url"):
                 run(engine_of(server.url), samples_of(1))
             assert elsewhere.requests == []
 
 
 def test_a_model_that_is_not_there(server: StandIn) -> None:
-    server.reply = lambda request: Reply(status=404, body={"error": {"message": "no model m"}})
+    nobody = Reply(status=404, body={"error": {"message": "no model m"}})
+    server.reply = server.probe = lambda request: nobody
     with pytest.raises(ModelError, match=r"404: no model m; .*engine\.endpoint\.model=m"):
         run(engine_of(server.url), samples_of(3))
 
