@@ -225,7 +225,8 @@ def _check_complete(job: Job, mine: Sequence[Shard], peers: Peers) -> None:
         UnfinishedError: shards are left, to a rank that died or to the next run.
     """
     if peers.is_lost:
-        finished = _finished(job, mine)
+        # Where the job was to overwrite, it has by now.
+        finished = _finished(replace(job, is_overwriting=False), mine)
         if num_left := sum(shard.index not in finished for shard in mine):
             raise UnfinishedError(
                 f"rank 0 was lost, and {num_left} shards are not finished yet",

@@ -14,6 +14,7 @@ import pytest
 from batchvlm.errors import FingerprintError, OutputError
 from batchvlm.output.disk import Disk
 from batchvlm.records import Completion, Failure, Sample
+from batchvlm.runtime import claims
 from tests.conftest import picture
 from tests.test_pipeline import FakeEngine, rows_of, run
 
@@ -110,3 +111,30 @@ def test_what_another_process_is_at_is_not_overwritten(
     assert refused[0].exit_code == 2 and engine.seen == []
     run(out, source, "task.prompt=Why?", over, engine=engine)
     assert len(engine.seen) == len(rows_of(out)) == 5
+
+
+def test_an_overwriting_rank_that_lost_the_others_knows_what_is_done(
+    tmp_path: Path, write_parquet: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_parquet([picture()] * 20), tmp_path / "out"
+    run(out, source)
+
+    def lose(launch: Any) -> Any:
+        raise RuntimeError("rank 0 is gone")
+
+    monkeypatch.setattr(claims, "open_store", lose)
+    monkeypatch.setattr(claims, "_SILENT_S", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ["task.prompt=Why?", "output.on_mismatch=overwrite", "engine.device=cpu"]
+
+    class First(FakeEngine):
+        """The other rank does its half meanwhile."""
+
+        def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+            yield from super().run(samples)
+            monkeypatch.setenv("RANK", "0")
+            run(out, source, *options)
+
+    monkeypatch.setenv("RANK", "1")
+    run(out, source, *options, engine=First())
+    assert len(rows_of(out)) == 20
