@@ -187,9 +187,15 @@ def open_job(cfg: JobConfig) -> Job:
     except FingerprintError as error:
         if cfg.output.on_mismatch is not OnMismatch.new_folder:
             raise
-        folder = OutputFolder(f"{folder.root}-{fingerprint(identity)}")
+        root = folder.root
+        folder = OutputFolder(f"{root}-{fingerprint(identity)}")
+        try:
+            run = find_run(folder, **about)
+        except FingerprintError:  # the same answers in other columns, or other rows of the input
+            both = {"identity": identity, "layout": about["layout"]}
+            folder = OutputFolder(f"{root}-{fingerprint(both)}")
+            run = find_run(folder, **about)
         log.warning("%s; writing to %s", error.message, folder.root)
-        run = find_run(folder, **about)
     there = read_run(folder)
     return Job(
         is_overwriting=there is not None and bool(differs(there, run)),

@@ -138,3 +138,15 @@ def test_an_overwriting_rank_that_lost_the_others_knows_what_is_done(
     monkeypatch.setenv("RANK", "1")
     run(out, source, *options, engine=First())
     assert len(rows_of(out)) == 20
+
+
+def test_each_layout_gets_a_new_folder_of_its_own(tmp_path: Path, write_parquet: Writer) -> None:
+    source, out = write_parquet([picture()] * 12), tmp_path / "out"
+    beside = "output.on_mismatch=new_folder"
+    run(out, source)
+    roots = [
+        run(out, source, layout, beside).folder.root
+        for layout in ("output.token_ids=true", "data.max_rows=7", "output.token_ids=true")
+    ]
+    assert len({out, *roots}) == 3 and roots[0] == roots[2]
+    assert [len(rows_of(root)) for root in (out, *roots[:2])] == [12, 12, 7]
