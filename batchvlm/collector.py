@@ -208,7 +208,12 @@ class Collector:
 
     def write_metrics(self, *, is_over: bool = False) -> None:
         """Leave this process's counts in the output folder."""
-        head = {"run_id": self._provenance.run_id, "is_over": is_over, "where": this_place()}
+        head = {
+            "run_id": self._provenance.run_id,
+            "is_over": is_over,
+            "where": this_place(),
+            "flush_every_s": self.job.cfg.output.flush_every_s,
+        }
         text = json.dumps(head | self.metrics.as_dict(), indent=2)
         path = self._metrics_file("json")
         self.job.folder.commit_file(lambda file: file.write(text.encode()), path)

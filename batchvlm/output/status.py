@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 
 from batchvlm.errors import OutputError
 from batchvlm.output.folder import OutputFolder, Part
-from batchvlm.output.run_file import RunFile
 from batchvlm.output.verify import open_run
 
 _METRICS = re.compile(r"task-(\d+)-rank-(\d+)-.*\.json")
@@ -106,10 +105,9 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> P
     for index in folder.shards_with_segments(is_retry=True):
         waiting += len(outcomes_in_segments(folder, index, is_retry=True))
     del errors[""]
-    limit_s = max(_LIVE_S, 2 * float(_setting(run, "flush_every_s", 0.0)))
     workers = _latest(folder, now_s())
     running = [worker for worker in workers if not worker.counts.get("is_over")]
-    live = [worker.counts for worker in running if worker.age_s < limit_s]
+    live = [worker.counts for worker in running if not worker.is_silent]
     latest = max(_written_at(folder), default=None)
     return Progress(
         num_rows=sum(shard.num_rows for shard in run.plan),
@@ -127,7 +125,7 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> P
             (
                 Silent(name=w.name, where=str(w.counts.get("where", "")), silent_s=w.age_s)
                 for w in running
-                if w.age_s >= limit_s
+                if w.is_silent
             ),
             key=lambda silent: -silent.silent_s,
         ),
@@ -161,16 +159,18 @@ def _read_outcomes(folder: OutputFolder, path: Path) -> list[tuple[int, str, int
     return list(zip(rows, kinds, attempts, strict=True))
 
 
-def _setting(run: RunFile, name: str, default: Any) -> Any:
-    output = run.settings.get("output")
-    return output.get(name, default) if isinstance(output, dict) else default
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Worker:
     name: str
     counts: dict[str, Any]
     age_s: float
+
+    @property
+    def is_silent(self) -> bool:
+        # Of its own settings: those of a rerun need not be the first run's.
+        flush_every_s = self.counts.get("flush_every_s")
+        every_s = flush_every_s if isinstance(flush_every_s, int | float) else 0.0
+        return self.age_s >= max(_LIVE_S, 2 * every_s)
 
 
 def _latest(folder: OutputFolder, now_s: float) -> list[_Worker]:

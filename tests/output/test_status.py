@@ -75,6 +75,20 @@ def test_live_processes_and_their_rate(tmp_path: Path) -> None:
     assert status(folder, now_s=lambda: now - 1e6).written_s_ago == 0
 
 
+def test_a_process_that_flushes_rarely_is_not_silent_for_that(tmp_path: Path) -> None:
+    run_job(tmp_path, "ours", stop_after=3)
+    folder = OutputFolder(tmp_path)
+    folder.metrics.mkdir()
+    now = time.time()
+    for rank, every_s in enumerate([30, 600, 600]):
+        path = folder.metrics / f"task-00000-rank-{rank:03d}-20260101T000000-a.json"
+        path.write_text(json.dumps({"flush_every_s": every_s}))
+        os.utime(path, (now - 100 - 1000 * rank, now - 100 - 1000 * rank))
+    found = status(folder, now_s=lambda: now)
+    assert found.num_live == 1
+    assert [silent.name for silent in found.silent] == ["task 0 rank 2", "task 0 rank 0"]
+
+
 def test_rows_that_were_answered_again_wait(tmp_path: Path) -> None:
     run_job(tmp_path, "ours")
     folder = OutputFolder(tmp_path)
