@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from batchvlm.errors import OutputError
 from batchvlm.output.disk import is_full, make_folder, new_attempt, output_error, sync_folder
-from batchvlm.output.exchange import exchange_data, restore_data
+from batchvlm.output.exchange import exchange_data, given_up, restore_data
 from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY, write_tables
 from batchvlm.output.verify import open_run, verify
@@ -100,8 +100,9 @@ def compact(
                 exchange_data(folder, aside)
         finally:
             # What is aside now, new or old, is read by nobody.
-            with suppress(OSError):
-                shutil.rmtree(aside)
+            for path in (aside, given_up(aside)):
+                with suppress(OSError):
+                    shutil.rmtree(path)
     except (OSError, pa.ArrowException) as error:
         if not isinstance(error, OSError):
             error = OSError(errno.EIO, str(error))

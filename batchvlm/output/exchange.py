@@ -6,7 +6,9 @@ import ctypes
 import errno
 import logging
 import os
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from batchvlm.output.disk import new_attempt, output_error, sync_folder
@@ -22,11 +24,12 @@ _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 def exchange_data(folder: OutputFolder, aside: Path) -> None:
     """Let `aside` take the place of `data`; only under `folder.lock()`.
 
-    What was `data` is at `aside` then.
+    What was `data` is at `given_up(aside)` then, and `restore_data` deletes it.
 
     Raises:
         OSError: the file system refuses; `data` is as it was, or `restore_data` makes it so.
     """
+    old = aside
     try:
         exchange(aside, folder.data)
     except OSError as error:
@@ -40,10 +43,18 @@ def exchange_data(folder: OutputFolder, aside: Path) -> None:
         except OSError:
             os.rename(old, folder.data)
             raise
-        # Under this name it is nothing to restore.
-        os.rename(old, aside)
     sync_folder(folder.root)
     sync_folder(folder.inner)
+    with suppress(OSError):
+        os.rename(old, given_up(aside))
+
+
+def given_up(aside: Path) -> Path:
+    """What old parts are called that others have taken the place of: whoever finds them may delete.
+
+    Without such a name they could be what another `compact` is about to put in place of `data`.
+    """
+    return aside.with_name(f"{aside.name}.done")
 
 
 def exchange(first: Path, second: Path) -> None:
@@ -66,27 +77,34 @@ def exchange(first: Path, second: Path) -> None:
 def restore_data(folder: OutputFolder) -> None:
     """Put `data` back where a kill between the two steps of `exchange_data` left none.
 
+    And delete what a kill after them left.
+
     Raises:
         OutputError: the file system refuses.
     """
     if not folder.is_local:
         return
     try:
-        if not any(folder.inner.glob("compact-*.old")):
-            return
-        # Whoever is at it right now holds the lock.
-        with folder.lock():
-            for old in sorted(folder.inner.glob("compact-*.old")):
-                aside = old.with_suffix("")
-                if folder.data.exists() and not aside.exists():
-                    # Killed after both steps: nobody needs the old parts any more.
-                    os.rename(old, aside)
-                    continue
-                if folder.data.exists():
-                    # Between them. Then a late writer made `data` anew: its rows are in `old` too.
-                    os.rename(folder.data, folder.inner / f"compact-{new_attempt()}")
-                os.rename(old, folder.data)
-                sync_folder(folder.root)
-                logger.warning("%s: an interrupted compact was undone", folder.root)
+        if any(folder.inner.glob("compact-*.old")):
+            _restore(folder)
+        for done in folder.inner.glob("compact-*.done"):
+            shutil.rmtree(done, ignore_errors=True)
     except OSError as error:
         raise output_error("restore", folder.data, error) from error
+
+
+def _restore(folder: OutputFolder) -> None:
+    # Whoever is at it right now holds the lock.
+    with folder.lock():
+        for old in sorted(folder.inner.glob("compact-*.old")):
+            aside = old.with_suffix("")
+            if folder.data.exists() and not aside.exists():
+                # Killed after both steps: nobody needs the old parts any more.
+                os.rename(old, given_up(aside))
+                continue
+            if folder.data.exists():
+                # Between them. Then a late writer made `data` anew: its rows are in `old` too.
+                os.rename(folder.data, folder.inner / f"compact-{new_attempt()}")
+            os.rename(old, folder.data)
+            sync_folder(folder.root)
+            logger.warning("%s: an interrupted compact was undone", folder.root)

@@ -268,6 +268,32 @@ def test_old_parts_that_a_kill_left_come_back_into_no_other_run(
     assert not folder.data.exists()
 
 
+@pytest.mark.parametrize("is_run", [False, True])
+def test_old_parts_that_a_kill_left_go_with_whoever_comes_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, is_run: bool
+) -> None:
+    folder = job(tmp_path)
+    before = read_data(folder)
+    rmtree = shutil.rmtree
+
+    def leave(path: Path, **options: Any) -> None:
+        if path.name.endswith(".done"):
+            raise Killed
+        rmtree(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", leave)
+        with pytest.raises(Killed):
+            compact(folder, target_rows=8)
+    assert len(list(folder.inner.glob("compact-*"))) == 1
+    if is_run:
+        job(tmp_path)
+    else:
+        compact(folder, target_rows=8)
+    assert not list(folder.inner.glob("compact-*"))
+    assert read_data(folder).equals(before)
+
+
 def test_a_late_writer_after_a_kill_between_the_two_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
