@@ -211,7 +211,8 @@ class ShardWriter:
             if part is None:
                 raise _lost_segment(lost or UnreadableSegment(f"{self._part} was removed"))
         if self._is_retry or self.attempts:
-            self._renew()
+            while not self._renew():
+                pass
         self._folder.remove_segments(self._shard.index)
         return part.path
 
@@ -260,8 +261,12 @@ class ShardWriter:
         except UnreadableSegment as error:
             raise _damaged(part, error) from error
 
-    def _renew(self) -> None:
-        """Put rows that were answered again in their places in the part."""
+    def _renew(self) -> bool:
+        """Put rows that were answered again in their places in the part.
+
+        Returns:
+            False where a segment was removed meanwhile: to be called again.
+        """
         # Two retries of one shard both read the part, then both replace it: one at a time.
         with self._folder.lock():
             parts = self._read_parts()
@@ -281,8 +286,12 @@ class ShardWriter:
                 try:
                     self._write_part([*waiting, *parts], into=parts[0].path)
                 except UnreadableSegment as error:
-                    raise _lost_segment(error) from error
+                    if all(self._folder.exists(segment.path) for segment in waiting):
+                        raise _lost_segment(error) from error
+                    # Whoever finished the shard has just removed its segments.
+                    return False
             self._folder.remove_segments(self._shard.index, is_retry=True, only=listed | known)
+        return True
 
     def _write_part(self, segments: Sequence[Segment], *, into: Path | None = None) -> bool:
         """Write the first part, or the one that is there (`into`, it may be merged) anew.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,39 @@ def test_a_retry_of_an_unfinished_shard(tmp_path: Path) -> None:
     last.commit()
     assert column(folder, "generated_text")[3] == "again 3"
     assert column(folder, "attempts")[3] == 2
+
+
+def test_another_process_finishes_the_shard_while_a_row_of_it_is_put_into_its_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = OutputFolder(tmp_path)
+    first = open_writer(folder, PLAN, 0)
+    first.add(failed(3))
+    first.flush()
+    again, other = retry(folder), open_writer(folder, PLAN, 0)
+    for row in range(21):
+        if row not in again.finished_rows and row != 3:
+            again.add(make_result(SHARD, row))
+    again.flush()
+    answer(again, [3])
+    for row in set(range(21)) - {3}:
+        other.add(make_result(SHARD, row))
+    other.commit()
+    # As it is before the other one has removed the segments.
+    late = folder.segment(0, "20990101T000000-00000000", 0)
+    late.parent.mkdir(parents=True)
+    late.write_bytes(b"")
+    again._segments = [replace(segment, path=late) for segment in again._segments]
+    write_part = ShardWriter._write_part
+
+    def remove_then_write(self: ShardWriter, *args: Any, **options: Any) -> bool:
+        folder.remove_segments(0)
+        return write_part(self, *args, **options)
+
+    monkeypatch.setattr(ShardWriter, "_write_part", remove_then_write)
+    again.commit()
+    assert column(folder, "generated_text")[3] == "again 3"
+    assert column(folder, "row_index") == list(range(21))
 
 
 def test_segments_that_a_kill_left_behind_take_no_newer_rows_place(tmp_path: Path) -> None:
