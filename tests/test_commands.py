@@ -36,6 +36,17 @@ def test_verify_says_yes_or_what_is_wrong(
     assert "every input row is there exactly once" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["verify", "status", "compact"])
+def test_a_file_in_the_folders_place_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    run_job(tmp_path, "ours")
+    part = next((tmp_path / "data").iterdir())
+    assert main([command, str(part)]) == ExitCode.USAGE
+    said = capsys.readouterr().err
+    assert "is a file" in said and "name the folder that output.dir named" in said
+
+
 def test_status_for_people_and_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_job(tmp_path, "ours", stop_after=7)
     assert main(["status", str(tmp_path)]) == ExitCode.DONE

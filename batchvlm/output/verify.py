@@ -34,6 +34,10 @@ def open_run(folder: OutputFolder) -> RunFile:
     Raises:
         InputError: there is none.
     """
+    if folder.is_local and folder.root.is_file():
+        raise InputError(
+            f"{folder.root} is a file", hint="name the folder that output.dir named, no file in it"
+        )
     try:
         run = read_run(folder)
     except (ConfigError, OutputError) as error:
