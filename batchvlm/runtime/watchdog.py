@@ -15,6 +15,8 @@ from batchvlm.errors import ExitCode
 from batchvlm.runtime.signals import interrupted_at_s
 
 _LOOK_EVERY_S = 0.5
+_LEAVE_S = 2.0
+"""How long leaving waits for the call that a thread is at."""
 _LAST_RESORT_S = 60.0
 
 
@@ -37,8 +39,10 @@ class Ticker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Not joined: it may be at a disk that does not answer.
         self._is_left.set()
+        # A thread that is within a library when the interpreter goes can crash it. Not waited for
+        # longer: it may be at a disk that does not answer.
+        self._thread.join(timeout=_LEAVE_S)
 
     def _run(self) -> None:
         while not self._is_left.wait(self._every_s):

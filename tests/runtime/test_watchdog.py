@@ -118,8 +118,35 @@ def test_a_ticker_ticks_until_it_is_left() -> None:
 
     with Ticker(tick, every_s=0.01, name="tick") as ticker:
         assert twice.wait(60)
-    ticker._thread.join(60)
     assert not ticker._thread.is_alive()
+
+
+def test_leaving_waits_for_a_call_that_ends_soon() -> None:
+    begun, is_over = threading.Event(), False
+
+    def tick() -> None:
+        nonlocal is_over
+        begun.set()
+        time.sleep(0.2)
+        is_over = True
+
+    with Ticker(tick, every_s=0.01, name="tick"):
+        assert begun.wait(60)
+    assert is_over
+
+
+def test_leaving_waits_for_no_call_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog_module, "_LEAVE_S", 0.1)
+    begun, may_end = threading.Event(), threading.Event()
+
+    def tick() -> None:
+        begun.set()
+        may_end.wait(60)
+
+    with Ticker(tick, every_s=0.01, name="tick") as ticker:
+        assert begun.wait(60)
+    assert ticker._thread.is_alive()
+    may_end.set()
 
 
 def test_a_library_that_hangs_with_pythons_lock_held_ends_too() -> None:
