@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,8 @@ def settled(out: Path) -> list[dict[str, Any]]:
 def num_on_disk(out: Path) -> int:
     """Different rows in parts and segments; a file may vanish while we look."""
     found: set[int] = set()
-    for path in [*out.glob("data/*.parquet"), *out.glob("_batchvlm/segments/*/*.parquet")]:
+    # Not pathlib's: before Python 3.13 it fails where a folder is removed meanwhile.
+    for path in glob(f"{out}/data/*.parquet") + glob(f"{out}/_batchvlm/segments/*/*.parquet"):
         try:
             found.update(pq.read_table(path, columns=["row_index"])["row_index"].to_pylist())
         except (OSError, ValueError):

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def settled(out: Path) -> list[dict[str, Any]]:
 def num_on_disk(out: Path) -> int:
     """Rows in parts and segments, as far as they can be read at this instant."""
     count = 0
-    for path in [*out.glob("data/*"), *out.glob("_batchvlm/segments/*/*")]:
+    # Not pathlib's: before Python 3.13 it fails where a folder is removed meanwhile.
+    for path in glob(f"{out}/data/*") + glob(f"{out}/_batchvlm/segments/*/*"):
         try:
             count += pq.read_metadata(path).num_rows
         except FileNotFoundError:
