@@ -24,7 +24,7 @@ from batchvlm.config import (
 )
 from batchvlm.endpoint_settings import check_endpoint
 from batchvlm.errors import ConfigError, ErrorType
-from batchvlm.words import setting
+from batchvlm.words import ends_in_number, setting
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _TRACKERS = ("tensorboard", "wandb")
@@ -49,9 +49,8 @@ def _may_be_reached(entry: str) -> bool:
     try:
         ipaddress.ip_address(re.sub(r"^\[(.*)\]$", r"\1", entry).rstrip("."))
     except ValueError:
-        # No name ends in a number: 127.1 is an address, written so that it is forbidden.
-        is_number = re.fullmatch(r"\d+|0x[0-9a-f]*", entry.lower().rstrip(".").rpartition(".")[2])
-        return bool(_HOST.fullmatch(entry)) and is_number is None
+        # 127.1 is an address, written so that it is forbidden.
+        return bool(_HOST.fullmatch(entry)) and not ends_in_number(entry)
     return True
 
 

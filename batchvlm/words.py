@@ -68,3 +68,9 @@ def _scaled(number: float, units: tuple[str, ...]) -> str:
         number /= 1000
         place += 1
     return f"{number:.3g}{units[place]}"
+
+
+def ends_in_number(host: str) -> bool:
+    """Whether a host's last label is a number in any notation, as that of no name is."""
+    last = host.lower().rstrip(".").rpartition(".")[2]
+    return re.fullmatch(r"\d+|0x[0-9a-f]*", last) is not None

@@ -20,6 +20,7 @@ from aiohttp.abc import ResolveResult
 from yarl import URL
 
 from batchvlm.errors import ErrorType, RowError
+from batchvlm.words import ends_in_number
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -27,7 +28,6 @@ _WEB = ("http", "https")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 # Whatever stands there, one of the two programs that read an address may see another one.
 _ODD = re.compile(r"[\x00-\x20\x7f\\]")
-_NUMBER = re.compile(r"\d+|0x[0-9a-f]*")
 
 
 def forbidden(why: str) -> RowError:
@@ -71,10 +71,9 @@ class Allowed:
             # A name, looked at once it is resolved; this machine's own needs no resolving.
             name = host.lower().rstrip(".")
             is_own = name == "localhost" or name.endswith(".localhost")
-            # No name ends in a number; what connects may read 127.1, or 127.0.0.1 with a full stop
-            # behind it, as an address and ask no resolver for it.
-            is_number = _NUMBER.fullmatch(name.rpartition(".")[2]) is not None
-            if is_number or "%" in name or (is_own and not self._has_host(host)):
+            # What connects may read 127.1, or 127.0.0.1 with a full stop behind it, as an address
+            # and ask no resolver for it.
+            if ends_in_number(name) or "%" in name or (is_own and not self._has_host(host)):
                 raise forbidden("names this machine, or is written oddly") from None
             return url
         self.check(host, address)

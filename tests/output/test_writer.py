@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -244,9 +245,9 @@ def test_the_other_writer_finishes_while_this_one_flushes(
     second.add(make_result(SHARD, 7))
     publish = disk_module._publish
 
-    def publish_then_lose_the_folder(*args: object, **options: bool) -> bool:
+    def publish_then_lose_the_folder(*args: Any, **options: Any) -> bool:
         monkeypatch.setattr(disk_module, "_publish", publish)
-        is_ours = publish(*args, **options)  # type: ignore[arg-type]
+        is_ours = publish(*args, **options)
         first.commit()
         return is_ours
 

@@ -121,17 +121,23 @@ def test_a_ticker_ticks_until_it_is_left() -> None:
     assert not ticker._thread.is_alive()
 
 
-def test_leaving_waits_for_a_call_that_ends_soon() -> None:
-    begun, is_over = threading.Event(), False
+def test_leaving_waits_for_a_call_that_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_end, is_over = threading.Event(), threading.Event(), False
 
     def tick() -> None:
         nonlocal is_over
         begun.set()
-        time.sleep(0.2)
-        is_over = True
+        is_over = may_end.wait(60)
 
-    with Ticker(tick, every_s=0.01, name="tick"):
+    with Ticker(tick, every_s=0.01, name="tick") as ticker:
         assert begun.wait(60)
+        join = ticker._thread.join
+
+        def waiting(timeout: float | None = None) -> None:
+            may_end.set()  # no sooner than it is waited for
+            join(timeout)
+
+        monkeypatch.setattr(ticker._thread, "join", waiting)
     assert is_over
 
 
