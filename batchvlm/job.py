@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchvlm.config import EngineName, JobConfig, OnMismatch, SourceKind, TaskName, sent_as
 from batchvlm.errors import FingerprintError, InputError, OutputError
@@ -31,7 +25,7 @@ from batchvlm.output.typed import Parsed, parsed_column
 from batchvlm.plan import plan_shards
 from batchvlm.preprocess import PreprocessSpec
 from batchvlm.prompts import PromptBuilder
-from batchvlm.records import FormKind, Shard
+from batchvlm.records import FormKind
 from batchvlm.settings import to_plain
 from batchvlm.sources import Source, check_columns, open_source
 from batchvlm.tasks import Task, open_task
@@ -59,34 +53,6 @@ class Job:
     """The column of typed answers."""
     is_overwriting: bool = False
     """Whether the folder still holds another run, which gives way once the model has loaded."""
-
-    def num_given_up(self, shards: Sequence[Shard]) -> int:
-        """Rows with an error that `retry.errors` names, tried `retry.max_attempts` times before."""
-        retry, folder = self.cfg.retry, self.folder
-        if not retry.errors or self.is_overwriting:
-            return 0
-        wanted = {shard.index for shard in shards}
-        paths = [
-            part.path
-            for part in folder.parts(len(self.run.plan))
-            if not wanted.isdisjoint(range(part.first, part.last + 1))
-        ]
-        for is_retry in (False, True):
-            for index in wanted & set(folder.shards_with_segments(is_retry=is_retry)):
-                paths += folder.list_segments(index, is_retry=is_retry)
-        latest: dict[int, tuple[int, str]] = {}
-        for path in paths:
-            # What vanished is in another file by now; what is damaged is named elsewhere.
-            with suppress(OSError, pa.ArrowException), folder.open(path) as file:
-                table = pq.ParquetFile(file).read(["row_index", "attempts", "error_type"])
-                for row, *tried in zip(*(c.to_pylist() for c in table.columns), strict=True):
-                    if tried[0] >= retry.max_attempts:  # most rows were tried once
-                        latest[row] = max(latest.get(row, (0, "")), (tried[0], tried[1] or ""))
-        starts = [shard.first_row_index for shard in self.run.plan]
-        return sum(
-            kind in retry.errors and bisect_right(starts, row) - 1 in wanted
-            for row, (_, kind) in latest.items()
-        )
 
     def preprocess_spec(self) -> PreprocessSpec:
         """What whoever prepares its samples needs to know."""

@@ -26,7 +26,7 @@ from batchvlm.identity import (
 from batchvlm.job import Job, announce_overwriting, open_job
 from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.parts import look_into_parts
+from batchvlm.output.parts import look_into_parts, num_given_up
 from batchvlm.output.run_file import save_run
 from batchvlm.output.writer import needs_retry
 from batchvlm.records import (
@@ -100,10 +100,12 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
     mine = shards_of_task(job.run.plan, cfg.runtime)
     finished = _finished(job, mine)
     metrics = Metrics()
+    num_left = 0
     if not job.is_overwriting:
-        done = {shard.index for shard in mine} & finished
-        metrics.found_errors = look_into_parts(job.folder, job.run, done)
-    num_given_up = job.num_given_up(mine)
+        indices = {shard.index for shard in mine}
+        metrics.found_errors = look_into_parts(job.folder, job.run, indices & finished)
+        if cfg.retry.errors:
+            num_left = num_given_up(job.folder, job.run, indices, cfg.retry)
     launch = find_launch()
     num_mine = sum(shard.num_rows for shard in mine)
     if any(shard.index not in finished for shard in mine):
@@ -147,7 +149,7 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
         num_shards=len(job.run.plan),
         num_mine=num_mine,
         num_found=num_mine - metrics.num_rows,
-        num_given_up=num_given_up,
+        num_given_up=num_left,
         max_attempts=cfg.retry.max_attempts,
         metrics=metrics,
     )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchvlm.config import RetryConfig
 from batchvlm.errors import OutputError
 from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.run_file import RunFile
@@ -68,6 +72,47 @@ def _look_into(
     kinds = table["error_type"].to_pylist()
     return Counter(
         kind for index, kind in zip(shards.tolist(), kinds, strict=True) if kind and index in wanted
+    )
+
+
+def num_given_up(
+    folder: OutputFolder, run: RunFile, wanted: Collection[int], retry: RetryConfig
+) -> int:
+    """Rows with an error that `retry.errors` names, tried `retry.max_attempts` times before.
+
+    Reads three columns of parts that hold failed rows, and of segments.
+
+    Args:
+        wanted: indices of the shards that are looked at.
+    """
+    parts = {
+        part.path
+        for part in folder.parts(len(run.plan))
+        if any(index in wanted for index in range(part.first, part.last + 1))
+    }
+    segments = [
+        path
+        for is_retry in (False, True)
+        for index in folder.shards_with_segments(is_retry=is_retry)
+        if index in wanted
+        for path in folder.list_segments(index, is_retry=is_retry)
+    ]
+    latest: dict[int, tuple[int, str]] = {}
+    for path in [*parts, *segments]:
+        # What vanished is in another file by now; what is damaged is named elsewhere.
+        with suppress(OSError, pa.ArrowException), folder.open(path) as file:
+            parquet = pq.ParquetFile(file)
+            if path in parts and not _has_errors(parquet.metadata):
+                continue
+            table = parquet.read(["row_index", "attempts", "error_type"])
+            # Most rows were tried once.
+            table = table.filter(pc.greater_equal(table["attempts"], retry.max_attempts))
+            for row, attempts, kind in zip(*(c.to_pylist() for c in table.columns), strict=True):
+                latest[row] = max(latest.get(row, (0, "")), (attempts, kind or ""))
+    starts = [shard.first_row_index for shard in run.plan]
+    return sum(
+        kind in retry.errors and bisect_right(starts, row) - 1 in wanted
+        for row, (_, kind) in latest.items()
     )
 
 
