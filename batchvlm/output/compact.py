@@ -22,7 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchvlm.errors import OutputError
-from batchvlm.output.disk import is_full, make_folder, new_attempt, output_error, sync_folder
+from batchvlm.output.disk import (
+    NO_HARD_LINKS,
+    is_full,
+    make_folder,
+    new_attempt,
+    output_error,
+    sync_folder,
+)
 from batchvlm.output.exchange import exchange_data, given_up, restore_data
 from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY, write_tables
@@ -147,8 +154,9 @@ def _merge(
 ) -> None:
     try:
         for group in groups:
-            name = folder.part(group[0].first, num_shards, group[-1].last).name
-            _put(folder, group, aside / name)
+            first, last = group[0].first, group[-1].last
+            path = aside / folder.part(first, num_shards, last).name
+            _put(folder, group, Part(first, last, path))
     except (OSError, OutputError) as error:
         if not is_full(error):
             raise
@@ -166,20 +174,20 @@ def _state(parts: Sequence[Part]) -> list[tuple[str, int, int]]:
     return [(p.path.name, (stat := p.path.stat()).st_ino, stat.st_mtime_ns) for p in parts]
 
 
-def _put(folder: OutputFolder, group: Sequence[Part], target: Path) -> None:
+def _put(folder: OutputFolder, group: Sequence[Part], merged: Part) -> None:
     if len(group) == 1:
         try:
-            os.link(group[0].path, target)
+            os.link(group[0].path, merged.path)
             return
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            if error.errno not in NO_HARD_LINKS:
                 raise
     files = [part.path for part in group]
     marks = dict(pq.read_schema(files[0]).metadata or {})
-    marks[SHARD_KEY] = f"{group[0].first}-{group[-1].last}".encode()
+    marks[SHARD_KEY] = merged.mark.encode()
     assert FINGERPRINT_KEY in marks
     schema = pq.read_schema(files[0]).with_metadata(marks)
-    folder.commit_file(lambda file: write_tables(_tables(files), file, schema), target)
+    folder.commit_file(lambda file: write_tables(_tables(files), file, schema), merged.path)
 
 
 def _tables(files: Sequence[Path]) -> Iterator[pa.Table]:

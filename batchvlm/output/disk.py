@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _STALE_S = 24 * 3600.0
 """Nobody takes a day to write one file: an older one in `tmp` belongs to a dead attempt."""
 
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
@@ -202,7 +202,7 @@ def _move(aside: Path, final: Path, *, replace: bool) -> bool:
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
+            if error.errno not in NO_HARD_LINKS:
                 raise
         # Without hard links a second writer in this instant would win over the first; the caller
         # reads back what is there in the end.

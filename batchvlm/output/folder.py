@@ -44,6 +44,16 @@ class Part:
     last: int
     path: Path
 
+    @property
+    def shards(self) -> range:
+        """Indices of its shards."""
+        return range(self.first, self.last + 1)
+
+    @property
+    def mark(self) -> str:
+        """How its footer names its shards: `12`, or `12-47` where several are merged."""
+        return f"{self.first}" if len(self.shards) == 1 else f"{self.first}-{self.last}"
+
 
 class _IsThere(Exception):
     """Another process was faster."""
@@ -226,7 +236,7 @@ class OutputFolder:
             except OSError as error:
                 raise output_error("read", self.data, error) from error
         parts = self.parts(num_shards)
-        return frozenset(index for part in parts for index in range(part.first, part.last + 1))
+        return frozenset(index for part in parts for index in part.shards)
 
     def find_part(self, index: int, num_shards: int) -> Part | None:
         """The part that holds shard `index`, its own or a merged one."""
@@ -237,7 +247,7 @@ class OutputFolder:
             # No listing: of 100,000 parts it would be one for each shard.
             return None
         parts = self.parts(num_shards)
-        return next((part for part in parts if part.first <= index <= part.last), None)
+        return next((part for part in parts if index in part.shards), None)
 
     def _has_merged(self) -> bool:
         # In an object store nothing is compacted, so once it was looked for it is not there.

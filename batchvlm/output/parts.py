@@ -37,14 +37,11 @@ def look_into_parts(folder: OutputFolder, run: RunFile, wanted: Collection[int])
     Raises:
         OutputError: a part is damaged, of another run, or of other shards than its name says.
     """
-    parts = [
-        part
-        for part in folder.parts(len(run.plan))
-        if any(index in wanted for index in range(part.first, part.last + 1))
-    ]
     errors: Counter[str] = Counter()
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        for found in threads.map(lambda part: _look_into(folder, run, part, wanted), parts):
+        for found in threads.map(
+            lambda part: _look_into(folder, run, part, wanted), _parts_of(folder, run, wanted)
+        ):
             errors.update(found)
     return errors
 
@@ -85,11 +82,7 @@ def num_given_up(
     Args:
         wanted: indices of the shards that are looked at.
     """
-    parts = {
-        part.path
-        for part in folder.parts(len(run.plan))
-        if any(index in wanted for index in range(part.first, part.last + 1))
-    }
+    parts = {part.path for part in _parts_of(folder, run, wanted)}
     segments = [
         path
         for is_retry in (False, True)
@@ -116,14 +109,19 @@ def num_given_up(
     )
 
 
+def _parts_of(folder: OutputFolder, run: RunFile, wanted: Collection[int]) -> list[Part]:
+    """Parts that hold some of these shards."""
+    parts = folder.parts(len(run.plan))
+    return [part for part in parts if any(index in wanted for index in part.shards)]
+
+
 def _check_marks(parquet: pq.ParquetFile, run: RunFile, part: Part) -> None:
     marks = parquet.schema_arrow.metadata or {}
-    name = str(part.first) if part.first == part.last else f"{part.first}-{part.last}"
     shard = marks.get(SHARD_KEY, b"none of its shards").decode()
     num_rows = sum(s.num_rows for s in run.plan[part.first : part.last + 1])
     if marks.get(FINGERPRINT_KEY) != run.fingerprint.encode():
         problem = "is of another run"
-    elif shard != name:
+    elif shard != part.mark:
         problem = f"holds shard {shard}, which is not what its name says"
     elif parquet.metadata.num_rows != num_rows:
         problem = f"has {parquet.metadata.num_rows} rows, its shards {num_rows}"

@@ -94,7 +94,7 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> P
         except (OSError, pa.ArrowException):
             damaged.append(part)
     whole = [part for part in parts if part not in damaged]
-    finished = {index for part in whole for index in range(part.first, part.last + 1)}
+    finished = {index for part in whole for index in part.shards}
     in_parts = sum(run.plan[index].num_rows for index in finished)
     in_segments = waiting = 0
     for index in folder.shards_with_segments():

@@ -255,7 +255,7 @@ class ShardWriter:
         part = self._folder.find_part(self._shard.index, self._num_shards)
         if part is None:
             return []
-        merged = None if part.first == part.last else f"{part.first}-{part.last}"
+        merged = part.mark if len(part.shards) > 1 else None
         try:
             return [inspect(self._folder, part.path, self._shard, self._schema, merged=merged)]
         except UnreadableSegment as error:

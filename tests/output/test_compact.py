@@ -17,6 +17,7 @@ from batchvlm.output import compact as compact_module
 from batchvlm.output import exchange as exchange_module
 from batchvlm.output.compact import compact
 from batchvlm.output.folder import OutputFolder
+from batchvlm.output.parts import look_into_parts
 from batchvlm.output.run_file import find_run, read_run, save_run
 from batchvlm.output.schema import Provenance
 from batchvlm.output.verify import verify
@@ -100,6 +101,22 @@ def test_parts_are_merged_up_to_the_size(tmp_path: Path, way: str) -> None:
         "run.json",
         "tmp",
     ]
+
+
+def test_a_part_is_copied_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = job(tmp_path)
+    run = read_run(folder)
+    assert run is not None
+    errors = look_into_parts(folder, run, range(NUM_SHARDS))
+
+    def refuse(first: Path, second: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert compact(folder, target_rows=8).num_after == 4
+    assert look_into_parts(folder, run, range(NUM_SHARDS)) == errors
 
 
 def test_nothing_to_merge_touches_nothing(tmp_path: Path) -> None:
