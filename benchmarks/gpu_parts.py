@@ -31,7 +31,7 @@ from batchvlm.engine.cache import RowCache, SlotCache
 from batchvlm.engine.decoder import Decoder, Piece, Prompt
 from batchvlm.engine.fusing import align, is_half_on_gpu
 from batchvlm.engine.kernels import tune
-from batchvlm.engine.layout import Span
+from batchvlm.engine.layout import Newest, Span
 from batchvlm.engine.vision import ImageFeatures
 from batchvlm.records import EngineStats, Generation, PixelTable, Sample
 
@@ -144,9 +144,9 @@ class Parts:
         # About a quarter shorter or longer than the mean, as rows of one bucket are.
         behind_N = torch.arange(num_rows, device=device) * 37 % (self._args.context // 2)
         positions_N = self._args.context * 5 // 4 - behind_N - 1
-        deltas_N = torch.zeros_like(ids_N)
+        newest = Newest(ids_N, positions_N, deltas_N=torch.zeros_like(ids_N))
         spans = (Span(0, num_rows, length),)
-        return lambda: decoder.step(cache, ids_N, positions_N, deltas_N, spans)
+        return lambda: decoder.step(cache, newest, spans)
 
 
 def median_s(run: Callable[[], object], num: int, device: str) -> float:

@@ -22,7 +22,7 @@ from batchvlm.engine.collate import collate
 from batchvlm.engine.decoder import Branches, Decoder, Piece, Prompt
 from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.generate import without_defaults
-from batchvlm.engine.layout import Span
+from batchvlm.engine.layout import Newest, Span
 from batchvlm.engine.vision import ImageFeatures, batches
 from batchvlm.errors import ModelError
 from batchvlm.records import Sample
@@ -195,9 +195,11 @@ def _over_slots(
         cache.put(slot, [past])
     second_BV = decoder.step(
         cache,
-        first_B,
-        torch.tensor(lengths, device=decoder.device),
-        torch.tensor([prompt.rope_delta for prompt in prompts], device=decoder.device),
+        Newest(
+            first_B,
+            torch.tensor(lengths, device=decoder.device),
+            torch.tensor([prompt.rope_delta for prompt in prompts], device=decoder.device),
+        ),
         [Span(0, len(prompts), max(lengths) + 1)],
     )
     return first_BV[-len(rows) :], second_BV[-len(rows) :]

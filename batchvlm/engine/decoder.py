@@ -23,7 +23,7 @@ from batchvlm.engine.cache import PackedCache, RowCache, SlotCache
 from batchvlm.engine.fusing import Fusing
 from batchvlm.engine.graphs import StepGraphs
 from batchvlm.engine.kernels import PackedLinear
-from batchvlm.engine.layout import Packed, Runs, Slots, Span
+from batchvlm.engine.layout import Newest, Packed, Runs, Slots, Span
 from batchvlm.engine.rotations import Rotations
 from batchvlm.engine.streams import Together
 from batchvlm.records import Sample
@@ -97,23 +97,25 @@ class Decoder:
         inner = inspect.signature(model.base_model.forward).parameters
         self._types = [name for name in _TOKEN_TYPES if name in shown or name in inner]
         self.device: torch.device = model.device
-        self._has_graphs = has_graphs and self.device.type == "cuda"
-        self._graphs: StepGraphs | None = None
         self._fusing: Fusing | None = None
         self._rotations = Rotations(model)
         self._running = Together(self._attending_by_row)
         self._lock = threading.Lock()
         has_cap = getattr(self._config, "attn_logit_softcapping", None) is not None
-        num_heads, num_keys, size = _heads_of(self._config)
+        heads = _heads_of(self._config)
         if self.device.type == "cpu":
-            attention.choose_ways(num_heads, num_keys, size, model.dtype)
-        query_like = torch.empty(0, size, dtype=model.dtype, device=self.device)
+            attention.choose_ways(*heads, model.dtype)
+        query_like = torch.empty(0, heads[-1], dtype=model.dtype, device=self.device)
         self.is_by_row = flash.is_able(query_like) and not has_cap
         """Whether attention over slots goes as far as each row goes, and no further."""
-        heads = num_heads, num_keys, size
-        is_asked = self.is_by_row and has_kernel
-        self.has_kernel = is_asked and slot_kernel.is_faster(*heads, model.dtype, self.device)
+        may_have_kernel = self.is_by_row and has_kernel
+        self.has_kernel = may_have_kernel and slot_kernel.is_faster(
+            *heads, model.dtype, self.device
+        )
         """Whether steps attend by the kernel for slots rather than by flash attention."""
+        self._graphs: StepGraphs | None = None
+        if has_graphs and self.device.type == "cuda":
+            self._graphs = StepGraphs(self.device, is_by_length=not self.is_by_row)
         _trim_last_layer(model.get_decoder())
         token_id = getattr(model.config, "image_token_id", None)
         if token_id is None:
@@ -121,10 +123,8 @@ class Decoder:
         self._image_token_id: int | None = token_id
         # Ovis2: the encoder embeds the tokens around an image too, so they stay with it.
         self._mark_ids = getattr(model.config, "visual_indicator_token_ids", None) or []
-        self.sees_ahead: bool | None = None
-        """Whether tokens of a prompt attend to later ones; None until a prompt with images ran."""
-        self._text_sees_ahead: bool | None = None
-        """Likewise of prompts of text alone."""
+        self._sees_ahead: dict[bool, bool] = {}
+        """Whether tokens of prompts without and with images attend to later ones, once one ran."""
 
     def prompt(self, sample: Sample) -> Prompt:
         """A sample's prompt, with the positions that the model would give it alone."""
@@ -162,28 +162,22 @@ class Decoder:
             logits_EV: [E, V], what comes after each of `ends`.
             cache: keys and values of all pieces, behind one another.
         """
-        spans = [slice(p.start, p.stop) for p in pieces]
-        ids_T = torch.cat([p.prompt.ids_T[s] for p, s in zip(pieces, spans, strict=True)])
-        positions_RT = torch.cat(
-            [p.prompt.positions_RT[:, s] for p, s in zip(pieces, spans, strict=True)], dim=1
-        )
-        inputs: dict[str, Any] = {
-            name: torch.cat([p.prompt.types[name][s] for p, s in zip(pieces, spans, strict=True)])[
-                None
-            ]
-            for name in self._types
-        }
+        ids_T = torch.cat([p.prompt.ids_T[p.start : p.stop] for p in pieces])
+        positions_RT = torch.cat([p.prompt.positions_RT[:, p.start : p.stop] for p in pieces], 1)
+        inputs: dict[str, Any] = {}
+        for name in self._types:
+            types_T = torch.cat([p.prompt.types[name][p.start : p.stop] for p in pieces])
+            inputs[name] = types_T[None]
         if images is not None:
             inputs["mm_encoder_outputs"] = {"image": images}
         bounds = [0, *np.cumsum([p.stop - p.start for p in pieces]).tolist()]
         # One position at least: a model does not take an empty list of them.
-        last_E = [bounds[i + 1] - 1 for i in ends] or [0]
+        last_E = self.to_device(torch.tensor([bounds[i + 1] - 1 for i in ends] or [0]))
         cache = PackedCache(self._num_layers)
-        last = self.to_device(torch.tensor(last_E))
         form = Packed(
             bounds=tuple(bounds),
             past=tuple(p.past.layers if p.past is not None else None for p in pieces),
-            last_E=last,
+            last_E=last_E,
         )
         with attention.attending(form), self._running.within():
             out = self._model(
@@ -191,14 +185,12 @@ class Decoder:
                 position_ids=self._axes(positions_RT[:, None]),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=last,
+                logits_to_keep=last_E,
                 **inputs,
             )
+        kind = images is not None
         with self._lock:
-            if images is not None:
-                self.sees_ahead = bool(self.sees_ahead) or form.sees_ahead
-            else:
-                self._text_sees_ahead = bool(self._text_sees_ahead) or form.sees_ahead
+            self._sees_ahead[kind] = self._sees_ahead.get(kind, False) or form.sees_ahead
         return out.logits[0, : len(ends)], cache
 
     @torch.inference_mode()
@@ -234,12 +226,12 @@ class Decoder:
 
     def is_causal(self, *, has_images: bool) -> bool:
         """Whether prompts with or without images are known to be causal: they may be cut."""
-        return self.sees_ahead is False or (not has_images and self._text_sees_ahead is False)
+        kinds = (True,) if has_images else (True, False)
+        return any(self._sees_ahead.get(kind) is False for kind in kinds)
 
     def knows(self, *, has_images: bool) -> bool:
         """Whether a prompt with or without images ran, so that `is_causal` is no guess."""
-        ahead = self.sees_ahead if has_images else self._text_sees_ahead
-        return ahead is not None
+        return has_images in self._sees_ahead
 
     def image_places(self, sample: Sample) -> npt.NDArray[np.intp] | None:
         """Where a prompt's image tokens lie, [image tokens]; None where they cannot be told.
@@ -255,9 +247,7 @@ class Decoder:
     def step(
         self,
         cache: SlotCache,
-        ids_N: Tensor,
-        positions_N: Tensor,
-        deltas_N: Tensor,
+        newest: Newest,
         spans: Sequence[Span],
         runs: Mapping[int, Sequence[int]] | None = None,
         *,
@@ -267,9 +257,7 @@ class Decoder:
 
         Args:
             cache: keys and values of N slots.
-            ids_N: int64 [N], each slot's newest token.
-            positions_N: int64 [N], where that token lies.
-            deltas_N: int64 [N], what its rotary position is ahead of that.
+            newest: each slot's newest token.
             spans: the slots, B in all, grouped for attention; their starts count from the first.
             runs: by slot, ids behind its newest token.
             num_used: slots in use, from the first on; None: up to the last of these.
@@ -279,16 +267,16 @@ class Decoder:
         """
         first, stop = spans[0].start, spans[-1].stop
         if runs:
-            return self._step_with_runs(cache, ids_N, positions_N, deltas_N, spans, runs)
-        if self._has_graphs and first == 0:
+            return self._step_with_runs(cache, newest, spans, runs)
+        ids_N, positions_N, deltas_N = newest.ids_N, newest.positions_N, newest.deltas_N
+        if self._graphs is not None and first == 0:
 
             def forward(size: int, length: int, positions_C: Tensor) -> Tensor:
                 whole = (Span(0, size, length),)
                 return self._step(cache, ids_N[:size], positions_C, deltas_N[:size], 0, whole)
 
             length = max(span.length for span in spans)
-            graphs = self._graphs_over(cache)
-            logits_BV = graphs.step(
+            logits_BV = self._graphs.step(
                 cache, positions_N, stop, length, forward, num_used=num_used or stop
             )
             if logits_BV is not None:
@@ -328,9 +316,7 @@ class Decoder:
     def _step_with_runs(
         self,
         cache: SlotCache,
-        ids_N: Tensor,
-        positions_N: Tensor,
-        deltas_N: Tensor,
+        newest: Newest,
         spans: Sequence[Span],
         runs: Mapping[int, Sequence[int]],
     ) -> Tensor:
@@ -345,25 +331,22 @@ class Decoder:
         more = [(slot, id_, n) for slot, ids in runs.items() for n, id_ in enumerate(ids, 1)]
         slots_M, ids_M, ahead_M = self.to_device(torch.tensor(more)).unbind(1)
         slots_T = torch.cat([torch.arange(first, stop, device=slots_M.device), slots_M])
-        positions_T = torch.cat([positions_N[first:stop], positions_N[slots_M] + ahead_M])
+        positions_T = torch.cat(
+            [newest.positions_N[first:stop], newest.positions_N[slots_M] + ahead_M]
+        )
         last_E = self.to_device(torch.tensor(last))
         cache.use(first, stop, positions_T, slots_T)
         form = Slots(positions_T, own, runs=laid.to(self.to_device), last_E=last_E)
         with attention.attending(form), self._running.within():
             out = self._model(
-                input_ids=torch.cat([ids_N[first:stop], ids_M])[None],
-                position_ids=self._axes((positions_T + deltas_N[slots_T])[None, None]),
+                input_ids=torch.cat([newest.ids_N[first:stop], ids_M])[None],
+                position_ids=self._axes((positions_T + newest.deltas_N[slots_T])[None, None]),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=last_E,
             )
         logits_BV: Tensor = out.logits[0]
         return logits_BV
-
-    def _graphs_over(self, cache: SlotCache) -> StepGraphs:
-        if self._graphs is None:
-            self._graphs = StepGraphs(self.device, is_by_length=not self.is_by_row)
-        return self._graphs
 
     def fuse(self) -> None:
         """Run the model's layers in their fused forms from now on."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from batchvlm.engine import flash
 
-# Shape legend: as in attention.py.
+# Shape legend: as in attention.py; N slots of the cache.
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one row in one layer, each [K, T_i, D]."""
@@ -84,6 +84,17 @@ class Span:
     stop: int
     length: int
     """Positions that the longest of them attends to, the new token's among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """The newest token of each of N slots, which a step computes: int64 [N] each."""
+
+    ids_N: Tensor
+    positions_N: Tensor
+    """Where it lies."""
+    deltas_N: Tensor
+    """What its rotary position is ahead of that."""
 
 
 @dataclass(frozen=True, slots=True)

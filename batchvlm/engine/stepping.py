@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchvlm.engine.cache import SlotCache
 from batchvlm.engine.decoder import Decoder, Prompt
-from batchvlm.engine.layout import Span
+from batchvlm.engine.layout import Newest, Span
 from batchvlm.engine.rows import Row, spans_of
 from batchvlm.engine.streams import Streams
 
@@ -30,10 +30,8 @@ class Stepping:
 
     def __init__(self, decoder: Decoder, streams: Streams, num_slots: int) -> None:
         self._decoder, self._streams = decoder, streams
-        # int64 [N] each: a slot's newest token, where it lies, and what its rotary position is
-        # ahead of that.
-        self._ids_N, self._positions_N, self._deltas_N = (
-            torch.zeros(num_slots, dtype=torch.long, device=decoder.device) for _ in range(3)
+        self._newest = Newest(
+            *(torch.zeros(num_slots, dtype=torch.long, device=decoder.device) for _ in range(3))
         )
 
     def admit(self, first: int, prompts: Sequence[Prompt]) -> None:
@@ -41,22 +39,23 @@ class Stepping:
         slots = slice(first, first + len(prompts))
         # The first chosen token lies behind the prompt; choosing moves positions on by one.
         before_B = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        self._positions_N[slots] = self._decoder.to_device(before_B)
+        self._newest.positions_N[slots] = self._decoder.to_device(before_B)
         deltas_B = torch.tensor([prompt.rope_delta for prompt in prompts])
-        self._deltas_N[slots] = self._decoder.to_device(deltas_B)
+        self._newest.deltas_N[slots] = self._decoder.to_device(deltas_B)
 
     def push(self, start: int, stop: int, ids_B: Tensor) -> None:
         """Give slots `start` to `stop` their next tokens."""
-        self._ids_N[start:stop] = ids_B
-        self._positions_N[start:stop] += 1
+        self._newest.ids_N[start:stop] = ids_B
+        self._newest.positions_N[start:stop] += 1
 
     def skip(self, slot: int, num_tokens: int) -> None:
         """Let a slot's newest token lie so many tokens further on."""
-        self._positions_N[slot] += num_tokens
+        self._newest.positions_N[slot] += num_tokens
 
     def move(self, source: int, target: int) -> None:
         """Let a slot stand where another was."""
-        for values_N in (self._ids_N, self._positions_N, self._deltas_N):
+        newest = self._newest
+        for values_N in (newest.ids_N, newest.positions_N, newest.deltas_N):
             values_N[target] = values_N[source]
 
     def step(self, cache: SlotCache, rows: Sequence[Row], start: int, *, num_used: int) -> Tensor:
@@ -73,11 +72,10 @@ class Stepping:
             next step.
         """
         runs = {slot: row.run for slot, row in enumerate(rows, start) if row.run}
-        where = self._ids_N, self._positions_N, self._deltas_N
 
         def compute(spans: Sequence[Span]) -> Tensor:
             own_runs = _within(spans, runs)
-            return self._decoder.step(cache, *where, spans, own_runs, num_used=num_used)
+            return self._decoder.step(cache, self._newest, spans, own_runs, num_used=num_used)
 
         parts = list(
             self._streams.map(compute, self._streams.parts(self._spans(cache, rows, start)))

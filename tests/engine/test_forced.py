@@ -17,6 +17,7 @@ from batchvlm.constraints.constraints import Constraints
 from batchvlm.constraints.masks import apply_mask
 from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.generate import GenerateEngine, eos_ids
+from batchvlm.engine.layout import Newest, Span
 from batchvlm.engine.sampling import RowSampler
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.records import Completion, FinishReason, Form, FormKind, Generation, Sample
@@ -107,25 +108,25 @@ class TestFamilies:
         constraints.close()
         draw = random.Random(0)
         runs = {1: [draw.randrange(256) for _ in range(5)], 2: [7], 4: [9, 9]}
-        newest = [draw.randrange(256) for _ in samples]
+        first = [draw.randrange(256) for _ in samples]
         found = []
         for is_at_once in (True, False):
             engine = loaded.slots(eos=[])
-            decoder, cache, places, deltas = slots_with(engine, samples)
-            ids_N = torch.tensor(newest)
-            spans = spans_over(len(samples), int(places.max()) + 8)
+            decoder, cache, newest = slots_with(engine, samples, first)
+            places_N = newest.positions_N
+            spans = spans_over(len(samples), int(places_N.max()) + 8)
             if is_at_once:
-                logits_BV = decoder.step(cache, ids_N, places, deltas, spans, runs)
+                logits_BV = decoder.step(cache, newest, spans, runs)
             else:
-                logits_BV = decoder.step(cache, ids_N, places, deltas, spans).clone()
+                logits_BV = decoder.step(cache, newest, spans).clone()
                 for n in range(5):
                     more = [slot for slot, run_ids in runs.items() if n < len(run_ids)]
                     for slot in more:
-                        ids_N[slot] = runs[slot][n]
-                        places[slot] += 1
-                    again = decoder.step(cache, ids_N, places, deltas, spans)
+                        newest.ids_N[slot] = runs[slot][n]
+                        places_N[slot] += 1
+                    again = decoder.step(cache, newest, spans)
                     logits_BV[more] = again[more]
-            held = [cache.row(slot, int(places[slot])).layers for slot in range(len(samples))]
+            held = [cache.row(slot, int(places_N[slot])).layers for slot in range(len(samples))]
             found.append((logits_BV, held))
         (one, one_held), (other, other_held) = found
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
@@ -134,9 +135,9 @@ class TestFamilies:
 
 
 def slots_with(
-    engine: SlotEngine, samples: Sequence[Sample]
-) -> tuple[Decoder, Any, torch.Tensor, torch.Tensor]:
-    """Slots that hold the prompts of these rows."""
+    engine: SlotEngine, samples: Sequence[Sample], ids: Sequence[int]
+) -> tuple[Decoder, Any, Newest]:
+    """Slots that hold the prompts of these rows, each with one token behind it."""
     from batchvlm.engine.cache import SlotCache
 
     engine._prefill.add(samples)
@@ -149,12 +150,10 @@ def slots_with(
     for slot, row in enumerate(prepared):
         cache.put(slot, row.pieces)
     deltas = torch.tensor([row.prompt.rope_delta for row in prepared])
-    return engine._decoder, cache, torch.tensor(lengths), deltas
+    return engine._decoder, cache, Newest(torch.tensor(ids), torch.tensor(lengths), deltas)
 
 
 def spans_over(num_slots: int, length: int) -> list[Any]:
-    from batchvlm.engine.layout import Span
-
     middle = num_slots // 2
     return [Span(0, middle, length), Span(middle, num_slots, length)]
 
@@ -268,7 +267,7 @@ def test_steps_that_fail_are_halved_with_their_runs(
     wanted = run(by_steps(small, held), samples)
 
     def too_much(self: Any, cache: Any, *args: Any, **kwargs: Any) -> bool:
-        return sum(span.stop - span.start for span in args[3]) > most
+        return sum(span.stop - span.start for span in args[1]) > most
 
     engine = engine_of(small, held)
     with failing(Decoder, "step", too_much, OUT_OF_MEMORY) as raised:

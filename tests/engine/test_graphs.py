@@ -5,8 +5,7 @@ What a capture is, and that it holds what it needs, only a GPU shows: `test_cuda
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -15,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from batchvlm.engine import decoder as decoder_module
 from batchvlm.engine import faults, graphs
 from batchvlm.engine.cache import RowCache, SlotCache
 from batchvlm.engine.decoder import Decoder
@@ -50,14 +48,11 @@ class GraphsOnCPU(StepGraphs):
         return Captured(cast(torch.cuda.CUDAGraph, graph), graph.logits_CV)
 
 
-@contextmanager
-def graphed(small: Loaded, **settings: Any) -> Iterator[SlotEngine]:
+def graphed(small: Loaded, **settings: Any) -> SlotEngine:
     """An engine whose steps are played back, as on a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder_module, "StepGraphs", GraphsOnCPU)
-        engine = small.slots(eos=[], cpu_streams=1, **settings)
-        engine._decoder._has_graphs = True
-        yield engine
+    engine = small.slots(eos=[], cpu_streams=1, **settings)
+    engine._decoder._graphs = GraphsOnCPU(CPU, is_by_length=True)
+    return engine
 
 
 def num_replays(engine: SlotEngine) -> int:
@@ -74,23 +69,21 @@ class TestParts:
         self, small: Loaded, most_rows: int | None
     ) -> None:
         rows = [(question, seed, 12) for question, seed, _ in mixed_rows(small, 6)]
-        with graphed(small, max_slots=8) as engine:
-            if most_rows:
-                engine._plan.lower_step(most_rows)
-            assert tokens(run(engine, asked(small, rows))) == answers(small, rows)
-            assert num_replays(engine) > 8
+        engine = graphed(small, max_slots=8)
+        if most_rows:
+            engine._plan.lower_step(most_rows)
+        assert tokens(run(engine, asked(small, rows))) == answers(small, rows)
+        assert num_replays(engine) > 8
 
     def test_memory_that_was_short_for_a_step(self, small: Loaded) -> None:
         rows = [(question, seed, 12) for question, seed, _ in mixed_rows(small, 6)]
 
         def are_many(self: Any, *args: Any, **kwargs: Any) -> bool:
-            spans = args[4]
+            spans = args[2]
             return bool(spans[-1].stop - spans[0].start > 4)
 
-        with (
-            graphed(small, max_slots=8) as engine,
-            failing(Decoder, "step", are_many, OUT_OF_MEMORY) as raised,
-        ):
+        engine = graphed(small, max_slots=8)
+        with failing(Decoder, "step", are_many, OUT_OF_MEMORY) as raised:
             assert tokens(run(engine, asked(small, rows))) == answers(small, rows)
         assert raised and num_replays(engine) > 8
 
@@ -104,10 +97,10 @@ class TestParts:
     def test_rows_answer_as_alone(
         self, small: Loaded, rows: list[Row], num_slots: int, most_rows: int, lag: int
     ) -> None:
-        with graphed(small, max_slots=num_slots) as engine:
-            engine._lag = lag
-            engine._plan.lower_step(most_rows)
-            assert tokens(run(engine, asked(small, rows))) == answers(small, rows)
+        engine = graphed(small, max_slots=num_slots)
+        engine._lag = lag
+        engine._plan.lower_step(most_rows)
+        assert tokens(run(engine, asked(small, rows))) == answers(small, rows)
 
 
 class Steps:

@@ -71,7 +71,7 @@ class TestMemory:
             return most_tokens is not None and num_tokens > most_tokens
 
         def too_many_rows(self: Any, *args: Any, **kwargs: Any) -> bool:
-            spans = args[4]
+            spans = args[2]
             num_rows = spans[-1].stop - spans[0].start
             return most_rows is not None and num_rows > most_rows
 
