@@ -94,14 +94,13 @@ def attention(
     match _form.get():
         case Packed() as packed:
             past = [None if rows is None else rows[module.layer_idx] for rows in packed.past]
-            masks, window = attention_mask, sliding_window
-            return _packed(score, query, key, value, packed, past, masks, window), None
+            out = _packed(score, query, key, value, packed, past, attention_mask, sliding_window)
+            return out, None
         case Slots() as slots:
             if slots.runs is None:
                 return _over_slots(score, query, key, value, slots, sliding_window), None
-            return _over_slots_with_runs(
-                score, query, key, value, slots, slots.runs, sliding_window
-            ), None
+            out = _over_slots_with_runs(score, query, key, value, slots, slots.runs, sliding_window)
+            return out, None
     raise RuntimeError(f"attention {NAME!r} outside of `attending`")
 
 

@@ -22,13 +22,13 @@ from torch import Tensor
 from batchvlm.config import EngineConfig
 from batchvlm.engine.cache import RowCache
 from batchvlm.engine.clock import Clock
-from batchvlm.engine.decoder import Decoder, Piece
+from batchvlm.engine.decoder import Decoder, Piece, Prompt
 from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.memory import MemoryPlan
 from batchvlm.engine.streams import Streams
 from batchvlm.engine.vision import Encoded, Entry, ImageFeatures, Unit, batches
 from batchvlm.engine.waiting import (
-    Prepared,
+    PackOutcome,
     PreparedRow,
     WaitingRow,
     cut,
@@ -115,7 +115,7 @@ class Prefill:
         self._waiting = rows + self._waiting
         self._searched.clear()
 
-    def next_pack(self, *, is_alone: bool) -> list[Prepared]:
+    def next_pack(self, *, is_alone: bool) -> list[PackOutcome]:
         """Compute the next rows' prompts, as many as go into one pack.
 
         Args:
@@ -133,11 +133,8 @@ class Prefill:
             if not is_alone:
                 return []
             self._waiting, self._postponed = self._postponed, []
-        for has_images in (True, False) if self._is_shared else ():
-            if has_images not in self._searched and self._decoder.is_causal(has_images=has_images):
-                self._searched.add(has_images)
-                alike = [row for row in self._waiting if bool(row.units) is has_images]
-                find_prefixes(alike, self._decoder)
+        if self._is_shared:
+            self._find_prefixes()
         packs = self._take_packs()
         rows = list(chain.from_iterable(packs))
         self._encode([*rows, *self._waiting[::-1]], num_needed=len(rows), is_alone=is_alone)
@@ -145,6 +142,14 @@ class Prefill:
         if self._looks_ahead:
             self._prepare(len(rows))
         return prepared
+
+    def _find_prefixes(self) -> None:
+        """Look, once a window, for what waiting rows share; only causal prompts can share it."""
+        for has_images in (True, False):
+            if has_images not in self._searched and self._decoder.is_causal(has_images=has_images):
+                self._searched.add(has_images)
+                alike = [row for row in self._waiting if bool(row.units) is has_images]
+                find_prefixes(alike, self._decoder)
 
     def _take_packs(self) -> list[list[WaitingRow]]:
         """The next rows, in as many packs as are computed at once."""
@@ -171,7 +176,7 @@ class Prefill:
         rows = self._waiting[::-1]
         for row in rows[:num_rows]:
             try:
-                row.prompt = row.prompt or self._decoder.prompt(row.sample)
+                self._prompt(row)
             except Exception:
                 break  # it says so when its turn comes
         self._encode(rows, num_needed=num_rows)
@@ -225,7 +230,7 @@ class Prefill:
 
     def _compute_packs(
         self, packs: Sequence[Sequence[WaitingRow]], *, is_alone: bool
-    ) -> Iterator[Prepared]:
+    ) -> Iterator[PackOutcome]:
         able: list[list[WaitingRow]] = []
         for pack in packs:
             able.append([])
@@ -263,7 +268,7 @@ class Prefill:
         outcome: list[PreparedRow] | Failure,
         *,
         is_alone: bool,
-    ) -> Iterator[Prepared]:
+    ) -> Iterator[PackOutcome]:
         if not isinstance(outcome, Failure):
             self._plan.count_good_pack()
             for row in rows:
@@ -312,38 +317,29 @@ class Prefill:
 
     def _compute(self, rows: Sequence[WaitingRow]) -> list[PreparedRow]:
         start_s = time.perf_counter()
-        for row in rows:
-            row.prompt = row.prompt or self._decoder.prompt(row.sample)
+        prompts = [self._prompt(row) for row in rows]
         self._compute_prefixes(rows)
-        row = rows[0]
-        if len(rows) == 1 and self._decoder.is_causal(has_images=bool(row.units)):
-            assert row.prompt is not None
-            cache, logits_EV = self._compute_up_to(row, len(row.prompt))
-            sample = row.sample.without_images()
-            return [PreparedRow(sample, row.prompt, [cache], logits_EV[0], start_s)]
-        pieces = [self._piece(row, row.prefix.length if row.prefix else 0) for row in rows]
-        entries = [e for row in rows if not row.prefix for e in self.images.entries(row.units)]
-        logits_EV, caches = self._forward(pieces, entries, ends=range(len(rows)))
-        prepared = []
-        for i, row in enumerate(rows):
-            before = [row.prefix.cache] if row.prefix and row.prefix.cache else []
-            assert row.prompt is not None
-            prepared.append(
-                PreparedRow(
-                    row.sample.without_images(),
-                    row.prompt,
-                    [*before, caches[i]],
-                    logits_EV[i],
-                    start_s,
-                )
-            )
-        return prepared
+        if len(rows) == 1 and self._decoder.is_causal(has_images=bool(rows[0].units)):
+            cache, logits_EV = self._compute_up_to(rows[0], len(prompts[0]))
+            caches = [[cache]]
+        else:
+            pieces = [self._piece(row, row.prefix.length if row.prefix else 0) for row in rows]
+            entries = [e for row in rows if not row.prefix for e in self.images.entries(row.units)]
+            logits_EV, own = self._forward(pieces, entries, ends=range(len(rows)))
+            caches = [
+                [row.prefix.cache, cache] if row.prefix and row.prefix.cache else [cache]
+                for row, cache in zip(rows, own, strict=True)
+            ]
+        return [
+            PreparedRow(row.sample.without_images(), prompt, caches[i], logits_EV[i], start_s)
+            for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
+        ]
 
     def _compute_shared(self, rows: Sequence[WaitingRow]) -> bool:
         """Compute what rows of several packs share, before these; False: not all of it."""
         try:
             for row in rows:
-                row.prompt = row.prompt or self._decoder.prompt(row.sample)
+                self._prompt(row)
             self._compute_prefixes(rows)
         except Exception as error:
             # The pack with the row at fault says so.
@@ -379,14 +375,14 @@ class Prefill:
 
     def _compute_up_to(self, row: WaitingRow, stop: int) -> tuple[RowCache, Tensor]:
         """The first `stop` tokens of one row: keys and values, and logits [1, V] at its end."""
-        assert row.prompt is not None
+        num_tokens = len(self._prompt(row))
         past = row.prefix.cache if row.prefix else None
         done = past.length if past else 0
         entries = self.images.entries(row.units) if done == 0 else []
         places = self._decoder.image_places(row.sample)
         for start, behind, here in cut(done, stop, self._plan.piece_tokens, places, entries):
             piece = self._piece(row, start, behind, past)
-            ends = (0,) if behind == len(row.prompt) else ()
+            ends = (0,) if behind == num_tokens else ()
             logits_EV, (cache,) = self._forward([piece], here, ends=ends)
             past = past.joined(cache) if past else cache
         assert past is not None
@@ -406,10 +402,16 @@ class Prefill:
     def _piece(
         self, row: WaitingRow, start: int, stop: int | None = None, past: RowCache | None = None
     ) -> Piece:
-        assert row.prompt is not None
+        prompt = self._prompt(row)
         if past is None and start and row.prefix:
             past = row.prefix.cache
-        return Piece(row.prompt, start, len(row.prompt) if stop is None else stop, past)
+        return Piece(prompt, start, len(prompt) if stop is None else stop, past)
+
+    def _prompt(self, row: WaitingRow) -> Prompt:
+        """What the decoder takes of a row, made once."""
+        if row.prompt is None:
+            row.prompt = self._decoder.prompt(row.sample)
+        return row.prompt
 
     def _given_up(self, row: WaitingRow, failure: Failure) -> tuple[Sample, Failure]:
         self._leave(row)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import torch
-
 from batchvlm.engine.cache import RowCache, SlotCache
 from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.faults import failure_of, free_memory, is_oom
@@ -27,12 +25,11 @@ class SlotRoom:
     Args:
         plan: how much memory they may take.
         decoder: forgets what it knows of slots that go.
-        device: where they are.
     """
 
-    def __init__(self, plan: MemoryPlan, decoder: Decoder, device: torch.device) -> None:
-        self._plan, self._decoder, self._device = plan, decoder, device
-        kind = "cuda" if device.type == "cuda" else "cpu"
+    def __init__(self, plan: MemoryPlan, decoder: Decoder) -> None:
+        self._plan, self._decoder = plan, decoder
+        kind = "cuda" if decoder.device.type == "cuda" else "cpu"
         self._length_step, self._min_slots = _LENGTH_STEP[kind], _MIN_SLOTS[kind]
         self.cache: SlotCache | None = None
         """None before the first row: how many slots there is memory for is known from it on."""
@@ -135,7 +132,7 @@ class SlotRoom:
             if not is_oom(error):
                 raise
             failure = failure_of(error)
-        free_memory(self._device)
+        free_memory(self._decoder.device)
         log.warning("no memory for %d slots of %d tokens", num_slots, length)
         self._plan.lower_cache(num_slots * length * like.bytes_per_token)
         return failure

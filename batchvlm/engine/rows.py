@@ -20,7 +20,7 @@ from batchvlm.records import Completion, Generation, Sample
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """A row whose prompt is computed."""
+    """A row that is decoded in a slot, or waits for one."""
 
     prepared: PreparedRow
     stop: RowStop

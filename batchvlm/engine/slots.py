@@ -102,7 +102,7 @@ class SlotEngine:
         self._clock = Clock(self._device, self.stats)
         self._streams = open_streams(model, cfg)
         self._plan = MemoryPlan(cfg, self._device)
-        self._room = SlotRoom(self._plan, self._decoder, self._device)
+        self._room = SlotRoom(self._plan, self._decoder)
         self._cfg = cfg
         num_slots = self._plan.max_slots
         self._sampler = RowSampler(
@@ -133,13 +133,15 @@ class SlotEngine:
         )
         self._scoring: Scoring | None = None
         if choices := self._choices:
-            parts = self._decoder, self._plan, self._clock
-            self._scoring = Scoring(choices, *parts, suppress_ids=self._suppress_ids)
+            self._scoring = Scoring(
+                choices, self._decoder, self._plan, self._clock, suppress_ids=self._suppress_ids
+            )
         self._rows: list[Row] = []
         """Rows in slots 0 to B - 1, in this order."""
         self._parked: deque[Row] = deque()
         """Rows whose prompts are computed, waiting for a slot."""
-        self._on_the_way: deque[Chosen] = deque()
+        self._in_flight: deque[Chosen] = deque()
+        """Tokens that are chosen and not yet read."""
         self._ready: deque[Outcome] = deque()
 
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
@@ -193,7 +195,7 @@ class SlotEngine:
             self._prefill.num_waiting
             or self._parked
             or self._rows
-            or self._on_the_way
+            or self._in_flight
             or self._ready
             or (self._scoring and self._scoring.is_busy)
         )
@@ -297,7 +299,7 @@ class SlotEngine:
     def _step_range(self, start: int, stop: int) -> None:
         rows = self._rows[start:stop]
         assert self._room.cache is not None
-        if not self._on_the_way:
+        if not self._in_flight:
             # All tokens are read: the masks of the next ones are filled while the model runs.
             self._constraints.start([row.matcher for row in rows])
         try:
@@ -366,7 +368,7 @@ class SlotEngine:
         """Which tokens these rows may say next; None: any."""
         # On a GPU the step is on its way, and the tokens before it are here.
         if any(row.matcher and row.num_chosen for row in rows):
-            for chosen in self._on_the_way:
+            for chosen in self._in_flight:
                 chosen.commit()
         return self._constraints.take([row.matcher for row in rows])
 
@@ -374,7 +376,7 @@ class SlotEngine:
         """Take note of tokens that are chosen, though not yet read."""
         self._stepping.push(start, stop, choice.ids_B)
         rows = self._rows[start:stop]
-        self._on_the_way.append(Chosen(rows, choice))
+        self._in_flight.append(Chosen(rows, choice))
         for row in rows:
             row.num_chosen += 1
             # Known without its last token: a slot is not kept to wait for it.
@@ -382,8 +384,8 @@ class SlotEngine:
                 row.is_over = True
 
     def _read_all(self, *, num_left: int = 0) -> None:
-        while len(self._on_the_way) > num_left:
-            self._read(self._on_the_way.popleft())
+        while len(self._in_flight) > num_left:
+            self._read(self._in_flight.popleft())
 
     def _read(self, chosen: Chosen) -> None:
         """Take note of tokens that have come to the host; rows that end with one are done."""

@@ -76,7 +76,8 @@ class WaitingRow:
         return self.sample.prompt_tokens - (self.prefix.length if self.prefix else 0)
 
 
-Prepared = PreparedRow | tuple[Sample, Failure]
+PackOutcome = PreparedRow | tuple[Sample, Failure]
+"""What prefill makes of one row of a pack."""
 
 
 def find_prefixes(waiting: Sequence[WaitingRow], decoder: Decoder) -> None:
