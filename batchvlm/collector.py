@@ -15,7 +15,7 @@ from batchvlm.again import Again
 from batchvlm.errors import BatchvlmError, ErrorType, OutputError, TooManyErrors
 from batchvlm.identity import model_name
 from batchvlm.job import Job
-from batchvlm.output.folder import new_attempt
+from batchvlm.output.disk import new_attempt
 from batchvlm.output.schema import Provenance
 from batchvlm.output.typed import UnfitError
 from batchvlm.output.writer import ShardWriter

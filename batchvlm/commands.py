@@ -17,7 +17,7 @@ from batchvlm.errors import ExitCode
 from batchvlm.words import duration, number_of
 
 if TYPE_CHECKING:
-    from batchvlm.output.status import Progress, Silent
+    from batchvlm.output.status import JobStatus, Silent
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?", re.IGNORECASE)
 _MAX_SILENT = 10
@@ -87,7 +87,7 @@ def status(argv: Sequence[str]) -> ExitCode:
             print(flush=True)
 
 
-def _print_status(found: Progress) -> None:
+def _print_status(found: JobStatus) -> None:
     share = found.num_done / max(found.num_rows, 1)
     unfinished = found.num_in_segments
     print(f"state    {_state(found)}")
@@ -113,7 +113,7 @@ def _print_status(found: Progress) -> None:
         print(f"written  {duration(found.written_s_ago)} ago")
 
 
-def _state(found: Progress) -> str:
+def _state(found: JobStatus) -> str:
     if found.num_live:
         return f"{found.state} ({number_of(found.num_live, 'process')})"
     return f"{found.state}{': the same command goes on' * (found.state == 'stopped')}"

@@ -20,7 +20,7 @@ from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import RunFile, differs, find_run, read_run
 from batchvlm.output.schema import kept_fields, output_schema
-from batchvlm.output.status import Progress, status
+from batchvlm.output.status import JobStatus, status
 from batchvlm.output.typed import Parsed, parsed_column
 from batchvlm.plan import plan_shards
 from batchvlm.preprocess import PreprocessSpec
@@ -183,7 +183,7 @@ def announce_overwriting(job: Job) -> None:
     Raises:
         FingerprintError: a process is at work on it.
     """
-    found: Progress | None = None
+    found: JobStatus | None = None
     try:
         found = status(job.folder)
     except OutputError as error:

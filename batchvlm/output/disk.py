@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from batchvlm.errors import ConfigError, OutputError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _STALE_S = 24 * 3600.0
 """Nobody takes a day to write one file: an older one in `tmp` belongs to a dead attempt."""
@@ -162,7 +162,7 @@ class Disk:
                         shutil.rmtree(path)
                     else:
                         path.unlink()
-                    logger.info("removed %s, left by an attempt that died", path)
+                    log.info("removed %s, left by an attempt that died", path)
 
 
 def _raise_unless_gone(error: OSError) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from batchvlm.output.disk import new_attempt, output_error, sync_folder
 from batchvlm.output.folder import OutputFolder
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
@@ -107,4 +107,4 @@ def _restore(folder: OutputFolder) -> None:
                 os.rename(folder.data, folder.inner / f"compact-{new_attempt()}")
             os.rename(old, folder.data)
             sync_folder(folder.root)
-            logger.warning("%s: an interrupted compact was undone", folder.root)
+            log.warning("%s: an interrupted compact was undone", folder.root)

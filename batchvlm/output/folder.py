@@ -26,7 +26,6 @@ from typing import BinaryIO
 from batchvlm.errors import OutputError
 from batchvlm.output.bucket import Bucket, is_url
 from batchvlm.output.disk import Disk, output_error
-from batchvlm.output.disk import new_attempt as new_attempt
 from batchvlm.output.files import Files
 
 _FILE_URL = re.compile(r"^file:/+")

@@ -20,7 +20,7 @@ from pathlib import Path
 from batchvlm.output.disk import make_folder, new_attempt, output_error, sync_folder
 from batchvlm.output.folder import OutputFolder
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _PREFIX = "replaced-"
 
@@ -65,7 +65,7 @@ def finish_replacing(folder: OutputFolder) -> None:
         for aside in _left(folder):
             old = folder.read_bytes(aside / "run.json")
             if old is not None and old == run_json:
-                logger.warning("%s was about to be overwritten: undone", folder.root)
+                log.warning("%s was about to be overwritten: undone", folder.root)
                 try:
                     _move_back(aside, folder)
                 except OSError as error:
@@ -102,4 +102,4 @@ def _delete(aside: Path) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        logger.warning("cannot delete %s, which nobody reads any more: %s", aside, error)
+        log.warning("cannot delete %s, which nobody reads any more: %s", aside, error)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from batchvlm.errors import ConfigError
 from batchvlm.records import Result
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _HF = b"huggingface"
 """Key of the metadata in which `datasets` keeps the features of a Parquet file's columns."""
@@ -311,4 +311,4 @@ def _without_surrogates(value: Any) -> Any:
 @cache
 def _warn_unfit(name: str, type_name: str) -> None:
     """Said once for each column: a million rows may have the same fault."""
-    logger.warning("kept column %r: values that are no %s are left null", name, type_name)
+    log.warning("kept column %r: values that are no %s are left null", name, type_name)

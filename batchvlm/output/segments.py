@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from batchvlm.output.folder import OutputFolder
 from batchvlm.records import Shard
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 FINGERPRINT_KEY = b"batchvlm.fingerprint"
 SHARD_KEY = b"batchvlm.shard"
@@ -114,7 +114,7 @@ def read_segments(
         try:
             segments.append(inspect(folder, path, shard, schema))
         except UnreadableSegment as error:
-            logger.warning("ignoring %s, its rows are computed again: %s", path, error)
+            log.warning("ignoring %s, its rows are computed again: %s", path, error)
     return segments
 
 

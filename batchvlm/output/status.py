@@ -36,7 +36,7 @@ class Silent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class JobStatus:
     """What `status` found."""
 
     num_rows: int
@@ -74,7 +74,7 @@ class Progress:
         return "running" if is_new and (self.written_s_ago or 0) < _LIVE_S else "stopped"
 
 
-def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> Progress:
+def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> JobStatus:
     """How far a job is, running or dead, from its folder alone.
 
     Raises:
@@ -109,7 +109,7 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> P
     running = [worker for worker in workers if not worker.counts.get("is_over")]
     live = [worker.counts for worker in running if not worker.is_silent]
     latest = max(_written_at(folder), default=None)
-    return Progress(
+    return JobStatus(
         num_rows=sum(shard.num_rows for shard in run.plan),
         num_done=in_parts + in_segments,
         num_in_segments=in_segments,

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from batchvlm.config import RetryConfig
 from batchvlm.errors import OutputError
-from batchvlm.output.folder import OutputFolder, Part, new_attempt
+from batchvlm.output.disk import new_attempt
+from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.schema import Provenance, to_table
 from batchvlm.output.segments import (
     FINGERPRINT_KEY,

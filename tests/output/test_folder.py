@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 import pytest
 
 from batchvlm.errors import ConfigError, OutputError
-from batchvlm.output.folder import OutputFolder, new_attempt
+from batchvlm.output.disk import new_attempt
+from batchvlm.output.folder import OutputFolder
 
 
 def files_below(root: Path) -> list[str]:
