@@ -69,9 +69,7 @@ class Collector:
         beat: called whenever the run got on, from the ready model on.
     """
 
-    def __init__(
-        self, job: Job, metrics: Metrics, rank: Rank, *, beat: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, job: Job, metrics: Metrics, rank: Rank, *, beat: Callable[[], None]) -> None:
         self.job = job
         self.metrics = metrics
         self.rank = rank
@@ -172,7 +170,8 @@ class Collector:
             lost = Failure(error_type=ErrorType.ENGINE, message="the engine gave no answer")
             self.finish(row_index, lost, progress)
         self.close()
-        for index, num_missing in self._missing.items():
+        if self._missing:
+            index, num_missing = next(iter(self._missing.items()))
             were = "was" if num_missing == 1 else "were"
             raise BatchvlmError(
                 f"{number_of(num_missing, 'row')} of shard {index} {were} never answered",

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from batchvlm.config import EngineName, JobConfig, OnMismatch, SourceKind, TaskName, sent_as
+from batchvlm.config import (
+    EngineName,
+    JobConfig,
+    OnMismatch,
+    SourceKind,
+    TaskConfig,
+    TaskName,
+    sent_as,
+)
 from batchvlm.errors import FingerprintError, InputError, OutputError
 from batchvlm.forms import run_choices, run_form
 from batchvlm.identity import (
@@ -22,10 +31,11 @@ from batchvlm.output.run_file import RunFile, differs, find_run, read_run
 from batchvlm.output.schema import kept_fields, output_schema
 from batchvlm.output.status import JobStatus, status
 from batchvlm.output.typed import Parsed, parsed_column
+from batchvlm.output.writer import needs_retry
 from batchvlm.plan import plan_shards
 from batchvlm.preprocess import PreprocessSpec
 from batchvlm.prompts import PromptBuilder
-from batchvlm.records import FormKind
+from batchvlm.records import FormKind, InputFile, Shard
 from batchvlm.settings import to_plain
 from batchvlm.sources import Source, check_columns, open_source
 from batchvlm.tasks import Task, open_task
@@ -53,6 +63,34 @@ class Job:
     """The column of typed answers."""
     is_overwriting: bool = False
     """Whether the folder still holds another run, which gives way once the model has loaded."""
+
+    @property
+    def key(self) -> str:
+        """Tells the job from the others of one launch, such as a sweep."""
+        cfg = self.cfg
+        return fingerprint(
+            {
+                "run": self.run.fingerprint,
+                "folder": str(self.folder.root),
+                "task": [cfg.runtime.task_id, cfg.runtime.num_tasks],
+                "retry": to_plain(cfg.retry),
+            }
+        )
+
+    def finished_shards(self, shards: Sequence[Shard]) -> frozenset[int]:
+        """Indices of those of these shards that have nothing left to compute."""
+        if self.is_overwriting:
+            return frozenset()
+        folder, retry, num_shards = self.folder, self.cfg.retry, len(self.run.plan)
+        finished = folder.finished_shards(num_shards, [shard.index for shard in shards])
+        if not retry.errors:
+            return finished
+        return finished - {
+            shard.index
+            for shard in shards
+            if (part := folder.find_part(shard.index, num_shards)) is not None
+            and needs_retry(folder, part.path, shard, retry)
+        }
 
     def preprocess_spec(self) -> PreprocessSpec:
         """What whoever prepares its samples needs to know."""
@@ -103,30 +141,10 @@ def open_job(cfg: JobConfig) -> Job:
     check_columns(source.schema, kept | named | needed)
     if cfg.data.source is not SourceKind.jsonl:  # whose types are a guess
         prompts.check_types(source.schema)
-    gen = cfg.generation
-    output = cfg.task.output
-    form = run_form(output) if cfg.task.name is TaskName.extract else None
-    is_by_row = bool(output.json_schema_column)
-    if output.choice_column:
-        # The rows' choices are texts, of which there may be any number.
-        is_by_row |= form is not None and form.kind is not FormKind.CHOICE
-        form = None
-    parsed = parsed_column(form, is_by_row=is_by_row)
-    if parsed.notes:
-        log.info("JSON text in parsed, for want of a fixed type: %s", ", ".join(parsed.notes[:20]))
-    schema = output_schema(
-        kept_fields(source.schema, cfg.output.keep_columns),
-        generated_texts=gen.num_return_sequences > 1
-        or bool(gen.columns.num_return_sequences)
-        or cfg.task.name is TaskName.dialog,
-        token_ids=cfg.output.token_ids,
-        logprobs=gen.logprobs or bool(gen.columns.logprobs),
-        scores=cfg.task.scores,
-        constraint=cfg.task.name is TaskName.extract or bool(output.json_schema_column),
-        parsed=parsed.type,
-    )
+    parsed = _parsed_column(cfg.task)
+    schema = _output_schema(cfg, source, parsed)
     if cfg.task.scores:
-        run_choices(output)
+        run_choices(cfg.task.output)
     task = open_task(cfg.task)
     folder = OutputFolder(cfg.output.dir)
     folder.check_writable()
@@ -139,29 +157,7 @@ def open_job(cfg: JobConfig) -> Job:
         cfg,
         model=served_model(cfg.model, cfg.engine.endpoint) if is_served else pin_model(cfg.model),
     )
-    identity = answer_identity(cfg, files)
-    about: dict[str, Any] = {
-        "identity": identity,
-        "layout": output_layout(cfg),
-        "settings": to_plain(cfg),
-        "packages": package_versions(),
-        "plan": plan,
-        "overwrite": cfg.output.on_mismatch is OnMismatch.overwrite,
-    }
-    try:
-        run = find_run(folder, **about)
-    except FingerprintError as error:
-        if cfg.output.on_mismatch is not OnMismatch.new_folder:
-            raise
-        root = folder.root
-        folder = OutputFolder(f"{root}-{fingerprint(identity)}")
-        try:
-            run = find_run(folder, **about)
-        except FingerprintError:  # the same answers in other columns, or other rows of the input
-            both = {"identity": identity, "layout": about["layout"]}
-            folder = OutputFolder(f"{root}-{fingerprint(both)}")
-            run = find_run(folder, **about)
-        log.warning("%s; writing to %s", error.message, folder.root)
+    folder, run = _find_run(folder, cfg, files, plan)
     there = read_run(folder)
     return Job(
         is_overwriting=there is not None and bool(differs(there, run)),
@@ -175,6 +171,72 @@ def open_job(cfg: JobConfig) -> Job:
         schema=schema,
         parsed=parsed,
     )
+
+
+def _parsed_column(cfg: TaskConfig) -> Parsed:
+    """The column of typed answers, by the form that the run asks for."""
+    form = run_form(cfg.output) if cfg.name is TaskName.extract else None
+    is_by_row = bool(cfg.output.json_schema_column)
+    if cfg.output.choice_column:
+        # The rows' choices are texts, of which there may be any number.
+        is_by_row |= form is not None and form.kind is not FormKind.CHOICE
+        form = None
+    parsed = parsed_column(form, is_by_row=is_by_row)
+    if parsed.notes:
+        log.info("JSON text in parsed, for want of a fixed type: %s", ", ".join(parsed.notes[:20]))
+    return parsed
+
+
+def _output_schema(cfg: JobConfig, source: Source, parsed: Parsed) -> Any:
+    task, gen = cfg.task, cfg.generation
+    return output_schema(
+        kept_fields(source.schema, cfg.output.keep_columns),
+        generated_texts=gen.num_return_sequences > 1
+        or bool(gen.columns.num_return_sequences)
+        or task.name is TaskName.dialog,
+        token_ids=cfg.output.token_ids,
+        logprobs=gen.logprobs or bool(gen.columns.logprobs),
+        scores=task.scores,
+        constraint=task.name is TaskName.extract or bool(task.output.json_schema_column),
+        parsed=parsed.type,
+    )
+
+
+def _find_run(
+    folder: OutputFolder, cfg: JobConfig, files: Sequence[InputFile], plan: list[Shard]
+) -> tuple[OutputFolder, RunFile]:
+    """The run that is in the folder or is to be; where another is there, as `on_mismatch` says.
+
+    Raises:
+        FingerprintError: the folder's run has another identity or layout.
+    """
+    identity, layout = answer_identity(cfg, files), output_layout(cfg)
+
+    def find(folder: OutputFolder) -> RunFile:
+        return find_run(
+            folder,
+            identity=identity,
+            layout=layout,
+            settings=to_plain(cfg),
+            packages=package_versions(),
+            plan=plan,
+            overwrite=cfg.output.on_mismatch is OnMismatch.overwrite,
+        )
+
+    try:
+        return folder, find(folder)
+    except FingerprintError as error:
+        if cfg.output.on_mismatch is not OnMismatch.new_folder:
+            raise
+        other = OutputFolder(f"{folder.root}-{fingerprint(identity)}")
+        try:
+            run = find(other)
+        except FingerprintError:  # the same answers in other columns, or other rows of the input
+            both = {"identity": identity, "layout": layout}
+            other = OutputFolder(f"{folder.root}-{fingerprint(both)}")
+            run = find(other)
+        log.warning("%s; writing to %s", error.message, other.root)
+        return other, run
 
 
 def announce_overwriting(job: Job) -> None:

@@ -20,22 +20,12 @@ from batchvlm.collector import Collector, Prepared
 from batchvlm.config import JobConfig, TaskName
 from batchvlm.engine import Engine, open_engine
 from batchvlm.errors import UnfinishedError
-from batchvlm.identity import (
-    model_name,
-)
+from batchvlm.identity import model_name
 from batchvlm.job import Job, announce_overwriting, open_job
-from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.parts import look_into_parts, num_given_up
 from batchvlm.output.run_file import save_run
-from batchvlm.output.writer import needs_retry
-from batchvlm.records import (
-    Completion,
-    Failure,
-    Record,
-    Sample,
-    Shard,
-)
+from batchvlm.records import Completion, Failure, Record, Sample, Shard
 from batchvlm.report.card import complete_card, write_finished_card, write_first_card
 from batchvlm.report.redact import redact_all
 from batchvlm.runtime.claims import TALK_EVERY_S, Peers, claim_shards
@@ -98,7 +88,7 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
     if job.is_overwriting:
         announce_overwriting(job)
     mine = shards_of_task(job.run.plan, cfg.runtime)
-    finished = _finished(job, mine)
+    finished = job.finished_shards(mine)
     metrics = Metrics()
     num_left = 0
     if not job.is_overwriting:
@@ -106,41 +96,11 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
         metrics.found_errors = look_into_parts(job.folder, job.run, indices & finished)
         if cfg.retry.errors:
             num_left = num_given_up(job.folder, job.run, indices, cfg.retry)
-    launch = find_launch()
     num_mine = sum(shard.num_rows for shard in mine)
-    if any(shard.index not in finished for shard in mine):
-        deadline = Deadline(cfg.runtime.walltime_margin_s)
-        if deadline.is_near():
-            raise _time_is_up(cfg)
-        # The workers load their libraries while this process loads torch and the model.
-        watchdog = Watchdog(
-            stall_timeout_s=cfg.runtime.stall_timeout_s, grace_s=cfg.runtime.grace_s
-        )
-        # The watchdog is left last: whatever hangs on the way out has to end too.
-        with watchdog, _open_pool(job) as pool:
-            rank = find_rank(launch, cfg.engine, cfg.runtime, cfg.model)
-            if followers is not None:
-                followers.on_loss = watchdog.end
-                launch = followers.replica.leaders
-                rank = replace(rank, index=launch.rank, world_size=launch.world_size)
-            connect = None if followers is None else followers.replica.open_store
-            peers = Peers(launch, _name(job), connect=connect) if rank.world_size > 1 else None
-            if rank.index == 0:
-                metrics.num_found = sum(s.num_rows for s in mine if s.index in finished)
-            work = _Work(
-                mine=mine,
-                todo=[shard for shard in mine if shard.index not in finished],
-                peers=peers,
-                deadline=deadline,
-                followers=followers,
-            )
-            collector = Collector(job, metrics, rank, beat=watchdog.beat)
-            watchdog.flush = collector.flush
-            _compute(collector, work, pool, engine)
-            if peers is not None:
-                num_mine = metrics.num_found + metrics.num_rows
-                _check_complete(job, mine, peers)
-            write_finished_card(job.folder)
+    todo = [shard for shard in mine if shard.index not in finished]
+    if todo:
+        if _compute_shards(job, mine, todo, metrics, engine, followers):
+            num_mine = metrics.num_found + metrics.num_rows
     else:
         complete_card(job.folder)
     return Summary(
@@ -199,17 +159,46 @@ class _Work:
             yield item
 
 
-def _name(job: Job) -> str:
-    """What a job is called among those of one launch, such as a sweep."""
-    cfg, runtime = job.cfg, job.cfg.runtime
-    return fingerprint(
-        {
-            "run": job.run.fingerprint,
-            "folder": str(job.folder.root),
-            "task": [runtime.task_id, runtime.num_tasks],
-            "retry": to_plain(cfg.retry),
-        }
-    )
+def _compute_shards(
+    job: Job,
+    mine: Sequence[Shard],
+    todo: Sequence[Shard],
+    metrics: Metrics,
+    engine: Engine | None,
+    followers: Followers | None,
+) -> bool:
+    """Compute the task's shards that are not finished, or this rank's share of them.
+
+    Returns:
+        Whether other ranks shared them.
+    """
+    cfg = job.cfg
+    deadline = Deadline(cfg.runtime.walltime_margin_s)
+    if deadline.is_near():
+        raise _time_is_up(cfg)
+    watchdog = Watchdog(stall_timeout_s=cfg.runtime.stall_timeout_s, grace_s=cfg.runtime.grace_s)
+    # The watchdog is left last: whatever hangs on the way out has to end too. The pool's workers
+    # load their libraries while this process loads torch and the model.
+    with watchdog, _open_pool(job) as pool:
+        launch = find_launch()
+        rank = find_rank(launch, cfg.engine, cfg.runtime, cfg.model)
+        if followers is not None:
+            followers.on_loss = watchdog.end
+            launch = followers.replica.leaders
+            rank = replace(rank, index=launch.rank, world_size=launch.world_size)
+        connect = None if followers is None else followers.replica.open_store
+        peers = Peers(launch, job.key, connect=connect) if rank.world_size > 1 else None
+        if rank.index == 0:
+            num_rows = sum(shard.num_rows for shard in mine)
+            metrics.num_found = num_rows - sum(shard.num_rows for shard in todo)
+        work = _Work(mine=mine, todo=todo, peers=peers, deadline=deadline, followers=followers)
+        collector = Collector(job, metrics, rank, beat=watchdog.beat)
+        watchdog.flush = collector.flush
+        _run_stages(collector, work, pool, engine)
+        if peers is not None:
+            _check_complete(job, mine, peers)
+        write_finished_card(job.folder)
+    return peers is not None
 
 
 def _time_is_up(cfg: JobConfig) -> UnfinishedError:
@@ -228,7 +217,7 @@ def _check_complete(job: Job, mine: Sequence[Shard], peers: Peers) -> None:
     """
     if peers.is_lost:
         # Where the job was to overwrite, it has by now.
-        finished = _finished(replace(job, is_overwriting=False), mine)
+        finished = replace(job, is_overwriting=False).finished_shards(mine)
         if num_left := sum(shard.index not in finished for shard in mine):
             raise UnfinishedError(
                 f"rank 0 was lost, and {num_left} shards are not finished yet",
@@ -236,23 +225,8 @@ def _check_complete(job: Job, mine: Sequence[Shard], peers: Peers) -> None:
             )
 
 
-def _finished(job: Job, shards: Sequence[Shard]) -> frozenset[int]:
-    """Indices of the shards that have nothing left to compute."""
-    if job.is_overwriting:
-        return frozenset()
-    num_shards = len(job.run.plan)
-    finished = job.folder.finished_shards(num_shards, [shard.index for shard in shards])
-    if not job.cfg.retry.errors:
-        return finished
-    return finished - {
-        shard.index
-        for shard in shards
-        if (part := job.folder.find_part(shard.index, num_shards)) is not None
-        and needs_retry(job.folder, part.path, shard, job.cfg.retry)
-    }
-
-
-def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine | None) -> None:
+def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine | None) -> None:
+    """Lead the rows of the shards through all stages, from the source to the writer."""
     job, rank, metrics = collector.job, collector.rank, collector.metrics
     cfg, peers, deadline = job.cfg, work.peers, work.deadline
     num_todo = sum(shard.num_rows for shard in work.todo)
@@ -267,23 +241,8 @@ def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine
             # Shards are opened on what is there: on nothing, once the old run has given way.
             engine = engine or _load(cfg, rank, work.followers)
             save_run(job.folder, job.run, overwrite=True)
-        records = _read(work, collector)
-        if cfg.data.allow_remote:
-            records = stack.enter_context(job.open_fetcher()).ahead(records)
-        turns = Turns(records) if cfg.task.name is TaskName.dialog else None
-        collector.turns = turns
-        ready = stack.enter_context(
-            Prefetcher(
-                _prepare(records, pool, turns),
-                max_items=cfg.batching.sort_window,
-                max_bytes=cfg.batching.max_window_bytes,
-                size_of=lambda item: item.size_bytes,
-            )
-        )
-        if turns is not None:
-            turns.on_idle = ready.wake
-            stack.enter_context(turns)
         # Rows are read and prepared while the model loads.
+        ready, turns = _start_reading(collector, work, pool, stack)
         engine = engine or _load(cfg, rank, work.followers)
         save_run(job.folder, job.run)
         if rank.index == 0:
@@ -301,17 +260,7 @@ def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine
         trackers = stack.enter_context(_open_trackers(job, metrics, rank))
         collector.is_running = True
         collector.beat()
-        progress = stack.enter_context(
-            Progress(
-                metrics,
-                total=sum(shard.num_rows for shard in work.mine),
-                log_every_s=cfg.runtime.log_every_s,
-                others=peers.heard if peers is not None else tuple,
-                is_shown=rank.index == 0,
-                has_bar=not cfg.runtime.log_json,
-                memory=lambda: memory_of(rank.device),
-            )
-        )
+        progress = stack.enter_context(_open_progress(collector, work))
         metrics.engine = engine.stats
         time_line = TimeLine(metrics, collector.append_metrics)
         stack.callback(time_line.write)
@@ -334,11 +283,33 @@ def _compute(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine
             progress.advance()
 
 
+def _start_reading(
+    collector: Collector, work: _Work, pool: WorkerPool, stack: ExitStack
+) -> tuple[Prefetcher[Prepared], Turns | None]:
+    """Start the thread that reads, fetches and prepares rows; `stack` ends it."""
+    job = collector.job
+    records = _read(work, collector)
+    if job.cfg.data.allow_remote:
+        records = stack.enter_context(job.open_fetcher()).ahead(records)
+    turns = Turns(records) if job.cfg.task.name is TaskName.dialog else None
+    collector.turns = turns
+    ready = stack.enter_context(
+        Prefetcher(
+            _prepare(records, pool, turns),
+            max_items=job.cfg.batching.sort_window,
+            max_bytes=job.cfg.batching.max_window_bytes,
+            size_of=lambda item: item.size_bytes,
+        )
+    )
+    if turns is not None:
+        turns.on_idle = ready.wake
+        stack.enter_context(turns)
+    return ready, turns
+
+
 def _load(cfg: JobConfig, rank: Rank, followers: Followers | None) -> Engine:
     size = rank.num_gpus if followers is None else followers.size
     cfg = replace(cfg, model=replace(cfg.model, gpus_per_replica=size))
-    if followers is None:
-        return open_engine(cfg, device=rank.device)
     return open_engine(cfg, device=rank.device, followers=followers)
 
 
@@ -363,6 +334,19 @@ def _answers(
             yield answer
         if turns is None or turns.is_over or not num_answers:
             return
+
+
+def _open_progress(collector: Collector, work: _Work) -> Progress:
+    rank, runtime = collector.rank, collector.job.cfg.runtime
+    return Progress(
+        collector.metrics,
+        total=sum(shard.num_rows for shard in work.mine),
+        log_every_s=runtime.log_every_s,
+        others=work.peers.heard if work.peers is not None else tuple,
+        is_shown=rank.index == 0,
+        has_bar=not runtime.log_json,
+        memory=lambda: memory_of(rank.device),
+    )
 
 
 def _open_trackers(job: Job, metrics: Metrics, rank: Rank) -> Trackers:
@@ -406,7 +390,7 @@ def _read(work: _Work, collector: Collector) -> Iterator[Record | None]:
 
 
 def _prepare(
-    records: Iterable[Record | None], pool: WorkerPool, turns: Turns | None = None
+    records: Iterable[Record | None], pool: WorkerPool, turns: Turns | None
 ) -> Iterator[Prepared]:
     # Kept columns stay on this side of the process border, prompt columns on the other.
     kept: dict[int, Mapping[str, Any]] = {}

@@ -54,7 +54,7 @@ def run_child(order: dict[str, Any]) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     if order["is_fake"]:
-        batchvlm.pipeline.open_engine = lambda cfg, device: FastEngine()
+        batchvlm.pipeline.open_engine = lambda cfg, **where: FastEngine()
     try:
         return int(main(order["argv"]))
     except BaseException:

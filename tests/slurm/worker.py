@@ -40,5 +40,5 @@ class SlowEngine:
 
 if __name__ == "__main__":
     engine = SlowEngine(float(os.environ.get("ROW_S", "0")))
-    batchvlm.pipeline.open_engine = lambda cfg, device: engine  # type: ignore[attr-defined]
+    batchvlm.pipeline.open_engine = lambda cfg, **where: engine  # type: ignore[attr-defined]
     sys.exit(main(sys.argv[1:]))
