@@ -66,18 +66,17 @@ class Collector:
     in time what a long batch would leave in memory: one of them at a time.
 
     Args:
-        beat: called whenever the run got on, from the ready model on.
+        beat: called whenever the run got on, from `start` on.
     """
 
     def __init__(self, job: Job, metrics: Metrics, rank: Rank, *, beat: Callable[[], None]) -> None:
         self.job = job
         self.metrics = metrics
         self.rank = rank
-        self.is_running = False
-        """Whether the model is ready: loading it may take any time."""
         self.turns: Turns | None = None
         """Where rows go that have another turn."""
         self._beat = beat
+        self._progress: Progress | None = None
         self._lock = threading.RLock()
         self._starts = [shard.first_row_index for shard in job.run.plan]
         self._provenance = Provenance(
@@ -90,10 +89,16 @@ class Collector:
         self._under_way: dict[int, tuple[Record, Sample]] = {}
         self._again = Again(job.cfg.retry.invalid_json, max_bytes=job.cfg.batching.max_window_bytes)
 
-    def beat(self) -> None:
-        """Say that the run got on."""
-        if self.is_running:
-            self._beat()
+    def start(self, progress: Progress) -> None:
+        """Show rows from now on: the model is ready, and loading it may have taken any time."""
+        self._progress = progress
+        self._beat()
+
+    def advance(self) -> None:
+        """Say, and show, that the run got on."""
+        assert self._progress is not None, "a row before the model is ready"
+        self._beat()
+        self._progress.advance()
 
     def open_shard(self, shard: Shard) -> frozenset[int]:
         """Make ready to take a shard's rows.
@@ -116,15 +121,16 @@ class Collector:
             self.metrics.num_found += len(writer.finished_rows)
             self.metrics.found_errors.update(writer.found_errors)
             self._writers[shard.index] = writer
-        self.beat()
+        if self._progress is not None:
+            self._beat()
         return writer.finished_rows
 
-    def take(self, prepared: Iterable[Prepared], progress: Progress) -> Iterator[Sample]:
+    def take(self, prepared: Iterable[Prepared]) -> Iterator[Sample]:
         """Pass samples on to batching; write the rows that have failed already."""
         for item in prepared:
             if isinstance(item.outcome, Failure):
                 self.metrics.count_prepared(0, is_again=bool(item.record.said))
-                self._write(_result(item.record, item.outcome), progress)
+                self._write(_result(item.record, item.outcome))
             else:
                 # The pixels are the engine's to keep, not longer than it needs them.
                 sample = item.outcome.without_images()
@@ -139,7 +145,7 @@ class Collector:
         """Pass on, once more, samples whose answers had not the form that was asked for."""
         return self._again.take()
 
-    def finish(self, row_index: int, outcome: Completion | Failure, progress: Progress) -> None:
+    def finish(self, row_index: int, outcome: Completion | Failure) -> None:
         """Write the row that the engine is done with."""
         assert row_index in self._under_way, f"the engine answered row {row_index} twice"
         record, sample = self._under_way[row_index]
@@ -148,7 +154,7 @@ class Collector:
             self._again.forget(row_index)
             assert self.turns is not None
             self.turns.again(replace(record, said=(*record.said, outcome)))
-            self.beat()
+            self._beat()
             return
         if isinstance(outcome, Failure):
             result = _result(record, outcome, sample)
@@ -158,9 +164,9 @@ class Collector:
             if is_invalid and self._again.again(row_index, outcome):
                 return
         del self._under_way[row_index]
-        self._write(replace(result, attempts=self._again.forget(row_index)), progress)
+        self._write(replace(result, attempts=self._again.forget(row_index)))
 
-    def finish_all(self, progress: Progress) -> None:
+    def finish_all(self) -> None:
         """Commit what is left when the engine has seen every sample.
 
         Raises:
@@ -168,7 +174,7 @@ class Collector:
         """
         for row_index in list(self._under_way):
             lost = Failure(error_type=ErrorType.ENGINE, message="the engine gave no answer")
-            self.finish(row_index, lost, progress)
+            self.finish(row_index, lost)
         self.close()
         if self._missing:
             index, num_missing = next(iter(self._missing.items()))
@@ -259,7 +265,7 @@ class Collector:
             latency_s=completion.latency_s + sum(answer.latency_s for answer in record.said),
         )
 
-    def _write(self, result: Result, progress: Progress) -> None:
+    def _write(self, result: Result) -> None:
         index = bisect_right(self._starts, result.row_index) - 1
         with self._lock:
             attempts = self._writers[index].attempts.get(result.row, 1) + result.attempts - 1
@@ -270,8 +276,7 @@ class Collector:
                 self._commit(index)
         if self.turns is not None:
             self.turns.end()
-        self.beat()
-        progress.advance()
+        self.advance()
         self._check_error_rate()
 
     def _check_error_rate(self) -> None:

@@ -258,16 +258,15 @@ def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Eng
         )
         stack.enter_context(flush)
         trackers = stack.enter_context(_open_trackers(job, metrics, rank))
-        collector.is_running = True
-        collector.beat()
         progress = stack.enter_context(_open_progress(collector, work))
+        collector.start(progress)
         metrics.engine = engine.stats
         time_line = TimeLine(metrics, collector.append_metrics)
         stack.callback(time_line.write)
-        samples: Iterable[Sample] = _Samples(ready, collector, progress, work, turns)
+        samples: Iterable[Sample] = _Samples(ready, collector, work, turns)
         while samples:
             for row_index, outcome in _answers(engine, samples, turns):
-                collector.finish(row_index, outcome, progress)
+                collector.finish(row_index, outcome)
                 metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
                 time_line.tick()
                 trackers.tick()
@@ -275,11 +274,11 @@ def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Eng
                 raise _time_is_up(cfg)
             # Rows whose answers were invalid after the last sample was taken; no dialog has any.
             samples, turns = list(collector.take_again()), None
-        collector.finish_all(progress)
+        collector.finish_all()
         metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
         if peers is not None:
             peers.tell(metrics)
-            peers.see_off(lambda: _wait_a_little(collector, progress))
+            peers.see_off(lambda: _wait_a_little(collector))
             progress.advance()
 
 
@@ -313,10 +312,9 @@ def _load(cfg: JobConfig, rank: Rank, followers: Followers | None) -> Engine:
     return open_engine(cfg, device=rank.device, followers=followers)
 
 
-def _wait_a_little(collector: Collector, progress: Progress) -> None:
+def _wait_a_little(collector: Collector) -> None:
     time.sleep(TALK_EVERY_S)
-    collector.beat()
-    progress.advance()
+    collector.advance()
 
 
 def _answers(
@@ -418,14 +416,13 @@ class _Samples:
 
     ready: Prefetcher[Prepared]
     collector: Collector
-    progress: Progress
     work: _Work
     turns: Turns | None
 
     def __iter__(self) -> Iterator[Sample]:
         turns = self.turns
         items = self.ready if turns is None else self.ready.items(until=lambda: turns.is_idle)
-        return self.collector.take(self.work.take(items), self.progress)
+        return self.collector.take(self.work.take(items))
 
     def is_ready(self) -> bool:
         return self.ready.is_ready()
