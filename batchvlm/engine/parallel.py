@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from batchvlm.config import JobConfig
+from batchvlm.engine.faults import one_line
 from batchvlm.errors import ReplicaError
 from batchvlm.records import Array
 
@@ -165,7 +166,7 @@ class Team:
         except ReplicaError:
             raise
         except Exception as error:
-            text = _one_line(error)
+            text = one_line(error)
         if text:
             raise ReplicaError(f"processes that hold the model together fell out of step: {text}")
 
@@ -188,7 +189,7 @@ def follow(channel: ToLeader, *, device: str, load: Callable[[JobConfig], Run]) 
         with _numbered(device):
             run = load(cfg)
     except Exception as error:
-        channel.answer(_one_line(error))
+        channel.answer(one_line(error))
         channel.receive()
         return
     channel.answer(None)
@@ -200,7 +201,7 @@ def follow(channel: ToLeader, *, device: str, load: Callable[[JobConfig], Run]) 
             else:
                 _answer(message, run)
         except Exception as error:
-            channel.answer(_one_line(error))
+            channel.answer(one_line(error))
         else:
             channel.answer(None)
 
@@ -322,7 +323,3 @@ def _told_of_errors(num_rows: int, device: torch.device) -> Iterator[None]:
         said = torch.full((1 + num_rows,), _IS_BROKEN_OFF, dtype=torch.long, device=device)
         dist.broadcast(said, src=0)
         raise
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

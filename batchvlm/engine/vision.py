@@ -85,7 +85,7 @@ class Unit:
     @property
     def num_entries(self) -> int:
         """Entries that the encoder gives back for it: one an image, or one a tile."""
-        for name in ("image_grid_thw", "image_grids"):
+        for name in (_GRIDS, "image_grids"):
             if name in self.arrays:
                 return len(self.arrays[name])
         return len(self.arrays["pixel_values"])
@@ -322,18 +322,13 @@ def batches(units: Sequence[Unit], max_cells: int) -> list[list[Unit]]:
 
 def _by_image(arrays: Mapping[str, Array], num_images: int) -> list[dict[str, Array]] | None:
     """The arrays of each image, or None where they cannot be told apart."""
-    grid = arrays.get("image_grid_thw")
+    grid = arrays.get(_GRIDS)
     if grid is not None and len(grid) == num_images:
         ends = np.cumsum(grid.prod(-1))
-        if ends[-1] != len(arrays["pixel_values"]) or set(arrays) != {
-            "pixel_values",
-            "image_grid_thw",
-        }:
+        if ends[-1] != len(arrays["pixel_values"]) or set(arrays) != {"pixel_values", _GRIDS}:
             return None
         pixels = np.split(arrays["pixel_values"], ends[:-1])
-        return [
-            {"pixel_values": p, "image_grid_thw": grid[i : i + 1]} for i, p in enumerate(pixels)
-        ]
+        return [{"pixel_values": p, _GRIDS: grid[i : i + 1]} for i, p in enumerate(pixels)]
     # Where the number of images counts, an image alone is not encoded as one of several.
     is_counted = "batch_num_images" in arrays
     if not is_counted and all(len(array) == num_images for array in arrays.values()):
