@@ -2,7 +2,8 @@
 
 Rows of a window are sorted, then taken in packs to a token budget and computed behind one another.
 Rows that ask about the same images share the encoding of these and, where their prompts begin
-alike, the computing of that beginning. A prompt above the budget is computed in pieces.
+alike, the computing of that beginning (prefix caching). A prompt above the budget is computed in
+pieces (chunked prefill).
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ class Row:
     num_chosen: int = 0
     """Tokens chosen for it, read by the host or not."""
     run: tuple[int, ...] = ()
-    """Tokens that its grammar forces behind the newest chosen one, computed together with it."""
+    """Tokens that its grammar forces behind the newest chosen one, computed together with it
+    (jump-forward decoding)."""
     is_over: bool = False
     """Whether its last token is chosen, so that it needs no slot."""
     is_answered: bool = False

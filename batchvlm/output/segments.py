@@ -112,7 +112,7 @@ def read_segments(
     segments = []
     for path in folder.list_segments(shard.index, is_retry=is_retry):
         try:
-            segments.append(inspect(folder, path, shard, schema))
+            segments.append(read_segment(folder, path, shard, schema))
         except UnreadableSegment as error:
             log.warning("ignoring %s, its rows are computed again: %s", path, error)
     return segments
@@ -160,7 +160,7 @@ def newest(segments: Sequence[Segment]) -> dict[int, Segment]:
     return found
 
 
-def inspect(
+def read_segment(
     folder: OutputFolder,
     path: Path,
     shard: Shard,

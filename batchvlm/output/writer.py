@@ -23,8 +23,8 @@ from batchvlm.output.segments import (
     UnreadableSegment,
     around,
     in_order,
-    inspect,
     newest,
+    read_segment,
     read_segments,
     with_marks,
     write_segment,
@@ -258,7 +258,7 @@ class ShardWriter:
             return []
         merged = part.mark if len(part.shards) > 1 else None
         try:
-            return [inspect(self._folder, part.path, self._shard, self._schema, merged=merged)]
+            return [read_segment(self._folder, part.path, self._shard, self._schema, merged=merged)]
         except UnreadableSegment as error:
             raise _damaged(part, error) from error
 
