@@ -1,4 +1,4 @@
-"""Every row's way to its shard's writer, whichever stage it comes from, and its count."""
+"""Rows from any stage to their shards' writers, counted on the way."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class Job:
         }
 
     def preprocess_spec(self) -> PreprocessSpec:
-        """What whoever prepares its samples needs to know."""
+        """What the worker processes that make samples need of the job."""
         cfg = self.cfg
         return PreprocessSpec(
             model=cfg.model,
@@ -108,7 +108,7 @@ class Job:
         )
 
     def open_fetcher(self) -> Fetcher:
-        """What fetches the images that rows name by addresses, where `data.allow_remote` is set."""
+        """The fetcher of images that rows name by URL, where `data.allow_remote` is set."""
         # What it needs is an extra.
         from batchvlm.fetch.addresses import Allowed
         from batchvlm.fetch.ahead import Fetcher

@@ -134,7 +134,7 @@ class _Work:
     def shards(self) -> Iterator[Shard | None]:
         """The shards that this rank computes, as long as there is time to begin one.
 
-        None: not yet. Whoever claims far ahead leaves nothing to those who come later, so a rank
+        None: not yet. A rank that claims far ahead leaves nothing to ranks that start later, so it
         claims its next shard when the engine has taken half of the latest.
         """
         todo = {shard.index for shard in self.todo}

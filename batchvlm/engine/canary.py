@@ -60,7 +60,7 @@ class Canary:
 
         Args:
             window: the rows that come next.
-            images: keeps what the encoder says of theirs for these rows.
+            images: encodes theirs, and keeps it for these rows.
 
         Raises:
             ModelError: the model answers differently, or cannot run over slots.

@@ -23,9 +23,9 @@ _CACHE_SHARE = 0.6
 features, and for prompts that wait for a slot."""
 
 _TRY_AGAIN_STEPS = 256
-"""Memory may have been short for a moment, by somebody else's doing."""
+"""Steps that go well before a lowered limit rises: memory may have been short for a moment."""
 _TRY_AGAIN_PACKS = 32
-"""Likewise of packs, which take longer."""
+"""Packs likewise, which take longer."""
 _UNLIMITED = 1 << 62
 _SCORED_LOGITS = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Logits in one forward over choices, all of which are looked at."""
@@ -34,14 +34,14 @@ _SCORED_TOKENS = 4096
 
 
 class Ceiling:
-    """A limit that falls where memory was short, and doubles after a number that went well.
+    """A limit that is lowered where memory was short, and doubled after some successes.
 
-    Where it then falls again, it takes twice as many.
+    Where the doubled limit fails too, the next doubling takes twice as many successes.
 
     Args:
-        most: what it begins with, and what it rises to.
-        try_again: how many have to go well.
-        least: what it falls to.
+        most: the limit at first, and the highest that it rises to.
+        try_again: successes before it is doubled.
+        least: the lowest that it falls to.
     """
 
     def __init__(self, most: int, *, try_again: int, least: int = 1) -> None:

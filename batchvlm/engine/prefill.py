@@ -84,7 +84,7 @@ class Prefill:
         self.images = ImageFeatures(
             model, stats, is_shared=cfg.share_images, around=decoder.encoding
         )
-        """What the encoder says of the images that rows need."""
+        """The encoder's output for the images that rows need."""
         self._waiting: list[WaitingRow] = []
         """Sorted, the next row last."""
         self._postponed: list[WaitingRow] = []
@@ -95,7 +95,7 @@ class Prefill:
 
     @property
     def num_waiting(self) -> int:
-        """Rows that `next_pack` has yet to give back."""
+        """Rows that `next_pack` has yet to return."""
         return len(self._waiting) + len(self._postponed) + len(self._failed)
 
     def add(self, samples: Iterable[Sample]) -> None:

@@ -1,4 +1,4 @@
-"""The engine that wastes nothing: continuous batching over slots.
+"""The engine of most models: continuous batching over slots.
 
 Prompts are computed in packs, one behind the other without padding; their keys and values wait
 until a slot is free. Every decode step computes one token for each slot in use and nothing else: a
@@ -118,7 +118,7 @@ class SlotEngine:
         self._begin()
 
     def _begin(self) -> None:
-        """Forget rows that a run which was broken off has left."""
+        """Start with no rows: an earlier run may have been broken off."""
         self._room.leave()
         self._feed = Feed((), self._batching)
         self._prefill = Prefill(
@@ -258,7 +258,7 @@ class SlotEngine:
             self._compact()
 
     def _begin_rows(self, start: int, rows: Sequence[Row]) -> Tensor:
-        """Logits [B, V] behind the prompts of rows in neighbouring slots, which give these up."""
+        """The first logits [B, V] of rows new in neighbouring slots, taken out of them."""
         self._stepping.admit(start, [row.prepared.prompt for row in rows])
         logits_BV = torch.stack([row.prepared.logits_V for row in rows])
         for row in rows:

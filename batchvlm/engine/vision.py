@@ -1,8 +1,8 @@
 """Image features, each image encoded once for all rows of the window that show it.
 
 A *unit* is what can be encoded by itself: one image where the family's processor keeps images
-apart, else all images of a row. The encoder runs over batches of units of like size, and what it
-says of each is kept until the last row that needs it is prefilled, and a while longer.
+apart, else all images of a row. The encoder runs over batches of units of like size, and its output
+for each is kept until the last row that needs it is prefilled, and a while longer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ROWS_OF_TILES = frozenset({"idefics2", "idefics3", "smolvlm"})
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the encoder says of one image, or of one tile."""
+    """The encoder's output for one image, or for one tile."""
 
     pooled_PD: Tensor
     """[P, D]: a vector for each of its P image tokens."""
@@ -66,7 +66,7 @@ class OutputForm:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What the encoder says of the units of one forward."""
+    """The encoder's output for the units of one forward."""
 
     entries: list[Entry]
     """Those of all units, behind one another."""
@@ -84,7 +84,7 @@ class Unit:
 
     @property
     def num_entries(self) -> int:
-        """Entries that the encoder gives back for it: one an image, or one a tile."""
+        """Entries that the encoder makes of it: one an image, or one a tile."""
         for name in (_GRIDS, "image_grids"):
             if name in self.arrays:
                 return len(self.arrays[name])
@@ -253,7 +253,7 @@ class ImageFeatures:
         return expected
 
     def keep(self, units: Sequence[Unit], encoded: Encoded) -> None:
-        """Keep what the encoder says of units, for the rows that need it."""
+        """Keep the encoder's output for units, for the rows that need it."""
         self._form = encoded.form
         entries = encoded.entries
         for unit in units:
@@ -268,7 +268,7 @@ class ImageFeatures:
             yield
 
     def entries(self, units: Iterable[Unit]) -> list[Entry]:
-        """What the encoder said of these units, in order."""
+        """The encoder's output for these units, in order."""
         return [entry for unit in units for entry in self._entries[unit.key]]
 
     def joined(self, entries: Sequence[Entry]) -> Any:
@@ -300,7 +300,7 @@ class ImageFeatures:
 
 
 def _numbers_of(output: Any) -> Tensor:
-    """All that an encoder says of its images that is used later, behind one another."""
+    """Everything in an encoder's output that is used later, as one row of numbers."""
     deep = getattr(output, "deepstack_features", None) or ()
     parts = [*output.pooler_output, *(vectors for layer in deep for vectors in layer)]
     return torch.cat([part.reshape(-1) for part in parts])

@@ -1,4 +1,4 @@
-"""Rows on their way through prefill: what they share, and how long prompts are cut."""
+"""Rows before and after prefill: what their prompts share, and where a long one is cut."""
 
 from __future__ import annotations
 

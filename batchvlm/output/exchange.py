@@ -50,9 +50,9 @@ def exchange_data(folder: OutputFolder, aside: Path) -> None:
 
 
 def given_up(aside: Path) -> Path:
-    """What old parts are called that others have taken the place of: whoever finds them may delete.
+    """The name of a folder of old parts that merged ones have replaced: anybody may delete it.
 
-    Without such a name they could be what another `compact` is about to put in place of `data`.
+    Without a name of its own it could be what another `compact` is about to put in place of `data`.
     """
     return aside.with_name(f"{aside.name}.done")
 
