@@ -38,6 +38,7 @@ from batchvlm.records import (
     Record,
     Sample,
 )
+from batchvlm.words import one_line
 
 _RECENT_BYTES = 128 << 20
 """Of what the processor made of pictures that a worker keeps: two of Qwen-VL's at the default
@@ -106,7 +107,7 @@ class Preprocessor:
             return Failure(error_type=error.error_type, message=error.message)
         # A processor can raise anything on an image that it did not expect.
         except Exception as error:
-            text = " ".join(str(error).split())[:200]
+            text = one_line(error)
             return Failure(
                 error_type=ErrorType.PREPROCESS, message=f"{type(error).__name__}: {text}"
             )

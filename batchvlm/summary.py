@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from batchvlm.errors import OutputError
 from batchvlm.pipeline import Summary
-from batchvlm.words import counted, number_of, printable
+from batchvlm.words import counted, number_of, one_line, printable
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def _read_rows(summary: Summary) -> Any:
                     yield from batch.to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise OutputError(
-                f"{part.path} cannot be read: {' '.join(str(error).split())[:200]}",
+                f"{part.path} cannot be read: {one_line(error)}",
                 hint="if it is damaged, delete it and run the same command again: "
                 "its rows are computed again",
             ) from error

@@ -19,6 +19,11 @@ def printable(text: str, *, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else " " for c in text)
 
 
+def one_line(value: object) -> str:
+    """What an error or another library says, as one line of at most 200 characters."""
+    return " ".join(str(value).split())[:200]
+
+
 def setting(key: str, value: str) -> str:
     """How a setting is typed in a shell: `data.path=a.parquet`, `'data.path="my a.parquet"'`."""
     if re.fullmatch(r"[\w./:@%-]+", value, re.ASCII):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchvlm.words import duration, large_number, num_bytes, number_of, printable
+from batchvlm.words import duration, large_number, num_bytes, number_of, one_line, printable
 
 
 def test_a_terminal_takes_no_orders_from_data() -> None:
@@ -37,3 +37,8 @@ def test_large_numbers() -> None:
         *("0 bytes", "512 bytes", "1 kB", "2.05 kB", "6.53 MB", "150 GB", "2e+03 TB"),
     ]
     assert [large_number(n) for n in (999, 1_634_000, 7_600_000_000)] == ["999", "1.63 M", "7.6 B"]
+
+
+def test_an_error_of_many_lines_is_one() -> None:
+    assert one_line(ValueError("no\n  such\tthing")) == "no such thing"
+    assert len(one_line("x" * 999)) == 200

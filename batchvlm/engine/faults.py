@@ -9,6 +9,7 @@ import torch
 
 from batchvlm.errors import DeviceError, ErrorType
 from batchvlm.records import Failure
+from batchvlm.words import one_line
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def is_oom(error: BaseException) -> bool:
 def failure_of(error: BaseException) -> Failure:
     """The failure of a row that raised this by itself."""
     return Failure(
-        error_type=ErrorType.OOM if is_oom(error) else ErrorType.ENGINE, message=one_line(error)
+        error_type=ErrorType.OOM if is_oom(error) else ErrorType.ENGINE, message=described(error)
     )
 
 
@@ -35,7 +36,7 @@ def device_error(error: BaseException) -> DeviceError:
     After it every call fails, so every row would: none of them is at fault.
     """
     return DeviceError(
-        f"the accelerator failed: {one_line(error)}",
+        f"the accelerator failed: {described(error)}",
         hint="run the same command again: it goes on from the last finished rows",
     )
 
@@ -51,9 +52,9 @@ def free_memory(device: torch.device) -> None:
         raise
     except RuntimeError as error:
         # torch 2.11 keeps its memory for good after the capture of a graph was broken off.
-        log.debug("memory is not given back: %s", one_line(error))
+        log.debug("memory is not given back: %s", described(error))
 
 
-def one_line(error: BaseException) -> str:
-    """What an error is and says, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def described(error: BaseException) -> str:
+    """An error's type and message, in one line."""
+    return f"{type(error).__name__}: {one_line(error)}"

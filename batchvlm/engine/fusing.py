@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from batchvlm.config import EngineConfig
 from batchvlm.engine.kernels import children, is_rms_norm, is_same, random_like
+from batchvlm.words import one_line
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +84,9 @@ class Fusing:
             # Whatever the compiler lacks here shows at the first small function.
             self._fuse_decoder(layers)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            log.warning("torch.compile does not work here (%s); layers run unfused", reason)
+            log.warning(
+                "torch.compile does not work here (%s); layers run unfused", one_line(error)
+            )
             return
         self._fuse_encoder(model)
         log.debug("fused the layers in %.1f s", time.perf_counter() - start_s)

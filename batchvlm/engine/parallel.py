@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from batchvlm.config import JobConfig
-from batchvlm.engine.faults import one_line
+from batchvlm.engine.faults import described
 from batchvlm.errors import ReplicaError
 from batchvlm.records import Array
 
@@ -166,7 +166,7 @@ class Team:
         except ReplicaError:
             raise
         except Exception as error:
-            text = one_line(error)
+            text = described(error)
         if text:
             raise ReplicaError(f"processes that hold the model together fell out of step: {text}")
 
@@ -189,7 +189,7 @@ def follow(channel: ToLeader, *, device: str, load: Callable[[JobConfig], Run]) 
         with _numbered(device):
             run = load(cfg)
     except Exception as error:
-        channel.answer(one_line(error))
+        channel.answer(described(error))
         channel.receive()
         return
     channel.answer(None)
@@ -201,7 +201,7 @@ def follow(channel: ToLeader, *, device: str, load: Callable[[JobConfig], Run]) 
             else:
                 _answer(message, run)
         except Exception as error:
-            channel.answer(one_line(error))
+            channel.answer(described(error))
         else:
             channel.answer(None)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from batchvlm.engine import flash, race
 from batchvlm.engine.layout import Slots, Span
+from batchvlm.words import one_line
 
 log = logging.getLogger(__name__)
 
@@ -188,5 +189,5 @@ def is_faster(
         raise
     except Exception as error:
         # A triton that is not there or does not compile, or no memory for a trial.
-        log.debug("no kernel for slots: %s", " ".join(str(error).split())[:200])
+        log.debug("no kernel for slots: %s", one_line(error))
         return False

@@ -18,6 +18,7 @@ from batchvlm.errors import OutputError
 from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.run_file import RunFile
 from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY
+from batchvlm.words import one_line
 
 _NUM_THREADS = 8
 """Footers of a network file system are mostly waited for."""
@@ -60,7 +61,7 @@ def _look_into(
         return Counter()  # `compact` has just put another one into its place
     except (OSError, pa.ArrowException) as error:
         raise OutputError(
-            f"{part.path} cannot be read: {' '.join(str(error).split())[:200]}",
+            f"{part.path} cannot be read: {one_line(error)}",
             hint="if it is damaged, delete it and run the same command again: "
             "its rows are computed again",
         ) from error

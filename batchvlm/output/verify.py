@@ -18,7 +18,7 @@ from batchvlm.errors import ConfigError, InputError, OutputError
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import RunFile, read_run
 from batchvlm.output.segments import FINGERPRINT_KEY
-from batchvlm.words import number_of
+from batchvlm.words import number_of, one_line
 
 _COLUMNS = ["row_index", "status", "error_type", "fingerprint"]
 _MAX_RANGES = 20
@@ -83,7 +83,7 @@ def verify(folder: OutputFolder) -> Verdict:
         try:
             rows = _read_part(folder, path, run, verdict)
         except (OSError, pa.ArrowException, OutputError) as error:
-            verdict.faults.append(f"unreadable  {path.name}: {' '.join(str(error).split())[:200]}")
+            verdict.faults.append(f"unreadable  {path.name}: {one_line(error)}")
             continue
         readable.append(path)
         is_ours = (rows >= 0) & (rows < num_rows)
