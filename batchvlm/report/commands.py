@@ -103,7 +103,8 @@ def _count(text: str) -> int:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        # JSON may hold half a character, as in "\ud83d": it is shown as it is written.
+        path.write_bytes(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}", hint="name another --html FILE"

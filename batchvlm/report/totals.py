@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -251,7 +252,9 @@ def _add_fields(totals: Totals, text: str) -> None:
         values = totals.fields.setdefault(path, Values())
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         values.add(shown[:_MAX_VALUE_CHARS])
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # JSON has integers beyond every float.
+        if is_number and abs(value) <= sys.float_info.max:
             values.add_number(value)
 
 

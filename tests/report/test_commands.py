@@ -8,6 +8,7 @@ import pytest
 
 from batchvlm.cli import main
 from batchvlm.report.outputs import Output
+from tests.report.make import answered, make_output
 
 
 def test_report_writes_the_page_and_the_card(
@@ -37,6 +38,20 @@ def test_compare_prints_a_table_and_writes_a_page(
     assert "rows in both       60" in capsys.readouterr().out
     assert main(["compare", *folders, "--html", str(page)]) == 0
     assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("text", [r'{"\ud83d": "\ud83d"}', f'{{"price": {"1" * 400}}}'])
+def test_json_beyond_what_utf8_and_floats_can_hold_is_shown(
+    text: str, tmp_path: Path, source: Path
+) -> None:
+    out = str(tmp_path / "out")
+    schema = "task.output.json_schema={type: object}"
+    answer = answered(text, parsed=text, json_valid=True)
+    make_output(tmp_path / "out", source, lambda row: answer, schema, name="extract")
+    page = tmp_path / "page.html"
+    for command in (["report", out], ["compare", out, out]):
+        assert main([*command, "--html", str(page), "--rows", "1", "--no-images"]) == 0
+        assert text[2:7] in page.read_text()
 
 
 @pytest.mark.parametrize("command", [["report"], ["compare", "."]])
