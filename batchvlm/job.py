@@ -257,7 +257,7 @@ def announce_overwriting(job: Job) -> None:
         return
     if found is not None and found.num_live:
         raise FingerprintError(
-            f"{job.folder.root} holds the answers to another question: {changes}; "
+            f"{job.folder} holds the answers to another question: {changes}; "
             f"output.on_mismatch=overwrite takes them from no process that is at work on them, "
             f"and {found.num_live} are",
             hint="end them first (one that was killed counts for a minute), or name another "
@@ -267,7 +267,7 @@ def announce_overwriting(job: Job) -> None:
     log.warning(
         "%s holds the answers to another question: %s; once the model has loaded, "
         "output.on_mismatch=overwrite gives up %s",
-        job.folder.root,
+        job.folder,
         changes,
         rows,
     )

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchvlm.cli import main
-from batchvlm.errors import BatchvlmError, ConfigError, OutputError
+from batchvlm.errors import BatchvlmError, ConfigError, InputError, OutputError
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.status import status
 from batchvlm.output.verify import verify
@@ -66,6 +66,8 @@ def test_a_job_from_a_store_into_it(store: Store, tmp_path: Path, write_parquet:
     run(*job, engine=rest)
     assert len(rest.seen) <= 40 - 17
     assert verify(OutputFolder(out)).faults == []
+    with pytest.raises(InputError, match=f"^{out}/data is no output"):
+        verify(OutputFolder(f"{out}/data"))
     assert rows_in(store, out) == expected
     # The engine's failure is mended, in place; the same from a folder and from a glob.
     run(*job, "retry.errors=[engine]", engine=FakeEngine())

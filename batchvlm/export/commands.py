@@ -56,7 +56,7 @@ def _to_openai(args: argparse.Namespace) -> ExitCode:
     num_finished = len(output.folder.finished_shards(num_shards))
     if num_finished < num_shards and not args.unfinished:
         raise OutputError(
-            f"{output.folder.root}: {num_finished:,} of {num_shards:,} shards are finished",
+            f"{output.folder}: {num_finished:,} of {num_shards:,} shards are finished",
             hint="finish the job, or export what there is with --unfinished",
         )
     print(f"{write_answers(output, Path(args.path)):,} answers -> {args.path}")

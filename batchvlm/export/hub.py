@@ -43,7 +43,7 @@ def push(output: Output, repo: str, *, is_private: bool = True) -> str:
     num_left = len(output.run.plan) - len(output.folder.finished_shards(len(output.run.plan)))
     if num_left:
         raise OutputError(
-            f"{output.folder.root} is not finished: {num_left} of {len(output.run.plan)} shards "
+            f"{output.folder} is not finished: {num_left} of {len(output.run.plan)} shards "
             "are left",
             hint="finish the job, then export it",
         )

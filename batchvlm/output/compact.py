@@ -63,14 +63,14 @@ def compact(
     restore_data(folder)
     if faults := verify(folder).faults:
         raise OutputError(
-            f"{folder.root} is not whole, {faults[0]}",
-            hint=f"only a finished job is compacted; see batchvlm verify {folder.root}",
+            f"{folder} is not whole, {faults[0]}",
+            hint=f"only a finished job is compacted; see batchvlm verify {folder}",
         )
     retried = folder.shards_with_segments(is_retry=True)
     # A kill may have left a folder of none.
     if waiting := [index for index in retried if folder.list_segments(index, is_retry=True)]:
         raise OutputError(
-            f"{folder.root}: rows of {len(waiting)} shards were answered again and wait for a run",
+            f"{folder}: rows of {len(waiting)} shards were answered again and wait for a run",
             hint="run the command with its retry.errors once more",
         )
     num_shards = len(run.plan)
@@ -163,7 +163,7 @@ def _merge(
         merged = [part.path for group in groups if len(group) > 1 for part in group]
         size_bytes = sum(path.stat().st_size for path in merged)
         raise OutputError(
-            f"no room to compact {folder.root}: the merged parts take {size_bytes:,} bytes beside "
+            f"no room to compact {folder}: the merged parts take {size_bytes:,} bytes beside "
             "the old ones until they are whole",
             hint="make room and run compact again, the output is as it was",
         ) from error

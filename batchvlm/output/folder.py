@@ -95,6 +95,10 @@ class OutputFolder:
         """A path as a person, or `datasets`, takes it."""
         return self._files.address(path)
 
+    def __str__(self) -> str:
+        """The folder as a person names it."""
+        return self.address(self.root)
+
     def check_local(self, what: str) -> None:
         """Refuse what only a disk can do.
 
@@ -103,7 +107,7 @@ class OutputFolder:
         """
         if not self.is_local:
             raise OutputError(
-                f"{self.address(self.root)} is in an object store, where {what} is not possible",
+                f"{self} is in an object store, where {what} is not possible",
                 hint="copy the output to a disk first",
             )
 
@@ -146,13 +150,13 @@ class OutputFolder:
             text = self._files.read_bytes(self.run_json)
         except OSError as error:
             raise OutputError(
-                f"{self.run_json} cannot be found any more: {error.strerror}",
+                f"{self.address(self.run_json)} cannot be found any more: {error.strerror}",
                 hint="see whether the folder was moved or its file system unmounted, "
                 "and run the same command again",
             ) from error
         if text != self._claim:
             raise OutputError(
-                f"{self.root} was given to another run meanwhile",
+                f"{self} was given to another run meanwhile",
                 hint="name another output.dir for one of the two",
             )
         self._claim_mark = mark

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from batchvlm.errors import ConfigError, FingerprintError, OutputError
@@ -89,19 +88,19 @@ def find_run(
         run = read_run(folder)
     if run is not None and overwrite and differs(run, ours):
         folder.check_local("overwriting")
-        return _decode(_encode(ours), folder.run_json)
+        return _decode(_encode(ours), folder.address(folder.run_json))
     if run is not None:
         _check_same(folder, run, ours)
         folder.remove_leftovers(len(run.plan))
         return run
     if has_data:
         raise ConfigError(
-            f"{folder.data} holds Parquet files, but {folder.run_json} is missing: "
-            "they are no output of batchvlm",
+            f"{folder.address(folder.data)} holds Parquet files, but "
+            f"{folder.address(folder.run_json)} is missing: they are no output of batchvlm",
             hint="name another output.dir",
         )
     # As it is read back: stored and fresh runs cannot differ.
-    return _decode(_encode(ours), folder.run_json)
+    return _decode(_encode(ours), folder.address(folder.run_json))
 
 
 def save_run(folder: OutputFolder, run: RunFile, *, overwrite: bool = False) -> RunFile:
@@ -128,12 +127,12 @@ def save_run(folder: OutputFolder, run: RunFile, *, overwrite: bool = False) -> 
     folder.commit_file(lambda file: file.write(text), folder.run_json, replace=False)
     stored = folder.read_bytes(folder.run_json)
     if stored is None:
-        raise OutputError(f"{folder.run_json} vanished just after it was written")
-    there = _decode(stored, folder.run_json)
+        raise OutputError(f"{folder.address(folder.run_json)} vanished just after it was written")
+    there = _decode(stored, folder.address(folder.run_json))
     _check_same(folder, there, run)
     if there.plan != run.plan:
         raise OutputError(
-            f"{folder.root}: another process has just started this job with another plan",
+            f"{folder}: another process has just started this job with another plan",
             hint="run the same command again to go on with that plan",
         )
     folder.claim(stored)
@@ -148,12 +147,12 @@ def differs(there: RunFile, ours: RunFile) -> list[str]:
 def _check_same(folder: OutputFolder, there: RunFile, ours: RunFile) -> None:
     if there.fingerprint == ours.fingerprint and (found := differs(there, ours)):
         raise FingerprintError(
-            f"{folder.root} was begun with other settings: {'; '.join(found)}",
+            f"{folder} was begun with other settings: {'; '.join(found)}",
             hint="put them back, or name another output.dir",
         )
     if found := differs(there, ours):
         raise FingerprintError(
-            f"{folder.root} holds the answers to another question: {'; '.join(found)}",
+            f"{folder} holds the answers to another question: {'; '.join(found)}",
             hint="put the settings back, name another output.dir, or set output.on_mismatch",
         )
 
@@ -166,7 +165,7 @@ def read_run(folder: OutputFolder) -> RunFile | None:
         OutputError: the file cannot be read, or is damaged.
     """
     text = folder.read_bytes(folder.run_json)
-    return None if text is None else _decode(text, folder.run_json)
+    return None if text is None else _decode(text, folder.address(folder.run_json))
 
 
 def _encode(run: RunFile) -> bytes:
@@ -176,7 +175,7 @@ def _encode(run: RunFile) -> bytes:
     return text.encode("ascii")
 
 
-def _decode(text: bytes, path: Path) -> RunFile:
+def _decode(text: bytes, path: str) -> RunFile:
     try:
         content = json.loads(text)
     except ValueError as error:

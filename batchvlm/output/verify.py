@@ -36,7 +36,7 @@ def open_run(folder: OutputFolder) -> RunFile:
     """
     if folder.is_local and folder.root.is_file():
         raise InputError(
-            f"{folder.root} is a file", hint="name the folder that output.dir named, no file in it"
+            f"{folder} is a file", hint="name the folder that output.dir named, no file in it"
         )
     try:
         run = read_run(folder)
@@ -46,7 +46,7 @@ def open_run(folder: OutputFolder) -> RunFile:
         raise type(error)(error.message, hint=hint) from error
     if run is None:
         raise InputError(
-            f"{folder.root} is no output of batchvlm: {folder.run_json} is missing",
+            f"{folder} is no output of batchvlm: it has no _batchvlm/run.json",
             hint="name the folder that output.dir named",
         )
     return run

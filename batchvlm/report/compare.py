@@ -89,7 +89,7 @@ def compare(a: Output, b: Output, *, num_sampled: int, seed: int = 0) -> Compari
         _add(found, table_a, table_b)
     if not found.num_both:
         raise InputError(
-            f"{a.folder.root} and {b.folder.root} have no row in common",
+            f"{a.folder} and {b.folder} have no row in common",
             hint="compare two outputs of one input, both with finished shards",
         )
     return found
@@ -124,7 +124,7 @@ def _empty(output: Output) -> pa.Table:
     names = [name for name in _COLUMNS if name in output.schema.names]
     if not names:
         raise InputError(
-            f"{output.folder.root} has no finished shard yet",
+            f"{output.folder} has no finished shard yet",
             hint="wait for the job, or run it again",
         )
     return pa.schema([output.schema.field(name) for name in names]).empty_table()
@@ -154,8 +154,7 @@ def _pairs_by_id(a: Output, b: Output, found: Comparison) -> Iterator[tuple[pa.T
     num_repeated = table_b.num_rows - pc.count_distinct(ids).as_py()
     if num_repeated:
         raise InputError(
-            f"{b.folder.root}: {num_repeated:,} ids stand for more than one row, and the inputs "
-            "differ",
+            f"{b.folder}: {num_repeated:,} ids stand for more than one row, and the inputs differ",
             hint="rows can only be matched by unique ids: set data.columns.id",
         )
     reader = _Reader(a)

@@ -45,7 +45,7 @@ _SHOWN_SAME = 50
 
 def table(a: Output, b: Output, found: Comparison) -> str:
     """The comparison as lines of text."""
-    lines = [f"A  {a.folder.root}  {redact(a.model)}", f"B  {b.folder.root}  {redact(b.model)}", ""]
+    lines = [f"A  {a.folder}  {redact(a.model)}", f"B  {b.folder}  {redact(b.model)}", ""]
     if differing := _differences(a, b):
         lines += ["what differs between the runs", *(f"  {printable(x)}" for x in differing), ""]
     key = "id (the inputs differ)" if found.is_by_id else "row_index"

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchvlm.config import JobConfig
-from batchvlm.errors import InputError, OutputError
+from batchvlm.errors import OutputError
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.run_file import RunFile, read_run
+from batchvlm.output.run_file import RunFile
+from batchvlm.output.verify import open_run
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -76,11 +77,7 @@ class Output:
                     )
                     yield from map(_with_parsed_as_text, batches)
             except (OSError, pa.ArrowException) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise OutputError(
-                    f"{path} cannot be read: {reason}",
-                    hint="delete it and run the job again: its rows are computed anew",
-                ) from error
+                raise _unreadable(self.folder, path, error) from error
 
 
 def open_output(root: str | Path) -> Output:
@@ -88,15 +85,11 @@ def open_output(root: str | Path) -> Output:
 
     Raises:
         InputError: no run has written it.
+        ConfigError: a newer release has.
         OutputError: it cannot be read, or holds a part of another run.
     """
     folder = OutputFolder(root)
-    run = read_run(folder)
-    if run is None:
-        raise InputError(
-            f"{folder.root} is no output of batchvlm: it has no _batchvlm/run.json",
-            hint="name the folder that output.dir named",
-        )
+    run = open_run(folder)
     parts = [part.path for part in folder.parts(len(run.plan))]
     schema = pa.schema([])
     if parts:
@@ -106,8 +99,15 @@ def open_output(root: str | Path) -> Output:
             if (place := schema.get_field_index("parsed")) >= 0:
                 schema = schema.set(place, pa.field("parsed", pa.string()))
         except (OSError, pa.ArrowException) as error:
-            raise OutputError(f"{parts[0]} cannot be read: {error}") from error
+            raise _unreadable(folder, parts[0], error) from error
     return Output(folder=folder, run=run, parts=parts, schema=schema)
+
+
+def _unreadable(folder: OutputFolder, path: Path, error: Exception) -> OutputError:
+    return OutputError(
+        f"{folder.address(path)} cannot be read: {' '.join(str(error).split())[:200]}",
+        hint="delete it and run the job again: its rows are computed anew",
+    )
 
 
 def _with_parsed_as_text(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -115,7 +115,7 @@ def test_a_foreign_file_is_named(folder: OutputFolder) -> None:
 
 
 def test_a_folder_that_is_no_output(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no output of batchvlm: .*run\.json is missing"):
+    with pytest.raises(InputError, match=r"no output of batchvlm: it has no _batchvlm/run\.json"):
         verify(OutputFolder(tmp_path))
 
 

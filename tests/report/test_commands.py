@@ -63,6 +63,16 @@ def test_a_folder_that_is_no_output_is_one_line(
     assert error.count("\n") == 1 and "is no output of batchvlm" in error
 
 
+@pytest.mark.parametrize(
+    "more", [["report"], ["compare", "x"], ["export", "--to=openai", "--path=x"]]
+)
+def test_a_file_in_the_folders_place_is_a_mistake(
+    more: list[str], output: Output, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([more[0], str(output.parts[0]), *more[1:]]) == 2
+    assert f"{output.parts[0]} is a file; name the folder" in capsys.readouterr().err
+
+
 def test_mistyped_options_are_refused(output: Output, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(output.folder.root), "--rows", "-3"]) == 2
     assert "'-3' is no number of 0 or more" in capsys.readouterr().err
