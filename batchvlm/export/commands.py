@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from batchvlm.arguments import Parser
+from batchvlm.arguments import Parser, local_file
 from batchvlm.errors import ExitCode, OutputError
 
 
@@ -24,7 +23,7 @@ def export(argv: Sequence[str]) -> ExitCode:
     parser.add_argument("out", metavar="OUT", help="the folder that output.dir named")
     parser.add_argument("--to", choices=["openai", "hub"], required=True, help="what to make of it")
     parser.add_argument("repo", metavar="REPO", nargs="?", help="hub: NAMESPACE/NAME")
-    parser.add_argument("--path", metavar="FILE", help="openai: the file to write")
+    parser.add_argument("--path", type=local_file, metavar="FILE", help="openai: the file to write")
     parser.add_argument(
         "--unfinished", action="store_true", help="openai: of a job that is not done, what is"
     )
@@ -59,5 +58,5 @@ def _to_openai(args: argparse.Namespace) -> ExitCode:
             f"{output.folder}: {num_finished:,} of {num_shards:,} shards are finished",
             hint="finish the job, or export what there is with --unfinished",
         )
-    print(f"{write_answers(output, Path(args.path)):,} answers -> {args.path}")
+    print(f"{write_answers(output, args.path):,} answers -> {args.path}")
     return ExitCode.DONE

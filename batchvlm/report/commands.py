@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from batchvlm.arguments import Parser
+from batchvlm.arguments import Parser, local_file
 from batchvlm.errors import ExitCode, OutputError
+
+log = logging.getLogger(__name__)
 
 
 def report(argv: Sequence[str]) -> ExitCode:
@@ -20,7 +23,12 @@ def report(argv: Sequence[str]) -> ExitCode:
         "runs, it speaks of the finished shards.",
     )
     parser.add_argument("out", metavar="OUT", help="the folder that output.dir named")
-    parser.add_argument("--html", metavar="FILE", help="where to write it (OUT/report.html)")
+    parser.add_argument(
+        "--html",
+        type=local_file,
+        metavar="FILE",
+        help="where to write it (OUT/report.html; ./report.html if OUT is in an object store)",
+    )
     _add_gallery(parser)
     parser.add_argument(
         "--failed", type=_count, default=500, metavar="N", help="failed rows at most (500)"
@@ -41,10 +49,14 @@ def report(argv: Sequence[str]) -> ExitCode:
     )
     # Beside the output where that is a folder of this machine.
     beside = output.folder.root if output.folder.is_local else Path()
-    path = Path(args.html) if args.html else beside / "report.html"
+    path = args.html or beside / "report.html"
     _write(path, page)
-    write_card(output)
     print(f"{path}  {_size(path)}")
+    try:
+        write_card(output)
+    except OutputError as error:
+        # The page may be about a folder that one can only read.
+        log.warning("no dataset card: %s", error.message)
     return ExitCode.DONE
 
 
@@ -58,7 +70,9 @@ def compare(argv: Sequence[str]) -> ExitCode:
     )
     parser.add_argument("out_a", metavar="OUT_A", help="one output folder")
     parser.add_argument("out_b", metavar="OUT_B", help="another one")
-    parser.add_argument("--html", metavar="FILE", help="also write a page with the changed rows")
+    parser.add_argument(
+        "--html", type=local_file, metavar="FILE", help="also write a page with the changed rows"
+    )
     _add_gallery(parser)
     args = parser.parse_args(argv)
     from batchvlm.report.compare import compare
@@ -70,8 +84,8 @@ def compare(argv: Sequence[str]) -> ExitCode:
     print(table(a, b, found))
     if args.html:
         html = page(a, b, found, images=args.images, input_path=args.input)
-        _write(Path(args.html), html)
-        print(f"\n{args.html}  {_size(Path(args.html))}")
+        _write(args.html, html)
+        print(f"\n{args.html}  {_size(args.html)}")
     return ExitCode.DONE
 
 

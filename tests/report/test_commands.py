@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from batchvlm.cli import main
+from batchvlm.errors import OutputError
 from batchvlm.report.outputs import Output
 from tests.report.make import answered, make_output
 
@@ -76,6 +77,42 @@ def test_a_file_in_the_folders_place_is_a_mistake(
 def test_mistyped_options_are_refused(output: Output, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(output.folder.root), "--rows", "-3"]) == 2
     assert "'-3' is no number of 0 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["report", "--html"], ["compare", ".", "--html"], ["export", "--to=openai", "--path"]],
+)
+def test_a_file_in_an_object_store_is_not_a_folder_named_s3(
+    command: list[str],
+    output: Output,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = str(output.folder.root.absolute())
+    assert main([command[0], root, *command[1:], "s3://bucket/file"]) == 2
+    assert "'s3://bucket/file' is an address; name a file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_can_only_be_read_is_reported(
+    output: Output,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: object, **more: object) -> None:
+        raise OutputError("cannot write README.md: Permission denied")
+
+    monkeypatch.setattr("batchvlm.output.folder.OutputFolder.commit_file", refuse)
+    (output.folder.root / "README.md").unlink(missing_ok=True)
+    page = tmp_path / "page.html"
+    assert main(["report", str(output.folder.root), "--html", str(page), "--rows", "1"]) == 0
+    assert capsys.readouterr().out.startswith(str(page))
+    assert "no dataset card: cannot write README.md" in caplog.text
 
 
 def test_a_page_that_cannot_be_written_is_one_line(
