@@ -18,7 +18,8 @@ from batchvlm.report.outputs import Output
 from batchvlm.report.totals import TOKENS, Draw, TokenCounts
 
 _COLUMNS = (
-    *("row_index", "id", "status", "error_type", "generated_text", "parsed"),
+    *("row_index", "id", "status", "error_type", "generated_text", "generated_texts"),
+    "parsed",
     *("prompt_tokens", "image_tokens", "completion_tokens"),
 )
 _CHUNK_ROWS = 8192
@@ -169,8 +170,7 @@ def _pairs_by_id(a: Output, b: Output, found: Comparison) -> Iterator[tuple[pa.T
 def _add(found: Comparison, a: pa.Table, b: pa.Table) -> None:
     rows = a["row_index"].to_numpy()
     failed_a, failed_b = _is_error(a), _is_error(b)
-    same = pc.fill_null(pc.equal(a["generated_text"], b["generated_text"]), False)
-    is_same = np.asarray(same.to_numpy(zero_copy_only=False), dtype=bool)
+    is_same = _has_same_answer(a, b)
     masks = {
         SAME: ~failed_a & ~failed_b & is_same,
         CHANGED: ~failed_a & ~failed_b & ~is_same,
@@ -190,13 +190,37 @@ def _add(found: Comparison, a: pa.Table, b: pa.Table) -> None:
         for name, counts in side.tokens.items():
             if name in table.column_names:
                 counts.add(table[name].drop_null().to_numpy())
-        texts = table["generated_text"].drop_null()
+        texts = _texts(table)
         side.num_chars += pc.sum(pc.utf8_length(texts)).as_py() or 0
         side.num_answers += len(texts)
     both = np.flatnonzero(masks[SAME] | masks[CHANGED])
     for one, two in zip(a["parsed"].take(both), b["parsed"].take(both), strict=True):
         if one.is_valid and two.is_valid:
             _add_json(found, one.as_py(), two.as_py())
+
+
+def _has_same_answer(a: pa.Table, b: pa.Table) -> npt.NDArray[np.bool_]:
+    same = pc.fill_null(pc.equal(a["generated_text"], b["generated_text"]), False)
+    is_same = np.asarray(same.to_numpy(zero_copy_only=False), dtype=bool)
+    if "generated_texts" in a.column_names and "generated_texts" in b.column_names:
+        pairs = zip(a["generated_texts"].to_pylist(), b["generated_texts"].to_pylist(), strict=True)
+        is_same &= np.fromiter((are_same(one, two) for one, two in pairs), bool, len(is_same))
+    return is_same
+
+
+def are_same(one: Sequence[str] | None, two: Sequence[str] | None) -> bool:
+    """Whether several answers to a row are the same; of one and several, only the first counts."""
+    return one is None or two is None or one == two
+
+
+def _texts(table: pa.Table) -> Any:
+    """Every answer, those of a dialog's turns and of rows with several included."""
+    first = table["generated_text"]
+    if "generated_texts" not in table.column_names:
+        return first.drop_null()
+    several = table["generated_texts"]
+    alone = first.filter(pc.is_null(several)).drop_null()
+    return pa.chunked_array([*pc.list_flatten(several).chunks, *alone.chunks], pa.string())
 
 
 def _is_error(table: pa.Table) -> npt.NDArray[np.bool_]:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
+from itertools import zip_longest
 from typing import Any
 
 from batchvlm.output.fingerprint import differences
@@ -18,6 +19,7 @@ from batchvlm.report.compare import (
     SAME,
     Comparison,
     Side,
+    are_same,
     drawn_rows,
     json_fields,
 )
@@ -180,21 +182,13 @@ def _differences(a: Output, b: Output) -> list[str]:
 
 def _entry(a: dict[str, Any], b: dict[str, Any], asked: Asked) -> dict[str, Any]:
     outcome = _outcome(a, b)
-    texts = (a["generated_text"] or "", b["generated_text"] or "")
-    parts_a, parts_b, difference = changes(cut(texts[0]), cut(texts[1]))
+    answers, difference = _answers(a, b)
     fields = _field_rows(a["parsed"], b["parsed"])
     num_changed = sum(one != two for _, one, two in fields)
     messages = [
         f"{name}: {row['error_type']}, {redact(row['error_message'] or '')}"
         for name, row in (("A", a), ("B", b))
         if row["status"] == "error"
-    ]
-    answers = [
-        {"label": label, "text": text, "parts": parts, "mark": mark, "empty": "no answer"}
-        for label, text, parts, mark in (
-            ("Answer of A", texts[0], parts_a, "del"),
-            ("Answer of B", texts[1], parts_b, "ins"),
-        )
     ]
     return {
         "row": a["row_index"],
@@ -225,6 +219,25 @@ def _entry(a: dict[str, Any], b: dict[str, Any], asked: Asked) -> dict[str, Any]
     }
 
 
+def _answers(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[dict[str, Any]], float]:
+    """Each answer of A beside B's, of a dialog turn by turn, and how much differs."""
+    texts_a, texts_b = (row.get("generated_texts") or [row["generated_text"]] for row in (a, b))
+    pairs = list(zip_longest(texts_a, texts_b))
+    answers = []
+    total = 0.0
+    for place, pair in enumerate(pairs, start=1):
+        one, two = (cut(text or "") for text in pair)
+        parts_a, parts_b, difference = changes(one, two)
+        total += difference
+        name = f"Answer {place}" if len(pairs) > 1 else "Answer"
+        answers += [
+            {"label": f"{name} of {side}", "text": text, "parts": parts, "mark": mark}
+            | {"empty": "no answer"}
+            for side, text, parts, mark in (("A", one, parts_a, "del"), ("B", two, parts_b, "ins"))
+        ]
+    return answers, total / len(pairs)
+
+
 def _latency(row: dict[str, Any]) -> str | None:
     return None if row["latency_s"] is None else seconds(row["latency_s"])
 
@@ -237,7 +250,10 @@ def _outcome(a: dict[str, Any], b: dict[str, Any]) -> str:
             return ONLY_A
         case False, True:
             return ONLY_B
-    return SAME if a["generated_text"] == b["generated_text"] else CHANGED
+    is_same = a["generated_text"] == b["generated_text"] and are_same(
+        a.get("generated_texts"), b.get("generated_texts")
+    )
+    return SAME if is_same else CHANGED
 
 
 def _field_rows(a: str | None, b: str | None) -> list[list[str]]:

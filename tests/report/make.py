@@ -54,12 +54,14 @@ def make_output(
     *overrides: str,
     name: str = "caption",
     leave_out: Sequence[int] = (),
+    generated_texts: bool = False,
 ) -> Output:
     """Write the output of a job over a Parquet file whose key is its column `id`.
 
     Args:
         answer: row index -> the fields of its result.
         leave_out: shards that are not finished yet.
+        generated_texts: whether rows may have several answers.
     """
     cfg = compose(
         name,
@@ -87,13 +89,12 @@ def make_output(
     provenance = Provenance(
         model=model_name(cfg.model), fingerprint=run.fingerprint, run_id="run-1"
     )
+    schema = output_schema([], generated_texts=generated_texts)
     ids = _ids(source)
     for shard in run.plan:
         if shard.index in leave_out:
             continue
-        writer = ShardWriter(
-            folder, shard, len(run.plan), output_schema([]), provenance, flush_every_s=1e9
-        )
+        writer = ShardWriter(folder, shard, len(run.plan), schema, provenance, flush_every_s=1e9)
         for row in sorted(set(range(shard.num_rows)) - writer.finished_rows):
             index = shard.first_row_index + row
             writer.add(

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchvlm.errors import ErrorType, InputError
+from batchvlm.records import FinishReason
 from batchvlm.report.compare import (
     BOTH,
     CHANGED,
@@ -109,6 +110,41 @@ def test_json_by_field(tmp_path: Path, source: Path) -> None:
     changed = next(row for row in rows if row["status"] == CHANGED)
     assert changed["fields"][0] == ["is.color", '"red"', '"blue"']
     assert changed["fieldTitle"] == "Fields (1 of 3 differ)"
+
+
+def test_every_answer_of_a_row_is_held_against_the_others(tmp_path: Path, source: Path) -> None:
+    """The last turn of a dialog may be the same where the others are not."""
+
+    def make(name: str, first: str) -> Output:
+        def fields(row: int) -> dict[str, Any]:
+            if row == 0:
+                return answered("alone")
+            texts = (first if row < 15 else "red", "a cat")
+            reasons = (FinishReason.STOP, FinishReason.STOP)
+            return answered("a cat", generated_texts=texts, finish_reasons=reasons)
+
+        return make_output(tmp_path / name, source, fields, generated_texts=True)
+
+    a, b = make("a", "red"), make("b", "blue")
+    found = compare(a, b, num_sampled=5)
+    assert (found.outcomes[SAME], found.outcomes[CHANGED]) == (46, 14)
+    assert found.b.num_answers == 119
+    assert found.b.num_chars == len("alone") + 59 * len("a cat") + 14 * len("blue") + 45 * len(
+        "red"
+    )
+    rows = rows_of(page(a, b, found))
+    changed = next(row for row in rows if row["status"] == CHANGED)
+    assert [answer["label"] for answer in changed["answers"]] == [
+        *("Answer 1 of A", "Answer 1 of B", "Answer 2 of A", "Answer 2 of B")
+    ]
+    assert [answer["text"] for answer in changed["answers"]] == ["red", "blue", "a cat", "a cat"]
+    assert changed["difference"] == 0.5
+    # Against an output of one answer a row, the first one counts: its column generated_text.
+    assert compare(a, make_one(tmp_path, source), num_sampled=5).outcomes[SAME] == 59
+
+
+def make_one(tmp_path: Path, source: Path) -> Output:
+    return make_output(tmp_path / "one", source, lambda row: answered("a cat"))
 
 
 def test_other_inputs_are_matched_by_id(tmp_path: Path, source: Path) -> None:
