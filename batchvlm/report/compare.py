@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from batchvlm.errors import InputError
 from batchvlm.report.outputs import Output
 from batchvlm.report.totals import TOKENS, Draw, TokenCounts
+from batchvlm.words import number_of
 
 _COLUMNS = (
     *("row_index", "id", "status", "error_type", "generated_text", "generated_texts"),
@@ -77,10 +78,10 @@ class Comparison:
 def compare(a: Output, b: Output, *, num_sampled: int, seed: int = 0) -> Comparison:
     """Go through both outputs together, in memory bounded by a chunk of rows.
 
-    Where the inputs differ, rows are matched by id and the ids of B are held in memory.
+    Where the inputs differ, rows are matched by id, and those of B are held in memory.
 
     Raises:
-        InputError: no row is in both, or an id of B stands for several rows.
+        InputError: no row is in both, or an id stands for several rows.
         OutputError: a part cannot be read.
     """
     found = Comparison(is_by_id=a.run.identity.get("input") != b.run.identity.get("input"))
@@ -152,19 +153,26 @@ def _pairs_by_id(a: Output, b: Output, found: Comparison) -> Iterator[tuple[pa.T
     table_b = pa.concat_tables([_empty(b), *tables])
     found.b.num_rows = table_b.num_rows
     ids = table_b["id"].combine_chunks()
-    num_repeated = table_b.num_rows - pc.count_distinct(ids).as_py()
-    if num_repeated:
-        raise InputError(
-            f"{b.folder}: {num_repeated:,} ids stand for more than one row, and the inputs differ",
-            hint="rows can only be matched by unique ids: set data.columns.id",
-        )
+    _check_unique(b, table_b.num_rows - pc.count_distinct(ids).as_py())
     reader = _Reader(a)
+    num_matched = np.zeros(table_b.num_rows, np.int64)
     for start in range(0, a.num_planned, 8 * _CHUNK_ROWS):
         table_a = reader.take(start + 8 * _CHUNK_ROWS)
         found.a.num_rows = reader.num_rows
         places = pc.index_in(table_a["id"].combine_chunks(), value_set=ids)
         known = pc.is_valid(places)
-        yield table_a.filter(known), table_b.take(places.drop_null())
+        places = places.drop_null()
+        num_matched += np.bincount(places.to_numpy(), minlength=len(num_matched))
+        yield table_a.filter(known), table_b.take(places)
+    _check_unique(a, int(num_matched.sum() - np.count_nonzero(num_matched)))
+
+
+def _check_unique(output: Output, num_repeated: int) -> None:
+    if num_repeated:
+        raise InputError(
+            f"{output.folder}: {number_of(num_repeated, 'repeated id')}, and the inputs differ",
+            hint="rows can only be matched by unique ids: set data.columns.id",
+        )
 
 
 def _add(found: Comparison, a: pa.Table, b: pa.Table) -> None:
@@ -183,7 +191,8 @@ def _add(found: Comparison, a: pa.Table, b: pa.Table) -> None:
         found.outcomes[outcome] += int(mask.sum())
         found.drawn[outcome].add(rows[mask])
     if found.is_by_id:
-        found.rows_b.update(zip(rows.tolist(), rows_b.tolist(), strict=True))
+        pairs = found.rows_b | dict(zip(rows.tolist(), rows_b.tolist(), strict=True))
+        found.rows_b = {row: pairs[row] for row in drawn_rows(found)}
     for side, table in ((found.a, a), (found.b, b)):
         for item in pc.value_counts(table["error_type"].combine_chunks().drop_null()):
             side.errors[item["values"].as_py()] += item["counts"].as_py()

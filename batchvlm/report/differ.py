@@ -50,8 +50,7 @@ def table(a: Output, b: Output, found: Comparison) -> str:
     lines = [f"A  {a.folder}  {redact(a.model)}", f"B  {b.folder}  {redact(b.model)}", ""]
     if differing := _differences(a, b):
         lines += ["what differs between the runs", *(f"  {printable(x)}" for x in differing), ""]
-    key = "id (the inputs differ)" if found.is_by_id else "row_index"
-    lines.append(f"rows in both       {found.num_both:,}, matched by {key}")
+    lines.append(f"rows in both       {found.num_both:,}, matched by {_key(a, b, found)}")
     for outcome in (SAME, CHANGED, ONLY_A, ONLY_B, BOTH):
         num = found.outcomes[outcome]
         lines.append(f"{outcome:<18} {num:,} ({share(num, found.num_both)})")
@@ -101,7 +100,8 @@ def page(
     ]
     notices = [f"Prompts and images are not shown, since {inputs.problem}."] * bool(inputs.problem)
     if found.is_by_id:
-        notices.append("The two runs read different inputs; their rows are matched by id.")
+        key = _key(a, b, found)
+        notices.append(f"The two runs read different inputs; their rows are matched by {key}.")
     plots = [
         paired_plot(title, found.a.tokens[name], found.b.tokens[name])
         for name, title in (("completion_tokens", "Answer tokens"),)
@@ -135,6 +135,16 @@ def page(
         error_types=Counter(row["error"] for row in rows if row["error"]).most_common(),
         sorts=_SORTS,
     )
+
+
+def _key(a: Output, b: Output, found: Comparison) -> str:
+    """What makes a row of A and a row of B one."""
+    if not found.is_by_id:
+        return "row_index"
+    if all(output.run.settings["data"]["columns"].get("id") for output in (a, b)):
+        return "id (the inputs differ)"
+    # A row that was taken out of one input moves all behind it to another place.
+    return "id (the inputs differ), which is a row's place in its file: data.columns.id was not set"
 
 
 def _ranked_fields(found: Comparison) -> list[tuple[str, int, int]]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,7 +146,7 @@ def test_every_answer_of_a_row_is_held_against_the_others(tmp_path: Path, source
 
 
 def make_one(tmp_path: Path, source: Path) -> Output:
-    return make_output(tmp_path / "one", source, lambda row: answered("a cat"))
+    return make_output(tmp_path / "one", source, answered_alike)
 
 
 def test_other_inputs_are_matched_by_id(tmp_path: Path, source: Path) -> None:
@@ -156,6 +158,24 @@ def test_other_inputs_are_matched_by_id(tmp_path: Path, source: Path) -> None:
     assert found.outcomes[CHANGED] == 1 and drawn_rows(found, [CHANGED]) == [0]
     assert "matched by id" in table(a, b, found)
     assert "their rows are matched by id" in visible(page(a, b, found))
+    assert found.rows_b.keys() == set(drawn_rows(found))
+    by_place = make_output(tmp_path / "c", fewer, answered_alike, "data.columns.id=null")
+    assert "is a row's place in its file" in table(a, by_place, found)
+
+
+def test_an_id_of_several_rows_matches_none(tmp_path: Path, source: Path) -> None:
+    a = make_output(tmp_path / "a", source, answered_alike)
+    twice = tmp_path / "twice.parquet"
+    rows = pq.read_table(source)
+    pq.write_table(pa.concat_tables([rows.slice(0, 20), rows.slice(10, 1)]), twice)
+    b = make_output(tmp_path / "b", twice, answered_alike)
+    for pair in ((a, b), (b, a)):
+        with pytest.raises(InputError, match=r"b: 1 repeated id, and the inputs differ"):
+            compare(*pair, num_sampled=10)
+
+
+def answered_alike(row: int) -> dict[str, Any]:
+    return answered("a cat")
 
 
 def test_unfinished_outputs_share_what_they_have(tmp_path: Path, source: Path) -> None:
