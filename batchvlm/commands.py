@@ -79,8 +79,8 @@ def status(argv: Sequence[str]) -> ExitCode:
             print(json.dumps(shown), flush=True)
         else:
             _print_status(found)
-        is_over = found.num_done == found.num_rows or found.state == "stopped"
-        if not args.watch or is_over:
+        # A retry is at work on a job whose rows are all there.
+        if not args.watch or found.state != "running":
             return ExitCode.DONE
         time.sleep(args.watch)
         if not args.json:
@@ -102,9 +102,10 @@ def _print_status(found: JobStatus) -> None:
         wait = "waits" if found.num_waiting == 1 else "wait"
         print(f"retried  {number_of(found.num_waiting, 'row')} {wait} for a run with retry.errors")
     if found.num_live and found.rows_per_s:
-        left_s = (found.num_rows - found.num_done) / found.rows_per_s
+        num_left = found.num_rows - found.num_done
+        left = f", {duration(num_left / found.rows_per_s)} left" if num_left else ""
         of = number_of(found.num_live, "process")
-        print(f"speed    {found.rows_per_s:,.1f} rows/s of {of}, {duration(left_s)} left")
+        print(f"speed    {found.rows_per_s:,.1f} rows/s of {of}{left}")
     elif found.num_live:
         print("speed    not known yet")
     if found.silent and found.num_done < found.num_rows:

@@ -116,6 +116,27 @@ def test_a_job_that_has_stopped_is_not_watched(
     assert capsys.readouterr().out.startswith("state    done\n")
 
 
+def test_a_retry_is_watched_until_it_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows are there, and some of them are answered again."""
+    run_job(tmp_path, "ours")
+    metrics = OutputFolder(tmp_path).metrics
+    metrics.mkdir(exist_ok=True)
+    counts = metrics / "task-00000-rank-000-20260101T000000-a.json"
+    counts.write_text(json.dumps({"rows_per_s": 2.5, "is_over": False}))
+    monkeypatch.setattr(
+        "batchvlm.commands.time.sleep", lambda _: counts.write_text(json.dumps({"is_over": True}))
+    )
+    assert main(["status", str(tmp_path), "--watch"]) == ExitCode.DONE
+    shown = capsys.readouterr().out
+    assert "speed    2.5 rows/s of 1 process\n" in shown
+    assert [line for line in shown.splitlines() if line.startswith("state")] == [
+        "state    running (1 process)",
+        "state    done",
+    ]
+
+
 def test_compact_by_rows_and_by_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job(tmp_path)
     assert main(["compact", str(tmp_path), "--rows", "8"]) == ExitCode.DONE
