@@ -276,6 +276,8 @@ def test_thumbnails_are_images_with_a_description(opened: Any) -> None:
     while time.monotonic() < deadline and not images[0].get_property("naturalWidth"):
         pass
     assert images[0].get_property("naturalWidth") == 40
+    # However long the text beside it.
+    assert [images[0].get_property(f"client{name}") for name in ("Width", "Height")] == [40, 30]
 
 
 def test_ten_thousand_rows_are_searched_at_once(browser: Any, tmp_path: Path) -> None:
