@@ -108,7 +108,7 @@ class PromptBuilder:
         Raises:
             RowError: what the row holds cannot become a prompt.
         """
-        messages, images = self._whole(record)
+        messages, images = self.whole(record)
         generation = resolve_generation(self._generation, record.values, record.row_index)
         turns_left = 0
         if self._turns_column:
@@ -127,13 +127,17 @@ class PromptBuilder:
     def addresses(self, record: Record) -> list[str]:
         """Every address among the images that one row shows, in any turn."""
         try:
-            return [ref.url for ref in self._whole(record)[1] if ref.url is not None]
+            return [ref.url for ref in self.whole(record)[1] if ref.url is not None]
         # Its worker meets the same and says so; here it would be the end of the run.
         except Exception:
             return []
 
-    def _whole(self, record: Record) -> tuple[list[Message], tuple[ImageRef, ...]]:
-        """All that a row says and shows, every turn of a dialog included."""
+    def whole(self, record: Record) -> tuple[list[Message], tuple[ImageRef, ...]]:
+        """All that a row says and shows, every turn of a dialog included.
+
+        Raises:
+            RowError: what the row holds cannot become a prompt.
+        """
         values = record.values
         images: list[ImageRef] = []
         for column in self._image_columns:

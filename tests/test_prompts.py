@@ -313,7 +313,7 @@ def test_a_row_that_makes_no_prompt_has_no_addresses(monkeypatch: pytest.MonkeyP
     def fail(*_: object) -> None:
         raise RecursionError
 
-    monkeypatch.setattr(build, "_whole", fail)
+    monkeypatch.setattr(build, "whole", fail)
     assert build.addresses(bad) == []
 
 

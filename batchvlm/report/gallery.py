@@ -12,6 +12,7 @@ from batchvlm.report.inputs import Asked, Inputs
 from batchvlm.report.outputs import Output
 from batchvlm.report.redact import redact
 from batchvlm.report.totals import leaves
+from batchvlm.words import number_of
 
 MAX_CHARS = 20_000
 """Of one text; a longer one is cut, and says so."""
@@ -72,7 +73,7 @@ def _entry(row: dict[str, Any], asked: Asked, images: bool) -> dict[str, Any]:
     ]
     note = asked.note if images or asked.prompt is None else ""
     if asked.num_images > len(asked.thumbnails) > 0:
-        note = note or f"{asked.num_images - len(asked.thumbnails)} more images are not shown"
+        note = note or number_of(asked.num_images - len(asked.thumbnails), "more image")
     return {
         "row": row["row_index"],
         "id": cut(str(row["id"])),

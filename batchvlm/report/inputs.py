@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from PIL import features
 
@@ -16,7 +17,7 @@ from batchvlm.identity import input_identity
 from batchvlm.images import load_image
 from batchvlm.output.run_file import RunFile
 from batchvlm.prompts import PromptBuilder
-from batchvlm.records import ImageRef, Prompt, Record, Shard
+from batchvlm.records import ImageRef, Record, Shard
 from batchvlm.report.redact import redact
 from batchvlm.sources import Source, open_source
 
@@ -97,21 +98,21 @@ class Inputs:
         if record.failure is not None:
             return Asked(note=redact(record.failure.message))
         try:
-            prompt = self._prompts.build(record)
+            messages, images = self._prompts.whole(record)
         except RowError as error:
             return Asked(note=redact(error.message))
         thumbnails, note = [], ""
         if not is_wanted:
             note = "images are not opened again: preparing the row failed in the run"
-        for ref in prompt.images[:_MAX_THUMBNAILS] if is_wanted else ():
+        for ref in images[:_MAX_THUMBNAILS] if is_wanted else ():
             try:
                 thumbnails.append(self._thumbnail(ref))
             except RowError as error:
                 note = redact(error.message)
         return Asked(
-            prompt=_text_of(prompt),
+            prompt=_text_of(messages),
             thumbnails=thumbnails,
-            num_images=len(prompt.images),
+            num_images=len(images),
             note=note,
         )
 
@@ -160,15 +161,15 @@ def _shard_of(plan: Sequence[Shard], row: int) -> Shard:
     return plan[low]
 
 
-def _text_of(prompt: Prompt) -> str:
+def _text_of(messages: Sequence[Mapping[str, Any]]) -> str:
     """The messages as text, image slots in brackets; roles where there are several."""
     parts: list[str] = []
     num_images = 0
-    for message in prompt.messages:
+    for message in messages:
         texts = []
         for item in message["content"]:
             num_images += item["type"] == "image"
             texts.append(f"[image {num_images}]" if item["type"] == "image" else item["text"])
         said = "\n".join(texts)
-        parts.append(f"{message['role']}: {said}" if len(prompt.messages) > 1 else said)
+        parts.append(f"{message['role']}: {said}" if len(messages) > 1 else said)
     return "\n\n".join(parts)

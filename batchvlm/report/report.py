@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from batchvlm.config import JobConfig
 from batchvlm.report.gallery import gallery
 from batchvlm.report.inputs import Inputs, open_inputs
 from batchvlm.report.outputs import Output, Process, job_config, read_processes
@@ -24,7 +25,7 @@ from batchvlm.report.plots import (
 from batchvlm.report.redact import redact, redact_all
 from batchvlm.report.time_line import TimeLine, read_time_line
 from batchvlm.report.totals import Totals, Values, read_totals
-from batchvlm.words import counted
+from batchvlm.words import counted, number_of
 
 _NUM_VALUES = 10
 _FREQUENT = 0.005
@@ -91,6 +92,7 @@ def report(
     errors = [(kind, count, _examples(totals, kind)) for kind, count in totals.errors.most_common()]
     answers = list(_answers(totals))
     work = _work(processes)
+    prompt_label, prompt = _prompt_of(cfg)
     sections = [("summary", "Summary", True), ("speed", "Speed", bool(curves or work))]
     sections += [("lengths", "Tokens and latency", bool(distributions))]
     sections += [("errors", "Errors", bool(errors)), ("answers", "Answers", bool(answers))]
@@ -103,8 +105,8 @@ def report(
         sections=[(name, text) for name, text, is_there in sections if is_there],
         notices=_notices(output, totals, inputs, images),
         facts=list(_facts(output, totals, line, processes)),
-        prompt_label="Messages from column" if cfg.data.columns.messages else "Prompt template",
-        prompt=cfg.data.columns.messages or cfg.task.prompt,
+        prompt_label=prompt_label,
+        prompt=prompt,
         system=cfg.task.system,
         settings=flat_settings(output),
         curves=curves,
@@ -120,10 +122,13 @@ def report(
     )
 
 
-def plural(num: int, word: str) -> str:
-    """A number with its word."""
-    ending = "es" if word.endswith("s") else "s"
-    return f"{num:,} {word}{'' if num == 1 else ending}"
+def _prompt_of(cfg: JobConfig) -> tuple[str, str]:
+    """What was asked, with a heading for it."""
+    if cfg.data.columns.messages:
+        return "Messages from column", cfg.data.columns.messages
+    if cfg.data.columns.turns:
+        return "User turns from column", cfg.data.columns.turns
+    return "Prompt template", cfg.task.prompt
 
 
 def now() -> str:
@@ -172,11 +177,15 @@ def _facts(
     num_rows = sum(process.num_rows for process in processes)
     num_tokens = sum(process.completion_tokens for process in processes)
     if line is not None:
-        yield "Running time", seconds(line.active_s), f"{plural(len(processes), 'process')}"
+        yield "Running time", seconds(line.active_s), number_of(len(processes), "process")
         yield "Rows per second", f"{num_rows / line.active_s:,.1f}", "of all processes together"
         yield "Answer tokens per second", f"{num_tokens / line.active_s:,.0f}", ""
     elif run_s:
-        yield "Computing time", seconds(run_s), f"of {plural(len(processes), 'process')}, added up"
+        yield (
+            "Computing time",
+            seconds(run_s),
+            f"of {number_of(len(processes), 'process')}, added up",
+        )
         yield "Rows per second", f"{num_rows / run_s:,.1f}", "of one process"
         yield "Answer tokens per second", f"{num_tokens / run_s:,.0f}", "of one process"
     if totals.num_retried:
@@ -217,7 +226,7 @@ def _work(processes: Sequence[Process]) -> ValueTable | None:
     total_s = sum(value for _, value in counts)
     return ValueTable(
         title="Where the time went",
-        note=f"{seconds(total_s)} of {plural(len(processes), 'process')}, added up",
+        note=f"{seconds(total_s)} of {number_of(len(processes), 'process')}, added up",
         counts=counts,
         num=total_s,
         is_share=True,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -132,6 +133,26 @@ def test_a_folder_without_a_time_line(source: Path, tmp_path: Path) -> None:
     text = visible(make(output))
     assert "no time line" in text and "Rows per second 2.0 of one process" in text
     assert "waiting for data: 6 s 20%" in text and "answers, token by token: 12 s 40%" in text
+
+
+def test_a_dialog_shows_every_turn(tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in.parquet")
+    table = pq.read_table(source)
+    turns = [[f"What is {row}?", "And where?"] for row in range(table.num_rows)]
+    pq.write_table(table.append_column("turns", pa.array(turns)), source)
+    out = make_output(
+        tmp_path / "out",
+        source,
+        lambda row: answered("here", generated_texts=("a cat", "here")),
+        "task=dialog",
+        "data.columns.turns=turns",
+        generated_texts=True,
+    )
+    page = report(out, num_sampled=60, num_failed=0)
+    assert "User turns from column turns" in visible(page)
+    row = rows_of(page)[4]
+    assert row["prompt"] == "user: [image 1]\nWhat is 4?\n\nuser: And where?"
+    assert [answer["text"] for answer in row["answers"]] == ["a cat", "here"]
 
 
 def test_an_unfinished_job_says_so(source: Path, tmp_path: Path) -> None:
