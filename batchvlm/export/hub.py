@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def push(output: Output, repo: str, *, is_private: bool = True) -> str:
         The address of the dataset.
 
     Raises:
-        OutputError: the job is not finished; the Hub refuses or cannot be reached.
+        OutputError: the job is not finished; `datasets` has no type for a column; the Hub refuses
+            or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -47,6 +48,7 @@ def push(output: Output, repo: str, *, is_private: bool = True) -> str:
             "are left",
             hint="finish the job, then export it",
         )
+    features = _features(output.schema)
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="batchvlm")
     try:
         address = api.create_repo(repo, repo_type="dataset", private=is_private, exist_ok=True)
@@ -62,7 +64,7 @@ def push(output: Output, repo: str, *, is_private: bool = True) -> str:
                 commit_message=f"{len(paths)} parts from {names[paths[0]]}",
             )
             log.info("%s: %s", repo, names[paths[-1]])
-        text = card(output, features=_features(output.schema)).encode("utf-8", "replace")
+        text = card(output, features=features).encode("utf-8", "replace")
         stale = sorted(
             name
             for name in before - set(names.values())
@@ -99,19 +101,29 @@ def _reason(error: Exception) -> str:
 
 
 def _features(schema: pa.Schema) -> Sequence[dict[str, Any]]:
-    """The columns as `datasets` types them; pictures that were kept are its images."""
-    from datasets import Features, Image
+    """The columns as `datasets` types them; pictures that were kept are its images.
 
-    features = Features.from_arrow_schema(schema.remove_metadata())
-    for name in _image_columns(schema):
-        features[name] = Image()
+    Raises:
+        OutputError: it has no type for a column that was kept.
+    """
+    from datasets import Features, Image, List
+
+    features = Features()
+    for field in schema.remove_metadata():
+        try:
+            features |= Features.from_arrow_schema(pa.schema([field]))
+        except ValueError as error:
+            raise OutputError(
+                f"datasets cannot read column {field.name!r}, which is {field.type}",
+                hint="run the job without it in output.keep_columns, into another output.dir",
+            ) from error
+        if _is_image(field.type):
+            features[field.name] = Image()
+        elif pa.types.is_list(field.type) and _is_image(field.type.value_type):
+            features[field.name] = List(Image())
     typed: Sequence[dict[str, Any]] = features._to_yaml_list()
     return typed
 
 
-def _image_columns(schema: pa.Schema) -> Iterator[str]:
-    for field in schema:
-        if pa.types.is_struct(field.type):
-            fields = {field.type.field(i).name for i in range(field.type.num_fields)}
-            if fields == {"bytes", "path"}:
-                yield field.name
+def _is_image(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and {field.name for field in kind.fields} == {"bytes", "path"}

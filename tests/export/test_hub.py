@@ -12,7 +12,7 @@ import pytest
 
 from batchvlm.cli import main
 from batchvlm.export import hub
-from tests.conftest import picture
+from tests.conftest import IMAGE, picture
 from tests.export.hub_server import TOKEN, HubServer, on_the_hub
 from tests.test_pipeline import FakeEngine, run
 
@@ -29,9 +29,10 @@ def out(tmp_path: Path, write_parquet: Any) -> Path:
         [picture(), b"no image", *[picture()] * 21],
         row_group_size=10,
         label=pa.array(range(23), pa.int16()),
+        pages=pa.array([[{"bytes": picture(), "path": None}]] * 23, pa.list_(IMAGE)),
     )
     out = tmp_path / "out"
-    run(out, source, "output.keep_columns=[image,label]", "output.token_ids=true")
+    run(out, source, "output.keep_columns=[image,label,pages]", "output.token_ids=true")
     return out
 
 
@@ -62,7 +63,7 @@ def test_a_repository_with_typed_features_and_a_card(
     assert rows.features["label"] == datasets.Value("int16")
     assert rows.features["token_ids"] == datasets.List(datasets.Value("int32"))
     assert isinstance(rows.features["image"], datasets.Image)
-    assert rows[0]["image"].size == (32, 24)
+    assert rows[0]["image"].size == rows[0]["pages"][0].size == (32, 24)
     assert "num_examples: 23" in server.files["README.md"].decode()
     # Once more: nothing is sent that is there.
     uploads = list(server.uploads)
@@ -107,6 +108,15 @@ def test_what_cannot_be_sent_is_one_line(
     next((out / "data").glob("*.parquet")).unlink()
     assert main(["export", str(out), "--to", "hub", "me/x"]) == 1
     assert "is not finished: 1 of 3 shards are left" in capsys.readouterr().err
+    assert server.created is None
+    kept = tmp_path / "kept"
+    tags = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int32()))
+    source = write_parquet([picture()], tags=tags)
+    run(kept, source, "output.keep_columns=[tags]", engine=FakeEngine())
+    assert main(["export", str(kept), "--to", "hub", "me/x"]) == 1
+    assert "datasets cannot read column 'tags', which is map<string, int32" in (
+        capsys.readouterr().err
+    )
     assert server.created is None
     run(out, write_parquet([picture()] * 24), engine=FakeEngine())
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
