@@ -251,7 +251,7 @@ def _answers(totals: Totals) -> Iterator[ValueTable]:
         yield _value_table(name, values)
     answers = totals.answers
     # Texts that hardly ever repeat say nothing as a list; JSON is told field by field.
-    top = answers.counts.most_common(1)[0][1] if answers.counts else 0
+    top = answers.most_common(1)[0][1] if answers.counts else 0
     if not totals.fields and top >= max(2, _FREQUENT * answers.num):
         yield _value_table("Most frequent answers", answers)
 
@@ -263,7 +263,7 @@ def _value_table(title: str, values: Values) -> ValueTable:
         mean = values.total / values.numbers
         note += f"; numbers from {values.low:g} to {values.high:g}, mean {mean:.4g}"
     return ValueTable(
-        title=title, note=note, counts=values.counts.most_common(_NUM_VALUES), num=values.num
+        title=title, note=note, counts=values.most_common(_NUM_VALUES), num=values.num
     )
 
 

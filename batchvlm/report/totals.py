@@ -92,7 +92,8 @@ class Latencies:
 class Values:
     """Frequent values; those that first came up when it was full are counted together."""
 
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """By the beginning, which is shown, and a hash of the whole."""
     num: int = 0
     num_others: int = 0
     numbers: int = 0
@@ -103,8 +104,10 @@ class Values:
 
     def add(self, value: str, count: int = 1) -> None:
         self.num += count
-        if value in self.counts or len(self.counts) < _MAX_VALUES:
-            self.counts[value] += count
+        is_long = len(value) > _MAX_VALUE_CHARS
+        key = f"{value[:_MAX_VALUE_CHARS]}…" if is_long else value, hash(value) if is_long else 0
+        if key in self.counts or len(self.counts) < _MAX_VALUES:
+            self.counts[key] += count
         else:
             self.num_others += count
 
@@ -112,6 +115,10 @@ class Values:
         self.numbers += 1
         self.total += value
         self.low, self.high = min(self.low, value), max(self.high, value)
+
+    def most_common(self, num: int) -> list[tuple[str, int]]:
+        """The beginnings of the most frequent values, and how often each value came up."""
+        return [(shown, count) for (shown, _), count in self.counts.most_common(num)]
 
     @property
     def is_full(self) -> bool:
@@ -219,7 +226,7 @@ def _add(totals: Totals, batch: Any) -> None:
     totals.latencies.add(batch.column("latency_s").drop_null().to_numpy(zero_copy_only=False))
     _add_examples(totals, batch, np.flatnonzero(is_error))
     texts = batch.column("generated_text")
-    for text, count in _value_counts(pc.utf8_slice_codeunits(texts, 0, _MAX_VALUE_CHARS)):
+    for text, count in _value_counts(texts):
         totals.answers.add(text, count)
     for text in batch.column("parsed").drop_null():
         _add_fields(totals, text.as_py())
@@ -250,8 +257,7 @@ def _add_fields(totals: Totals, text: str) -> None:
             totals.has_more_fields = True
             continue
         values = totals.fields.setdefault(path, Values())
-        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        values.add(shown[:_MAX_VALUE_CHARS])
+        values.add(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         # JSON has integers beyond every float.
         if is_number and abs(value) <= sys.float_info.max:

@@ -59,7 +59,14 @@ def test_values_beyond_the_limit_are_counted_together() -> None:
         values.add(str(number))
     values.add("0", 5)
     assert values.is_full and len(values.counts) == 5000
-    assert values.counts["0"] == 6 and values.num == 6005 and values.num_others == 1000
+    assert values.most_common(1) == [("0", 6)] and values.num == 6005 and values.num_others == 1000
+
+
+def test_long_values_are_shown_by_their_beginning_and_counted_by_the_whole() -> None:
+    values = Values()
+    for number in (0, 1, 1):
+        values.add(f"{'a letterhead ' * 20}{number}")
+    assert values.most_common(9) == [(f"{('a letterhead ' * 20)[:160]}…", n) for n in (2, 1)]
 
 
 def test_leaves_of_nested_json() -> None:
