@@ -105,6 +105,9 @@ class Inputs:
         if not is_wanted:
             note = "images are not opened again: preparing the row failed in the run"
         for ref in images[:_MAX_THUMBNAILS] if is_wanted else ():
+            if ref.url is not None:
+                note = "images are not fetched from addresses"
+                continue
             try:
                 thumbnails.append(self._thumbnail(ref))
             except RowError as error:

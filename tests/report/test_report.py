@@ -197,6 +197,15 @@ def test_images_that_took_the_run_down_are_not_opened_again(tmp_path: Path) -> N
     assert "not opened again" in rows[0]["note"]
 
 
+def test_images_are_not_fetched_from_addresses(tmp_path: Path) -> None:
+    source = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"id": ["a"], "image": ["https://127.0.0.1:9/a.png"]}), source)
+    out = make_output(tmp_path / "out", source, answer, "data.allow_remote=true")
+    (row,) = rows_of(make(out))
+    assert row["prompt"] == "[image 1]\nDescribe the image." and row["images"] == []
+    assert row["note"] == "images are not fetched from addresses"
+
+
 def test_a_damaged_part_is_one_line(tmp_path: Path) -> None:
     source = write_input(tmp_path / "in.parquet")
     output = make_output(tmp_path / "out", source, answer, "output.rows_per_shard=16")
