@@ -237,13 +237,22 @@ def _answers(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[dict[str, Any]]
     total = 0.0
     for place, pair in enumerate(pairs, start=1):
         one, two = (cut(text or "") for text in pair)
+        empty = ["no answer" if text is None else "empty" for text in pair]
         parts_a, parts_b, difference = changes(one, two)
         total += difference
         name = f"Answer {place}" if len(pairs) > 1 else "Answer"
         answers += [
-            {"label": f"{name} of {side}", "text": text, "parts": parts, "mark": mark}
-            | {"empty": "no answer"}
-            for side, text, parts, mark in (("A", one, parts_a, "del"), ("B", two, parts_b, "ins"))
+            {
+                "label": f"{name} of {side}",
+                "text": text,
+                "parts": parts,
+                "mark": mark,
+                "empty": none,
+            }
+            for side, text, parts, mark, none in (
+                ("A", one, parts_a, "del", empty[0]),
+                ("B", two, parts_b, "ins", empty[1]),
+            )
         ]
     return answers, total / len(pairs)
 

@@ -40,8 +40,8 @@ def first(row: int) -> dict[str, Any]:
 def second(row: int) -> dict[str, Any]:
     if row in (2, 3):
         return failed(ErrorType.OOM, "too large")
-    if row == 4:
-        return answered(f"a blue cat {EVIL}")
+    if row in (1, 4):
+        return answered(f"a blue cat {EVIL}" if row == 4 else "", completion_tokens=100)
     return answered(f"a red cat number {row}", completion_tokens=100)
 
 
@@ -62,7 +62,7 @@ def test_every_row_has_one_outcome(found: Comparison) -> None:
     assert found.outcomes == {SAME: 56, CHANGED: 1, ONLY_A: 1, ONLY_B: 1, BOTH: 1}
     drawn = {outcome: draw.rows for outcome, draw in found.drawn.items() if outcome != SAME}
     assert drawn == {CHANGED: [4], ONLY_A: [1], ONLY_B: [3], BOTH: [2]}
-    assert found.b.tokens["completion_tokens"].total == 5700 + len(f"a blue cat {EVIL}")
+    assert found.b.tokens["completion_tokens"].total == 5800
 
 
 def test_the_table(pair: tuple[Output, Output], found: Comparison) -> None:
@@ -89,6 +89,7 @@ def test_the_page(pair: tuple[Output, Output], found: Comparison) -> None:
     assert [part for flag, part in one["parts"] if flag] == ["red", "number", "4"]
     assert "blue" in [part for flag, part in two["parts"] if flag]
     assert rows[2]["message"] == "A: decode, no image\nB: oom, too large"
+    assert [answer["empty"] for answer in rows[1]["answers"]] == ["no answer", "empty"]
 
 
 def test_json_by_field(tmp_path: Path, source: Path) -> None:

@@ -123,6 +123,8 @@ def test_json_answers_by_field(extract_output: Output) -> None:
 def test_frequent_answers(tmp_path: Path, source: Path) -> None:
     choice = make_output(tmp_path / "out", source, lambda row: answered("yn"[row % 4 == 0]))
     assert "Most frequent answers 60 values, 2 different value times y 45" in visible(make(choice))
+    nothing = make_output(tmp_path / "nothing", source, lambda row: answered(""))
+    assert "1 different value times empty 60" in visible(make(nothing))
 
 
 def test_a_folder_without_a_time_line(source: Path, tmp_path: Path) -> None:

@@ -57,11 +57,11 @@
       .map(([, row]) => row);
   }
 
-  function textBlock(label, text, tag = "div") {
-    const body = element(tag, { class: "text", dir: "auto" });
+  function textBlock(label, text) {
+    const body = element("div", { class: "text", dir: "auto" });
     const block = element("div", {}, element("div", { class: "label", text: label }), body);
     if (text.length <= LONG + 200) {
-      body.textContent = text;
+      body.append(text || element("span", { class: "soft", text: "empty" }));
       return block;
     }
     const count = text.length.toLocaleString("en");
