@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,17 +237,26 @@ def _is_error(table: pa.Table) -> npt.NDArray[np.bool_]:
 
 
 def _add_json(found: Comparison, a: str, b: str) -> None:
-    one, two = json_fields(a), json_fields(b)
+    pairs = paired_fields(a, b)
     found.num_json += 1
-    found.num_json_same += one == two
-    for name in one.keys() | two.keys():
+    found.num_json_same += all(one == two for _, one, two in pairs)
+    for name, one, two in pairs:
         if name in found.fields or len(found.fields) < _MAX_FIELDS:
             counts = found.fields.setdefault(name, [0, 0])
-            counts[0] += one.get(name) == two.get(name)
+            counts[0] += one == two
             counts[1] += 1
 
 
-def json_fields(text: str | None) -> Mapping[str, str]:
+def paired_fields(a: str | None, b: str | None) -> list[tuple[str, str, str]]:
+    """Dotted path of each field, its value in A and in B.
+
+    One that is not there is null: a typed answer has null for every property that it leaves out.
+    """
+    one, two = _json_fields(a), _json_fields(b)
+    return [(name, one.get(name, "null"), two.get(name, "null")) for name in one | two]
+
+
+def _json_fields(text: str | None) -> dict[str, str]:
     """Dotted path of each field -> its value as JSON text; a list is one value, in its order."""
     try:
         value = None if text is None else json.loads(text)

@@ -21,7 +21,7 @@ from batchvlm.report.compare import (
     Side,
     are_same,
     drawn_rows,
-    json_fields,
+    paired_fields,
 )
 from batchvlm.report.gallery import cut, read_rows
 from batchvlm.report.inputs import Asked, open_inputs
@@ -276,9 +276,7 @@ def _outcome(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 
 def _field_rows(a: str | None, b: str | None) -> list[list[str]]:
-    one, two = json_fields(a), json_fields(b)
-    names = [*one, *(name for name in two if name not in one)]
-    rows = [[name, cut(one.get(name, "")), cut(two.get(name, ""))] for name in names]
+    rows = [[name, cut(one), cut(two)] for name, one, two in paired_fields(a, b)]
     # What differs first.
     return sorted(rows, key=lambda row: row[1] == row[2])
 

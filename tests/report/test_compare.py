@@ -98,13 +98,15 @@ def test_json_by_field(tmp_path: Path, source: Path) -> None:
     def make(name: str, color: str) -> Output:
         def fields(row: int) -> dict[str, Any]:
             shown = color if row < 15 else "red"
-            return extracted({"is": {"color": shown}, "parts": [1, 2], "\x1b[2J": 1})
+            left_out: dict[str, Any] = {} if name == "a" else {"note": None}
+            return extracted({"is": {"color": shown}, "parts": [1, 2], "\x1b[2J": 1, **left_out})
 
         return make_output(tmp_path / name, source, fields, schema, name="extract")
 
     a, b = make("a", "red"), make("b", "blue")
     found = compare(a, b, num_sampled=5)
     assert found.fields["is.color"] == [45, 60] and found.fields["parts"] == [60, 60]
+    assert found.fields["note"] == [60, 60]
     assert (found.num_json_same, found.num_json) == (45, 60)
     text = table(a, b, found)
     assert "  is.color     75%  45 of 60" in text
@@ -112,7 +114,7 @@ def test_json_by_field(tmp_path: Path, source: Path) -> None:
     rows = rows_of(page(a, b, found))
     changed = next(row for row in rows if row["status"] == CHANGED)
     assert changed["fields"][0] == ["is.color", '"red"', '"blue"']
-    assert changed["fieldTitle"] == "Fields (1 of 3 differ)"
+    assert changed["fieldTitle"] == "Fields (1 of 4 differ)"
 
 
 def test_every_answer_of_a_row_is_held_against_the_others(tmp_path: Path, source: Path) -> None:
