@@ -14,6 +14,7 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from batchvlm.constraints.limits import leave_out_refused
 from batchvlm.constraints.merge import MergeError, open_references
 from batchvlm.constraints.rewrite import Rewriter, UnsupportedSchemaError
 from batchvlm.constraints.strings import translate
@@ -92,17 +93,32 @@ def _ways(form: Form) -> Iterator[tuple[Constraint, str, Callable[[], Written]]]
 def _of_schema(schema: Any, *, is_lenient: bool, splits: bool) -> Written:
     rewriter = Rewriter(schema, is_lenient=is_lenient, splits_one_of=splits)
     rewritten = rewriter.rewrite()
-    options = _APPROXIMATE if is_lenient else {}
+    if not is_lenient:
+        return _opened(rewritten), set()
     try:
-        grammar = _json_grammar(rewritten, **options)
+        return _opened(rewritten, **_APPROXIMATE), rewriter.left_out
+    except _NoGrammarError:
+        refused = leave_out_refused(rewritten, _is_refused)
+        if not refused:
+            raise
+        return _opened(rewritten, **_APPROXIMATE), rewriter.left_out | refused
+
+
+def _opened(schema: Any, **options: Any) -> str:
+    try:
+        return _json_grammar(schema, **options)
     except _NoGrammarError as error:
         if "circular" not in str(error):
             raise
-        grammar = _json_grammar(open_references(rewritten), **options)
-    left_out = set(rewriter.left_out)
-    if is_lenient and not splits:
-        left_out |= {"oneOf"}
-    return grammar, left_out
+        return _json_grammar(open_references(schema), **options)
+
+
+def _is_refused(schema: Any) -> bool:
+    try:
+        _json_grammar(schema, **_APPROXIMATE)
+    except _NoGrammarError:
+        return True
+    return False
 
 
 def _json_grammar(schema: Any, **options: Any) -> str:

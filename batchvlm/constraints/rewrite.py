@@ -22,6 +22,7 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012, specification_with
 
 from batchvlm.constraints import arrays, objects, strings
+from batchvlm.constraints.limits import settle_bounds
 from batchvlm.constraints.negate import NoOppositeError, Opposite, Schema, all_of, any_of
 from batchvlm.constraints.overlap import are_disjoint, view
 
@@ -79,6 +80,7 @@ class Rewriter:
             raise UnsupportedSchemaError("no value fits it")
         for schema in (result, *self._definitions.values()):
             self._relax(schema)
+            settle_bounds(schema)
         if result is True:
             return {}
         return {**result, "$defs": self._definitions} if self._definitions else result

@@ -143,6 +143,46 @@ def test_what_looks_hard_and_is_said_exactly(schema: Any) -> None:
     assert plan.constraint is Constraint.STRICT, plan.notes
 
 
+@pytest.mark.parametrize(
+    ("schema", "left_out"),
+    [
+        ({"type": "number", "maximum": 1.7976931348623157e308}, "maximum"),
+        ({"type": "number", "multipleOf": 1e-12}, "multipleOf"),
+        ({"type": "string", "maxLength": (1 << 63) - 1}, "maxLength"),
+        ({"type": "string", "pattern": "a$b|c"}, "pattern"),
+    ],
+)
+def test_what_the_compiler_refuses_costs_itself_and_not_the_rest(
+    schema: Any, left_out: str
+) -> None:
+    whole = {"properties": {"a": schema, "b": {"enum": ["x", "y"]}}, "required": ["b"]}
+    plan = plan_of({"type": "object", **whole})
+    assert plan.constraint is Constraint.LENIENT
+    assert plan.notes[-1] == f"left to validation: {left_out}"
+    first = byte_matcher(plan.grammar or "")
+    assert accepts(first, {"b": "x"}, whole) and not accepts(first, {"b": "z"}, whole)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "good", "bad"),
+    [
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, [0.5, 0.25, 1e-3], [0, 0.6]),
+        ({"exclusiveMinimum": 1, "exclusiveMaximum": 1.5}, [1.25, 1.01], [1, 1.5]),
+        ({"minimum": -1.5, "exclusiveMaximum": -1}, [-1.5, -1.01], [-1, -1.6]),
+        ({"exclusiveMaximum": 2}, [1.9, 1.99], [2]),
+        ({"type": "integer", "exclusiveMinimum": 0}, [1], [0]),
+        ({"type": "integer", "minimum": -(1 << 63), "maximum": (1 << 63) - 1}, [-3, 5], [1 << 63]),
+    ],
+)
+def test_bounds_of_numbers(bounds: Any, good: list[Any], bad: list[Any]) -> None:
+    schema = {"type": "number", **bounds}
+    plan = plan_of(schema)
+    assert plan.constraint is Constraint.STRICT, plan.notes
+    first = byte_matcher(plan.grammar or "")
+    assert all(accepts(first, value, schema) for value in good)
+    assert not any(accepts(first, value, schema) for value in bad)
+
+
 def test_an_object_of_many_optional_properties_does_not_break_off() -> None:
     names = [f"property-{i:03d}" for i in range(900)]
     plan = plan_of({"type": "object", "properties": {n: {"type": "integer"} for n in names}})
