@@ -98,7 +98,8 @@ class _Node:
     choices: Sequence[Any]
     """Alternatives of which one holds the value, and each of which says what it is."""
     alternatives: Sequence[Any] = ()
-    """All there are, those that say no more than which properties there must be included."""
+    """All there are, those that say no more than which properties there must be included, and
+    what holds under a condition."""
 
 
 class _Maker:
@@ -226,7 +227,7 @@ class _Maker:
             format=schema.get("format"),
             is_map=bool(schema.get("patternProperties")) or extra is True or bool(extra),
             choices=_choices(schema),
-            alternatives=[*schema.get("anyOf", ()), *schema.get("oneOf", ())],
+            alternatives=_conditional(schema),
         )
         parts = list(schema.get("allOf", []))
         if isinstance(schema.get("$ref"), str):
@@ -238,11 +239,13 @@ class _Maker:
                 parts.append(self._resolver.lookup(reference).contents)
             except (Unresolvable, ValueError) as error:
                 raise _NoTypeError(f"$ref {reference} leads nowhere") from error
+        above = under
         for part in parts:
-            below, under = self._node(part, under)
+            below, seen = self._node(part, above)
+            under = (*under, *seen[len(above) :])
             said = _Node(
                 types=below.types if said.types is None else said.types,
-                properties={**said.properties, **below.properties},
+                properties=_laid(said.properties, below.properties),
                 items=below.items if said.items is None else said.items,
                 values=below.values if said.values is None else said.values,
                 format=said.format or below.format,
@@ -263,6 +266,23 @@ def _choices(schema: Mapping[str, Any]) -> Sequence[Any]:
     """The alternatives, less lists of them of which one says nothing: that is any value."""
     lists = [schema.get(name, []) for name in ("anyOf", "oneOf")]
     return [choice for choices in lists if all(map(_is_typed, choices)) for choice in choices]
+
+
+def _conditional(schema: Mapping[str, Any]) -> Sequence[Any]:
+    """The parts of a schema that hold of some values alone."""
+    lists = [schema.get(name, []) for name in ("anyOf", "oneOf")]
+    by_name = {**schema.get("dependencies", {}), **schema.get("dependentSchemas", {})}
+    return [
+        *(choice for choices in lists for choice in choices),
+        *(schema[name] for name in ("then", "else") if "if" in schema and name in schema),
+        *(part for part in by_name.values() if not isinstance(part, list)),
+    ]
+
+
+def _laid(one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The properties of two schemas that hold together."""
+    both = {name: {"allOf": [one[name], other[name]]} for name in one if name in other}
+    return {**one, **other, **both}
 
 
 def _items(schema: Mapping[str, Any]) -> Any:

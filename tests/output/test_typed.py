@@ -206,24 +206,46 @@ def test_properties_beside_alternatives_are_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "alternatives",
+    "part",
     [
-        [{"properties": {"b": {"type": "string"}}}, {}],
-        [{"$ref": "#/$defs/more"}, {"required": ["a"]}],
-        [{"anyOf": [{"allOf": [{"$ref": "#/$defs/more"}]}]}],
+        {"anyOf": [{"properties": {"b": {"type": "string"}}}, {}]},
+        {"anyOf": [{"$ref": "#/$defs/more"}, {"required": ["a"]}]},
+        {"anyOf": [{"anyOf": [{"allOf": [{"$ref": "#/$defs/more"}]}]}]},
+        {"if": {"required": ["a"]}, "then": {"$ref": "#/$defs/more"}},
+        {"allOf": [{"if": {"required": ["a"]}, "else": {"properties": {"b": {}}}}]},
+        {"dependentSchemas": {"a": {"$ref": "#/$defs/more"}}},
+        {"dependencies": {"a": {"$ref": "#/$defs/more"}}},
     ],
-    ids=["as it is", "reference", "nested"],
+    ids=["as it is", "reference", "nested", "then", "else", "dependent", "dependency"],
 )
-def test_properties_of_one_alternative_alone_are_kept_as_json_text(alternatives: Any) -> None:
+def test_properties_of_some_values_alone_are_kept_as_json_text(part: Any) -> None:
     parsed = column(
         {
             "properties": {"a": {"type": "string"}},
-            "anyOf": alternatives,
             "$defs": {"more": {"properties": {"b": {"type": "integer"}}}},
+            **part,
         }
     )
     assert parsed.type == pa.string()
     assert "properties in one alternative alone" in parsed.notes[0]
+
+
+def test_conditions_on_declared_properties_leave_the_type() -> None:
+    own = {"a": {"type": "string"}, "b": {"type": "integer"}}
+    condition = {"if": {"required": ["a"]}, "then": {"properties": {"b": {"minimum": 1}}}}
+    dependent = {"dependencies": {"a": ["b"]}}
+    for part in (condition, dependent):
+        parsed = column({"properties": own, **part})
+        assert parsed.type == pa.struct([("a", pa.string()), ("b", pa.int64())])
+
+
+def test_a_property_that_two_parts_declare_is_what_both_say() -> None:
+    parts = [{"properties": {"a": {"type": "integer"}}}, {"properties": {"a": {"minimum": 5}}}]
+    for all_of in (parts, parts[::-1]):
+        assert column({"allOf": all_of}).type == pa.struct([("a", pa.int64())])
+    size = {"properties": {"a": {"$ref": "#/$defs/size"}}}
+    twice = {"allOf": [size, size], "$defs": {"size": {"type": "integer"}}}
+    assert column(twice).type == pa.struct([("a", pa.int64())])
 
 
 def test_alternatives_that_lead_back_are_json_text() -> None:
