@@ -92,7 +92,8 @@ def _differ(rewriter: Rewriter, own: dict[str, Any], parts: list[Schema]) -> Non
         most = len(own.get("prefixItems", []))
         if most <= 1:
             return
-    values = items.get("enum") if isinstance(items, dict) else None
+    each = rewriter.target(items)
+    values = each.get("enum") if isinstance(each, dict) else None
     if values is not None and "prefixItems" not in own:
         lengths = range(own.get("minItems", 0), min(len(values), most or len(values)) + 1)
         num_orders = sum(_num_orders(len(values), length) for length in lengths)

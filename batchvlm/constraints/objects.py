@@ -82,7 +82,7 @@ def _finds(pattern: str, name: str) -> bool:
 
 
 def _names(rewriter: Rewriter, names: Schema, own: dict[str, Any], resolver: Any) -> None:
-    names = rewriter.visit(names, resolver)
+    names = rewriter.target(rewriter.visit(names, resolver))
     if names is True:
         return
     if names is False:

@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from batchvlm.constraints.limits import leave_out_refused
 from batchvlm.constraints.merge import MergeError, open_references
 from batchvlm.constraints.rewrite import Rewriter, UnsupportedSchemaError
-from batchvlm.constraints.strings import translate
+from batchvlm.constraints.strings import WORDS, translate
 from batchvlm.records import Constraint, Form, FormKind
 
 # Room for one space where people, and models, write one. Any white space, and a model that has
@@ -138,7 +138,7 @@ def choice_grammar(text: str) -> str:
 
 
 def _regex_grammar(pattern: str) -> str:
-    translated = translate(pattern)
+    translated = translate(pattern, WORDS)
     if translated is None:
         raise _NoGrammarError("the pattern looks around or refers to a group")
     # Anchors say nothing where the whole answer must match.

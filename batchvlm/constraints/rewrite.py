@@ -136,6 +136,15 @@ class Rewriter:
         """What a rewritten `$ref` stands for; None while it is not known."""
         return self._definitions.get(reference.rpartition("/")[2])
 
+    def target(self, schema: Schema) -> Schema:
+        """What a schema that is a `$ref` alone stands for; itself while that is unknown."""
+        for _ in self._definitions:  # two may lead to one another
+            if not isinstance(schema, dict) or schema.keys() != {"$ref"}:
+                break
+            found = self.resolve(schema["$ref"])
+            schema = schema if found is None else found
+        return schema
+
     def opposite(self, schema: Schema, keyword: str) -> Schema | None:
         """The opposite of a rewritten schema, or a part of it where some may be left out.
 

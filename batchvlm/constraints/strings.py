@@ -40,7 +40,10 @@ _COMPLEMENTS = {
     "W": r"[^\p{L}\p{N}_]",
     "S": r"[^\p{White_Space}\x1c-\x1f]",
 }
+WORDS = _COMPLEMENTS | {"w": r"[\p{L}\p{N}_]"}
+"""For answers that are no JSON: the engine's own takes in marks there that Python's does not."""
 _ENDS = {"A": "^", "Z": "$"}
+_TIMES = re.compile(r"\{(?!\})([0-9]*)(,?)([0-9]*)\}")
 
 
 def rewrite(
@@ -89,8 +92,13 @@ def _add_pattern(
         own["pattern"] = translated
 
 
-def translate(pattern: str) -> str | None:
-    """A Python pattern as the grammar's engine reads it, where they differ; None: it cannot."""
+def translate(pattern: str, classes: Mapping[str, str] = _COMPLEMENTS) -> str | None:
+    """A Python pattern as the grammar's engine reads it, where they differ; None: it cannot.
+
+    Args:
+        pattern: as `re` takes it.
+        classes: letter behind a backslash -> the class in the engine's words.
+    """
     said: list[str] = []
     place, is_class = 0, False
     while place < len(pattern):
@@ -98,14 +106,16 @@ def translate(pattern: str) -> str | None:
         if char == "\\":
             following = pattern[place + 1 : place + 2]
             place += 2
-            if following in _COMPLEMENTS:
-                said.append(_COMPLEMENTS[following])
+            if following in classes:
+                said.append(classes[following])
             elif following in _ENDS and not is_class:
                 said.append(_ENDS[following])
             elif following.isdigit() and following != "0":
                 return None  # refers to a group
             elif following in ("b", "B") and not is_class:
                 return None  # a word's edge
+            elif following in ("<", ">"):
+                said.append(following)  # with the backslash a word's edge there
             else:
                 said.append(f"\\{following}")
             continue
@@ -127,6 +137,11 @@ def translate(pattern: str) -> str | None:
             if pattern[place : place + 1] == "]":
                 said.append(r"\]")  # the first one is a character
                 place += 1
+            continue
+        if char == "{":
+            times = _TIMES.match(pattern, place)
+            said.append(f"{{{times[1] or 0}{times[2]}{times[3]}}}" if times else r"\{")
+            place = times.end() if times else place + 1
             continue
         if pattern.startswith(("(?=", "(?!", "(?<=", "(?<!", "(?P=", "(?("), place):
             return None

@@ -114,6 +114,7 @@ def test_every_beginning_is_that_of_a_valid_answer(schema: dict[str, Any]) -> No
         ({"not": {"patternProperties": {"a": {"type": "string"}}}, "type": ["object", "null"]}, ""),
         ({"type": "string", "pattern": r"^(?=.*a)b"}, "pattern"),
         ({"type": "string", "format": "regex"}, "format regex"),
+        ({"type": "object", "propertyNames": {"$ref": "#"}}, "propertyNames"),
     ],
 )
 def test_what_cannot_be_said_is_left_out_by_name(schema: Any, left_out: str) -> None:
@@ -135,6 +136,10 @@ def test_what_cannot_be_said_is_left_out_by_name(schema: Any, left_out: str) -> 
             "minimum": 0,
             "exclusiveMinimum": True,
         },
+        {"type": "string", "pattern": r"^\<\w{,3}\>{}$"},
+        # As pydantic writes `set[Colour]` and `dict[Colour, int]`.
+        {"uniqueItems": True, "items": {"$ref": "#/$defs/c"}, "$defs": {"c": {"enum": ["a", "b"]}}},
+        {"propertyNames": {"$ref": "#/$defs/c"}, "$defs": {"c": {"enum": ["a"]}}},
         {"$ref": "#/definitions/a", "definitions": {"a": {"$ref": "#b"}, "b": {"$anchor": "b"}}},
     ],
 )
@@ -230,6 +235,8 @@ def test_recursion_beside_other_keywords() -> None:
     [
         (Form(FormKind.CHOICE, '["no", "not \\"sure\\""]'), ["no", 'not "sure"'], ["not", ""]),
         (Form(FormKind.REGEX, r"^a|b\$$"), ["a", "b$"], ["ab", ""]),
+        (Form(FormKind.REGEX, r"\w+"), ["Zoë", "a_1"], ["", "-", "e\u0301"]),
+        (Form(FormKind.REGEX, r"\<\d{,2}\>|{}"), ["<>", "<12>", "{}"], ["<123>", ""]),
         (Form(FormKind.GRAMMAR, 'start: "(" start ")" | "x"'), ["((x))"], ["((x)", "y"]),
     ],
 )
