@@ -256,9 +256,13 @@ def _engine_tokenizer(
 
 
 def _spelled(tokenizer: Any, text: str) -> Sequence[int]:
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    ids: Sequence[int] = encoded["input_ids"]
-    return ids
+    """The ids of a text within an answer, all of them of text alone."""
+    # At the beginning of a text some tokenizers put a blank of their own.
+    lead, whole = (
+        list(tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        for t in ("\x02", f"\x02{text}")
+    )
+    return whole[len(lead) :] if whole[: len(lead)] == lead else []
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:

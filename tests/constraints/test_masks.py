@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
+from batchvlm.constraints.constraints import Constraints
 from batchvlm.constraints.masks import apply_mask
+from batchvlm.records import Form, FormKind
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -22,3 +29,39 @@ def test_only_tokens_whose_bit_is_set_keep_their_score(num_ids: int, dtype: torc
             word = int(masks[i, token // 32]) if token < 96 else 0
             expected = float(scores[i, token]) if word >> token % 32 & 1 else -torch.inf
             assert float(masked[i, token]) == expected, (i, token)
+
+
+def test_text_that_reads_like_the_end_of_answers_is_text_behind_other_text() -> None:
+    """Also where, as with Llama 2, a text that is tokenized alone begins with a blank."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *"abs</>"]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    constraints = Constraints(
+        tokenizer,
+        num_ids=len(names),
+        eos_ids=[2],
+        device=torch.device("cpu"),
+        form=Form(FormKind.CHOICE, '["a</s>b"]'),
+    )
+    sample: Any = SimpleNamespace(form=None)
+    row = constraints.begin(sample)
+    assert row is not None
+    said: list[int] = []
+    while not row.is_over and row.is_held:
+        mask = constraints.take([row])
+        assert mask is not None
+        scores = apply_mask(torch.zeros(1, len(names)), mask)
+        said.append(int(scores[0].argmax()))
+        row.commit(said[-1])
+    constraints.close()
+    assert tokenizer.decode(said[:-1]) == "a</s>b" and said[-1] == 2

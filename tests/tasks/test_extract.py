@@ -63,6 +63,19 @@ def test_an_answer_that_does_not(text: str, message: str) -> None:
     assert message in reading.failure.message
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(" cat", " cat"), ("cat", " cat"), ("cat\n", " cat"), ("dog", "dog"), (" dog", " dog")],
+)
+def test_a_choice_is_known_by_what_it_says_where_one_alone_says_it(text: str, said: str) -> None:
+    """As an answer's first blank is lost with some tokenizers."""
+    choices = (" cat", "dog", " dog", "\u00e9 ", " \u00e9")
+    reading = Extract(TaskOutputConfig()).read(text, json_schema=None, choices=choices)
+    assert reading.parsed == json.dumps(said)
+    either = Extract(TaskOutputConfig()).read("\u00e9", json_schema=None, choices=choices)
+    assert either.failure is not None and "none of the choices" in either.failure.message
+
+
 def test_a_fence_that_never_ends_takes_no_time() -> None:
     """Quadratic matching would take minutes here."""
     for text in ("```" + "\n" * 200_000 + "x", "```json" + " \n" * 100_000, "`" * 200_000):
