@@ -208,6 +208,8 @@ def opposite_pattern(pattern: str) -> str:
     if not found:
         raise NoOppositeError("patterns have no opposite")
     words = [_plain(word) for word in (found[1] or found[2]).split("|")]
+    if found[3]:
+        words += [f"{word}\n" for word in words]  # a `$` of Python's also stands before that
     if sum(map(len, words)) > _MAX_WORD_CHARS:
         raise NoOppositeError("too many words")
     return f"^{_none_of(sorted(set(words)), is_prefix=not found[3])}$"

@@ -34,13 +34,10 @@ _AS_PATTERNS = {
     rf"(?:#(?:{_URI_CHARS}|[/?])*)?$",
 }
 # Python's classes take in the digits, letters and spaces of all alphabets; a grammar's take in
-# ASCII. A narrower class is safe, its complement is not.
-_COMPLEMENTS = {
-    "D": r"[^\p{Nd}]",
-    "W": r"[^\p{L}\p{N}_]",
-    "S": r"[^\p{White_Space}\x1c-\x1f]",
-}
-WORDS = _COMPLEMENTS | {"w": r"[\p{L}\p{N}_]"}
+# ASCII. A narrower class is safe, its complement is not, nor a place in a class that is negated.
+_WHOLE = {"d": r"\p{Nd}", "w": r"\p{L}\p{N}_", "s": r"\p{White_Space}\x1c-\x1f"}
+_COMPLEMENTS = {name.upper(): f"[^{members}]" for name, members in _WHOLE.items()}
+WORDS = _COMPLEMENTS | {"w": f"[{_WHOLE['w']}]"}
 """For answers that are no JSON: the engine's own takes in marks there that Python's does not."""
 _ENDS = {"A": "^", "Z": "$"}
 _TIMES = re.compile(r"\{(?!\})([0-9]*)(,?)([0-9]*)\}")
@@ -100,13 +97,15 @@ def translate(pattern: str, classes: Mapping[str, str] = _COMPLEMENTS) -> str | 
         classes: letter behind a backslash -> the class in the engine's words.
     """
     said: list[str] = []
-    place, is_class = 0, False
+    place, is_class, is_negated = 0, False, False
     while place < len(pattern):
         char = pattern[place]
         if char == "\\":
             following = pattern[place + 1 : place + 2]
             place += 2
-            if following in classes:
+            if is_class and is_negated and following in _WHOLE:
+                said.append(_WHOLE[following])
+            elif following in classes:
                 said.append(classes[following])
             elif following in _ENDS and not is_class:
                 said.append(_ENDS[following])
@@ -131,7 +130,8 @@ def translate(pattern: str, classes: Mapping[str, str] = _COMPLEMENTS) -> str | 
             is_class = True
             said.append("[")
             place += 1
-            if pattern[place : place + 1] == "^":
+            is_negated = pattern[place : place + 1] == "^"
+            if is_negated:
                 said.append("^")
                 place += 1
             if pattern[place : place + 1] == "]":

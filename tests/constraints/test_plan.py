@@ -188,6 +188,25 @@ def test_bounds_of_numbers(bounds: Any, good: list[Any], bad: list[Any]) -> None
     assert not any(accepts(first, value, schema) for value in bad)
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *({"pattern": rf"^{part}$"} for part in (r"[^\w]", r"[^\d.]", r"[^\s-]", r"\W", r"[\S]")),
+        {"not": {"pattern": "^a$"}},
+        {"pattern": "^(?!a$)"},
+    ],
+    ids=str,
+)
+def test_no_text_is_taken_that_python_takes_for_something_else(schema: Any) -> None:
+    """All alphabets have letters and digits, and a last line's end is none to `$`."""
+    plan = plan_of({"type": "string", **schema})
+    assert plan.constraint is Constraint.STRICT, plan.notes
+    first, validator = byte_matcher(plan.grammar or ""), compile_schema(json.dumps(schema))
+    for text in ["é", "٣", "三", "½", "\x1c", "\u3000", "a", "a\n", "!", "."]:
+        assert not accepts(first, text, schema) or validator.is_valid(text), text
+    assert accepts(first, "!", schema)
+
+
 def test_an_object_of_many_optional_properties_does_not_break_off() -> None:
     names = [f"property-{i:03d}" for i in range(900)]
     plan = plan_of({"type": "object", "properties": {n: {"type": "integer"} for n in names}})
