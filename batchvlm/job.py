@@ -148,7 +148,7 @@ def open_job(cfg: JobConfig) -> Job:
     task = open_task(cfg.task)
     folder = OutputFolder(cfg.output.dir)
     folder.check_writable()
-    files = source.files(list(kept | named | needed))
+    files = source.files(list(named | needed), list(kept))
     plan = plan_shards(files, rows_per_shard=cfg.output.rows_per_shard, max_rows=cfg.data.max_rows)
     if not plan:
         raise InputError(f"data.path={cfg.data.path} holds no rows")

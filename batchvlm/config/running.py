@@ -24,7 +24,8 @@ class OutputConfig:
     """Where `dir` holds the answers to another question: `error` refuses, `new_folder` writes to
     `dir-FINGERPRINT` beside it, `overwrite` deletes the old answers once the model has loaded."""
     keep_columns: list[str] = field(default_factory=list)
-    """Input columns copied to the output unchanged."""
+    """Input columns copied to the output unchanged; null where a file of the input has no such
+    column."""
     token_ids: bool = False
     """Add the column `token_ids` with each answer's token ids."""
 

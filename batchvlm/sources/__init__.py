@@ -33,11 +33,12 @@ class Source(Protocol):
     def image_root(self) -> str | None:
         """Folder that image paths are resolved in and may not leave; None: paths are refused."""
 
-    def files(self, columns: Sequence[str] = ()) -> list[InputFile]:
+    def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
         """List the input in its order.
 
         Args:
-            columns: what the job reads; every file must have these.
+            columns: what prompts are made of; every file must have these.
+            kept: what is copied to the output; null in the rows of a file without it.
 
         Raises:
             InputError: a file cannot be planned, or lacks one of `columns`.

@@ -16,6 +16,12 @@ from batchvlm.errors import InputError
 from batchvlm.sources.rows import one_line
 
 HAS_CHANGED = "the file has changed since the plan was made"
+_TABLE_LOGS = {
+    "Delta": re.compile(r"(^|/)_delta_log/"),
+    "Hudi": re.compile(r"(^|/)\.hoodie/"),
+    "Iceberg": re.compile(r"(^|/)metadata/[^/]*\.metadata\.json$"),
+}
+"""By what a folder tells that it is a table of which some files do not count any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +61,8 @@ def list_files(path: str, *, suffixes: tuple[str, ...]) -> Listing:
         suffixes: endings, in lower case, of the files that count in a folder.
 
     Raises:
-        InputError: nothing is there, or the place cannot be reached.
+        InputError: nothing is there, the place cannot be reached, or the folder is a table with a
+            log of its own.
     """
     try:
         fs, place = url_to_fs(path)
@@ -64,7 +71,9 @@ def list_files(path: str, *, suffixes: tuple[str, ...]) -> Listing:
         if fs.isdir(place):
             root = place
             # Writers leave `_SUCCESS`, `_metadata` and hidden half-written files beside the data.
-            found = [p for p in fs.find(place) if p.lower().endswith(suffixes)]
+            listed = fs.find(place)
+            _refuse_table(path, [posixpath.relpath(p, root) for p in listed])
+            found = [p for p in listed if p.lower().endswith(suffixes)]
         elif "*" in place or "?" in place or "[" in place:
             root = _fixed_prefix(place)
             # A linked file has type "link".
@@ -124,13 +133,28 @@ def image_root_of(setting: str | None, own_folder: str | None) -> str | None:
     return root
 
 
+def _refuse_table(path: str, names: list[str]) -> None:
+    for kind, log in _TABLE_LOGS.items():
+        if any(map(log.search, names)):
+            raise InputError(
+                f"data.path: {path} is a table of {kind}, among whose files are some that were "
+                "replaced or deleted",
+                hint="write the table's rows out as plain Parquet, or name its files by a glob to "
+                "read them all",
+            )
+
+
 def _fixed_prefix(pattern: str) -> str:
     """The folder part of a glob before its first wildcard."""
     return posixpath.dirname(re.split(r"[*?\[]", pattern, maxsplit=1)[0])
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "_")) for part in name.split("/"))
+    # `_day=3` is a partition of a table, as Spark sees it too.
+    return any(
+        part.startswith(".") or (part.startswith("_") and "=" not in part)
+        for part in name.split("/")
+    )
 
 
 def is_text(name: str) -> bool:

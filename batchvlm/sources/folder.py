@@ -75,7 +75,7 @@ class FolderSource:
         self._images = images
         self._prefix = prefix
 
-    def files(self, columns: Sequence[str] = ()) -> list[InputFile]:
+    def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
         """The folder as one file, with the digest of the images' names and sizes."""
         digest = hashlib.sha256()
         for name, size_bytes in self._images:

@@ -164,7 +164,7 @@ class DatasetSource:
         self._identity = identity
         self._id_column = id_column
 
-    def files(self, columns: Sequence[str] = ()) -> list[InputFile]:
+    def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
         """The split as one file."""
         return [_input_file(self._name, len(self._dataset), self._identity)]
 
@@ -231,7 +231,7 @@ class StreamSource:
         first = next(self._chunks(()), None)
         return pa.schema([]) if first is None else first.schema
 
-    def files(self, columns: Sequence[str] = ()) -> list[InputFile]:
+    def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
         """The split as one file; counts its rows where no metadata has their number.
 
         Raises:

@@ -98,7 +98,7 @@ class JsonlSource:
             raise _not_json_lines(next(iter(self._listing.paths)), start, num_lines)
         return pa.schema([(key, _arrow_type(found)) for key, found in kinds.items()])
 
-    def files(self, columns: Sequence[str] = ()) -> list[InputFile]:
+    def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
         """The files by name, each scanned once for its number of rows and digest.
 
         A row that lacks one of `columns` has a null there.

@@ -41,7 +41,7 @@ class _Rows(Protocol):
     @property
     def schema(self) -> pa.Schema: ...
 
-    def files(self, columns: Sequence[str] = ()) -> list[InputFile]: ...
+    def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]: ...
 
     def read_shard(
         self,
@@ -114,13 +114,13 @@ class MetadataSource:
         others = [field for field in self._rows.schema if field.name != "image"]
         return pa.schema([pa.field("image", _IMAGE), *others])
 
-    def files(self, columns: Sequence[str] = ()) -> list[InputFile]:
+    def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
         """The metadata files.
 
         Raises:
             InputError: one cannot be planned, or lacks a column.
         """
-        return self._rows.files([*_without_image(columns), _FILE_NAME])
+        return self._rows.files([*_without_image(columns), _FILE_NAME], _without_image(kept))
 
     def read_shard(
         self,
@@ -177,7 +177,7 @@ class _CsvSource:
             [(name, pa.string()) for name in dict.fromkeys(chain.from_iterable(names))]
         )
 
-    def files(self, columns: Sequence[str] = ()) -> list[InputFile]:
+    def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
         """The files by name, each read once for its number of rows and digest.
 
         Raises:

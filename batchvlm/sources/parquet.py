@@ -1,16 +1,22 @@
-"""Parquet files -> records, in memory bounded by a batch of rows, not by a row group."""
+"""Parquet files -> records, in memory bounded by a batch of rows, not by a row group.
+
+Folders named `key=value`, as Hive and Spark lay tables out, give their files columns of text.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import posixpath
 from bisect import bisect_right
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +41,10 @@ REMOTE_BUFFER_BYTES = 8 << 20
 """One read of one column over a network, where a request costs more than its bytes."""
 MAX_FOOTER_THREADS = 32
 """Footers read at once."""
+_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+"""How a partitioned table names the folder of a null."""
+
+log = logging.getLogger(__name__)
 
 
 def open_parquet(cfg: DataConfig) -> ParquetSource:
@@ -54,8 +64,9 @@ def open_parquet(cfg: DataConfig) -> ParquetSource:
 class ParquetSource:
     """Parquet files as one input.
 
-    Rows are known by file and row in the file. The schema is that of the first file; a column that
-    is null throughout in the first files has its type from the first file that gives it one.
+    Rows are known by file and row in the file. The schema has the columns of all files, those of
+    the first one first. A column has the type of the first file that gives it one; integers, and
+    floats, have one that holds those of every file.
     """
 
     def __init__(
@@ -70,26 +81,36 @@ class ParquetSource:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """The columns of the first file."""
+        """The columns of all files."""
+        schemas = list(dict.fromkeys(footer.schema for footer in self._footers.values()))
         types: dict[str, pa.DataType] = {}
-        for footer in self._footers.values():
-            for field in footer.schema:
-                if not pa.types.is_null(field.type):
-                    types.setdefault(field.name, field.type)
-        first = next(iter(self._footers.values())).schema
-        return pa.schema(
-            [f.with_type(types.get(f.name, f.type)) for f in first], metadata=first.metadata
-        )
+        for field in chain.from_iterable(schemas):
+            types[field.name] = _common_type(types.get(field.name, pa.null()), field.type)
+        fields = [field.with_type(types[field.name]) for field in schemas[0]]
+        others = types.keys() - set(schemas[0].names)
+        fields += [pa.field(name, kind) for name, kind in types.items() if name in others]
+        return pa.schema(fields, metadata=schemas[0].metadata)
 
-    def files(self, columns: Sequence[str] = ()) -> list[InputFile]:
+    def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
         """The files by name, each with its row groups and the digest of size and footer.
 
         Raises:
-            InputError: a file lacks one of `columns`, or has it as a type that does not convert.
+            InputError: a file lacks one of `columns`, or has a column as a type that does not
+                convert.
         """
         for schema, name in {f.schema: name for name, f in self._footers.items()}.items():
-            for column in columns:
-                _check_column(column, name, schema, self.schema)
+            _check_columns(name, schema, self.schema, columns, kept)
+        for column in kept:
+            lacking = [n for n, f in self._footers.items() if column not in f.schema.names]
+            if lacking and column in self.schema.names:
+                log.warning(
+                    "output.keep_columns: %d of %d files have no column %r, as %s; it is null in "
+                    "their rows",
+                    len(lacking),
+                    len(self._footers),
+                    column,
+                    lacking[0],
+                )
         return [footer.file for footer in self._footers.values()]
 
     def read_shard(
@@ -107,8 +128,7 @@ class ParquetSource:
         name = shard.source_file
         try:
             file = self._checked_file(name)
-            for column in rows.columns_read:
-                _check_column(column, name, file.schema, self.schema)
+            _check_columns(name, file.schema, self.schema, rows.columns_of_values, rows.kept)
         except Exception as error:  # each file system raises errors of its own
             yield from rows.failed(range(shard.num_rows), f"{name}: {one_line(error)}")
             return
@@ -151,14 +171,22 @@ class ParquetSource:
     def _batches(self, stream: _Stream) -> Iterator[pa.RecordBatch]:
         checked = self._checked_file(stream.name)
         num_rows = 1 if stream.is_single else checked.batch_rows(stream.group, stream.columns)
+        stored = [name for name in stream.columns if name in checked.stored]
+        others = {
+            name: pa.scalar(checked.partition.get(name), self.schema.field(name).type)
+            for name in stream.columns
+            if name not in checked.stored and name in self.schema.names
+        }
         # A reader of its own: pyarrow's iterators over one file share their batch size.
         with checked.open() as file:
             # pyarrow takes "a.b" for the field b of a struct as well, and reads both.
             for batch in file.iter_batches(
-                batch_size=num_rows, row_groups=[stream.group], columns=list(stream.columns)
+                batch_size=num_rows, row_groups=[stream.group], columns=stored
             ):
                 # What was read while somebody wrote must not pass for the planned file's.
                 self._checked_file(stream.name)
+                for name, value in others.items():
+                    batch = batch.append_column(name, pa.repeat(value, batch.num_rows))
                 yield batch
 
     def _checked_file(self, name: str) -> _File:
@@ -197,6 +225,11 @@ class _Footer:
 
     file: InputFile
     schema: pa.Schema
+    """The columns that the file stores, then those of its folders."""
+    partition: Mapping[str, str | None]
+    """Those of its folders."""
+    is_signed: bool
+    """Whether the footer is followed by a signature: some columns are encrypted then."""
 
 
 class _File:
@@ -208,10 +241,13 @@ class _File:
         self.name = footer.file.name
         self.stamp = stamp
         self.schema = footer.schema
+        self.partition = footer.partition
+        self.stored = set(footer.schema.names) - footer.partition.keys()
         self.bounds = [0, *accumulate(footer.file.row_groups)]
         self._fs = fs
         self._path = path
         self._metadata = metadata
+        self._is_signed = footer.is_signed
 
     @contextmanager
     def open(self) -> Iterator[Any]:
@@ -241,13 +277,14 @@ class _File:
 
     def batch_rows(self, group: int, columns: Sequence[str]) -> int:
         """Rows of a batch of about `BATCH_BYTES`."""
-        metadata = self._metadata.row_group(group)
-        leaves = (metadata.column(i) for i in range(metadata.num_columns))
-        size_bytes = sum(
-            leaf.total_uncompressed_size
-            for leaf in leaves
-            if any(f"{leaf.path_in_schema}.".startswith(f"{column}.") for column in columns)
-        )
+        metadata, schema = self._metadata.row_group(group), self._metadata.schema
+        size_bytes = metadata.total_byte_size
+        if not self._is_signed:  # pyarrow ends the process at the size of an encrypted column
+            size_bytes = sum(
+                metadata.column(i).total_uncompressed_size
+                for i in range(metadata.num_columns)
+                if any(f"{schema.column(i).path}.".startswith(f"{name}.") for name in columns)
+            )
         num_rows = BATCH_BYTES * metadata.num_rows // max(1, size_bytes)
         return int(min(max(1, num_rows), MAX_BATCH_ROWS))
 
@@ -293,23 +330,65 @@ def _read_footer(fs: Any, name: str, path: str) -> tuple[_Footer, Any]:
         row_groups=row_groups,
         identity=digest.hexdigest(),
     )
-    return _Footer(file=file, schema=metadata.schema.to_arrow_schema()), metadata
+    schema = metadata.schema.to_arrow_schema()
+    partition = {k: v for k, v in _partition(name).items() if k not in schema.names}
+    for key in partition:
+        schema = schema.append(pa.field(key, pa.string()))
+    is_signed = metadata.serialized_size < footer_bytes - 8
+    footer = _Footer(file=file, schema=schema, partition=partition, is_signed=is_signed)
+    return footer, metadata
 
 
-def _check_column(column: str, name: str, schema: pa.Schema, wanted: pa.Schema) -> None:
-    """Refuse a file that cannot give a column as the input's schema has it."""
-    for place, there in ((name, schema), ("the first file", wanted)):
-        num_matches = len(there.get_all_field_indices(column))
+def _partition(name: str) -> dict[str, str | None]:
+    """What the folders of a file say by their names, `key=value`."""
+    pairs = [part.partition("=") for part in posixpath.dirname(name).split("/")]
+    return {
+        unquote(key): None if value == _NULL_PARTITION else unquote(value)
+        for key, sign, value in pairs
+        if key and sign
+    }
+
+
+def _common_type(known: pa.DataType, found: pa.DataType) -> pa.DataType:
+    """The type of a column of which one file has `known` and another one `found`."""
+    if pa.types.is_null(known):
+        return found
+    kinds = (pa.types.is_integer, pa.types.is_floating)
+    if known != found and any(is_kind(known) and is_kind(found) for is_kind in kinds):
+        one, other = (pa.schema([("", kind)]) for kind in (known, found))
+        return pa.unify_schemas([one, other], promote_options="permissive").field(0).type
+    return known
+
+
+def _check_columns(
+    name: str, schema: pa.Schema, wanted: pa.Schema, columns: Sequence[str], kept: Sequence[str]
+) -> None:
+    """Refuse a file that cannot give the columns as the input's schema has them.
+
+    Args:
+        name: the file.
+        schema: its columns.
+        wanted: the input's.
+        columns: what the file must have.
+        kept: what it may have.
+
+    Raises:
+        InputError: it lacks one, or has one twice or as a type that does not convert.
+    """
+    for column in dict.fromkeys((*columns, *kept)):
+        num_matches = len(schema.get_all_field_indices(column))
+        if num_matches == 0 and column not in columns and column in wanted.names:
+            continue
         if num_matches != 1:
             raise InputError(
-                f"{place} has {num_matches or 'no'} column{'s'[:num_matches]} {column!r}",
+                f"{name} has {num_matches or 'no'} column{'s'[:num_matches]} {column!r}",
                 hint="every file must have each column that the job reads, once",
             )
-    found, expected = schema.field(column).type, wanted.field(column).type
-    try:
-        pa.nulls(0, found).cast(expected)
-    except pa.ArrowException as error:
-        raise InputError(
-            f"{name} has column {column!r} as {found}, other files have it as {expected}",
-            hint="write the files with one schema",
-        ) from error
+        found, expected = schema.field(column).type, wanted.field(column).type
+        try:
+            pa.nulls(0, found).cast(expected)
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{name} has column {column!r} as {found}, other files have it as {expected}",
+                hint="write the files with one schema",
+            ) from error

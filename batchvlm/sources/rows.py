@@ -46,10 +46,11 @@ class ShardRows:
     @property
     def columns_read(self) -> tuple[str, ...]:
         """The columns for values, key and output, each once."""
-        return tuple(dict.fromkeys((*self._columns_of_values, *self.kept)))
+        return tuple(dict.fromkeys((*self.columns_of_values, *self.kept)))
 
     @property
-    def _columns_of_values(self) -> tuple[str, ...]:
+    def columns_of_values(self) -> tuple[str, ...]:
+        """The columns for values and key."""
         key = () if self.id_column is None else (self.id_column,)
         return tuple(dict.fromkeys((*self.columns, *key)))
 
@@ -92,7 +93,7 @@ class ShardRows:
             schema: the input's schema; files that differ from it are converted.
         """
         columns = {name: _Column(batch, name, schema) for name in self.columns_read}
-        values = self._columns_of_values
+        values = self.columns_of_values
         for place in range(batch.num_rows):
             row = first_row + place
             if row in self.skip:

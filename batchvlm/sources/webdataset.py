@@ -121,7 +121,7 @@ class WebDatasetSource:
             hint="each row is some members of one name with different endings",
         )
 
-    def files(self, columns: Sequence[str] = ()) -> list[InputFile]:
+    def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
         """The files by name, with the number of rows that their headers tell.
 
         Raises:

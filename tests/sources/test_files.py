@@ -42,6 +42,24 @@ def test_a_folder_is_searched_with_its_subfolders(tree: Path) -> None:
     assert names(f"{tree}/") == names(tree)
 
 
+def test_a_partition_is_not_hidden(tmp_path: Path) -> None:
+    (tmp_path / "_day=3").mkdir()
+    (tmp_path / "_day=3" / "a.parquet").touch()
+
+    assert names(tmp_path) == ["_day=3/a.parquet"]
+
+
+@pytest.mark.parametrize("log", ["_delta_log/0.json", ".hoodie/x", "t/metadata/v1.metadata.json"])
+def test_a_table_with_a_log_is_refused_unless_its_files_are_named(tree: Path, log: str) -> None:
+    """Some of its files hold rows that are not in it any more."""
+    (tree / log).parent.mkdir(parents=True)
+    (tree / log).touch()
+
+    with pytest.raises(InputError, match=r"is a table of (Delta|Hudi|Iceberg)"):
+        names(tree)
+    assert names(tree / "*.parquet") == ["b.parquet"]
+
+
 def test_one_file_needs_no_suffix_and_may_be_hidden(tree: Path) -> None:
     assert names(tree / "e.txt") == ["e.txt"]
     assert list_files(str(tree / "e.txt"), suffixes=SUFFIXES).local_root == str(tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as encryption
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchvlm.errors import ErrorType, InputError
+from batchvlm.plan import plan_shards
 from batchvlm.sources import parquet
 from tests.conftest import IMAGE
 from tests.sources.make import (
@@ -217,7 +220,7 @@ def test_a_column_missing_in_another_file_is_an_early_error(tmp_path: Path) -> N
     pq.write_table(pa.table({"n": [2], "other": [1]}), tmp_path / "b.parquet")
     source = open_path("parquet", tmp_path)
 
-    assert source.schema.names == ["n", "extra"]
+    assert source.schema.names == ["n", "extra", "other"]
     assert len(source.files(["n"])) == 2
     with pytest.raises(InputError, match=r"b\.parquet has no column 'extra'"):
         source.files(["n", "extra"])
@@ -226,9 +229,58 @@ def test_a_column_missing_in_another_file_is_an_early_error(tmp_path: Path) -> N
     assert [r.failure is None for r in records] == [True, False]
 
 
+def test_a_kept_column_is_null_where_a_file_lacks_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pq.write_table(pa.table({"n": [1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"n": [2], "at": [datetime(2020, 1, 1)]}), tmp_path / "b.parquet")
+    source = open_path("parquet", tmp_path)
+
+    files = source.files(["n"], ["at"])
+    (first,), (second,) = (
+        source.read_shard(shard, ["n"], kept=["at"])
+        for shard in plan_shards(files, rows_per_shard=9, max_rows=None)
+    )
+
+    assert "1 of 2 files have no column 'at', as a.parquet" in caplog.text
+    assert (first.failure, second.failure) == (None, None)
+    assert first.kept["at"].to_pylist() == [None]
+    assert second.kept["at"].to_pylist() == [datetime(2020, 1, 1)]
+
+
+def test_folders_of_a_partitioned_table_are_columns(tmp_path: Path) -> None:
+    places = ["day=1/c=a%20b=", f"day=2/c={parquet._NULL_PARTITION}", "day=3/c=x"]
+    for n, place in enumerate(places):
+        write_groups(tmp_path / place / "f.parquet", [2], first=2 * n)
+    # A column of the file's own goes before its folder's.
+    pq.write_table(pa.table({"n": [7], "c": ["own"]}), tmp_path / "day=3/c=x/g.parquet")
+    source = open_path("parquet", tmp_path)
+
+    records = read_all(source, ["n", "day", "c"])
+
+    assert source.schema.field("day").type == pa.string()
+    assert len(source.files(["n", "day", "c"])) == 4
+    assert [r.values["day"] for r in records] == ["1", "1", "2", "2", "3", "3", "3"]
+    assert [r.values["c"] for r in records] == ["a b="] * 2 + [None] * 2 + ["x"] * 2 + ["own"]
+    assert [r.values["c"] for r in read_all(source, ["c"])][-3:] == ["x", "x", "own"]
+    (one,) = source.read_shard(plan(source)[-1], ["n"], kept=["day"])
+    assert one.kept == {"day": "3"}
+
+
+def test_numbers_are_as_wide_as_in_any_file(tmp_path: Path) -> None:
+    narrow, wide = (pa.int32(), pa.float32()), (pa.int64(), pa.float64())
+    for name, (whole, real), n, x in (("a", narrow, 1, 0.5), ("b", wide, 1 << 40, 0.1)):
+        table = pa.table({"n": pa.array([n], whole), "x": pa.array([x], real)})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+
+    records = read_all(open_path("parquet", tmp_path), ["n", "x"])
+
+    assert [(r.values["n"], r.values["x"]) for r in records] == [(1, 0.5), (1 << 40, 0.1)]
+
+
 def test_types_that_differ_are_converted_to_the_first(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": pa.array([1], pa.int32())}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"n": pa.array([2, 1 << 40, 3], pa.int64())}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"n": pa.array([2, 0.5, 3])}), tmp_path / "b.parquet")
     source = open_path("parquet", tmp_path)
 
     records = read_all(source, ["n"])
@@ -236,7 +288,7 @@ def test_types_that_differ_are_converted_to_the_first(tmp_path: Path) -> None:
     assert source.schema.field("n").type == pa.int32()
     assert numbers(records) == [1, 2, None, 3]
     failures = [r.failure.message for r in records if r.failure]
-    assert failures == ["column 'n' (int64 as int32): ArrowInvalid"]
+    assert failures == ["column 'n' (double as int32): ArrowInvalid"]
 
 
 def test_types_that_never_convert_are_an_early_error(tmp_path: Path) -> None:
@@ -274,6 +326,31 @@ def test_a_column_that_is_nowhere_fails_the_rows(tmp_path: Path) -> None:
     records = read_all(open_path("parquet", tmp_path), ["nope"])
 
     assert [r.failure is None for r in records] == [False] * 3
+
+
+def test_an_encrypted_column_costs_its_rows_and_others_are_read(tmp_path: Path) -> None:
+    class Keys(encryption.KmsClient):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+
+        def wrap_key(self, key: bytes, master: str) -> bytes:
+            return base64.b64encode(key)
+
+    table = pa.table({"n": [1, 2], "secret": ["a", "b"]})
+    properties = encryption.CryptoFactory(Keys).file_encryption_properties(
+        encryption.KmsConnectionConfig(),
+        encryption.EncryptionConfiguration(
+            footer_key="k", column_keys={"k": ["secret"]}, plaintext_footer=True
+        ),
+    )
+    path = tmp_path / "a.parquet"
+    with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    source = open_path("parquet", path)
+
+    assert numbers(read_all(source, ["n"])) == [1, 2]
+    failures = [r.failure for r in read_all(source, ["n", "secret"])]
+    assert all(f is not None and "Cannot decrypt" in f.message for f in failures)
 
 
 # --- identity ---
