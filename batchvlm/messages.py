@@ -2,7 +2,7 @@
 
 Shapes taken: a list of `{"role", "content"}`, or the same as JSON text. A content is a string or a
 list of parts: `{"type": "text", "text"}`, `{"type": "image"}` (a slot for the next image of the
-image columns), `{"type": "image", "image"|"path"|"url"|"bytes"}`, and OpenAI's
+image columns), `{"type": "image", "image"|"path"|"url"|"base64"|"bytes"}`, and OpenAI's
 `{"type": "image_url", "image_url": {"url"}}`.
 """
 
@@ -21,7 +21,7 @@ from batchvlm.records import ImageRef
 
 Message = dict[str, Any]
 
-_INLINE = ("image", "path", "url", "bytes", "image_url")
+_INLINE = ("image", "path", "url", "base64", "bytes", "image_url")
 # Without brackets in brackets, so that no text takes longer than its length.
 _MARKDOWN = re.compile(r"!\[[^\[\]]*\]\([ \t]{0,8}([^()\s]+)[ \t]{0,8}\)")
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")

@@ -199,6 +199,13 @@ def test_inline_images_stand_where_they_are_written() -> None:
     assert all(set(p) == {"type"} for p in filled[0]["content"] if p["type"] == "image")
 
 
+def test_base64_in_a_part_is_its_image() -> None:
+    """As transformers' chat templates have it; no other image is shown in its place."""
+    part = {"type": "image", "base64": base64.b64encode(picture()).decode()}
+    messages = read_messages([user(part, SLOT)], "m")
+    assert fill_slots(messages, [A], "m")[1] == (ImageRef(data=picture()), A)
+
+
 def test_messages_without_slots_get_the_images_before_the_first_user_text() -> None:
     messages = read_messages([{"role": "system", "content": "Be brief."}, user("one")], "m")
     filled, images = fill_slots(messages, [A, B], "m")

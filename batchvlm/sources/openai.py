@@ -175,7 +175,7 @@ def _read_request(request: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(read["model"], str | None):
         raise _RefusedError("body.model is no text")
     read["messages"] = _read_messages(body.pop("messages", None))
-    read["json_schema"] = _schema_of(body.pop("response_format", None))
+    read["json_schema"] = _schema_of(body)
     for key in _SAYS_NOTHING:
         body.pop(key, None)
     for key, values in _NEUTRAL.items():
@@ -206,10 +206,24 @@ def _read_messages(value: Any) -> Any:
     return messages
 
 
-def _schema_of(given: Any) -> str | None:
-    """The JSON schema that `response_format` asks for, as text."""
-    if given is None:
-        return None
+def _schema_of(body: dict[str, Any]) -> str | None:
+    """The JSON schema that a request asks for, as text, taken out of its body.
+
+    OpenAI writes it into `response_format`, vLLM also into `structured_outputs`, or `guided_json`.
+    """
+    read = {
+        "response_format": _in_response_format,
+        "structured_outputs": _in_structured_outputs,
+        "guided_json": _as_text,
+    }
+    found = {key: read[key](body.pop(key)) for key in read if key in body}
+    schemas = {key: schema for key, schema in found.items() if schema is not None}
+    if len(schemas) > 1:
+        raise _RefusedError(f"body: {' and '.join(schemas)} both ask for a schema")
+    return next(iter(schemas.values()), None)
+
+
+def _in_response_format(given: Any) -> str | None:
     match given:
         case {"type": "text"}:
             return None
@@ -220,3 +234,18 @@ def _schema_of(given: Any) -> str | None:
     raise _RefusedError(
         "body.response_format is none of text, json_object, and json_schema with a schema"
     )
+
+
+def _in_structured_outputs(given: Any) -> str:
+    if isinstance(given, dict):
+        given = {key: value for key, value in given.items() if value not in (None, False)}
+    match given:
+        case {"json": schema, **others} if not others:
+            return _as_text(schema)
+        case {"json_object": True, **others} if not others:
+            return _ANY_OBJECT
+    raise _RefusedError("body.structured_outputs is neither json nor json_object alone")
+
+
+def _as_text(schema: Any) -> str:
+    return schema if isinstance(schema, str) else json.dumps(schema)

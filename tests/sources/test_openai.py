@@ -87,6 +87,20 @@ def test_response_formats(tmp_path: Path, response_format: Any, schema: Any) -> 
     assert (None if text is None else json.loads(text)) == schema
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"guided_json": {"type": "object"}},
+        {"guided_json": '{"type": "object"}', "response_format": {"type": "text"}},
+        {"structured_outputs": {"json": {"type": "object"}, "regex": None}},
+        {"structured_outputs": {"json_object": True, "json": None}},
+    ],
+)
+def test_a_schema_in_the_words_of_vllm(tmp_path: Path, field: Any) -> None:
+    record = read_one(tmp_path, request(**field))
+    assert json.loads(record.values["json_schema"]) == {"type": "object"}
+
+
 def test_the_newer_words_mean_the_older(tmp_path: Path) -> None:
     messages = [{"role": "developer", "content": "Be brief.", "name": None}, *MESSAGES]
     record = read_one(tmp_path, request(messages=messages, max_completion_tokens=9, max_tokens=8))
@@ -117,6 +131,9 @@ REFUSED = {
     "'temprature' is not supported": request(temprature=1),
     "best_of": request(best_of=2),
     "body.response_format": request(response_format={"type": "grammar"}),
+    "body.structured_outputs": request(structured_outputs={"choice": ["a"]}),
+    "both ask for a schema": request(guided_json={}, response_format={"type": "json_object"}),
+    "guided_choice": request(guided_choice=["a"]),
     "body.model": request(model=3),
     "body.messages is no list": request(messages="hello"),
     "body.messages[0]: 'tool_calls'": request(
