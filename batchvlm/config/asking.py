@@ -36,8 +36,8 @@ class DataConfig:
     source: SourceKind = MISSING
     path: str = MISSING
     """Parquet, jsonl, openai, webdataset: a file, folder, glob or fsspec URL. hf: a hub name, a
-    folder of data files or a `save_to_disk` folder. folder: a folder of images. Parquet: folders
-    named `key=value` below it are columns."""
+    data file (CSV, JSON, Arrow, ...), a folder of these or a `save_to_disk` folder. folder: a
+    folder of images. Parquet: folders named `key=value` below it are columns."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     subset: str | None = None
     """hf: the dataset's configuration name."""

@@ -1,4 +1,4 @@
-"""Hugging Face datasets -> records: from the hub, a folder of data files or `save_to_disk`.
+"""Hugging Face datasets -> records: from the hub, data files, or `save_to_disk`.
 
 Everything is read as Arrow, where images are still bytes or paths. Rows are known by their position
 in the split: `state_dict` of a streamed dataset repeats or loses rows when it is resumed.
@@ -6,6 +6,7 @@ in the split: `state_dict` of a streamed dataset repeats or loses rows when it i
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -90,21 +91,24 @@ def _open_saved(cfg: DataConfig, folder: str, split: str | None = None) -> Datas
 
 
 def _open_builder(cfg: DataConfig, folder: str) -> DatasetSource | StreamSource | ParquetSource:
-    is_local = os.path.isdir(folder)
+    file_name = None
     if os.path.isfile(folder):
-        raise InputError(
-            f"data.path: {cfg.path} is a file",
-            hint="read it by data=parquet or data=jsonl, or name the folder that holds it",
-        )
+        folder, file_name = os.path.split(folder)
+    is_local = os.path.isdir(folder)
     if not is_local and cfg.path.startswith((".", "~", os.sep)):
         raise InputError(
             f"data.path: no such folder: {cfg.path}",
             hint="name a dataset of the hub, a folder of data files or one made by save_to_disk",
         )
     if is_local:
-        _refuse_ineffective(cfg, ("revision",), "a folder of this machine")
+        _refuse_ineffective(
+            cfg, ("revision",), f"a {'file' if file_name else 'folder'} of this machine"
+        )
     builder = datasets.load_dataset_builder(
-        folder if is_local else cfg.path, name=cfg.subset, revision=cfg.revision
+        folder if is_local else cfg.path,
+        name=cfg.subset,
+        revision=cfg.revision,
+        data_files=file_name and glob.escape(file_name),
     )
     by_split = {str(k): list(v) for k, v in (builder.config.data_files or {}).items()}
     by_split = by_split or {str(name): [] for name in builder.info.splits or ()}

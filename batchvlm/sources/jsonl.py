@@ -225,7 +225,8 @@ def _not_json_lines(name: str, start: bytes, num_lines: int) -> InputError:
         problem = "it holds a JSON array"
     return InputError(
         f"data.path: {name} is no JSON lines: {problem}",
-        hint=f"write one object a line, as jq -c '.[]' {name} does of an array",
+        hint=f"write one object a line, as jq -c '.[]' {name} does of an array; data=hf reads CSV "
+        "and JSON files",
     )
 
 

@@ -304,7 +304,7 @@ def _read_footers(listing: Listing) -> dict[str, _Footer]:
         except Exception as error:  # each file system raises errors of its own
             raise InputError(
                 f"data.path: {name} is no readable Parquet file: {one_line(error)}",
-                hint="write it again or take it out of the input",
+                hint="write it again or take it out of the input; data=hf reads CSV and JSON files",
             ) from error
         # Ten thousand files share one schema in memory.
         return replace(footer, schema=schemas.setdefault(footer.schema, footer.schema))

@@ -216,6 +216,26 @@ def test_an_unknown_split_lists_those_there_are(
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a[1] b.csv", "a.json", "a.parquet"])
+def test_one_file(tmp_path: Path, name: str, streaming: bool) -> None:
+    (tmp_path / "other.csv").write_text("n\n9\n")
+    table = pa.table({"n": [1, 2], "key": ["a", "b"]})
+    match name.rpartition(".")[2]:
+        case "csv":
+            (tmp_path / name).write_text("n,key\n1,a\n2,b\n")
+        case "json":
+            (tmp_path / name).write_text(json.dumps(table.to_pylist()))
+        case _:
+            pq.write_table(table, tmp_path / name)
+    source = open_path("hf", tmp_path / name, streaming=streaming)
+
+    assert source.image_root == str(tmp_path)
+    assert numbers(source) == [1, 2]
+    with pytest.raises(InputError, match="is a file of this machine"):
+        open_path("hf", tmp_path / name, revision="main")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_what_is_no_dataset_is_one_line(tmp_path: Path, streaming: bool) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.parquet").touch()
@@ -230,7 +250,7 @@ def test_what_is_no_dataset_is_one_line(tmp_path: Path, streaming: bool) -> None
     for path, settings in cases:
         with pytest.raises(InputError) as caught:
             open_path("hf", path, streaming=streaming, **settings)
-        assert str(path) in caught.value.message
+        assert os.path.basename(path) in caught.value.message
         assert caught.value.hint
         assert "\n" not in str(caught.value)
 
