@@ -157,6 +157,12 @@ class PromptBuilder:
         if self._messages_column:
             where = self._messages_column
             messages = read_messages(values[where], where)
+            if messages[-1]["role"] == "assistant":
+                # Of training data: the model would see the answer, and add another one to it.
+                raise RowError(
+                    ErrorType.PROMPT,
+                    f"{where} ends with the assistant's message, so there is nothing to answer",
+                )
         elif self._turns_column:
             where = self._turns_column
             messages = read_turns(values[where], where)

@@ -226,6 +226,13 @@ def test_messages_pass_through_and_take_the_system_prompt() -> None:
     assert text_of(build.build(record(chat=own, image="a.png"))) == ["Mine.", "What?"]
 
 
+def test_messages_that_end_with_an_answer_ask_nothing() -> None:
+    chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    with pytest.raises(RowError, match="nothing to answer") as caught:
+        builder(messages="chat").build(record(chat=chat))
+    assert caught.value.error_type is ErrorType.PROMPT
+
+
 def columns(**named: str) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=9, columns=GenerationColumnsConfig(**named))
 

@@ -191,9 +191,11 @@ def to_table(results: Sequence[Result], schema: pa.Schema, provenance: Provenanc
 
 def _check_name(name: str, *, already: Sequence[str]) -> None:
     if name in _FIXED:
+        hint = "leave it out (row_index leads back to it), or rename it in the input"
+        if name == "id":
+            hint = "data.columns.id=id makes it the output's; leave it out here"
         raise ConfigError(
-            f"output.keep_columns: the output has a column {name!r} of its own",
-            hint="leave it out, or rename it in the input",
+            f"output.keep_columns: the output has a column {name!r} of its own", hint=hint
         )
     if name in already:
         raise ConfigError(

@@ -73,6 +73,11 @@ def test_a_kept_column_with_a_name_of_ours_is_refused(name: str) -> None:
         output_schema([pa.field(name, pa.string())], token_ids=False)
 
 
+def test_who_wants_to_keep_the_key_is_told_how() -> None:
+    with pytest.raises(ConfigError, match=r"data\.columns\.id=id makes it the output's"):
+        output_schema([pa.field("id", pa.int64())])
+
+
 def test_a_kept_column_named_twice_is_refused() -> None:
     field = pa.field("x", pa.string())
     with pytest.raises(ConfigError, match=r"output\.keep_columns.*'x' is there twice"):
