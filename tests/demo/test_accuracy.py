@@ -19,7 +19,7 @@ from batchvlm.settings import compose
 from tests.conftest import IMAGE
 
 NUM_SCENES = 500
-NUM_SCENES_ALONE = 24
+NUM_SCENES_ALONE = 12
 ROOM = {"caption": 112, "json": 192}
 
 

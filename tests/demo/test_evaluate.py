@@ -23,7 +23,7 @@ def test_scores_count_exact_matches_by_kind() -> None:
 
 
 def test_the_bundled_model_answers_alike_alone_and_in_a_batch() -> None:
-    scores = evaluate.evaluate(MODEL_DIR, num_scenes=6, seed=1, is_compared_alone=True)
+    scores = evaluate.evaluate(MODEL_DIR, num_scenes=3, seed=1, is_compared_alone=True)
     assert scores.num_same_alone == len(scores.items)
     right = sum(a == i.answer for a, i in zip(scores.answers, scores.items, strict=True))
     assert right / len(scores.items) > 0.9
