@@ -10,7 +10,7 @@ import itertools
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -120,11 +120,12 @@ def read_config(node: DictConfig) -> JobConfig:
             )
         for key in _TEXTS:
             _read_texts(node, key)
+        for key in _PATHS:
+            _at_home(node, key)
         cfg = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise explain(error) from error
     assert isinstance(cfg, JobConfig)
-    cfg = _at_home(cfg)
     check_config(cfg)
     return cfg
 
@@ -149,15 +150,19 @@ def _read_texts(node: DictConfig, key: str) -> None:
         OmegaConf.update(node, key, [str(value) for value in values])
 
 
-def _at_home(cfg: JobConfig) -> JobConfig:
-    """Paths that begin with `~` as a shell would have them: between quotes it leaves them alone."""
-    data, model, output = cfg.data, cfg.model, cfg.output
-    return replace(
-        cfg,
-        data=replace(data, path=expanduser(data.path)),
-        model=replace(model, path=expanduser(model.path)),
-        output=replace(output, dir=expanduser(output.dir)),
-    )
+_PATHS = (
+    *("data.path", "data.image_root", "model.path", "model.adapter", "output.dir"),
+    *("task.output.json_schema", "task.output.grammar"),
+    *("tracking.dir", "tracking.prometheus_file"),
+)
+
+
+def _at_home(node: DictConfig, key: str) -> None:
+    """A path that begins with `~` as a shell would have it: between quotes it leaves it alone."""
+    path = OmegaConf.select(node, key)
+    if isinstance(path, str) and path.startswith("~"):
+        with read_write(node):
+            OmegaConf.update(node, key, expanduser(path))
 
 
 def _refuse_unknown(node: DictConfig, cls: type, prefix: str = "") -> None:

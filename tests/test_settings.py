@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -207,9 +208,13 @@ def test_what_to_write_instead_is_read_as_it_was_meant(value: str) -> None:
 
 def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    paths = ("data.path", "model.path", "output.dir")
-    cfg = compose("run", ["data=parquet", "model=hub", *(f'{key}="~/x"' for key in paths)])
-    assert {cfg.data.path, cfg.model.path, cfg.output.dir} == {"/home/me/x"}
+    paths = (
+        *("data.path", "data.image_root", "model.path", "model.adapter", "output.dir"),
+        *("task.output.json_schema", "tracking.dir", "tracking.prometheus_file"),
+    )
+    options = ("task=extract", "data=parquet", "model=hub")
+    cfg = compose("run", [*options, *(f'{key}="~/x"' for key in paths)])
+    assert {attrgetter(key)(cfg) for key in paths} == {"/home/me/x"}
 
 
 NO_HOSTS = [
