@@ -55,6 +55,7 @@ def _may_be_reached(entry: str) -> bool:
 
 
 _WEB = ("http", "https")
+_MAX_S = 1_000_000_000
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*")
 _HOST = re.compile(r"[\w\-]+(\.[\w\-]+)*\.?")
 
@@ -81,6 +82,13 @@ def _between(setting: str, value: float, low: float, high: float) -> None:
         raise ConfigError(f"{setting}={value} must lie between {low} and {high}")
 
 
+def _seconds(setting: str, value: float | None, low: float) -> None:
+    _at_least(setting, value, low)
+    # Python's clocks refuse what is infinite in the middle of a run, in a thread of its own.
+    if value is not None and value > _MAX_S:
+        raise ConfigError(f"{setting}={value} must be at most {_MAX_S:,} seconds")
+
+
 def _check_ranges(cfg: JobConfig) -> None:
     gen, batching, runtime = cfg.generation, cfg.batching, cfg.runtime
     for key, (low, high) in GENERATION_LIMITS.items():
@@ -90,17 +98,18 @@ def _check_ranges(cfg: JobConfig) -> None:
     _at_least("batching.max_batch_size", batching.max_batch_size, 1)
     _at_least("batching.sort_window", batching.sort_window, 1)
     _at_least("batching.max_window_bytes", batching.max_window_bytes, 1)
+    _between("engine.memory_fraction", cfg.engine.memory_fraction, 0.01, 1)
     _at_least("engine.max_slots", cfg.engine.max_slots, 1)
     _at_least("engine.max_prefill_tokens", cfg.engine.max_prefill_tokens, 1)
     _at_least("engine.cpu_streams", cfg.engine.cpu_streams, 1)
     _at_least("output.rows_per_shard", cfg.output.rows_per_shard, 1)
-    _at_least("output.flush_every_s", cfg.output.flush_every_s, 0)
+    _seconds("output.flush_every_s", cfg.output.flush_every_s, 0)
     _at_least("output.flush_every_rows", cfg.output.flush_every_rows, 1)
     _at_least("retry.max_attempts", cfg.retry.max_attempts, 1)
     _at_least("retry.invalid_json", cfg.retry.invalid_json, 0)
     _at_least("data.max_rows", cfg.data.max_rows, 1)
     _at_least("data.max_image_bytes", cfg.data.max_image_bytes, 1)
-    _at_least("data.fetch_timeout_s", cfg.data.fetch_timeout_s, 0.1)
+    _seconds("data.fetch_timeout_s", cfg.data.fetch_timeout_s, 0.1)
     _at_least("data.fetch_attempts", cfg.data.fetch_attempts, 1)
     _at_least("data.fetch_concurrency", cfg.data.fetch_concurrency, 1)
     _at_least("data.max_source_pixels", cfg.data.max_source_pixels, 1)
@@ -110,18 +119,18 @@ def _check_ranges(cfg: JobConfig) -> None:
     _at_least("runtime.num_tasks", runtime.num_tasks, 1)
     _at_least("runtime.num_workers", runtime.num_workers, 0)
     _at_least("runtime.num_threads", runtime.num_threads, 1)
-    _at_least("runtime.sample_timeout_s", runtime.sample_timeout_s, 0.1)
-    _at_least("runtime.log_every_s", runtime.log_every_s, 0.1)
+    _seconds("runtime.sample_timeout_s", runtime.sample_timeout_s, 0.1)
+    _seconds("runtime.log_every_s", runtime.log_every_s, 0.1)
     _at_least("runtime.max_error_rate_after", runtime.max_error_rate_after, 1)
-    _at_least("runtime.stall_timeout_s", runtime.stall_timeout_s, 1)
-    _at_least("runtime.grace_s", runtime.grace_s, 0.1)
-    _at_least("tracking.every_s", cfg.tracking.every_s, 0.1)
+    _seconds("runtime.stall_timeout_s", runtime.stall_timeout_s, 1)
+    _seconds("runtime.grace_s", runtime.grace_s, 0.1)
+    _seconds("tracking.every_s", cfg.tracking.every_s, 0.1)
     endpoint = cfg.engine.endpoint
     _between("engine.endpoint.max_concurrency", endpoint.max_concurrency, 1, 1024)
-    _at_least("engine.endpoint.timeout_s", endpoint.timeout_s, 0.1)
+    _seconds("engine.endpoint.timeout_s", endpoint.timeout_s, 0.1)
     _at_least("engine.endpoint.max_attempts", endpoint.max_attempts, 1)
-    _at_least("engine.endpoint.patience_s", endpoint.patience_s, 0)
-    _at_least("runtime.walltime_margin_s", runtime.walltime_margin_s, 0)
+    _seconds("engine.endpoint.patience_s", endpoint.patience_s, 0)
+    _seconds("runtime.walltime_margin_s", runtime.walltime_margin_s, 0)
     if runtime.max_error_rate is not None:
         _between("runtime.max_error_rate", runtime.max_error_rate, 0, 1)
     if not 0 <= runtime.task_id < runtime.num_tasks:

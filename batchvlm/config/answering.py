@@ -110,7 +110,8 @@ class EngineConfig:
     device: str = "auto"
     """`auto` (this rank's GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
     memory_fraction: float = 0.9
-    """slots: share of the memory that is free beside the weights which may be used."""
+    """slots: share of the memory that is free beside the weights which may be used. From 0.01 to
+    1."""
     max_slots: int | None = None
     """slots: rows decoded at once; null: as memory allows, 64 at most on a CPU, 512 on a GPU."""
     max_prefill_tokens: int | None = None
