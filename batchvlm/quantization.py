@@ -22,6 +22,10 @@ _NEEDS = {
 """The module of each library, and the extra that installs it."""
 
 
+_BYTES = {Quantization.quanto_int4: 0.53, Quantization.bnb_nf4: 0.5625}
+"""Of a weight, with its share of what scales it; all other kinds take one."""
+
+
 def check_installed(kind: Quantization) -> None:
     """Refuse a quantization whose library is not here.
 
@@ -109,6 +113,22 @@ def quantization_config(kind: Quantization, skip: Sequence[str], *, dtype: Any) 
         case Quantization.torchao_float8:
             how = ao.Float8WeightOnlyConfig()
     return transformers.TorchAoConfig(how, modules_to_not_convert=skip)
+
+
+def quantized_bytes(skeleton: Any, kind: Quantization, skip: Sequence[str]) -> int:
+    """Memory that the weights of a model will take.
+
+    Args:
+        skeleton: the model in the dtypes of what stays as it is.
+        skip: full paths of the modules that do.
+    """
+    below = tuple(f"{path}." for path in skip)
+    size_bytes = float(sum(p.numel() * p.element_size() for p in skeleton.parameters()))
+    for path, module in skeleton.named_modules():
+        if _has_matrix(module) and path not in skip and not path.startswith(below):
+            weight = module.weight
+            size_bytes += weight.numel() * (_BYTES.get(kind, 1) - weight.element_size())
+    return round(size_bytes)
 
 
 def check_quantized(model: Any, skip: Sequence[str]) -> None:

@@ -7,10 +7,16 @@ from typing import Any
 
 import torch
 
-from batchvlm.config import EngineName, JobConfig
+from batchvlm.config import EngineName, JobConfig, ModelConfig
 from batchvlm.engine.memory import MemoryPlan, free_bytes
 from batchvlm.engine.select import name_engine
 from batchvlm.loading import load_skeleton
+from batchvlm.quantization import (
+    check_installed,
+    modules_to_skip,
+    quantization_config,
+    quantized_bytes,
+)
 from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.ranks import find_rank
 
@@ -47,17 +53,20 @@ def foresee(cfg: JobConfig, *, row_tokens: int) -> Footprint:
         ConfigError: `engine.device` names a device that is not here.
     """
     model = load_skeleton(cfg.model)
-    name, reason = name_engine(model, cfg)
     device = torch.device(find_rank(find_launch(), cfg.engine, cfg.runtime).device)
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    weight_bytes = _weight_bytes(model, cfg.model)
+    name, reason = name_engine(model, cfg, device=device)
     # Of a model in several dtypes, keys and values have the language model's.
     kept = model.get_input_embeddings().weight.dtype
     token_bytes = _token_bytes(model.config.get_text_config(decoder=True), kept)
     dtypes = {p.dtype: None for p in model.parameters() if p.is_floating_point()}
+    dtype = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if cfg.model.quantization is not None:
+        dtype += f" and {cfg.model.quantization.value}"
     plan = MemoryPlan(cfg.engine, device, taken_bytes=weight_bytes)
     return Footprint(
         class_name=type(model).__name__,
-        dtype=" and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes),
+        dtype=dtype,
         num_params=sum(p.numel() for p in model.parameters()),
         weight_bytes=weight_bytes,
         token_bytes=token_bytes,
@@ -67,6 +76,22 @@ def foresee(cfg: JobConfig, *, row_tokens: int) -> Footprint:
         reason=reason,
         num_slots=plan.num_slots(token_bytes, max(1, row_tokens)),
     )
+
+
+def _weight_bytes(model: Any, cfg: ModelConfig) -> int:
+    """Memory of the weights; of a model that is to be quantized, its config says so from then on.
+
+    Raises:
+        ModelError: the library that quantizes is not here, or a module to skip is not in the model.
+    """
+    kind = cfg.quantization
+    if kind is None:
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+    check_installed(kind)
+    skip = modules_to_skip(model, cfg.quantization_skip)
+    # Which engine runs it depends on this.
+    model.config.quantization_config = quantization_config(kind, skip, dtype=model.dtype)
+    return quantized_bytes(model, kind, skip)
 
 
 def _token_bytes(text: Any, dtype: torch.dtype) -> int:

@@ -126,13 +126,19 @@ def choose_engine(
     )
 
 
-def name_engine(model: Any, cfg: JobConfig) -> tuple[EngineName, str]:
+def name_engine(
+    model: Any, cfg: JobConfig, *, device: torch.device | None = None
+) -> tuple[EngineName, str]:
     """The engine of a model, which needs no weights for this, and why not slots where not.
+
+    Args:
+        device: where it will be; None: where it is.
 
     Raises:
         ModelError: the engine that was asked for cannot run it.
     """
-    reason = why_not_slots(model, is_asked_for=cfg.engine.name is EngineName.slots)
+    is_asked_for = cfg.engine.name is EngineName.slots
+    reason = why_not_slots(model, is_asked_for=is_asked_for, device=device)
     if cfg.model.attn_implementation not in (None, "sdpa"):
         reason = f"model.attn_implementation={cfg.model.attn_implementation} is asked for"
     if cfg.model.device_map is not None:
@@ -181,12 +187,15 @@ def open_constraints(cfg: JobConfig, model: Any, tokenizer: Any) -> Constraints 
     )
 
 
-def why_not_slots(model: Any, *, is_asked_for: bool = False) -> str:
+def why_not_slots(
+    model: Any, *, is_asked_for: bool = False, device: torch.device | None = None
+) -> str:
     """Why a model cannot be run over slots, in a few words; empty if it can.
 
     Args:
         model: a transformers model.
         is_asked_for: leave out doubts that the canary would settle.
+        device: where it will be; None: where it is.
     """
     config = model.config
     if config.is_encoder_decoder:
@@ -208,7 +217,7 @@ def why_not_slots(model: Any, *, is_asked_for: bool = False) -> str:
     if named := [name for name in never if getattr(model.generation_config, name, None)]:
         return f"its repository sets {' and '.join(named)}"
     is_quantized = getattr(config, "quantization_config", None) is not None
-    if not is_asked_for and is_quantized and model.device.type == "cuda":
+    if not is_asked_for and is_quantized and (device or model.device).type == "cuda":
         return "quantized weights were tried over slots on a CPU alone; engine=slots tries it"
     if not is_asked_for and config.model_type not in _VERIFIED:
         return f"model type {config.model_type} was not tried over slots; engine=slots tries it"

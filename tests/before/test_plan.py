@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from batchvlm.before.commands import plan as plan_command
+from batchvlm.before.footprint import foresee
 from batchvlm.before.plan import Plan, make_plan
 from batchvlm.before.table import histogram, table
 from batchvlm.before.tokens import TokenCounter
 from batchvlm.config import EngineName
+from batchvlm.engine.select import name_engine
 from batchvlm.job import Job, open_job
-from batchvlm.loading import ModelLimits
+from batchvlm.loading import ModelLimits, load_skeleton
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import save_run
 from batchvlm.output.schema import Provenance
@@ -93,6 +96,31 @@ def test_a_plan_of_the_demo(tmp_path: Path) -> None:
     # Exactly what the safetensors file holds.
     assert found.footprint.weight_bytes == pytest.approx(6.5e6, rel=0.02)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "size_bytes", "engine"),
+    [
+        ("quanto_int8", 4_188_160, EngineName.slots),
+        ("quanto_int4", 3_823_616, EngineName.generate),
+        ("bnb_nf4", 3_823_616, EngineName.slots),
+    ],
+)
+def test_a_quantized_model_takes_what_it_takes_once_it_is_loaded(
+    kind: str, size_bytes: int, engine: EngineName
+) -> None:
+    pytest.importorskip("bitsandbytes" if kind.startswith("bnb") else "optimum.quanto")
+    found = foresee(compose("run", [f"model.quantization={kind}"]), row_tokens=100)
+    # The bytes are those of the weights and their scales in a loaded model.
+    assert found.weight_bytes == pytest.approx(size_bytes, rel=0.01)
+    assert (found.dtype, found.engine) == (f"float32 and {kind}", engine)
+
+
+def test_on_a_gpu_a_quantized_model_is_foreseen_to_generate() -> None:
+    model = load_skeleton(compose("run").model)
+    model.config.quantization_config = object()
+    name, reason = name_engine(model, compose("run"), device=torch.device("cuda"))
+    assert name is EngineName.generate and reason.startswith("quantized weights were tried")
 
 
 def test_padding_slices_and_a_part_of_the_input(tmp_path: Path) -> None:
