@@ -23,7 +23,7 @@ from batchvlm.errors import UnfinishedError
 from batchvlm.identity import model_name
 from batchvlm.job import Job, announce_overwriting, open_job
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.parts import look_into_parts, num_given_up
+from batchvlm.output.parts import count_failed, look_into_parts
 from batchvlm.output.run_file import save_run
 from batchvlm.records import Completion, Failure, Record, Sample, Shard
 from batchvlm.report.card import complete_card, write_finished_card, write_first_card
@@ -95,7 +95,7 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
         indices = {shard.index for shard in mine}
         metrics.found_errors = look_into_parts(job.folder, job.run, indices & finished)
         if cfg.retry.errors:
-            num_left = num_given_up(job.folder, job.run, indices, cfg.retry)
+            num_left = count_failed(job.folder, job.run, indices, cfg.retry).num_given_up
     num_mine = sum(shard.num_rows for shard in mine)
     todo = [shard for shard in mine if shard.index not in finished]
     if todo:

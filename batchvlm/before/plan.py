@@ -14,6 +14,7 @@ from batchvlm.before.footprint import Footprint, foresee
 from batchvlm.before.tokens import RowCount, TokenCounter
 from batchvlm.config import BatchingConfig, EngineName
 from batchvlm.job import Job
+from batchvlm.output.parts import count_failed
 from batchvlm.output.status import outcomes_in_segments
 from batchvlm.records import Generation, Sample, Shard
 from batchvlm.runtime.launch import num_cores
@@ -49,7 +50,7 @@ class Plan:
     num_mine: int
     """Rows of this task."""
     num_done: int
-    """Of these, in finished shards."""
+    """Of these, those that a run would leave as they are."""
     drawn: Drawn
     counts: Sequence[RowCount]
     """Of rows that can be answered."""
@@ -109,16 +110,24 @@ def make_plan(job: Job, *, num_sampled: int, with_speed: bool) -> Plan:
 
 
 def _num_done(job: Job, shards: Sequence[Shard]) -> int:
-    """Rows that earlier runs have answered, those in segments of unfinished shards too."""
+    """Rows that earlier runs have answered, those in segments of unfinished shards too.
+
+    Those that are to be answered again (`retry.errors`) are not among them.
+    """
     finished = job.folder.finished_shards(len(job.run.plan))
     begun = set(job.folder.shards_with_segments()) - finished
-    return sum(
+    num_rows = sum(
         shard.num_rows
         if shard.index in finished
         else len(outcomes_in_segments(job.folder, shard.index))
         for shard in shards
         if shard.index in finished or shard.index in begun
     )
+    retry = job.cfg.retry
+    if not (retry.errors and num_rows):
+        return num_rows
+    indices = {shard.index for shard in shards}
+    return num_rows - count_failed(job.folder, job.run, indices, retry).num_again
 
 
 def _padding(counts: Sequence[RowCount], cfg: BatchingConfig) -> tuple[int, float]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -73,10 +74,20 @@ def _look_into(
     )
 
 
-def num_given_up(
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """Rows with an error that `retry.errors` names."""
+
+    num_again: int
+    """That are to be answered again."""
+    num_given_up: int
+    """That were tried `retry.max_attempts` times before."""
+
+
+def count_failed(
     folder: OutputFolder, run: RunFile, wanted: Collection[int], retry: RetryConfig
-) -> int:
-    """Rows with an error that `retry.errors` names, tried `retry.max_attempts` times before.
+) -> Failed:
+    """Look for what a retry is about.
 
     Reads three columns of parts that hold failed rows, and of segments.
 
@@ -99,15 +110,19 @@ def num_given_up(
             if path in parts and not _has_errors(parquet.metadata):
                 continue
             table = parquet.read(["row_index", "attempts", "error_type"])
-            # Most rows were tried once.
-            table = table.filter(pc.greater_equal(table["attempts"], retry.max_attempts))
+            # Most rows were tried once, and answered.
+            is_failed = pc.is_valid(table["error_type"])
+            table = table.filter(pc.or_(is_failed, pc.greater(table["attempts"], 1)))
             for row, attempts, kind in zip(*(c.to_pylist() for c in table.columns), strict=True):
                 latest[row] = max(latest.get(row, (0, "")), (attempts, kind or ""))
     starts = [shard.first_row_index for shard in run.plan]
-    return sum(
-        kind in retry.errors and bisect_right(starts, row) - 1 in wanted
-        for row, (_, kind) in latest.items()
-    )
+    attempts_of = [
+        attempts
+        for row, (attempts, kind) in latest.items()
+        if kind in retry.errors and bisect_right(starts, row) - 1 in wanted
+    ]
+    num_again = sum(attempts < retry.max_attempts for attempts in attempts_of)
+    return Failed(num_again=num_again, num_given_up=len(attempts_of) - num_again)
 
 
 def _parts_of(folder: OutputFolder, run: RunFile, wanted: Collection[int]) -> list[Part]:

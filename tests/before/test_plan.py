@@ -227,6 +227,9 @@ def test_rows_of_unfinished_shards_are_done(tmp_path: Path) -> None:
             writer.commit()
     plan = planned(job)
     assert (plan.num_done, plan.num_todo) == (12, plan.num_rows - 12)
+    # Of these twelve, two with an error.
+    again = planned(demo_job(tmp_path, "output.rows_per_shard=8", "retry.errors=[decode]"))
+    assert (again.num_done, again.num_todo) == (10, plan.num_rows - 10)
 
 
 def test_mistakes_of_a_plan_are_those_of_a_run(tmp_path: Path) -> None:
