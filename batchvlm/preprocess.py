@@ -139,24 +139,17 @@ class Preprocessor:
             assert pixels is not None, "a processor that makes bytes of some images only"
             features["pixel_values"] = pixels
         num_tokens = features["input_ids"].shape[-1]
-        if not num_tokens:
-            # Without a template, and a tokenizer that begins with no token. There is nothing to
-            # answer behind.
-            raise RowError(ErrorType.PROMPT, "the prompt is empty")
         num_image_tokens = 0
         if self._limits.image_token_id is not None:
             num_image_tokens = int((features["input_ids"] == self._limits.image_token_id).sum())
         generation = prompt.generation
-        room: int | None = None
-        if self._limits.max_positions is not None:
-            is_apart = self._limits.is_encoder_decoder
-            room = self._limits.max_positions - (1 if is_apart else num_tokens)
-            if 0 < room < generation.max_new_tokens:
-                generation = replace(
-                    generation,
-                    max_new_tokens=room,
-                    min_new_tokens=min(generation.min_new_tokens, room),
-                )
+        room = room_behind(self._limits, num_tokens)
+        if room is not None and 0 < room < generation.max_new_tokens:
+            generation = replace(
+                generation,
+                max_new_tokens=room,
+                min_new_tokens=min(generation.min_new_tokens, room),
+            )
         check_length(self._spec.model, self._limits, num_tokens, num_image_tokens, len(images))
         return Sample(
             row_index=prompt.row_index,
@@ -173,14 +166,25 @@ class Preprocessor:
         )
 
 
+def room_behind(limits: ModelLimits, num_tokens: int) -> int | None:
+    """Tokens that an answer may have behind a prompt; None where the model sets no limit."""
+    if limits.max_positions is None:
+        return None
+    return limits.max_positions - (1 if limits.is_encoder_decoder else num_tokens)
+
+
 def check_length(
     cfg: ModelConfig, limits: ModelLimits, num_tokens: int, num_image_tokens: int, num_images: int
 ) -> None:
-    """Refuse a prompt that is longer than the model takes, or than the settings allow.
+    """Refuse a prompt that is longer than the model takes, or than the settings allow, or empty.
 
     Raises:
-        RowError: `prompt_too_long`.
+        RowError: `prompt_too_long`, or `prompt`.
     """
+    if not num_tokens:
+        # Without a template, and a tokenizer that begins with no token. There is nothing to
+        # answer behind.
+        raise RowError(ErrorType.PROMPT, "the prompt is empty")
     longest = cfg.max_prompt_tokens
     if limits.max_positions is not None:
         longest = min(longest or limits.max_positions, limits.max_positions - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from batchvlm.engine import Engine, open_engine
 from batchvlm.errors import InputError
@@ -25,8 +25,8 @@ _ENOUGH_S = 8.0
 class Speed:
     """What was measured, for one process on one device."""
 
-    num_rows: int
-    """That were answered in the last and longest trial."""
+    row_indices: tuple[int, ...]
+    """Of the rows that were answered in the last and longest trial."""
     load_s: float
     run_s: float
     run_cpu_s: float
@@ -35,16 +35,15 @@ class Speed:
     """Seconds of one core to prepare these rows."""
     prompt_tokens: int
     completion_tokens: int
-    """Of these rows."""
+    """Of these rows: of every turn of a dialog, and of every answer."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_indices)
 
     @property
     def rows_per_s(self) -> float:
         return self.num_rows / self.run_s
-
-    @property
-    def s_per_token(self) -> float:
-        """Seconds for a token of prompt or answer."""
-        return self.run_s / (self.prompt_tokens + self.completion_tokens)
 
 
 def calibrate(job: Job, records: Sequence[Record], *, engine: Engine | None = None) -> Speed:
@@ -75,23 +74,47 @@ def calibrate(job: Job, records: Sequence[Record], *, engine: Engine | None = No
         )
     list(engine.run(warm_up))
     while True:
-        samples, prepare_s = _prepare(preprocessor, records[:num_rows])
-        samples = samples or warm_up
+        speed = _answer(preprocessor, engine, records[:num_rows], load_s=load_s)
+        if speed.run_s >= _ENOUGH_S or num_rows >= len(records):
+            return speed
+        num_rows *= 4
+
+
+def _answer(
+    preprocessor: Preprocessor, engine: Engine, records: Sequence[Record], *, load_s: float
+) -> Speed:
+    """Answer rows, dialogs to their last turn."""
+    samples, prepare_s = _prepare(preprocessor, records)
+    row_indices = tuple(sample.row_index for sample in samples)
+    run_s = run_cpu_s = 0.0
+    prompt_tokens = completion_tokens = 0
+    asked = {record.row_index: record for record in records}
+    while samples:
+        prompt_tokens += sum(sample.prompt_tokens for sample in samples)
+        going_on = {sample.row_index for sample in samples if sample.turns_left}
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         outcomes = list(engine.run(samples))
-        run_s, run_cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
-        if run_s >= _ENOUGH_S or num_rows >= len(records):
-            break
-        num_rows *= 4
-    answered = [outcome for _, outcome in outcomes if isinstance(outcome, Completion)]
+        run_s += time.perf_counter() - start_s
+        run_cpu_s += time.process_time() - start_cpu_s
+        again: list[Record] = []
+        for row_index, outcome in outcomes:
+            if not isinstance(outcome, Completion):
+                continue
+            completion_tokens += sum(len(c.token_ids) for c in (outcome, *outcome.alternatives))
+            record = asked[row_index]
+            asked[row_index] = replace(record, said=(*record.said, outcome))
+            if row_index in going_on:
+                again.append(asked[row_index])
+        samples, further_s = _prepare(preprocessor, again)
+        prepare_s += further_s
     return Speed(
-        num_rows=len(samples),
+        row_indices=row_indices,
         load_s=load_s,
         run_s=max(run_s, 1e-9),
         run_cpu_s=run_cpu_s,
         prepare_s=prepare_s,
-        prompt_tokens=sum(sample.prompt_tokens for sample in samples),
-        completion_tokens=sum(len(c.token_ids) for c in answered),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
     )
 
 

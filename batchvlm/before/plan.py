@@ -152,11 +152,13 @@ def _estimate(plan: Plan, speed: Speed) -> Estimate:
     num_looked_at = len(plan.counts) + len(plan.failed)
     num_answered = plan.num_todo * len(plan.counts) / num_looked_at
     # By tokens: the rows of the trial may be longer or shorter than those of the whole sample.
-    prompt = float(np.mean([row.prompt_tokens for row in plan.counts]))
+    told = {row.row_index: row.prompt_tokens for row in plan.counts}
     answer = speed.completion_tokens / speed.num_rows
+    a_row = float(np.mean(list(told.values()))) + answer
+    a_tried_row = float(np.mean([told[index] for index in speed.row_indices])) + answer
     workers = plan.job.cfg.runtime.num_workers
     num_workers = default_num_workers() if workers is None else workers
-    engine_s = num_answered * (prompt + answer) * speed.s_per_token
+    engine_s = num_answered * speed.run_s / speed.num_rows * a_row / a_tried_row
     prepare_core_s = plan.num_todo * speed.prepare_s / speed.num_rows
     engine_core_s = engine_s * speed.run_cpu_s / speed.run_s
     return Estimate(

@@ -10,7 +10,7 @@ import numpy as np
 
 from batchvlm.before.plan import Plan
 from batchvlm.before.tokens import RowCount
-from batchvlm.config import EngineName, OnMismatch
+from batchvlm.config import EngineName, OnMismatch, TaskName
 from batchvlm.output.run_file import read_run
 from batchvlm.words import duration, large_number, num_bytes, number_of, printable
 
@@ -129,6 +129,8 @@ def _distributions(plan: Plan) -> Iterator[str]:
     yield " " * 16 + "".join(f"{head:>9}" for head in heads)
     for name, values in columns.items():
         yield f"{name:<16}" + "".join(f"{q:>9,.0f}" for q in _quantiles(values).values())
+    if plan.job.cfg.task.name is TaskName.dialog:
+        yield _line("", "(of a dialog's last turn, without the answers before it; room for all)")
     for name in ("prompt tokens", "of images"):
         if len(set(columns[name])) > 1:
             yield ""

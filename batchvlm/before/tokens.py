@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -12,10 +12,10 @@ from batchvlm.errors import ErrorType, RowError
 from batchvlm.images import at_hand, capped_size, image_size
 from batchvlm.job import Job
 from batchvlm.loading import load_limits, load_processor
-from batchvlm.preprocess import ChatTemplate, check_length
+from batchvlm.preprocess import ChatTemplate, check_length, room_behind
 from batchvlm.prompts import PromptBuilder
 from batchvlm.recent import KEY, RecentImageProcessor
-from batchvlm.records import Failure, Prompt, Record
+from batchvlm.records import Completion, Failure, FinishReason, Prompt, Record
 
 _CHECKED_ROWS = 3
 """Rows with images that are counted in both ways before the quick one is trusted."""
@@ -31,11 +31,12 @@ class RowCount:
     failure: Failure | None = None
     """Why it cannot be answered; the counts are then 0."""
     prompt_tokens: int = 0
-    """With image tokens."""
+    """With image tokens; of a dialog, those of its last turn without the answers before."""
     image_tokens: int = 0
     sizes: tuple[tuple[int, int], ...] = ()
     """(width, height) in pixels of its images, upright, as they are in the input."""
     max_new_tokens: int = 0
+    """Of all turns together."""
 
 
 class TokenCounter:
@@ -70,7 +71,7 @@ class TokenCounter:
         try:
             if record.failure is not None:
                 raise RowError(record.failure.error_type, record.failure.message)
-            return self._count(record, self._prompts.build(record))
+            return self._count(record)
         except RowError as error:
             failure = Failure(error_type=error.error_type, message=error.message)
         # A processor can raise anything on sizes that it did not expect.
@@ -81,8 +82,13 @@ class TokenCounter:
             )
         return RowCount(row_index=record.row_index, id=record.id, failure=failure)
 
-    def _count(self, record: Record, prompt: Prompt) -> RowCount:
+    def _count(self, record: Record) -> RowCount:
         data = self._cfg.data
+        prompt = self._prompts.build(record)
+        num_turns = 1 + prompt.turns_left
+        if prompt.turns_left:
+            said = (_nothing_said(record.row_index),) * prompt.turns_left
+            prompt = self._prompts.build(replace(record, said=said))
         sizes = [
             image_size(
                 at_hand(ref, record.fetched),
@@ -95,16 +101,16 @@ class TokenCounter:
         seen = [capped_size(size, self._cfg.model.max_image_pixels) for size in sizes]
         num_tokens, num_image_tokens = self._num_tokens(prompt, seen)
         check_length(self._cfg.model, self._limits, num_tokens, num_image_tokens, len(sizes))
-        room = prompt.generation.max_new_tokens
-        if self._limits.max_positions is not None:
-            room = min(room, self._limits.max_positions - num_tokens)
+        max_new_tokens = num_turns * prompt.generation.max_new_tokens
+        if (room := room_behind(self._limits, num_tokens)) is not None:
+            max_new_tokens = min(max_new_tokens, room)
         return RowCount(
             row_index=record.row_index,
             id=record.id,
             prompt_tokens=num_tokens,
             image_tokens=num_image_tokens,
             sizes=tuple(sizes),
-            max_new_tokens=room,
+            max_new_tokens=max_new_tokens,
         )
 
     def _num_tokens(self, prompt: Prompt, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -134,6 +140,16 @@ class TokenCounter:
         )
         num_image = sum(told.num_image_tokens)
         return num_text - len(sizes) + num_image, num_image
+
+
+def _nothing_said(row_index: int) -> Completion:
+    return Completion(
+        row_index=row_index,
+        token_ids=(),
+        text="",
+        finish_reason=FinishReason.STOP,
+        latency_s=0.0,
+    )
 
 
 def _blank(size: tuple[int, int]) -> Image.Image:

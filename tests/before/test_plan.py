@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,13 +19,14 @@ from batchvlm.before.table import histogram, table
 from batchvlm.before.tokens import TokenCounter
 from batchvlm.config import EngineName
 from batchvlm.engine.select import name_engine
+from batchvlm.errors import ErrorType
 from batchvlm.job import Job, open_job
 from batchvlm.loading import ModelLimits, load_skeleton
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import save_run
 from batchvlm.output.schema import Provenance
 from batchvlm.output.writer import ShardWriter
-from batchvlm.preprocess import Preprocessor
+from batchvlm.preprocess import Preprocessor, room_behind
 from batchvlm.records import Failure
 from batchvlm.runtime.launch import num_cores
 from batchvlm.settings import compose
@@ -157,6 +161,39 @@ def test_calibrating_answers_rows(tmp_path: Path) -> None:
     assert any(line.startswith("speed ") and "by 24 rows answered" in line for line in lines)
     assert any(line.startswith("time ") and "for 29 rows on one device" in line for line in lines)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dialog_counts_with_all_its_turns(tmp_path: Path) -> None:
+    turns = [["Why?"], ["Why?", "How?", "When?"], ["Why?", "word " * 100]]
+    pq.write_table(pa.table({"turns": turns}), tmp_path / "in.parquet")
+    job = demo_job(
+        tmp_path, "task=dialog", "data=parquet", f"data.path={tmp_path / 'in.parquet'}",
+        "data.columns.turns=turns", "data.columns.image=null", "model.max_prompt_tokens=100",
+        "generation.max_new_tokens=4", "generation.ignore_eos=true",
+    )  # fmt: skip
+    found = planned(job, with_speed=True)
+    short, long = found.counts
+    assert long.prompt_tokens > 2 * short.prompt_tokens
+    assert (short.max_new_tokens, long.max_new_tokens) == (4, 12)
+    (failed,) = found.failed
+    assert failed.failure is not None and failed.failure.error_type is ErrorType.PROMPT_TOO_LONG
+    assert found.estimate is not None
+    speed = found.estimate.speed
+    assert (speed.num_rows, speed.completion_tokens) == (2, 16)
+    assert found.estimate.engine_s == pytest.approx(speed.run_s, rel=0.01)
+
+
+def test_every_answer_to_a_row_is_counted(tmp_path: Path) -> None:
+    settings = ("max_new_tokens=2", "num_return_sequences=3", "temperature=1", "ignore_eos=true")
+    job = demo_job(tmp_path, "data.max_rows=2", *(f"generation.{text}" for text in settings))
+    estimate = planned(job, with_speed=True).estimate
+    assert estimate is not None and estimate.speed.completion_tokens == 2 * 3 * 2
+
+
+def test_an_encoder_decoder_has_positions_for_the_answer_alone() -> None:
+    limits = ModelLimits(max_positions=64, image_token_id=None, patch_size=None)
+    assert room_behind(limits, 50) == 14
+    assert room_behind(replace(limits, is_encoder_decoder=True), 50) == 63
 
 
 def test_one_object_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
