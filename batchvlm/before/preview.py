@@ -21,7 +21,7 @@ from batchvlm.job import Job
 from batchvlm.loading import load_processor
 from batchvlm.preprocess import Preprocessor
 from batchvlm.prompts import PromptBuilder
-from batchvlm.records import Completion, Failure, Record
+from batchvlm.records import Completion, Failure, Record, Sample
 from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.ranks import find_rank
 from batchvlm.words import printable
@@ -30,6 +30,8 @@ _MAX_SCORES = 10
 _MAX_THUMBNAILS = 4
 """Of one row."""
 _THUMBNAIL_PIXELS = 512 * 512
+_KEPT = "\n\t"
+"""Control characters of a text that a terminal shows."""
 _MIN_RUN = 4
 """Of a token that is repeated this often, the prompt shows one and the number."""
 
@@ -81,9 +83,11 @@ def _answer(
         return
     if not streamer.has_said:
         print(printable(outcome.text))
+    for place, other in enumerate(outcome.alternatives, start=2):
+        print(f"\n[answer {place}] {printable(other.text, keep=_KEPT)}", end="")
     for score in sorted(outcome.scores or (), key=lambda score: -score.probability)[:_MAX_SCORES]:
         print(f"{score.probability:7.2%}  {printable(score.choice)}")
-    print("\n" + "; ".join(_facts(job, outcome, sample.prompt_tokens, sample.image_tokens, run_s)))
+    print("\n" + "; ".join(_facts(job, outcome, sample, run_s)))
     reading = job.task.read(outcome.text, json_schema=sample.json_schema, choices=sample.choices)
     if sample.turns_left:
         # The next turn of a dialog: the answer is part of its prompt.
@@ -95,14 +99,15 @@ def _answer(
         print(f"parsed: {printable(reading.parsed)}")
 
 
-def _facts(
-    job: Job, outcome: Completion, prompt_tokens: int, image_tokens: int, run_s: float
-) -> Iterator[str]:
-    num_tokens = len(outcome.token_ids)
-    yield f"{prompt_tokens:,} tokens of prompt, {image_tokens:,} of them of images"
+def _facts(job: Job, outcome: Completion, sample: Sample, run_s: float) -> Iterator[str]:
+    num_tokens = sum(len(answer.token_ids) for answer in (outcome, *outcome.alternatives))
+    yield f"{sample.prompt_tokens:,} tokens of prompt, {sample.image_tokens:,} of them of images"
     yield f"{num_tokens:,} of answer in {run_s:.2f} s ({num_tokens / max(run_s, 1e-9):,.0f}/s)"
-    limit = job.cfg.generation.max_new_tokens
-    ended = {"length": f"cut at its limit (generation.max_new_tokens={limit})"}
+    limit = sample.generation.max_new_tokens
+    name = f"generation.max_new_tokens={limit}"
+    if limit != job.cfg.generation.max_new_tokens:  # the row's own, or what the model leaves
+        name = f"{limit:,} tokens"
+    ended = {"length": f"cut at its limit ({name})"}
     yield ended.get(str(outcome.finish_reason), f"ended by {outcome.finish_reason}")
 
 
@@ -141,7 +146,7 @@ class _Streamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what is sure not to change any more."""
         self.has_said = self.has_said or bool(text)
-        print(printable(text, keep="\n\t"), end="", flush=True)
+        print(printable(text, keep=_KEPT), end="", flush=True)
 
 
 def readable(ids: Sequence[int], tokenizer: Any) -> str:
@@ -155,4 +160,4 @@ def readable(ids: Sequence[int], tokenizer: Any) -> str:
             continue
         pieces += [tokenizer.decode(text), f"{tokenizer.decode([token])}[{length} times]"]
         text = []
-    return printable("".join([*pieces, tokenizer.decode(text)]), keep="\n\t")
+    return printable("".join([*pieces, tokenizer.decode(text)]), keep=_KEPT)

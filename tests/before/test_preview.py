@@ -40,6 +40,22 @@ def test_rows_prompts_and_answers(
     assert not (tmp_path / "out").exists()
 
 
+def test_every_answer_is_shown_and_the_limit_is_the_rows_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pq.read_table(demo.SAMPLES_PATH).slice(0, 1).append_column("most", pa.array([3]))
+    pq.write_table(rows, tmp_path / "in.parquet")
+    job = demo_job(
+        tmp_path, "data=parquet", f"data.path={tmp_path / 'in.parquet'}",
+        "generation.columns.max_new_tokens=most", "generation.temperature=1",
+        "generation.num_return_sequences=3",
+    )  # fmt: skip
+    preview(job, num_rows=1, seed=0, with_images=False)
+    shown = capsys.readouterr().out
+    assert "\n[answer 2] A " in shown and "\n[answer 3] A " in shown
+    assert "; 9 of answer in " in shown and "; cut at its limit (3 tokens)" in shown
+
+
 def test_tokens_are_shown_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not all at once when the row is done."""
     written: list[str] = []
