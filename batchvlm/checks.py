@@ -30,6 +30,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _TRACKERS = ("tensorboard", "wandb")
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _DEMO_DATA, _DEMO_MODEL = "demo", "batchvlm-demo"  # their names in conf/
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/@]*:[^/@]*@")
 
 
@@ -68,6 +69,7 @@ def check_config(cfg: JobConfig) -> None:
     """
     _check_ranges(cfg)
     _check_choices(cfg)
+    _check_tracking(cfg)
     _check_demo(cfg)
     _check_combinations(cfg)
 
@@ -191,16 +193,35 @@ def _check_choices(cfg: JobConfig) -> None:
                 f"retry.errors names {name!r}, which is no error type",
                 hint=f"there are {', '.join(ErrorType)}",
             )
-    for name in cfg.tracking.trackers:
-        if name not in _TRACKERS:
-            raise ConfigError(
-                f"tracking.trackers names {name!r}", hint=f"there are {', '.join(_TRACKERS)}"
-            )
     if "" in cfg.generation.stop:
         raise ConfigError("generation.stop holds an empty string, which ends every answer")
     for key, column in asdict(cfg.generation.columns).items():
         if column == "":
             raise ConfigError(f"generation.columns.{key} is empty", hint="name a column, or null")
+
+
+def _check_tracking(cfg: JobConfig) -> None:
+    """What trackers write needs a disk: to them, a URL is the name of a folder here."""
+    tracking = cfg.tracking
+    for name in tracking.trackers:
+        if name not in _TRACKERS:
+            raise ConfigError(
+                f"tracking.trackers names {name!r}", hint=f"there are {', '.join(_TRACKERS)}"
+            )
+    for key in ("dir", "prometheus_file"):
+        value = getattr(tracking, key)
+        if value and _URL.match(value):
+            raise ConfigError(
+                f"tracking.{key}={value} is a URL, and trackers write on a disk",
+                hint="name a place there",
+            )
+    is_store = _URL.match(cfg.output.dir) and not cfg.output.dir.startswith("file:")
+    if tracking.trackers and not tracking.dir and is_store:
+        raise ConfigError(
+            f"tracking.trackers: {tracking.trackers[0]} cannot write into the output folder, which "
+            "is in an object store",
+            hint="set tracking.dir to a folder on a disk",
+        )
 
 
 def _check_demo(cfg: JobConfig) -> None:

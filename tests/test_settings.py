@@ -331,6 +331,17 @@ def test_to_plain_is_json_ready() -> None:
     assert plain["generation"]["stop"] == []
 
 
+def test_trackers_write_on_a_disk() -> None:
+    """To them the name of an object store is one of a folder here."""
+    store = ["output.dir=s3://bucket/out", "tracking.trackers=[tensorboard]"]
+    with pytest.raises(ConfigError, match=r"in an object store; set tracking\.dir to a folder"):
+        compose("run", store)
+    with pytest.raises(ConfigError, match=r"tracking\.dir=s3://b/x is a URL"):
+        compose("run", [*store, "tracking.dir=s3://b/x"])
+    assert compose("run", [*store, "tracking.dir=here"]).tracking.dir == "here"
+    compose("run", ["output.dir=file:///tmp/out", "tracking.trackers=[tensorboard]"])
+
+
 @pytest.mark.parametrize("key", ["data.path", "output.dir"])
 def test_a_password_does_not_get_into_the_output(key: str) -> None:
     given = f"{key}='s3://key:hunter2@bucket/x'"

@@ -85,7 +85,8 @@ class TrackingConfig:
     project: str = "batchvlm"
     """wandb: the project."""
     dir: str | None = None
-    """Folder for what trackers write; null: `_batchvlm/tracking` in the output folder."""
+    """Folder for what trackers write; null: `_batchvlm/tracking` in the output folder. Set it where
+    that is in an object store."""
     prometheus_file: str | None = None
     """File in the Prometheus text format, for node_exporter's textfile collector (`*.prom`). Of a
     job of several processes, each adds its task and rank to the name."""
