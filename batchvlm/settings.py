@@ -216,7 +216,7 @@ def explain(error: Exception) -> ConfigError:
     if len(lines) > 1 and lines[1].startswith("Available options"):
         options = itertools.takewhile(lambda line: not line.startswith("Config search"), lines[2:])
         hint = f"there are {', '.join(options)}"
-        if option := re.search(r"Could not find '(\w+)/([^']+)'", lines[0]):
+        if option := re.search(r"Could not find '((?:hydra/)?\w+)/([^']+)'", lines[0]):
             group, name = option.groups()
             if group in _OWN:
                 own = setting(f"{group}.path", name)

@@ -77,6 +77,7 @@ REFUSED = {
     "data.path=in.parquet (or data=hf, folder, jsonl, openai, webdataset)",
     "model.path=org/name": "model.path=org/name is set together with the demo's settings; write "
     "model=hub model.path=org/name",
+    "hydra/launcher=slurm": "hydra/launcher=slurm is no option of hydra/launcher; there are basic",
     "task=cption": "task=cption is no option of task; there are caption, ",
     'task.prompt="It costs ${{ price }}"': "in a template a dollar is {{ '$' }}",
     'task.prompt="It costs ${price}"': "in a template a dollar is {{ '$' }}",
