@@ -163,7 +163,7 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
         else:
             kwargs["dtype"] = cfg.dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         if cfg.quantization is not None:
-            skeleton = _skeleton(cfg)
+            skeleton = load_skeleton(cfg)
             skip = modules_to_skip(skeleton, cfg.quantization_skip)
             compute = kwargs["dtype"] if cfg.dtype != "auto" else skeleton.dtype
             kwargs["quantization_config"] = quantization_config(
@@ -304,17 +304,6 @@ def _check_whole(model: Any, missing: Sequence[str], cfg: ModelConfig) -> None:
     )
 
 
-def _skeleton(cfg: ModelConfig) -> Any:
-    """The model without its weights: its modules and their names."""
-    import torch
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(cfg.path, **_hub_kwargs(cfg))
-    trusted = {"trust_remote_code": cfg.trust_remote_code}
-    with torch.device("meta"):
-        return _by_class(cfg, lambda auto: auto.from_config(config, **trusted))
-
-
 def _by_class(cfg: ModelConfig, make: Callable[[Any], Any]) -> Any:
     """Make a model with the first of transformers' auto classes that knows its kind.
 
@@ -350,7 +339,7 @@ def load_skeleton(cfg: ModelConfig) -> Any:
     """
     has_torchvision()
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
+    from transformers import AutoConfig
 
     from batchvlm.dtypes import cast_parts, part_dtypes, saved_dtype, widest
 
@@ -363,12 +352,7 @@ def load_skeleton(cfg: ModelConfig) -> Any:
             dtype = saved_dtype(config) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         kwargs = {"trust_remote_code": cfg.trust_remote_code, "dtype": dtype}
         with torch.device("meta"):
-            try:
-                model = AutoModelForImageTextToText.from_config(config, **kwargs)  # type: ignore[no-untyped-call]
-            except ValueError as error:
-                if "Unrecognized configuration class" not in str(error):
-                    raise
-                model = AutoModelForMultimodalLM.from_config(config, **kwargs)  # type: ignore[no-untyped-call]
+            model = _by_class(cfg, lambda auto: auto.from_config(config, **kwargs))
         if dtypes is not None:
             cast_parts(model, dtypes)
         return model

@@ -165,6 +165,7 @@ class TestARepositoryWithCodeOfItsOwn:
         cfg = ModelConfig(path=str(own), dtype="float32", trust_remote_code=True)
         model = load_model(cfg, device="cpu")
         assert type(model).__name__ == "OwnModel"
+        assert type(load_skeleton(cfg)) is type(model)
         assert load_limits(cfg).image_token_id == plain.config.image_token_id
         ids = torch.tensor([[5, 6, 7]])
         ours, theirs = (m(input_ids=ids).logits for m in (model, plain))
