@@ -175,7 +175,14 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
     import hydra
     from omegaconf import DictConfig
 
-    from batchvlm.settings import conf_dir, explain, is_mistake, read_config, register_schema
+    from batchvlm.settings import (
+        conf_dir,
+        explain,
+        is_mistake,
+        names_the_time,
+        read_config,
+        register_schema,
+    )
 
     codes = [ExitCode.DONE]
     pid = os.getpid()
@@ -183,6 +190,12 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
     def task(node: DictConfig) -> None:
         try:
             register_schema()  # a launcher's job is a process that has not seen it
+            if names_the_time(node) and (size := find_launch().world_size) > 1:
+                raise ConfigError(
+                    f"output.dir names the time: each of the {size} processes of this launch would "
+                    "answer every row into a folder of its own",
+                    hint="name one folder, with which a rerun goes on, too",
+                )
             cfg = read_config(node)
             _set_up_process(cfg)
             job(cfg)

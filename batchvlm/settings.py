@@ -107,6 +107,13 @@ def compose(config_name: str = "run", overrides: Sequence[str] = ()) -> JobConfi
     return read_config(node)
 
 
+def names_the_time(node: DictConfig) -> bool:
+    """Whether `output.dir` is another one in each process, as Hydra's `${now:%H-%M}` makes it."""
+    written = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(written, dict)
+    return "${now:" in str(written.get("output"))
+
+
 def read_config(node: DictConfig) -> JobConfig:
     """Turn a composed node into the checked, frozen `JobConfig`."""
     with flag_override(node, "struct", False):

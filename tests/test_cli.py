@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchvlm import cli, demo
-from batchvlm.cli import main
+from batchvlm.cli import main, run_app
 from batchvlm.errors import ExitCode
 from batchvlm.runtime.signals import Interrupted
 
@@ -363,7 +363,7 @@ def children_of(pid: int) -> set[int]:
 SLOW_FLUSH = """
 import sys, time
 from batchvlm import collector
-from batchvlm.cli import main
+from batchvlm.cli import main, run_app
 close = collector.Collector.close
 def slow(self):
     print("closing", file=sys.stderr, flush=True)
@@ -453,6 +453,23 @@ def test_a_folder_without_a_processor_is_one_line_too(tmp_path: Path) -> None:
     errors = [line for line in done.stderr.splitlines() if " INFO " not in line]
     assert len(errors) == 1 and "cannot load the processor of model.path" in errors[0], done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_ranks_of_a_launch_have_one_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each reads the clock for itself; one process alone may have a folder a run."""
+    folders: list[str] = []
+
+    def run_once() -> int:
+        overrides = ["output.dir=out/${now:%H-%M-%S}"]
+        return run_app("run", overrides, job=lambda cfg: folders.append(cfg.output.dir))
+
+    assert run_once() == 0 and len(folders) == 1
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert run_once() == 2 and len(folders) == 1
+    assert "output.dir names the time: each of the 2 processes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
