@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from batchvlm.config import ModelConfig
 from batchvlm.errors import ModelError
+from batchvlm.quantization import is_quantized
+
+log = logging.getLogger(__name__)
 
 _CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 def pin_adapter(cfg: ModelConfig) -> ModelConfig:
@@ -22,24 +30,19 @@ def pin_adapter(cfg: ModelConfig) -> ModelConfig:
     if cfg.adapter is None:
         return cfg
     if os.path.isdir(cfg.adapter):
-        if not os.path.isfile(os.path.join(cfg.adapter, cfg.adapter_subfolder or "", _CONFIG)):
-            raise ModelError(f"model.adapter={cfg.adapter} holds no {_CONFIG}")
+        folder = os.path.join(cfg.adapter, cfg.adapter_subfolder or "")
+        for names in ((_CONFIG,), _WEIGHTS):
+            if not any(os.path.isfile(os.path.join(folder, name)) for name in names):
+                raise ModelError(f"model.adapter={cfg.adapter} holds no {names[0]}")
         return cfg
     if os.path.exists(cfg.adapter) or cfg.adapter.startswith((".", "~", os.sep)):
         raise ModelError(f"model.adapter={cfg.adapter}: no such folder")
     from huggingface_hub import hf_hub_download
 
-    try:
+    with _explained(cfg):
         path = hf_hub_download(
             cfg.adapter, _CONFIG, subfolder=cfg.adapter_subfolder, revision=cfg.adapter_revision
         )
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise ModelError(
-            f"cannot load model.adapter={cfg.adapter}: {reason[:300]}",
-            hint="check model.adapter, model.adapter_revision and model.adapter_subfolder",
-        ) from error
     # The cache keeps .../snapshots/COMMIT/...
     parts = path.split(os.sep)
     return replace(cfg, adapter_revision=parts[parts.index("snapshots") + 1])
@@ -51,7 +54,7 @@ def apply_adapter(model: Any, cfg: ModelConfig) -> None:
     Merged, it costs nothing at any token; into few bits it would be rounded away.
 
     Raises:
-        ModelError: PEFT is not installed, or the adapter is another model's.
+        ModelError: PEFT is not installed, or the adapter is another model's or not whole.
     """
     if importlib.util.find_spec("peft") is None:
         raise ModelError(
@@ -60,17 +63,69 @@ def apply_adapter(model: Any, cfg: ModelConfig) -> None:
         )
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    where = {"revision": cfg.adapter_revision, "subfolder": cfg.adapter_subfolder}
-    model.load_adapter(
-        cfg.adapter, adapter_kwargs={key: value for key, value in where.items() if value}
-    )
+    with _explained(cfg):
+        # Of another shape: not there, as what is missing.
+        found = model.load_adapter(**_read(cfg), ignore_mismatched_sizes=True)
+    _check_whole(found, cfg)
     layers = [(p, m) for p, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     if not layers:
         raise ModelError(f"model.adapter={cfg.adapter} fits no module of model.path={cfg.path}")
-    if cfg.quantization is not None:
-        return
     for path, layer in layers:
+        if is_quantized(layer.get_base_layer()):
+            continue
         layer.merge(safe_merge=True)  # type: ignore[operator,unused-ignore]
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer.get_base_layer())
-    model._hf_peft_config_loaded = False
+
+
+def _read(cfg: ModelConfig) -> dict[str, Any]:
+    """An adapter as `load_adapter` takes it."""
+    import peft
+
+    assert cfg.adapter is not None
+    named = {"revision": cfg.adapter_revision, "subfolder": cfg.adapter_subfolder}
+    where: dict[str, Any] = {key: value for key, value in named.items() if value}
+    weights = peft.load_peft_weights(cfg.adapter, device="cpu", **where)
+    # DoRA's: transformers does not find them by the names that PEFT saves them by.
+    names = {name: f"{name}.weight" for name in weights if name.endswith(_MAGNITUDE)}
+    return {
+        "peft_config": peft.PeftConfig.from_pretrained(cfg.adapter, **where),
+        "adapter_state_dict": {names.get(name, name): weights[name] for name in weights},
+    }
+
+
+def _check_whole(found: Any, cfg: ModelConfig) -> None:
+    """Refuse an adapter of which a part would be drawn at random.
+
+    Args:
+        found: which weights were there, as `load_adapter` says.
+
+    Raises:
+        ModelError: some were not.
+    """
+    misshaped = (name for name, *_ in found.mismatched_keys)
+    if missing := sorted({*found.missing_keys, *misshaped}):
+        raise ModelError(
+            f"model.adapter={cfg.adapter} lacks {len(missing)} weights for model.path={cfg.path}, "
+            f"such as {missing[0]}",
+            hint="it may be another model's, or not be whole",
+        )
+    if spare := sorted(found.unexpected_keys):
+        log.warning(
+            "model.adapter=%s has %d weights that %s has no place for, such as %s",
+            *(cfg.adapter, len(spare), cfg.path, spare[0]),
+        )
+
+
+@contextlib.contextmanager
+def _explained(cfg: ModelConfig) -> Iterator[None]:
+    """Turn whatever goes wrong with an adapter into one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise ModelError(
+            f"cannot load model.adapter={cfg.adapter}: {reason[:300]}",
+            hint="check model.adapter, model.adapter_revision and model.adapter_subfolder",
+        ) from error

@@ -39,7 +39,7 @@ ALLOWED = {
     "batchvlm.recent": set(),
     "batchvlm.pixels": set(),
     "batchvlm.quantization": set(),
-    "batchvlm.adapters": set(),
+    "batchvlm.adapters": {"batchvlm.quantization"},
     "batchvlm.dtypes": set(),
     "batchvlm.loading": {"batchvlm.adapters", "batchvlm.dtypes", "batchvlm.quantization"},
     "batchvlm.preprocess": {

@@ -185,24 +185,27 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("adapter")
-    peft.get_peft_model(load(), lora).save_pretrained(folder / "lora")
+    for name in ("lora", "dora"):
+        lora.use_dora = name == "dora"
+        peft.get_peft_model(load(), lora).save_pretrained(folder / name)
     return folder
 
 
 class TestAdapters:
+    @pytest.mark.parametrize("kind", ["lora", "dora"])
     def test_are_merged_and_exact(
-        self, adapter: Path, inputs: dict[str, torch.Tensor], plain: torch.Tensor
+        self, kind: str, adapter: Path, inputs: dict[str, torch.Tensor], plain: torch.Tensor
     ) -> None:
         from peft import PeftModel
 
-        model = load(adapter=str(adapter / "lora"))
+        model = load(adapter=str(adapter / kind))
         assert {
             type(module).__name__ for module in model.modules() if "Lora" in str(type(module))
         } == set()
-        expected = logits(PeftModel.from_pretrained(load(), adapter / "lora"), inputs)
+        expected = logits(PeftModel.from_pretrained(load(), adapter / kind), inputs)
         assert distance(logits(model, inputs), expected) < 1e-5
         assert distance(expected, plain) > 0.01
-        by_folder = load(adapter=str(adapter), adapter_subfolder="lora")
+        by_folder = load(adapter=str(adapter), adapter_subfolder=kind)
         assert distance(logits(by_folder, inputs), expected) < 1e-5
 
     def test_stay_apart_from_quantized_weights(
@@ -211,6 +214,34 @@ class TestAdapters:
         merged = logits(load(adapter=str(adapter / "lora")), inputs)
         model = load(adapter=str(adapter / "lora"), quantization=Quantization.torchao_int8)
         assert distance(logits(model, inputs), merged) < 0.02
+
+    def test_are_merged_where_a_quantized_model_is_whole(self, tmp_path: Path) -> None:
+        import peft
+
+        whole = r".*vision_model.*q_proj"
+        dora = peft.LoraConfig(r=4, target_modules=whole, init_lora_weights=False, use_dora=True)
+        peft.get_peft_model(load(), dora).save_pretrained(tmp_path)
+        model = load(adapter=str(tmp_path), quantization=Quantization.torchao_int8)
+        assert not any("lora" in name for name, _ in model.named_parameters())
+
+    @pytest.mark.parametrize("damage", ["missing", "shape"])
+    def test_that_are_not_whole_are_refused(
+        self, damage: str, adapter: Path, tmp_path: Path
+    ) -> None:
+        from safetensors.torch import load_file, save_file
+
+        name = "adapter_model.safetensors"
+        weights = load_file(adapter / "lora" / name)
+        first = min(weights)
+        if damage == "missing":
+            weights["another" + first] = weights.pop(first)
+        else:
+            weights[first] = weights[first][:, :3].contiguous()
+        save_file(weights, tmp_path / name)
+        text = (adapter / "lora" / "adapter_config.json").read_text()
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ModelError, match=r"lacks 1 weights .* such as model\.text_model"):
+            load(adapter=str(tmp_path))
 
     def test_of_another_model_are_refused(self, adapter: Path, tmp_path: Path) -> None:
         text = (adapter / "lora" / "adapter_config.json").read_text()
@@ -226,6 +257,9 @@ class TestAdapters:
         with pytest.raises(ModelError, match="no such folder"):
             pin_adapter(config(adapter="./none"))
         with pytest.raises(ModelError, match=r"holds no adapter_config\.json"):
+            pin_adapter(config(adapter=str(tmp_path)))
+        (tmp_path / "adapter_config.json").write_text("{}")
+        with pytest.raises(ModelError, match=r"holds no adapter_model\.safetensors"):
             pin_adapter(config(adapter=str(tmp_path)))
         with pytest.raises(ModelError, match=r"cannot load model\.adapter=user/none"):
             pin_adapter(config(adapter="user/none"))
