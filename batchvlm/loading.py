@@ -112,7 +112,7 @@ def load_processor(cfg: ModelConfig) -> Any:
     """Load the processor (image processor, tokenizer, chat template) of a model.
 
     Returns:
-        A transformers `ProcessorMixin`, padding on the left.
+        A transformers `ProcessorMixin`, padding on the left, with one chat template at most.
 
     Raises:
         ModelError: there is no such model, or its processor needs something that is not here.
@@ -129,7 +129,20 @@ def load_processor(cfg: ModelConfig) -> Any:
         raise ModelError(f"model.path={cfg.path} has a tokenizer alone, no image processor")
     # A decoder-only model continues from the last column, so padding must not be there.
     tokenizer.padding_side = "left"
+    processor.chat_template = _default_template(processor)
     return processor
+
+
+def _default_template(processor: Any) -> str | None:
+    """The chat template that is rendered where none is named; None where there is none at all."""
+    found: Any = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    if isinstance(found, dict) and "default" not in found:
+        raise ModelError(
+            f"the model has chat templates named {', '.join(sorted(found))} and none as default",
+            hint="give the text of one by model.processor_kwargs.chat_template",
+        )
+    template: str | None = found["default"] if isinstance(found, dict) else found
+    return template
 
 
 def load_model(cfg: ModelConfig, *, device: str) -> Any:

@@ -5,6 +5,7 @@ Runs in worker processes. Whatever a row does here costs that row alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -215,18 +216,20 @@ def _request(prompt: Prompt, images: Sequence[Image.Image], kind: ImageFormat) -
 class ChatTemplate:
     """A processor's chat template, guarded against text that poses as control tokens.
 
+    Without one, as models have that were not trained to chat, a prompt is its text alone, with the
+    processor's image token for each image.
+
     "<image>" typed into a row would become an image slot, "<|im_end|>" would end the user's turn.
     Such text gets a space behind its first character, so that it reads the same and is no token.
 
     Args:
-        processor: a transformers `ProcessorMixin`.
+        processor: from `load_processor`.
     """
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
-        self._template = getattr(processor, "chat_template", None) or getattr(
-            processor.tokenizer, "chat_template", None
-        )
+        self._template: str | None = processor.chat_template
+        self._slot = _image_slot(processor) if self._template is None else ""
         names = ("image_token", "video_token", "audio_token", "boi_token", "fake_image_token")
         tokens = {str(getattr(processor, name, None) or "") for name in names}
         added = processor.tokenizer.added_tokens_decoder.values()
@@ -246,10 +249,9 @@ class ChatTemplate:
         """
         filled = self._filled(messages, images)
         if self._template is None:
-            texts = [p["text"] for m in filled for p in m["content"] if p["type"] == "text"]
             # A list of images a prompt: a flat list would be one image for each of many prompts.
             encoded = self._processor(
-                text=["".join(texts)],
+                text=[self._plain(filled)],
                 images=[list(images)] if images else None,
                 return_tensors="pt",
             )
@@ -269,11 +271,16 @@ class ChatTemplate:
         """The rendered template, with one placeholder for each image."""
         filled = self._filled(messages, images)
         if self._template is None:
-            return "".join(p["text"] for m in filled for p in m["content"] if p["type"] == "text")
+            return self._plain(filled)
         rendered: str = self._processor.apply_chat_template(
             filled, chat_template=self._template, tokenize=False, add_generation_prompt=True
         )
         return rendered
+
+    def _plain(self, filled: Sequence[Mapping[str, Any]]) -> str:
+        """A prompt without a template."""
+        parts = [part for message in filled for part in message["content"]]
+        return "".join(p["text"] if p["type"] == "text" else self._slot for p in parts)
 
     def _filled(
         self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]
@@ -292,6 +299,14 @@ class ChatTemplate:
             return {"type": "image", "image": next(pictures)}
         text = self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", part["text"])
         return {"type": "text", "text": text}
+
+
+def _image_slot(processor: Any) -> str:
+    """What stands for an image in a text; nothing where the processor sets images before it."""
+    with contextlib.suppress(Exception):
+        processor(text=["a"], images=[[Image.new("RGB", (64, 64))]], return_tensors="pt")
+        return ""
+    return str(getattr(processor, "image_token", ""))
 
 
 def _joined(parts: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

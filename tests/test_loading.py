@@ -56,6 +56,20 @@ def test_weights_that_are_missing(model: Path, caplog: pytest.LogCaptureFixture)
     assert f"1 weights of {model} are not in it and drawn at random, such as" in caplog.text
 
 
+def test_of_several_chat_templates_the_default_is_taken(model: Path) -> None:
+    expected = load_processor(ModelConfig(path=str(model))).chat_template
+    file = model / "chat_template.jinja"
+    folder = model / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("{{ tools }}")
+    assert load_processor(ModelConfig(path=str(model))).chat_template == expected
+    file.rename(folder / "rag.jinja")
+    message = refused(load_processor, ModelConfig(path=str(model)))
+    assert "chat templates named rag, tool_use and none as default" in message
+    own = ModelConfig(path=str(model), processor_kwargs={"chat_template": "{{ messages }}"})
+    assert load_processor(own).chat_template == "{{ messages }}"
+
+
 def test_a_processor_of_another_form(model: Path) -> None:
     (model / "processor_config.json").write_text("[]")
     message = refused(load_processor, ModelConfig(path=str(model)))

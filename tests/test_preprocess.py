@@ -10,8 +10,14 @@ import pytest
 from PIL import Image
 
 from batchvlm.errors import ErrorType
-from batchvlm.loading import ModelLimits
-from batchvlm.preprocess import Preprocessor, PreprocessSpec, image_sizes, pixel_digest
+from batchvlm.loading import ModelLimits, load_processor
+from batchvlm.preprocess import (
+    ChatTemplate,
+    Preprocessor,
+    PreprocessSpec,
+    image_sizes,
+    pixel_digest,
+)
 from batchvlm.records import Failure, Record, Sample
 from batchvlm.settings import compose
 from tests.conftest import encode, picture
@@ -93,6 +99,20 @@ def failure(maker: Preprocessor, **values: Any) -> Failure:
     assert isinstance(outcome, Failure)
     assert "\n" not in outcome.message
     return outcome
+
+
+def test_without_a_template_a_prompt_is_text_and_image_tokens() -> None:
+    processor = load_processor(compose("run", []).model)
+    processor.chat_template = None
+    messages = (
+        {"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "image"}]},
+        {"role": "user", "content": [{"type": "text", "text": " b"}]},
+    )
+    chat = ChatTemplate(processor)
+    images = [Image.new("RGB", (96, 96))]
+    assert chat.text(messages, images) == "a <image> b"
+    ids = chat.encode(messages, images)["input_ids"][0].tolist()
+    assert ids.count(processor.image_token_id) == 36
 
 
 def test_every_failure_has_its_type(vqa: Preprocessor) -> None:

@@ -62,7 +62,8 @@ class ModelConfig:
     max_prompt_tokens: int | None = None
     """Longest prompt, image tokens included; null: what the model's positions leave."""
     processor_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Passed to the processor when it is loaded, such as `min_pixels`."""
+    """Passed to the processor when it is loaded, such as `min_pixels`, or the text of a
+    `chat_template`: of a repository without one, a prompt is its text alone."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model's repository, with all your rights."""
 
