@@ -2,8 +2,9 @@
 
 Shapes taken: a list of `{"role", "content"}`, or the same as JSON text. A content is a string or a
 list of parts: `{"type": "text", "text"}`, `{"type": "image"}` (a slot for the next image of the
-image columns), `{"type": "image", "image"|"path"|"url"|"base64"|"bytes"}`, and OpenAI's
-`{"type": "image_url", "image_url": {"url"}}`.
+image columns), `{"type": "image", "image"|"path"|"url"|"bytes"|"base64"}`, OpenAI's
+`{"type": "image_url", "image_url": {"url"}}`, and Anthropic's
+`{"type": "image", "source": {"data"|"url"}}`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from batchvlm.records import ImageRef
 
 Message = dict[str, Any]
 
-_INLINE = ("image", "path", "url", "base64", "bytes", "image_url")
+_INLINE = ("image", "path", "url", "bytes", "image_url", "base64", "source")
+_NOT_HERE = ("file_id", "data")
+"""Keys by which other programs name an image, and nothing here finds it."""
+_NOT_SAID = ("tool_calls", "function_call", "images")
+"""Keys of a message that would change the prompt, and that nothing here renders."""
 # Without brackets in brackets, so that no text takes longer than its length.
 _MARKDOWN = re.compile(r"!\[[^\[\]]*\]\([ \t]{0,8}([^()\s]+)[ \t]{0,8}\)")
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
@@ -156,6 +161,8 @@ def read_messages(value: Any, where: str) -> list[Message]:
         # A role becomes part of the prompt as it is: no room for control tokens.
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
             raise RowError(ErrorType.PROMPT, f"{where}[{i}] has no role that is a plain word")
+        if said := [key for key in _NOT_SAID if message.get(key)]:
+            raise RowError(ErrorType.PROMPT, f"{where}[{i}].{said[0]} is not supported")
         messages.append({"role": role, "content": list(_parts(message, f"{where}[{i}]"))})
     return messages
 
@@ -220,12 +227,16 @@ def _parts(message: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
         # A Parquet struct has every key of every part; those that are null are not there.
         part = {key: item for key, item in part.items() if item is not None}
         match part.get("type", "text" if "text" in part else None):
-            case "text" | "input_text":
+            case "text" | "input_text" | "output_text":
                 if not isinstance(part.get("text"), str):
                     raise RowError(ErrorType.PROMPT, f"{where}.content[{i}] has no text")
                 yield {"type": "text", "text": part["text"]}
             case "image" | "image_url" | "input_image":
                 inline = {key: part[key] for key in _INLINE if key in part}
+                if not inline and (named := [key for key in _NOT_HERE if key in part]):
+                    raise RowError(
+                        ErrorType.PROMPT, f"{where}.content[{i}] names its image by {named[0]!r}"
+                    )
                 yield {"type": "image", **({"inline": inline} if inline else {})}
             case kind:
                 raise RowError(
@@ -310,7 +321,11 @@ def _with_leading_images(messages: Sequence[Message], count: int, where: str) ->
 
 
 def _inline_refs(inline: Mapping[str, Any], where: str) -> list[ImageRef]:
-    value = next(iter(inline.values()))
+    key, value = next(iter(inline.items()))
+    if key == "source" and isinstance(value, Mapping):
+        key, value = ("base64", value["data"]) if value.get("data") else ("url", value.get("url"))
+    if key == "base64" and isinstance(value, str) and value[:5].lower() != "data:":
+        value = f"data:;base64,{value}"
     refs = image_refs(value, where)
     if len(refs) != 1:
         raise RowError(ErrorType.PROMPT, f"{where} has a part with {len(refs)} images")

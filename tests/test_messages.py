@@ -15,7 +15,8 @@ from batchvlm.records import ImageRef
 from tests.conftest import encode, picture
 
 PNG = b"\x89PNG..."
-URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
+PAYLOAD = base64.b64encode(PNG).decode()
+URI = f"data:image/png;base64,{PAYLOAD}"
 
 
 def error_type(call: Any, *args: Any) -> ErrorType:
@@ -146,6 +147,7 @@ TEXT = {"type": "text", "text": "What is this?"}
         [{"text": "What is this?"}],
         [{**TEXT, "image_url": None}],  # Parquet's union of all keys
         [{"type": "input_text", "text": "What is this?"}],
+        [{"type": "output_text", "text": "What is this?", "annotations": []}],
     ],
 )
 def test_contents_of_text(content: Any) -> None:
@@ -168,6 +170,9 @@ def test_contents_of_text(content: Any) -> None:
         [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": [3]}],
+        [{"role": "user", "content": [{"type": "input_image", "file_id": "file-1"}]}],
+        [{"role": "user", "content": "What is this?", "images": ["a.png"]}],
+        [{"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}],
         ["user"],
     ],
 )
@@ -199,11 +204,18 @@ def test_inline_images_stand_where_they_are_written() -> None:
     assert all(set(p) == {"type"} for p in filled[0]["content"] if p["type"] == "image")
 
 
-def test_base64_in_a_part_is_its_image() -> None:
-    """As transformers' chat templates have it; no other image is shown in its place."""
-    part = {"type": "image", "base64": base64.b64encode(picture()).decode()}
-    messages = read_messages([user(part, SLOT)], "m")
-    assert fill_slots(messages, [A], "m")[1] == (ImageRef(data=picture()), A)
+@pytest.mark.parametrize(
+    "inline",
+    [
+        {"base64": PAYLOAD},
+        {"base64": URI},
+        {"source": {"type": "base64", "media_type": "image/png", "data": PAYLOAD, "url": None}},
+        {"source": {"type": "url", "data": None, "url": URI}},
+    ],
+)
+def test_an_image_of_its_own_is_no_slot(inline: dict[str, Any]) -> None:
+    messages = read_messages([user(SLOT, {"type": "image", **inline})], "m")
+    assert fill_slots(messages, [A], "m")[1] == (A, ImageRef(data=PNG))
 
 
 def test_messages_without_slots_get_the_images_before_the_first_user_text() -> None:
