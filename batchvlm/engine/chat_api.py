@@ -158,12 +158,13 @@ def read_reply(text: bytes, sample: Sample, latency_s: float) -> Completion | Fa
     try:
         reply = json.loads(text)
         choice = reply["choices"][0]
-        answer = choice["message"].get("content") or ""
+        message = choice["message"]
+        answer, refused = message.get("content") or "", message.get("refusal") or ""
         reason = choice.get("finish_reason")
         usage = reply.get("usage") or {}
         counts = {key: _count(usage.get(key)) for key in ("prompt_tokens", "completion_tokens")}
         logprobs = _logprobs(choice.get("logprobs")) if sample.generation.logprobs else None
-        if not isinstance(answer, str) or not isinstance(reason, str | None):
+        if not isinstance(answer + refused, str) or not isinstance(reason, str | None):
             raise TypeError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise MalformedReplyError from error
@@ -172,6 +173,12 @@ def read_reply(text: bytes, sample: Sample, latency_s: float) -> Completion | Fa
         return Failure(
             error_type=ErrorType.ENGINE,
             message=f"the server ended the answer for another reason: {one_line(reason)}",
+        )
+    if refused and not answer:
+        # Where a schema was asked for, a refusal stands apart, and the reason is `stop`.
+        return Failure(
+            error_type=ErrorType.ENGINE,
+            message=f"the model refused: {one_line(refused)}",
         )
     if sample.generation.logprobs and logprobs is None:
         return Failure(

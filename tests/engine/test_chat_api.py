@@ -187,6 +187,16 @@ def test_logprobs() -> None:
     assert isinstance(failure, Failure) and "gave no logprobs" in failure.message
 
 
+def test_a_refusal_is_no_answer() -> None:
+    message = {"content": None, "refusal": "I cannot say\nwho this is."}
+    failure = read(chat("", choice={"message": message, "finish_reason": "stop"}))
+    assert isinstance(failure, Failure) and failure.error_type is ErrorType.ENGINE
+    assert failure.message == "the model refused: I cannot say who this is."
+    assert isinstance(
+        read(chat("yes", choice={"message": {"content": "y", "refusal": None}})), Completion
+    )
+
+
 @pytest.mark.parametrize("reason", ["content_filter", "abort", "tool_calls"])
 def test_half_an_answer_is_none(reason: str) -> None:
     failure = read(chat("ye", choice={"finish_reason": reason}))
