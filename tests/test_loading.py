@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from batchvlm import demo, identity
 from batchvlm.config import ModelConfig
-from batchvlm.engine.select import why_not_slots
+from batchvlm.engine.select import select_engine, why_not_slots
 from batchvlm.errors import ModelError
 from batchvlm.identity import answer_identity, pin_model
 from batchvlm.loading import load_limits, load_model, load_processor, load_skeleton, spread
@@ -68,6 +68,16 @@ def test_of_several_chat_templates_the_default_is_taken(model: Path) -> None:
     assert "chat templates named rag, tool_use and none as default" in message
     own = ModelConfig(path=str(model), processor_kwargs={"chat_template": "{{ messages }}"})
     assert load_processor(own).chat_template == "{{ messages }}"
+
+
+def test_a_chat_template_that_is_missing_is_said(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (model / "chat_template.jinja").unlink()
+    cfg = compose("run", ["model=hub", f"model.path={model}", "data=demo"])
+    with caplog.at_level("INFO"):
+        select_engine(cfg, device="cpu")
+    assert "the model has no chat template" in caplog.text
 
 
 def test_a_processor_of_another_form(model: Path) -> None:

@@ -54,7 +54,10 @@ _VERIFIED = frozenset(
 def select_engine(cfg: JobConfig, *, device: str, followers: ToFollowers | None = None) -> Engine:
     """Load the model and choose its engine; see `open_engine`."""
     # The processor first: whatever is wrong with it is known before the weights are read.
-    tokenizer = load_processor(cfg.model).tokenizer
+    processor = load_processor(cfg.model)
+    if processor.chat_template is None:
+        log.info("the model has no chat template: a prompt is its text alone, without roles")
+    tokenizer = processor.tokenizer
     if cfg.model.tp_plan is None:
         return choose_engine(load_model(cfg.model, device=device), tokenizer, cfg)
     if followers is None:
