@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +23,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from batchvlm.records import Shard
+from batchvlm.runtime.clock import RunningClock
 from batchvlm.runtime.launch import Launch
 from batchvlm.runtime.metrics import Metrics
 from batchvlm.runtime.watchdog import Ticker
@@ -67,7 +67,7 @@ class Peers:
         launch: which of them this process is.
         key: names the job within the launch, the same on all ranks.
         connect: gives the store. Called once, in the thread that needs it first.
-        clock: seconds, monotonic.
+        clock: seconds; by default those for which this process runs.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Peers:
         key: str,
         *,
         connect: Callable[[Launch], Any] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self._launch = launch
         self._prefix = f"batchvlm/{launch.id}/{key}"
         self._connect = connect or open_store
-        self._clock = clock
+        self._clock = clock or RunningClock()
         self._lock = threading.Lock()
         self._store: Any = None
         self._heard: dict[int, tuple[Counts, float]] = {}

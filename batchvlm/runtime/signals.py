@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import time
@@ -25,6 +26,8 @@ def catch_signals() -> None:
     _interrupted_at_s = None
     for number in STOP_SIGNALS:
         signal.signal(number, _interrupt)
+    if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+        signal.signal(signal.SIGTSTP, _suspend)
 
 
 def ignore_signals() -> None:
@@ -47,6 +50,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         signal.signal(other, signal.SIG_IGN)
     signal.signal(signal.SIGINT, _stop_at_once)
     raise Interrupted
+
+
+def _suspend(number: int, frame: FrameType | None) -> None:
+    # Ctrl-Z, and what SLURM says before it suspends a job. The watchdog's last resort, which cannot
+    # tell how long the process was stopped, would end it as soon as it goes on.
+    faulthandler.cancel_dump_traceback_later()
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> None:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from batchvlm.errors import ExitCode
+from batchvlm.runtime.clock import RunningClock
 from batchvlm.runtime.signals import interrupted_at_s
 
 _LOOK_EVERY_S = 0.5
@@ -61,7 +62,7 @@ class Watchdog(Ticker):
     Args:
         stall_timeout_s: None: wait forever.
         grace_s: from a signal to the exit.
-        clock: seconds, monotonic: a clock that is set must not end a run.
+        clock: seconds; by default those of this process alone, looked at all the time.
         exit: ends the process.
     """
 
@@ -70,7 +71,7 @@ class Watchdog(Ticker):
         *,
         stall_timeout_s: float | None,
         grace_s: float,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
         exit: Callable[[int], object] = os._exit,
     ) -> None:
         super().__init__(self._look, every_s=min(_LOOK_EVERY_S, grace_s), name="watchdog")
@@ -78,7 +79,7 @@ class Watchdog(Ticker):
         """Brings finished rows to disk; tried for at most `grace_s`."""
         self._stall_timeout_s = stall_timeout_s
         self._grace_s = grace_s
-        self._clock = clock
+        self._clock = clock or RunningClock()
         self._exit = exit
         self._beat_at_s: float | None = None
 
@@ -98,7 +99,7 @@ class Watchdog(Ticker):
     def _look(self) -> None:
         now = self._clock()
         signalled_at_s = interrupted_at_s()
-        if signalled_at_s is not None and now - signalled_at_s > self._grace_s:
+        if signalled_at_s is not None and time.monotonic() - signalled_at_s > self._grace_s:
             reason = f"still busy runtime.grace_s={self._grace_s:g} after the signal"
             self.end(reason, with_stacks=True)
         if self._stall_timeout_s is None or self._beat_at_s is None:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -24,10 +24,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble.pool.base_pool import Task
+from pebble.pool.process import TaskManager
 
 from batchvlm.errors import BatchvlmError, ErrorType
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
 from batchvlm.records import Failure, Record, Sample
+from batchvlm.runtime.clock import RunningClock
 from batchvlm.runtime.launch import num_cores
 from batchvlm.runtime.pipes import array_pipe
 
@@ -101,6 +104,8 @@ class WorkerPool:
             initializer=_start_worker,
             initargs=(self._spec, os.getpid()),
         )
+        manager = self._pool._pool_manager
+        manager.task_manager = _TimedTasks(manager.task_manager.task_done_callback)
         # The pool starts its processes with the first task: let them load their libraries.
         with _deaf_children():
             self._pool.schedule(_do_nothing)
@@ -220,6 +225,29 @@ class WorkerPool:
             return Failure(
                 error_type=ErrorType.PREPROCESS, message=f"{type(error).__name__}: {text}"
             )
+
+
+class _TimedTasks(TaskManager):
+    """Pebble's tasks, whose limit counts the seconds for which this process runs.
+
+    Pebble reads the time of day: a job that was suspended, or a clock that was set, would fail each
+    row that a worker was at.
+    """
+
+    def __init__(self, task_done_callback: Callable[[], object]) -> None:
+        super().__init__(task_done_callback)
+        self._clock = RunningClock()
+
+    def task_start(self, task_id: int, worker_id: int | None) -> None:
+        super().task_start(task_id, worker_id)
+        if task := self.tasks.get(task_id):
+            task.timestamp = self._clock()
+
+    def timeout(self, task: Task) -> bool:  # type: ignore[override]
+        """Whether a task has taken too long. Pebble asks all the time."""
+        if task.timeout is None or not task.started:
+            return False
+        return self._clock() - task.timestamp > task.timeout
 
 
 class _PoolContext(SpawnContext):

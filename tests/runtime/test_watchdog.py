@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -170,3 +172,36 @@ def test_a_library_that_hangs_with_pythons_lock_held_ends_too() -> None:
     assert done.returncode == 1, done.stderr
     assert "most recent call first" in done.stderr
     assert time.monotonic() - start < 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the state of a process in /proc")
+def test_a_suspended_process_goes_on_afterwards() -> None:
+    code = (
+        "import sys, time\n"
+        "from batchvlm.runtime import clock, signals, watchdog\n"
+        "watchdog._LAST_RESORT_S, clock._MAX_STEP_S = 0.2, 0.6\n"
+        "signals.catch_signals()\n"
+        "with watchdog.Watchdog(stall_timeout_s=1, grace_s=0.1) as dog:\n"
+        "    dog.beat()\n"
+        "    dog._look()\n"
+        "    print('at work', flush=True)\n"
+        "    sys.stdin.readline()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin and process.stdout
+        assert process.stdout.readline() == "at work\n"
+        process.send_signal(signal.SIGTSTP)
+        end = time.monotonic() + 60
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(1.6)  # longer than the last resort waits
+        process.send_signal(signal.SIGCONT)
+        _, said = process.communicate("\n", timeout=60)
+    assert process.returncode == 0, said

@@ -93,6 +93,23 @@ def test_a_worker_that_dies_or_hangs_costs_its_row(monkeypatch: pytest.MonkeyPat
     ]
 
 
+def take_half_a_second(record: Record) -> Any:
+    time.sleep(0.5)
+    return Failure(error_type=ErrorType.PROMPT, message="reached")
+
+
+def test_a_clock_that_is_set_and_a_suspended_job_cost_no_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "_prepare", take_half_a_second)
+    monkeypatch.setattr(workers, "_start_worker", start_nothing)
+    # An hour passes within each row, by the time of day.
+    monkeypatch.setattr(time, "time", lambda: 7200 * time.monotonic())
+    with WorkerPool(spec(), num_workers=1, timeout_s=60.0) as pool:
+        outcomes = [outcome for _, outcome in pool.prepare(records(2))]
+    assert [o.error_type for o in outcomes if isinstance(o, Failure)] == [ErrorType.PROMPT] * 2
+
+
 def end_on_first_try(record: Record) -> Any:
     """Is told to end, as all processes of a job are by SLURM, where nobody was told before."""
     mark = Path(str(record.values["mark"]))
