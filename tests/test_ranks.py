@@ -65,7 +65,7 @@ def test_ranks_of_one_launch_compute_every_row_once(
     source = write_parquet([picture()] * 60, row_group_size=10)
     out = tmp_path / "out"
     options = ["engine.device=cpu", f"runtime.num_workers={num_workers}"]
-    for name, value in (("WORLD_SIZE", "3"), ("RANK", "1")):
+    for name, value in (("WORLD_SIZE", "3"), ("RANK", "1"), ("MASTER_ADDR", "here")):
         monkeypatch.setenv(name, value)
 
     class Dying(FakeEngine):
@@ -99,6 +99,7 @@ def test_what_a_lost_store_leaves_open_is_said(
     source = write_parquet([picture()] * 40, row_group_size=10)
     out = tmp_path / "out"
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "here")
     for rank, num_left in (("1", 2), ("0", 0)):
         monkeypatch.setenv("RANK", rank)
         engine = FakeEngine()

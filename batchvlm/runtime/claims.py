@@ -4,9 +4,10 @@ Both live in a store of torch.distributed: the launcher's own (torchrun, acceler
 rank 0 serves. There is no process group, so nobody waits for anybody: a rank that dies leaves the
 shards that it had claimed to the next run, a rank that comes late claims what is left.
 
-A store that does not answer is given up. From then on each rank takes every `world_size`-th of the
-shards behind its last one, whoever else had claimed them: two writers of one shard waste work and
-nothing else.
+Where nobody says on which machine rank 0 is, there is no store, and each rank takes every
+`world_size`-th shard. A store that does not answer is given up: from then on each rank takes every
+`world_size`-th of the shards behind its last one, whoever else had claimed them. Two writers of one
+shard waste work and nothing else.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Peers:
         self._launch = launch
         self._prefix = f"batchvlm/{launch.id}/{key}"
         self._connect = connect or open_store
+        self._has_store = connect is not None or launch.host is not None
         self._clock = clock or RunningClock()
         self._lock = threading.Lock()
         self._store: Any = None
@@ -94,6 +96,15 @@ class Peers:
         """Yield places among `num_shards`, each to one rank alone as long as the store answers."""
         last = -1
         rank, world_size = self._launch.rank, self._launch.world_size
+        if not self._has_store:
+            log.warning(
+                "rank %d of %d takes as many shards as the others, however fast it is: "
+                "MASTER_ADDR is not set",
+                rank,
+                world_size,
+            )
+            yield from range(rank, num_shards, world_size)
+            return
         try:
             while (place := self._next_place()) < num_shards:
                 last = place
@@ -247,8 +258,7 @@ def open_store(launch: Launch) -> Any:
     Raises:
         RuntimeError: nobody serves it.
     """
-    if launch.host is None:
-        raise RuntimeError("MASTER_ADDR is not set")
+    assert launch.host is not None
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     is_server = launch.rank == 0 and not launch.has_store

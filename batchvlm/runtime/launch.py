@@ -12,12 +12,11 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_MPI_NAMES = (
-    # Open MPI, then MPICH and Intel MPI.
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+_MPIRUN_NAMES = (
+    # Open MPI, then MPICH and Intel MPI: rank, ranks, and both on this machine.
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-_MPI_LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000
 """Below the range from which Linux gives ports to outgoing connections."""
 
@@ -43,17 +42,18 @@ class Launch:
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     """Read which rank this is from what the launcher left in the environment.
 
-    torchrun's variables (accelerate launch sets the same) come before those of a SLURM step, for
-    one may start the other; a process that nobody launched is alone.
+    torchrun's variables (accelerate launch sets the same) and mpirun's come before those of a SLURM
+    step: both are started in one, and mpirun starts a step of its own with a task a node. A process
+    that nobody launched is alone.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _torch(environ)
+    for names in _MPIRUN_NAMES:
+        if all(name in environ for name in names):
+            return _mpi(environ, *(_number(environ, name, 0) for name in names))
     # Only srun sets the step: in a batch script SLURM_NTASKS counts tasks that nobody started.
     if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
         return _slurm(environ)
-    for rank, size, local_rank in _MPI_NAMES:
-        if rank in environ and size in environ:
-            return _mpi(environ, rank, size, local_rank)
     return Launch()
 
 
@@ -115,22 +115,28 @@ def _slurm(environ: Mapping[str, str]) -> Launch:
         id=id,
         host=environ.get("MASTER_ADDR")
         or first_host(environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", ""))),
-        # Two steps on one machine shall not want the same port.
-        port=_number(environ, "MASTER_PORT", 0)
-        or _FIRST_PORT + zlib.crc32(id.encode()) % _NUM_PORTS,
+        port=_number(environ, "MASTER_PORT", 0) or _port_of(id),
     )
 
 
-def _mpi(environ: Mapping[str, str], rank: str, size: str, local_rank: str) -> Launch:
-    local_sizes = [_number(environ, name, 1) for name in _MPI_LOCAL_SIZES]
+def _mpi(
+    environ: Mapping[str, str], rank: int, size: int, local_rank: int, local_size: int
+) -> Launch:
+    id = environ.get("PMIX_NAMESPACE", "")
     return Launch(
-        rank=_number(environ, rank, 0),
-        world_size=_number(environ, size, 1),
-        local_rank=_number(environ, local_rank, 0),
-        local_world_size=max(local_sizes),
-        host=environ.get("MASTER_ADDR"),
-        port=_number(environ, "MASTER_PORT", 29_500),
+        rank=rank,
+        world_size=size,
+        local_rank=local_rank,
+        local_world_size=local_size,
+        id=id,
+        host=environ.get("MASTER_ADDR") or ("127.0.0.1" if local_size == size else None),
+        port=_number(environ, "MASTER_PORT", 0) or _port_of(id),
     )
+
+
+def _port_of(id: str) -> int:
+    """Two launches on one machine shall not want the same port."""
+    return _FIRST_PORT + zlib.crc32(id.encode()) % _NUM_PORTS
 
 
 def first_host(nodes: str) -> str | None:

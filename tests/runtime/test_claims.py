@@ -66,6 +66,13 @@ def test_every_shard_goes_to_exactly_one_rank(num: int, world_size: int, seed: i
     assert not any(rank.is_lost for rank in ranks)
 
 
+def test_without_a_host_the_shards_are_divided_and_nobody_is_lost() -> None:
+    ranks = [Peers(Launch(rank=r, world_size=2), "job") for r in range(2)]
+    assert [list(rank.claim(5)) for rank in ranks] == [[0, 2, 4], [1, 3]]
+    ranks[0].see_off(lambda: pytest.fail("there is nobody to wait for"))
+    assert not any(rank.is_lost for rank in ranks)
+
+
 def test_a_rank_that_dies_keeps_only_what_it_had_claimed() -> None:
     first, second = make_ranks(2, dist.HashStore())
     dead = list(islice(first.claim(10), 3))

@@ -59,15 +59,33 @@ def test_a_batch_script_is_no_rank_of_the_tasks_it_has_room_for() -> None:
     assert find_launch(batch) == Launch()
 
 
+MPIRUN = {
+    **{"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"},
+    **{"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+    "PMIX_NAMESPACE": "2032402433",
+}
+
+
 def test_mpirun() -> None:
-    launch = find_launch(
-        {
-            **{"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
-            **{"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
-        }
-    )
-    assert (launch.rank, launch.world_size, launch.local_world_size) == (1, 2, 2)
+    launch = find_launch(MPIRUN)
+    assert (launch.rank, launch.world_size) == (3, 4)
+    assert (launch.local_rank, launch.local_world_size) == (1, 2)
     assert launch.host is None
+    other = find_launch(MPIRUN | {"PMIX_NAMESPACE": "2032402434"})
+    assert (other.port, other.id) != (launch.port, launch.id)
+    assert find_launch(MPIRUN | {"MASTER_ADDR": "x", "MASTER_PORT": "5"}).port == 5
+    # All on one machine need nobody to tell them where rank 0 is.
+    assert find_launch(MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}).host == "127.0.0.1"
+
+
+def test_mpirun_within_a_job_starts_a_step_that_is_not_its_ranks() -> None:
+    step = SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    assert find_launch(step | MPIRUN) == find_launch(MPIRUN)
+    hydra = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+    launch = find_launch(step | hydra)
+    assert (launch.rank, launch.world_size, launch.local_rank) == (3, 4, 1)
+    # srun --mpi=pmi2 sets some of them, and the tasks are the ranks.
+    assert find_launch(SRUN | {"PMI_RANK": "3", "PMI_SIZE": "4"}) == find_launch(SRUN)
 
 
 @pytest.mark.parametrize(
