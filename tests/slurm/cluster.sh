@@ -84,6 +84,8 @@ JobRequeue=1
 RequeueExit=75
 KillWait=5
 KillOnBadExit=0
+# As on some sites: a step ends so long after its first task.
+WaitTime=2
 SlurmdTimeout=10
 # A node that was set down stays so: its job starts again elsewhere, not beside its dying self.
 ReturnToService=0

@@ -75,6 +75,17 @@ def test_srun_without_a_launcher(slurm: Slurm, job: Job, tmp_path: Path) -> None
     assert slurm.log(ranks).count("(100%)") == 1
 
 
+def test_a_rank_has_its_cpus_and_time_to_finish(slurm: Slurm) -> None:
+    """Where srun takes nothing from the job, and a step ends soon after its first task."""
+    task = "scontrol show step $SLURM_JOB_ID.$SLURM_STEP_ID; sleep $((6 * SLURM_PROCID)); echo end"
+    two = [option for option in TWO if "cpus" not in option]
+    ranks = slurm.submit(*two, "--cpus-per-task=2", MULTI, "bash", "-c", task, SLURM_EXACT="1")
+    ((state, _, _),) = slurm.finish(ranks).values()
+    assert state == "COMPLETED", slurm.logs()
+    assert slurm.log(ranks).count("end\n") == 2
+    assert "Nodes=2 CPUs=4 Tasks=2" in slurm.log(ranks)
+
+
 def test_srun_with_rank_0_killed(slurm: Slurm, job: Job, tmp_path: Path) -> None:
     """It served the store: the other goes on without, and the next job does what is left."""
     out = tmp_path / "out"
