@@ -80,9 +80,17 @@ def num_allocated_gpus(environ: Mapping[str, str] = os.environ) -> int:
 def this_place(environ: Mapping[str, str] = os.environ) -> str:
     """Where somebody has to look for this process: its machine, and its SLURM job if it has one."""
     host = environ.get("SLURMD_NODENAME") or socket.gethostname()
-    array, element = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    job = f"{array}_{element}" if array and element else environ.get("SLURM_JOB_ID")
+    job = slurm_job(environ)
     return f"{host}, job {job}" if job else host
+
+
+def slurm_job(environ: Mapping[str, str] = os.environ) -> str:
+    """What SLURM's commands call the job that this process is of; empty: of none.
+
+    The last element of an array has the number of the whole array as its SLURM_JOB_ID.
+    """
+    array, element = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{element}" if array and element else environ.get("SLURM_JOB_ID", "")
 
 
 def _torch(environ: Mapping[str, str]) -> Launch:

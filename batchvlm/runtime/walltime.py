@@ -8,6 +8,8 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 
+from batchvlm.runtime.launch import slurm_job
+
 _MAX_SHARE = 0.25
 """Of the time that is left at the start: a short job must get on as well."""
 _ASK_S = 10.0
@@ -52,8 +54,8 @@ def _left_s(environ: Mapping[str, str], now_s: float) -> float | None:
     end = environ.get("SLURM_JOB_END_TIME", "")
     if end.isdecimal():
         return max(0.0, int(end) - now_s)
-    job = environ.get("SLURM_JOB_ID", "")
-    if not job.isdecimal():
+    job = slurm_job(environ)
+    if not job:
         return None
     command = ["squeue", "--noheader", "--jobs", job, "--format", "%L"]
     try:
