@@ -8,6 +8,7 @@ from batchvlm.runtime.ranks import find_rank
 from batchvlm.runtime.replicas import Leader, Replica, find_replica
 from batchvlm.runtime.signals import ignore_signals
 from batchvlm.runtime.trackers import prepare_trackers
+from batchvlm.runtime.watchdog import Watchdog
 
 
 def follower_of(cfg: JobConfig) -> Replica | None:
@@ -28,7 +29,9 @@ def follow_job(cfg: JobConfig, replica: Replica) -> None:
         ConfigError: `engine.device` names a device that is not here, or what the leader refuses.
     """
     prepare_trackers(cfg.tracking)  # where the leader ends before it can be met
-    with Leader(replica) as leader:
+    # No row is its own, so a stall is the leader's to notice.
+    watchdog = Watchdog(stall_timeout_s=None, grace_s=cfg.runtime.grace_s)
+    with watchdog, Leader(replica) as leader:
         rank = find_rank(replica.launch, cfg.engine, cfg.runtime, cfg.model)
         from batchvlm.engine.select import follow_leader
 

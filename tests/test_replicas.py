@@ -212,3 +212,25 @@ def test_the_end_of_one_is_the_end_of_both_and_costs_no_row(tmp_path: Path, name
     assert verify(OutputFolder(out)).faults == []
     assert [row["row_index"] for row in rows_of(out)] == list(range(num_rows))
     assert {row["status"] for row in rows_of(out)} == {"success"}
+
+
+@pytest.mark.kill
+def test_a_follower_that_waits_for_the_leader_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    """It is within a collective of torch, where no signal is heard."""
+    out = tmp_path / "out"
+    write_captions(tmp_path / "in.parquet", 400)
+    settings = [*SETTINGS, f"data.path={tmp_path / 'in.parquet'}", f"output.dir={out}"]
+    settings += ["output.flush_every_rows=4", "batching.max_batch_size=4", "runtime.grace_s=2"]
+    with pair(tmp_path, settings) as both:
+        wait_for("rows", lambda: num_on_disk(out) >= 12, log=both.log)
+        both.processes[LEADER].send_signal(signal.SIGSTOP)
+        seen: list[str] = []
+
+        def is_idle() -> bool:
+            stat = Path(f"/proc/{both.processes[FOLLOWER].pid}/stat").read_text()
+            seen.append(stat.rpartition(")")[2].split()[11])  # its time on a core
+            return len(seen) > 10 and len({*seen[-10:]}) == 1
+
+        wait_for("the follower's waiting", is_idle, log=both.log)
+        both.processes[FOLLOWER].send_signal(signal.SIGTERM)
+        assert both.processes[FOLLOWER].wait(60) == INTERRUPTED, both.log()

@@ -6,6 +6,7 @@ import faulthandler
 import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType
 
 from batchvlm.errors import ExitCode
@@ -14,6 +15,9 @@ from batchvlm.errors import ExitCode
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 _interrupted_at_s: float | None = None
+_pipe: tuple[int, int] | None = None
+"""Each signal's number goes through it at once: a handler waits until the main thread is at Python,
+which a call into a library may keep it from."""
 
 
 class Interrupted(BaseException):
@@ -22,8 +26,14 @@ class Interrupted(BaseException):
 
 def catch_signals() -> None:
     """From here on raise `Interrupted` in the main thread, wherever it is, on the first signal."""
-    global _interrupted_at_s
+    global _interrupted_at_s, _pipe
     _interrupted_at_s = None
+    for end in _pipe or ():
+        os.close(end)
+    _pipe = os.pipe()
+    for end in _pipe:
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
     for number in STOP_SIGNALS:
         signal.signal(number, _interrupt)
     if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
@@ -37,7 +47,15 @@ def ignore_signals() -> None:
 
 
 def interrupted_at_s() -> float | None:
-    """When the first signal came, by the monotonic clock; None where none did."""
+    """When the first signal came, by the monotonic clock; None where none did.
+
+    One that the main thread could not handle yet comes when somebody asks.
+    """
+    global _interrupted_at_s
+    if _interrupted_at_s is None and _pipe is not None:
+        with suppress(BlockingIOError):
+            if any(number in STOP_SIGNALS for number in os.read(_pipe[0], 256)):
+                _interrupted_at_s = time.monotonic()
     return _interrupted_at_s
 
 

@@ -205,3 +205,34 @@ def test_a_suspended_process_goes_on_afterwards() -> None:
         process.send_signal(signal.SIGCONT)
         _, said = process.communicate("\n", timeout=60)
     assert process.returncode == 0, said
+
+
+# A call that says when it is begun, and waits where no signal is heard, without Python's lock.
+DEAF = """
+import ctypes, sys
+from batchvlm.runtime import signals, watchdog
+signals.catch_signals()
+with watchdog.Watchdog(stall_timeout_s=None, grace_s=0.5) as dog:
+    dog.flush = lambda: print("flushed", flush=True)
+    ctypes.CDLL(None).system(b"echo at work; read line")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Linux's C library waits")
+def test_a_signal_during_a_call_that_does_not_come_back_is_heard() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", DEAF],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout and process.stdout.readline() == "at work\n"
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)  # what it waits for is a pipe that stays open
+        finally:
+            process.kill()
+            out, said = process.communicate()
+    assert (process.returncode, out) == (ExitCode.INTERRUPTED, "flushed\n"), said
+    assert "still busy runtime.grace_s=0.5 after the signal" in said
