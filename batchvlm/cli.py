@@ -146,6 +146,7 @@ def run_app(
         program: what Hydra calls it.
         job: what is done with the settings; None: the job that they describe.
     """
+    _open_streams()
     if "OMP_WAIT_POLICY" not in os.environ:
         # Before torch loads its OpenMP: threads that have nothing to do wait some 20 us for more,
         # then sleep. Those that spin on steal the cores of the workers.
@@ -169,6 +170,19 @@ def run_app(
         return _say_interrupted()
     except Exception as error:
         return _say(error)
+
+
+def _open_streams() -> None:
+    """Let a process that was started without standard streams have some that lead nowhere.
+
+    Else a file of the output would get the number of one, and what a library says would go into it.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:

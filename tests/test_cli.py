@@ -520,3 +520,14 @@ def test_what_an_interruption_breaks_in_a_clean_up_is_no_error(
     monkeypatch.setattr(cli, "catch_signals", lambda: None)
     monkeypatch.setattr(sys, "argv", ["batchvlm"])
     assert cli.run_app("run", []) == expected
+
+
+def test_a_process_without_standard_streams_gets_some(tmp_path: Path) -> None:
+    """Else a file of the output would be number 2, and a library's warnings would go into it."""
+    code = (
+        "import sys; from batchvlm.cli import _open_streams; _open_streams(); "
+        "print(1, file=sys.stderr); print(sys.stdin.read(), sys.stderr.isatty()); "
+        "sys.exit(open('file', 'w').fileno())"
+    )
+    command = f'exec {sys.executable} -c "{code}" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path).returncode > 2

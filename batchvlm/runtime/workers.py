@@ -107,8 +107,16 @@ class WorkerPool:
         manager = self._pool._pool_manager
         manager.task_manager = _TimedTasks(manager.task_manager.task_done_callback)
         # The pool starts its processes with the first task: let them load their libraries.
-        with _deaf_children():
-            self._pool.schedule(_do_nothing)
+        try:
+            with _deaf_children():
+                self._pool.schedule(_do_nothing)
+        except OSError as error:
+            # Their locks lie in /dev/shm, whatever the error makes one think of.
+            raise BatchvlmError(
+                f"worker processes cannot be started: {error.strerror}",
+                hint="see to the room in /dev/shm and the limits on processes and open files, or "
+                "set runtime.num_workers=0",
+            ) from error
 
     def __exit__(
         self,

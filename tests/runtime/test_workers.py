@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import signal
@@ -108,6 +109,18 @@ def test_a_clock_that_is_set_and_a_suspended_job_cost_no_row(
     with WorkerPool(spec(), num_workers=1, timeout_s=60.0) as pool:
         outcomes = [outcome for _, outcome in pool.prepare(records(2))]
     assert [o.error_type for o in outcomes if isinstance(o, Failure)] == [ErrorType.PROMPT] * 2
+
+
+def test_no_room_for_locks_is_one_line_that_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(WorkerManager, "create_channels", refuse)
+    with (
+        pytest.raises(BatchvlmError, match=r"No space left on device; see to .* /dev/shm"),
+        WorkerPool(spec(), num_workers=1, timeout_s=60.0),
+    ):
+        pass
 
 
 def end_on_first_try(record: Record) -> Any:
