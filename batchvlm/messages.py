@@ -4,7 +4,7 @@ Shapes taken: a list of `{"role", "content"}`, or the same as JSON text. A conte
 list of parts: `{"type": "text", "text"}`, `{"type": "image"}` (a slot for the next image of the
 image columns), `{"type": "image", "image"|"path"|"url"|"bytes"|"base64"}`, OpenAI's
 `{"type": "image_url", "image_url": {"url"}}`, and Anthropic's
-`{"type": "image", "source": {"data"|"url"}}`.
+`{"type": "image", "source": {"data"|"url"}}`. A part may leave its type out where its keys tell it.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _parts(message: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
             raise RowError(ErrorType.PROMPT, f"{where}.content[{i}] is no part")
         # A Parquet struct has every key of every part; those that are null are not there.
         part = {key: item for key, item in part.items() if item is not None}
-        match part.get("type", "text" if "text" in part else None):
+        match part.get("type", _untyped(part)):
             case "text" | "input_text" | "output_text":
                 if not isinstance(part.get("text"), str):
                     raise RowError(ErrorType.PROMPT, f"{where}.content[{i}] has no text")
@@ -243,6 +243,12 @@ def _parts(message: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
                     ErrorType.PROMPT,
                     f"{where}.content[{i}] is of type {kind!r}; text and image are supported",
                 )
+
+
+def _untyped(part: Mapping[str, Any]) -> str | None:
+    """The type of a part that does not name it, by its keys; None where they leave it open."""
+    kinds = ["text"] * ("text" in part) + ["image"] * any(key in part for key in _INLINE)
+    return kinds[0] if len(kinds) == 1 else None
 
 
 def with_markdown_images(messages: Sequence[Message]) -> list[Message]:

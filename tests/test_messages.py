@@ -170,6 +170,7 @@ def test_contents_of_text(content: Any) -> None:
         [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": [3]}],
+        [{"role": "user", "content": [{"text": "Is it this?", "image": URI}]}],
         [{"role": "user", "content": [{"type": "input_image", "file_id": "file-1"}]}],
         [{"role": "user", "content": "What is this?", "images": ["a.png"]}],
         [{"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}],
@@ -216,6 +217,12 @@ def test_inline_images_stand_where_they_are_written() -> None:
 def test_an_image_of_its_own_is_no_slot(inline: dict[str, Any]) -> None:
     messages = read_messages([user(SLOT, {"type": "image", **inline})], "m")
     assert fill_slots(messages, [A], "m")[1] == (A, ImageRef(data=PNG))
+
+
+@pytest.mark.parametrize("part", [{"image_url": {"url": URI}}, {"image": URI}, {"base64": PAYLOAD}])
+def test_an_image_may_leave_its_type_out(part: dict[str, Any]) -> None:
+    messages = read_messages([user({"text": "What is this?"}, part)], "m")
+    assert fill_slots(messages, [], "m")[1] == (ImageRef(data=PNG),)
 
 
 def test_messages_without_slots_get_the_images_before_the_first_user_text() -> None:
