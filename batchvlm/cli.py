@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -257,11 +258,13 @@ def _run_job(cfg: JobConfig) -> None:
 
 @contextmanager
 def _reader_may_leave() -> Iterator[None]:
-    """Let `batchvlm run | head` end quietly: what nobody reads is no failure."""
+    """Let a job end quietly whose output nobody reads: `| head`, a terminal that was closed."""
     try:
         yield
         print(end="", flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
         # Python flushes once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -294,7 +297,7 @@ def _check_flags() -> None:
 
 
 def _say_interrupted() -> ExitCode:
-    print("batchvlm: interrupted; run the same command again to go on", file=sys.stderr)
+    _tell("batchvlm: interrupted; run the same command again to go on")
     return ExitCode.INTERRUPTED
 
 
@@ -310,17 +313,23 @@ def _say(error: Exception) -> ExitCode:
     if _debug.is_on:
         traceback.print_exception(error)
     if isinstance(error, BatchvlmError):
-        print(f"batchvlm: error: {error}", file=sys.stderr)
+        _tell(f"batchvlm: error: {error}")
         if isinstance(error, TooManyErrors):
-            print("\n".join(error.causes), file=sys.stderr)
+            _tell("\n".join(error.causes))
         return error.exit_code
     if not isinstance(error, OSError) and _is_of_interruption(error):
         return _say_interrupted()
     # Nobody foresaw it: a mistake of this program, or of a library.
     text = " ".join(str(error).split())[:300]
     hint = "" if _debug.is_on else "; the same command with --debug shows where"
-    print(f"batchvlm: error: {type(error).__name__}: {text}{hint}", file=sys.stderr)
+    _tell(f"batchvlm: error: {type(error).__name__}: {text}{hint}")
     return ExitCode.FAILED
+
+
+def _tell(text: str) -> None:
+    """Print to standard error, or nowhere if that is a terminal which was closed."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _set_up_process(cfg: JobConfig) -> None:

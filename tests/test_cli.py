@@ -352,6 +352,28 @@ def test_killed_half_way_and_run_again(
     assert not any((out / "_batchvlm" / "segments").iterdir())
 
 
+@pytest.mark.kill
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_terminal_that_is_closed(tmp_path: Path, undisturbed: Path, is_ignored: bool) -> None:
+    """The run ends as by any signal; one that nohup started goes on, and is as good as any."""
+    out = tmp_path / "out"
+    job = [*long_job(undisturbed), f"output.dir={out}"]
+    start = [] if not is_ignored else ["bash", "-c", "trap '' HUP; exec \"$@\"", "_"]
+    ours, theirs = os.openpty()
+    with subprocess.Popen([*start, *BATCHVLM, *job], stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        while process.poll() is None and num_on_disk(out) < 100:
+            time.sleep(0.02)
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)
+        code = process.wait(120)
+    assert code == (ExitCode.DONE if is_ignored else ExitCode.INTERRUPTED)
+    before = num_on_disk(out)
+    assert (before == 600) is is_ignored
+    assert command(*job, cwd=tmp_path).returncode == ExitCode.DONE
+    assert settled(out) == settled(undisturbed / "undisturbed")
+
+
 def children_of(pid: int) -> set[int]:
     return {
         int(stat.parent.name)

@@ -35,7 +35,7 @@ MAX_CPU_S = 20
 
 
 def main() -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     _limit_memory(MAX_MEMORY_BYTES)

@@ -12,7 +12,7 @@ from types import FrameType
 from batchvlm.errors import ExitCode
 
 # What SLURM sends before the time is up (`--signal=USR1@120`), what it sends then, and Ctrl-C.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 _interrupted_at_s: float | None = None
 _pipe: tuple[int, int] | None = None
@@ -35,7 +35,10 @@ def catch_signals() -> None:
         os.set_blocking(end, False)
     signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
     for number in STOP_SIGNALS:
-        signal.signal(number, _interrupt)
+        # Started by nohup, a process outlives its terminal. The job scripts have it ignore others
+        # until it can handle them.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
         signal.signal(signal.SIGTSTP, _suspend)
 
@@ -64,7 +67,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     # Ctrl-C does.
     global _interrupted_at_s
     _interrupted_at_s = time.monotonic()
-    for other in (signal.SIGTERM, signal.SIGUSR1):
+    for other in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(other, signal.SIG_IGN)
     signal.signal(signal.SIGINT, _stop_at_once)
     raise Interrupted
@@ -80,9 +83,10 @@ def _suspend(number: int, frame: FrameType | None) -> None:
 def _stop_at_once(number: int, frame: FrameType | None) -> None:
     # Every file is whole or not there, so nothing needs to be put right. Workers see that their
     # parent is gone.
-    os.write(
-        2,
-        b"\nbatchvlm: stopped at once; rows that were not on disk yet are computed again"
-        b" by the same command\n",
-    )
+    with suppress(OSError):
+        os.write(
+            2,
+            b"\nbatchvlm: stopped at once; rows that were not on disk yet are computed again"
+            b" by the same command\n",
+        )
     os._exit(ExitCode.STOPPED)

@@ -280,14 +280,15 @@ class _PoolContext(SpawnContext):
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Keep Ctrl-C from the processes that are started here, and by threads that are started here.
+    """Keep a terminal's signals from processes, and threads, that are started here.
 
-    A terminal sends it to all, and one that is loading its libraries would print a traceback; the
-    parent, whose threads from before still take it, tells them when to stop.
+    It sends Ctrl-C, and its own end, to all. One that is loading its libraries would print a
+    traceback; the parent, whose threads from before still take them, tells them when to stop.
     """
-    # Started now: it would let the signal through again when it starts in between.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    # Started now: it would let Ctrl-C through again when it starts in between.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
