@@ -58,7 +58,7 @@ def test_an_older_slurm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     squeue = tmp_path / "squeue"
     squeue.write_text('#!/bin/sh\n[ "$3" = 71 ] && echo 10:00\n')
     squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.setenv("PATH", str(tmp_path))
     now = 1000.0
     deadline = Deadline(90, environ={"SLURM_JOB_ID": "71"}, clock=lambda: now)
     now = 1509.0
@@ -75,7 +75,7 @@ def test_the_last_element_of_an_array_asks_for_itself_alone(
     squeue = tmp_path / "squeue"
     squeue.write_text('#!/bin/sh\necho 10:00\n[ "$3" = 71_9 ] || echo 10:00\n')
     squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.setenv("PATH", str(tmp_path))
     now = 1000.0
     environ = {"SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "9"}
     deadline = Deadline(90, environ=environ, clock=lambda: now)
