@@ -88,7 +88,7 @@ def write_captions(path: Path, num_rows: int) -> list[str]:
 
 def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     """In float32, token by token, held to a schema."""
-    settings = ["task=extract", "data.max_rows=20", "output.token_ids=true"]
+    settings = ["task=extract", "data.max_rows=8", "output.token_ids=true"]
     settings += ["runtime.num_workers=0", "batching.max_batch_size=8"]
     run_job(compose("run", [*settings, "engine=generate", f"output.dir={tmp_path / 'alone'}"]))
     command = [*TORCHRUN, "2", "-m", "batchvlm", "run", *settings, "model.tp_plan=auto"]
@@ -96,7 +96,7 @@ def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "runs by generate(): model.tp_plan is asked for" in done.stderr
-    assert done.stdout.count("rows     20: ") == 1  # the other has nothing to say
+    assert done.stdout.count("rows     8: ") == 1  # the other has nothing to say
     assert verify(OutputFolder(tmp_path / "out")).faults == []
     assert answers(tmp_path / "out") == answers(tmp_path / "alone")
     held_to = {row["constraint"] for row in rows_of(tmp_path / "out") if row["status"] == "success"}
