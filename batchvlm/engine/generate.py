@@ -27,7 +27,7 @@ from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.forced import ForcedChoices
 from batchvlm.engine.parallel import Team
 from batchvlm.engine.protocol import OnToken
-from batchvlm.engine.sampling import Choice, RowSampler
+from batchvlm.engine.sampling import NextTokens, RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
 from batchvlm.errors import BatchvlmError, ErrorType, RowError
 from batchvlm.loading import load_model, load_processor
@@ -370,7 +370,7 @@ class SpokenTokens:
 class ChosenToken(LogitsProcessor):
     """Lets `generate()`'s argmax find the token that our sampler chose."""
 
-    choice: Choice
+    choice: NextTokens
     """The last step's."""
 
     def __init__(

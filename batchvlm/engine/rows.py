@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchvlm.constraints.masks import RowMatcher
 from batchvlm.engine.layout import Span
-from batchvlm.engine.sampling import Choice
+from batchvlm.engine.sampling import NextTokens
 from batchvlm.engine.stops import RowStop
 from batchvlm.engine.waiting import PreparedRow
 from batchvlm.records import Completion, Generation, Sample
@@ -136,11 +136,11 @@ class ToHost:
 class Chosen:
     """Tokens on their way to the host, one for each of some rows."""
 
-    def __init__(self, rows: Sequence[Row], choice: Choice) -> None:
+    def __init__(self, rows: Sequence[Row], next_tokens: NextTokens) -> None:
         self.rows = rows
-        tensors = [choice.ids_B, choice.is_finite_B]
-        if choice.logprobs_B is not None:
-            tensors.append(choice.logprobs_B)
+        tensors = [next_tokens.ids_B, next_tokens.is_finite_B]
+        if next_tokens.logprobs_B is not None:
+            tensors.append(next_tokens.logprobs_B)
         self._on_the_way = ToHost(tensors)
         self._is_committed = False
 

@@ -24,7 +24,7 @@ _MIN_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class NextTokens:
     """One token for each of B slots, on the device of the logits."""
 
     ids_B: Tensor
@@ -167,7 +167,7 @@ class RowSampler:
         slots: Sequence[int] | slice,
         *,
         mask_BW: Tensor | None = None,
-    ) -> Choice:
+    ) -> NextTokens:
         """Choose the next token of the rows in these slots.
 
         Args:
@@ -224,7 +224,7 @@ class RowSampler:
         for row in batch.rows:
             row.num_tokens += 1
             row.uniform = None
-        return Choice(ids_B=ids_B, logprobs_B=logprobs_B, is_finite_B=is_finite_B)
+        return NextTokens(ids_B=ids_B, logprobs_B=logprobs_B, is_finite_B=is_finite_B)
 
     def _batch_of(self, slots: Sequence[int] | slice) -> _Batch:
         key = slots if isinstance(slots, slice) else tuple(slots)

@@ -32,7 +32,7 @@ from batchvlm.engine.prefill import Prefill
 from batchvlm.engine.protocol import OnToken
 from batchvlm.engine.room import SlotRoom
 from batchvlm.engine.rows import Chosen, Row
-from batchvlm.engine.sampling import Choice, RowSampler
+from batchvlm.engine.sampling import NextTokens, RowSampler
 from batchvlm.engine.scoring import Scoring
 from batchvlm.engine.stepping import Stepping
 from batchvlm.engine.stops import RowStop, not_finite
@@ -345,13 +345,13 @@ class SlotEngine:
         try:
             if logits_BV is None:
                 logits_BV = self._begin_rows(start, rows)
-            choice = self._sampler.choose(logits_BV, slice(start, stop), mask_BW=mask_BW)
+            next_tokens = self._sampler.choose(logits_BV, slice(start, stop), mask_BW=mask_BW)
         except Exception as error:
             if not is_oom(error):
                 raise
             failure = failure_of(error)
         else:
-            self._note(start, stop, choice)
+            self._note(start, stop, next_tokens)
             return
         free_memory(self._device)
         if stop - start == 1:
@@ -372,11 +372,11 @@ class SlotEngine:
                 chosen.commit()
         return self._constraints.take([row.matcher for row in rows])
 
-    def _note(self, start: int, stop: int, choice: Choice) -> None:
+    def _note(self, start: int, stop: int, next_tokens: NextTokens) -> None:
         """Take note of tokens that are chosen, though not yet read."""
-        self._stepping.push(start, stop, choice.ids_B)
+        self._stepping.push(start, stop, next_tokens.ids_B)
         rows = self._rows[start:stop]
-        self._in_flight.append(Chosen(rows, choice))
+        self._in_flight.append(Chosen(rows, next_tokens))
         for row in rows:
             row.num_chosen += 1
             # Known without its last token: a slot is not kept to wait for it.

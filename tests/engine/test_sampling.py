@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from batchvlm.engine.sampling import Choice, RowSampler
+from batchvlm.engine.sampling import NextTokens, RowSampler
 from batchvlm.records import Generation
 
 # Shape legend: B rows, V vocabulary, T prompt tokens.
@@ -54,8 +54,8 @@ def choose(
     return tokens_of(sampler(rows, prompts).choose(logits_BV, slice(None)))
 
 
-def tokens_of(choice: Choice) -> list[int]:
-    ids: list[int] = choice.ids_B.tolist()
+def tokens_of(next_tokens: NextTokens) -> list[int]:
+    ids: list[int] = next_tokens.ids_B.tolist()
     return ids
 
 
