@@ -30,7 +30,7 @@ from batchvlm.engine.streams import Streams
 from batchvlm.engine.vision import Encoded, Entry, ImageFeatures, Unit, batches
 from batchvlm.engine.waiting import (
     PackOutcome,
-    PreparedRow,
+    PrefilledRow,
     WaitingRow,
     cut,
     find_prefixes,
@@ -139,10 +139,10 @@ class Prefill:
         packs = self._take_packs()
         rows = list(chain.from_iterable(packs))
         self._encode([*rows, *self._waiting[::-1]], num_needed=len(rows), is_alone=is_alone)
-        prepared = list(self._compute_packs(packs, is_alone=is_alone))
+        prefilled = list(self._compute_packs(packs, is_alone=is_alone))
         if self._looks_ahead:
             self._prepare(len(rows))
-        return prepared
+        return prefilled
 
     def _find_prefixes(self) -> None:
         """Look, once a window, for what waiting rows share; only causal prompts can share it."""
@@ -246,7 +246,7 @@ class Prefill:
         able = [rows for rows in able if rows]
         with self._clock.measure("prefill_s"):
             # One after another: where two need the same beginning, the first of them computes it.
-            outcomes: Iterable[list[PreparedRow] | Failure] = map(self._try_compute, able)
+            outcomes: Iterable[list[PrefilledRow] | Failure] = map(self._try_compute, able)
             if len(able) > 1 and self._compute_shared(list(chain.from_iterable(able))):
                 outcomes = list(self._streams.map(self._try_compute, able, again=_is_oom))
                 is_alone &= all(isinstance(outcome, Failure) for outcome in outcomes)
@@ -254,7 +254,7 @@ class Prefill:
                 yield from self._leave_or_split(rows, outcome, is_alone=is_alone)
                 is_alone = False
 
-    def _try_compute(self, rows: Sequence[WaitingRow]) -> list[PreparedRow] | Failure:
+    def _try_compute(self, rows: Sequence[WaitingRow]) -> list[PrefilledRow] | Failure:
         try:
             return self._compute(rows)
         except torch.AcceleratorError as error:
@@ -266,7 +266,7 @@ class Prefill:
     def _leave_or_split(
         self,
         rows: Sequence[WaitingRow],
-        outcome: list[PreparedRow] | Failure,
+        outcome: list[PrefilledRow] | Failure,
         *,
         is_alone: bool,
     ) -> Iterator[PackOutcome]:
@@ -296,7 +296,7 @@ class Prefill:
             yield from self._leave_or_split(half, self._try_compute(half), is_alone=is_alone)
             is_alone = False
 
-    def _compute_smaller(self, row: WaitingRow) -> PreparedRow | None:
+    def _compute_smaller(self, row: WaitingRow) -> PrefilledRow | None:
         """A row for which memory was short, in smaller and smaller pieces; None: not even so."""
         before = self._plan.pieces.now
         num_tokens = min(self._plan.piece_tokens, num_new_tokens_of(row, set()))
@@ -316,7 +316,7 @@ class Prefill:
         self._plan.pieces.now = before
         return None
 
-    def _compute(self, rows: Sequence[WaitingRow]) -> list[PreparedRow]:
+    def _compute(self, rows: Sequence[WaitingRow]) -> list[PrefilledRow]:
         start_s = time.perf_counter()
         prompts = [self._prompt(row) for row in rows]
         self._compute_prefixes(rows)
@@ -332,7 +332,7 @@ class Prefill:
                 for row, cache in zip(rows, own, strict=True)
             ]
         return [
-            PreparedRow(row.sample.without_images(), prompt, caches[i], logits_EV[i], start_s)
+            PrefilledRow(row.sample.without_images(), prompt, caches[i], logits_EV[i], start_s)
             for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
         ]
 

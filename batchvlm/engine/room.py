@@ -71,7 +71,7 @@ class SlotRoom:
         """
         length = -(-max_tokens // self._length_step) * self._length_step
         cache, num_used = self.cache, len(rows)
-        num_slots = self._plan.num_slots(row.prepared.bytes_per_token, length)
+        num_slots = self._plan.num_slots(row.prefilled.bytes_per_token, length)
         num_slots = min(num_slots, self._num_wanted(num_rows))
         if cache is not None and length <= cache.length:
             if num_used < cache.num_slots:
@@ -84,7 +84,7 @@ class SlotRoom:
             return False
         # What was there must not be held by this name while the new slots are made.
         cache = None
-        failure = self._resize(row.prepared.pieces[0], rows, num_slots, length)
+        failure = self._resize(row.prefilled.pieces[0], rows, num_slots, length)
         if failure is not None:
             return failure
         assert self.cache is not None

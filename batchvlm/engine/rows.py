@@ -14,7 +14,7 @@ from batchvlm.constraints.masks import RowMatcher
 from batchvlm.engine.layout import Span
 from batchvlm.engine.sampling import NextTokens
 from batchvlm.engine.stops import RowStop
-from batchvlm.engine.waiting import PreparedRow
+from batchvlm.engine.waiting import PrefilledRow
 from batchvlm.records import Completion, Generation, Sample
 
 
@@ -22,7 +22,7 @@ from batchvlm.records import Completion, Generation, Sample
 class Row:
     """A row that is decoded in a slot, or waits for one."""
 
-    prepared: PreparedRow
+    prefilled: PrefilledRow
     stop: RowStop
     length: int
     """Tokens that its slot must hold."""
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def sample(self) -> Sample:
-        return self.prepared.sample
+        return self.prefilled.sample
 
     @property
     def settings(self) -> Generation:
@@ -83,7 +83,7 @@ class Row:
 
     def completion(self) -> Completion:
         """What it says, once its answer is over."""
-        latency_s = time.perf_counter() - self.prepared.start_s
+        latency_s = time.perf_counter() - self.prefilled.start_s
         completion = self.stop.completion(self.sample.row_index, latency_s)
         if self.matcher is None:
             return completion

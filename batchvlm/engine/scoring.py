@@ -25,7 +25,7 @@ from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.memory import MemoryPlan
 from batchvlm.engine.rows import ToHost
 from batchvlm.engine.stops import not_finite
-from batchvlm.engine.waiting import PreparedRow
+from batchvlm.engine.waiting import PrefilledRow
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.records import Completion, Failure, Sample
 
@@ -40,7 +40,7 @@ Outcome = tuple[Sample, Completion | Failure]
 class _Row:
     """A row whose choices are being scored."""
 
-    prepared: PreparedRow
+    prefilled: PrefilledRow
     choices: RowChoices
     logprobs: list[list[float]]
     """By choice, as `Choices.answer` takes them; empty until they are known."""
@@ -51,10 +51,10 @@ class _Row:
     @property
     def past(self) -> RowCache:
         """Keys and values of its prompt, in one piece."""
-        pieces = self.prepared.pieces
+        pieces = self.prefilled.pieces
         if len(pieces) > 1:
-            self.prepared.pieces = [reduce(RowCache.joined, pieces)]
-        return self.prepared.pieces[0]
+            self.prefilled.pieces = [reduce(RowCache.joined, pieces)]
+        return self.prefilled.pieces[0]
 
 
 _Part = tuple[_Row, ChoiceTree]
@@ -94,19 +94,19 @@ class Scoring:
         """Whether `take` has yet to give rows back."""
         return bool(self._on_the_way or self._failed)
 
-    def score(self, rows: Sequence[PreparedRow]) -> None:
+    def score(self, rows: Sequence[PrefilledRow]) -> None:
         """Begin to score the choices of these rows."""
         parts: list[_Part] = []
-        for prepared in rows:
+        for prefilled in rows:
             try:
-                choices = self._choices.of(prepared.sample)
+                choices = self._choices.of(prefilled.sample)
             except RowError as error:
                 failure = Failure(error_type=error.error_type, message=error.message)
-                self._failed.append((prepared.sample, failure))
+                self._failed.append((prefilled.sample, failure))
                 continue
             num = len(choices.texts)
-            row = _Row(prepared, choices, logprobs=[[] for _ in range(num)], num_left=num)
-            max_nodes = self._plan.num_scored(prepared.logits_V.shape[-1])
+            row = _Row(prefilled, choices, logprobs=[[] for _ in range(num)], num_left=num)
+            max_nodes = self._plan.num_scored(prefilled.logits_V.shape[-1])
             parts += [(row, tree) for tree in choices.trees(max_nodes)]
         with self._clock.measure("decode_s"):
             for pack in self._packs(parts):
@@ -127,7 +127,7 @@ class Scoring:
         pack: list[_Part] = []
         num_tokens = 0
         for row, tree in parts:
-            max_tokens = self._plan.num_scored(row.prepared.logits_V.shape[-1])
+            max_tokens = self._plan.num_scored(row.prefilled.logits_V.shape[-1])
             # The prompt's end counts too: its logits are looked at with those of the tree.
             if pack and num_tokens + len(tree) + 1 > max_tokens:
                 yield pack
@@ -144,7 +144,7 @@ class Scoring:
         halves = self._halves(pack)
         num_tokens = sum(len(tree) for _, tree in pack)
         # A pack made before memory was short is not tried as it is.
-        if halves and num_tokens > self._plan.num_scored(pack[0][0].prepared.logits_V.shape[-1]):
+        if halves and num_tokens > self._plan.num_scored(pack[0][0].prefilled.logits_V.shape[-1]):
             for half in halves:
                 self._launch_or_split(half)
             return
@@ -163,7 +163,7 @@ class Scoring:
         if len(pack) == 1 and not (is_oom and halves):
             row, _ = pack[0]
             row.failure = failure
-            self._failed.append((row.prepared.sample, failure))
+            self._failed.append((row.prefilled.sample, failure))
             return
         log.warning("scoring %d tokens failed (%s); halving them", num_tokens, failure.message)
         for half in halves:
@@ -189,12 +189,12 @@ class Scoring:
         num_tokens = sum(len(tree) for _, tree in pack)
         for place, (row, tree) in enumerate(pack):
             if len(tree):
-                branches.append(Branches(row.prepared.prompt, row.past, tree.ids, tree.sees))
+                branches.append(Branches(row.prefilled.prompt, row.past, tree.ids, tree.sees))
             tokens.append(tree.ids)
             at_prompt = num_tokens + place
             before.append(np.where(tree.parents == AT_PROMPT, at_prompt, tree.parents + start))
             start += len(tree)
-        logits_NV = torch.stack([row.prepared.logits_V for row, _ in pack])
+        logits_NV = torch.stack([row.prefilled.logits_V for row, _ in pack])
         if branches:
             logits_NV = torch.cat([self._decoder.branch(branches), logits_NV])
         logits_NV = logits_NV.float()
@@ -222,7 +222,7 @@ class Scoring:
                 used = [*places, at_prompt]
                 if not np.isfinite([totals[place] for place in used]).all():
                     row.failure = not_finite(0)
-                    yield row.prepared.sample, row.failure
+                    yield row.prefilled.sample, row.failure
                 else:
                     for choice, path in zip(tree.places, tree.paths, strict=True):
                         last = places[path[-1]] if path else at_prompt
@@ -230,11 +230,11 @@ class Scoring:
                         row.logprobs[choice] = [*(tokens[places[node]] for node in path), *end]
                     row.num_left -= len(tree.places)
                     if row.num_left == 0:
-                        yield row.prepared.sample, self._answer(row)
+                        yield row.prefilled.sample, self._answer(row)
             at_prompt += 1
 
     def _answer(self, row: _Row) -> Completion | Failure:
-        latency_s = time.perf_counter() - row.prepared.start_s
+        latency_s = time.perf_counter() - row.prefilled.start_s
         return self._choices.answer(
-            row.prepared.sample, row.choices, row.logprobs, latency_s=latency_s
+            row.prefilled.sample, row.choices, row.logprobs, latency_s=latency_s
         )

@@ -37,7 +37,7 @@ from batchvlm.engine.scoring import Scoring
 from batchvlm.engine.stepping import Stepping
 from batchvlm.engine.stops import RowStop, not_finite
 from batchvlm.engine.streams import open_streams
-from batchvlm.engine.waiting import PreparedRow
+from batchvlm.engine.waiting import PrefilledRow
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.records import Completion, EngineStats, Failure, Sample
 
@@ -210,16 +210,16 @@ class SlotEngine:
             pack = self._prefill.next_pack(is_alone=not self._rows and not self._parked)
             if not pack:
                 return  # the rows left wait for memory
-            rows = [prepared for prepared in pack if isinstance(prepared, PreparedRow)]
-            self._ready.extend(p for p in pack if not isinstance(p, PreparedRow))
+            rows = [prefilled for prefilled in pack if isinstance(prefilled, PrefilledRow)]
+            self._ready.extend(p for p in pack if not isinstance(p, PrefilledRow))
             if self._scoring is not None:
                 self._scoring.score(rows)
                 return
-            for prepared in rows:
-                self._park(prepared)
+            for prefilled in rows:
+                self._park(prefilled)
 
-    def _park(self, prepared: PreparedRow) -> None:
-        sample = prepared.sample
+    def _park(self, prefilled: PrefilledRow) -> None:
+        sample = prefilled.sample
         try:
             matcher = self._constraints.begin(sample)
         except RowError as error:
@@ -228,7 +228,7 @@ class SlotEngine:
             return
         stop = RowStop(sample.generation, self._eos_ids, self._tokenizer, self._special_ids)
         length = sample.prompt_tokens + sample.generation.max_new_tokens
-        self._parked.append(Row(prepared, stop, length, sample.generation.max_new_tokens, matcher))
+        self._parked.append(Row(prefilled, stop, length, sample.generation.max_new_tokens, matcher))
 
     def _num_rows(self) -> int:
         """Rows at hand, in slots or on the way to one."""
@@ -243,13 +243,13 @@ class SlotEngine:
             row = self._parked.popleft()
             slot = len(self._rows)
             try:
-                self._room.cache.put(slot, row.prepared.pieces)
+                self._room.cache.put(slot, row.prefilled.pieces)
             except Exception as error:
                 if not is_oom(error):
                     raise
                 self._end(row, failure_of(error))
                 continue
-            row.prepared.pieces = []
+            row.prefilled.pieces = []
             sample = row.sample
             self._sampler.admit(slot, row.settings, sample.features["input_ids"][0])
             self._rows.append(row)
@@ -259,10 +259,10 @@ class SlotEngine:
 
     def _begin_rows(self, start: int, rows: Sequence[Row]) -> Tensor:
         """The first logits [B, V] of rows new in neighbouring slots, taken out of them."""
-        self._stepping.admit(start, [row.prepared.prompt for row in rows])
-        logits_BV = torch.stack([row.prepared.logits_V for row in rows])
+        self._stepping.admit(start, [row.prefilled.prompt for row in rows])
+        logits_BV = torch.stack([row.prefilled.logits_V for row in rows])
         for row in rows:
-            row.prepared.forget()
+            row.prefilled.forget()
         return logits_BV
 
     def _has_slot_for(self, row: Row) -> bool:

@@ -30,7 +30,7 @@ class Prefix:
 
 
 @dataclass(slots=True, eq=False)
-class PreparedRow:
+class PrefilledRow:
     """A row whose prompt is computed."""
 
     sample: Sample
@@ -76,7 +76,7 @@ class WaitingRow:
         return self.sample.prompt_tokens - (self.prefix.length if self.prefix else 0)
 
 
-PackOutcome = PreparedRow | tuple[Sample, Failure]
+PackOutcome = PrefilledRow | tuple[Sample, Failure]
 """What prefill makes of one row of a pack."""
 
 

@@ -141,15 +141,15 @@ def slots_with(
     from batchvlm.engine.cache import SlotCache
 
     engine._prefill.add(samples)
-    prepared: list[Any] = []
+    prefilled: list[Any] = []
     while engine._prefill.num_waiting:
-        prepared += engine._prefill.next_pack(is_alone=True)
-    prepared.sort(key=lambda row: row.sample.row_index)
-    lengths = [len(row.prompt) for row in prepared]
-    cache = SlotCache(prepared[0].pieces[0], num_slots=len(prepared), length=max(lengths) + 8)
-    for slot, row in enumerate(prepared):
+        prefilled += engine._prefill.next_pack(is_alone=True)
+    prefilled.sort(key=lambda row: row.sample.row_index)
+    lengths = [len(row.prompt) for row in prefilled]
+    cache = SlotCache(prefilled[0].pieces[0], num_slots=len(prefilled), length=max(lengths) + 8)
+    for slot, row in enumerate(prefilled):
         cache.put(slot, row.pieces)
-    deltas = torch.tensor([row.prompt.rope_delta for row in prepared])
+    deltas = torch.tensor([row.prompt.rope_delta for row in prefilled])
     return engine._decoder, cache, Newest(torch.tensor(ids), torch.tensor(lengths), deltas)
 
 
