@@ -33,7 +33,7 @@ from batchvlm.engine.chat_api import (
     refusal,
     request_body,
 )
-from batchvlm.engine.protocol import SampleStream
+from batchvlm.engine.protocol import Outcome, SampleStream
 from batchvlm.errors import ConfigError, EndpointError, ErrorType, ModelError
 from batchvlm.forms import run_form
 from batchvlm.records import Completion, EngineStats, Failure, Form, FormKind, Sample
@@ -55,7 +55,6 @@ _IS_NOT_READY = (408, 409, 425, 429)
 _FORM_FIELDS = ("response_format", "structured_outputs", "guided_")
 
 _sleep = asyncio.sleep
-_Outcome = tuple[Sample, Completion | Failure]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +135,8 @@ class EndpointEngine:
         # every server knows `n`, and the first answer shall be that of a row that wants one.
         yield from join(self._answer(expand(samples)))
 
-    def _answer(self, samples: SampleStream) -> Iterator[_Outcome]:
-        done: queue.SimpleQueue[_Outcome | BaseException] = queue.SimpleQueue()
+    def _answer(self, samples: SampleStream) -> Iterator[Outcome]:
+        done: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
         stream = iter(samples)
         num_under_way, is_over = 0, False
         self._probe_lock = asyncio.Lock()

@@ -10,6 +10,9 @@ from batchvlm.records import Completion, EngineStats, Failure, Sample
 OnToken = Callable[[int, int], None]
 """Takes a row's index and the next token of its first answer."""
 
+Outcome = tuple[Sample, Completion | Failure]
+"""A sample and its answer, or why it has none."""
+
 
 class Engine(Protocol):
     """What the pipeline needs of an engine."""

@@ -23,17 +23,16 @@ from batchvlm.engine.clock import Clock
 from batchvlm.engine.decoder import Branches, Decoder
 from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.memory import MemoryPlan
+from batchvlm.engine.protocol import Outcome
 from batchvlm.engine.rows import ToHost
 from batchvlm.engine.stops import not_finite
 from batchvlm.engine.waiting import PrefilledRow
 from batchvlm.errors import ErrorType, RowError
-from batchvlm.records import Completion, Failure, Sample
+from batchvlm.records import Completion, Failure
 
 log = logging.getLogger(__name__)
 
 # Shape legend: R trees of a pack, M tokens of all of them, V vocabulary.
-
-Outcome = tuple[Sample, Completion | Failure]
 
 
 @dataclass(slots=True, eq=False)

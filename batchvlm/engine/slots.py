@@ -29,7 +29,7 @@ from batchvlm.engine.feed import Feed
 from batchvlm.engine.fusing import align, is_half_on_gpu, seconds_to_fusing
 from batchvlm.engine.memory import MemoryPlan
 from batchvlm.engine.prefill import Prefill
-from batchvlm.engine.protocol import OnToken
+from batchvlm.engine.protocol import OnToken, Outcome
 from batchvlm.engine.room import SlotRoom
 from batchvlm.engine.rows import Chosen, Row
 from batchvlm.engine.sampling import NextTokens, RowSampler
@@ -44,8 +44,6 @@ from batchvlm.records import Completion, EngineStats, Failure, Sample
 log = logging.getLogger(__name__)
 
 # Shape legend: N slots of the cache, B <= N of them in use.
-
-Outcome = tuple[Sample, Completion | Failure]
 
 _IS_OVER = attrgetter("is_over")
 _MAX_RUN = 16
