@@ -141,7 +141,7 @@ class Chosen:
         tensors = [next_tokens.ids_B, next_tokens.is_finite_B]
         if next_tokens.logprobs_B is not None:
             tensors.append(next_tokens.logprobs_B)
-        self._on_the_way = ToHost(tensors)
+        self._copies = ToHost(tensors)
         self._is_committed = False
 
     def commit(self) -> None:
@@ -154,6 +154,6 @@ class Chosen:
 
     def read(self) -> list[tuple[Row, int, bool, float | None]]:
         """Row, token, whether its logit is a finite number, and its log-probability if asked."""
-        ids, is_finite, *logprobs = self._on_the_way.lists()
+        ids, is_finite, *logprobs = self._copies.lists()
         by_row = logprobs[0] if logprobs else [None] * len(ids)
         return list(zip(self.rows, ids, is_finite, by_row, strict=True))

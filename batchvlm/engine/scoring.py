@@ -85,13 +85,13 @@ class Scoring:
         self._clock = clock
         self._suppress_ids = torch.tensor(suppress_ids, dtype=torch.long, device=decoder.device)
         self._eos_ids = torch.tensor(choices.eos_ids, dtype=torch.long, device=decoder.device)
-        self._on_the_way: deque[tuple[list[_Part], ToHost]] = deque()
+        self._in_flight: deque[tuple[list[_Part], ToHost]] = deque()
         self._failed: list[Outcome] = []
 
     @property
     def is_busy(self) -> bool:
         """Whether `take` has yet to give rows back."""
-        return bool(self._on_the_way or self._failed)
+        return bool(self._in_flight or self._failed)
 
     def score(self, rows: Sequence[PrefilledRow]) -> None:
         """Begin to score the choices of these rows."""
@@ -119,8 +119,8 @@ class Scoring:
         """
         failed, self._failed = self._failed, []
         yield from failed
-        while len(self._on_the_way) > num_left:
-            yield from self._read(*self._on_the_way.popleft())
+        while len(self._in_flight) > num_left:
+            yield from self._read(*self._in_flight.popleft())
 
     def _packs(self, parts: Sequence[_Part]) -> Iterator[list[_Part]]:
         pack: list[_Part] = []
@@ -148,7 +148,7 @@ class Scoring:
                 self._launch_or_split(half)
             return
         try:
-            self._on_the_way.append((pack, ToHost([self._launch(pack)])))
+            self._in_flight.append((pack, ToHost([self._launch(pack)])))
             self._plan.count_good_scored()
             return
         except torch.AcceleratorError as error:
@@ -210,8 +210,8 @@ class Scoring:
             end_N = logits_NV[:, self._eos_ids].logsumexp(-1) - total_N
         return torch.stack([token_N, end_N, total_N])
 
-    def _read(self, pack: Sequence[_Part], on_the_way: ToHost) -> Iterator[Outcome]:
-        ((tokens, ends, totals),) = on_the_way.lists()
+    def _read(self, pack: Sequence[_Part], in_flight: ToHost) -> Iterator[Outcome]:
+        ((tokens, ends, totals),) = in_flight.lists()
         has_end = bool(len(self._eos_ids))
         start, at_prompt = 0, sum(len(tree) for _, tree in pack)
         for row, tree in pack:
