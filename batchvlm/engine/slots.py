@@ -1,8 +1,8 @@
-"""The engine of most models: continuous batching over slots.
+"""The engine for most models: continuous batching over the slots of a static KV cache.
 
-Prompts are computed in packs, one behind the other without padding; their keys and values wait
-until a slot is free. Every decode step computes one token for each slot in use and nothing else: a
-row that ends leaves its slot to the next one at once, or to the last one where none is waiting.
+Prompts are prefilled in packs, concatenated without padding. Their keys and values are kept until
+a slot is free. A decode step computes one token for each slot in use and none for the others: when
+a row ends, the last row moves into its slot, and waiting rows take the free slots after it.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ log = logging.getLogger(__name__)
 
 _IS_OVER = attrgetter("is_over")
 _MAX_RUN = 16
-"""Tokens that a grammar forces go into one step, up to so many of a row."""
+"""Most tokens that a grammar may force on one row in one step."""
 
 
 class SlotEngine:
     """Answers samples by continuous batching.
 
     Args:
-        model: a transformers model of a family that allows it.
-        tokenizer: the tokenizer that decodes its answers.
-        batching: how many samples are gathered and sorted.
-        cfg: limits; what is null sizes itself.
-        eos_ids: ids that end an answer.
-        suppress_ids: ids that the model must never say.
-        constraints: the forms that answers are held to, if any.
-        choices: what rows may answer, where choices are scored and nothing is decoded.
+        model: a transformers model of a family that supports it.
+        tokenizer: decodes the answers.
+        batching: how many samples are gathered and sorted together.
+        cfg: limits; those that are null are sized from free memory.
+        eos_ids: token ids that end an answer.
+        suppress_ids: token ids that are never chosen.
+        constraints: the grammars that answers must follow, if any.
+        choices: the choices of each row, if they are scored and nothing is decoded.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class SlotEngine:
             suppress_ids=self._suppress_ids,
         )
         self._stepping = Stepping(self._decoder, self._streams, num_slots)
-        # On a GPU the next step is launched before the tokens of the last one are read.
+        # On a GPU a step is launched before the host reads the tokens of the previous one.
         self._lag = 1 if self._device.type == "cuda" else 0
         self._max_run = 0 if self._device.type == "cuda" else _MAX_RUN
         self._begin()
 
     def _begin(self) -> None:
-        """Start with no rows: an earlier run may have been broken off."""
+        """Drop all rows: an earlier run may have been aborted."""
         self._room.leave()
         self._feed = Feed((), self._batching)
         self._prefill = Prefill(
@@ -135,11 +135,11 @@ class SlotEngine:
                 choices, self._decoder, self._plan, self._clock, suppress_ids=self._suppress_ids
             )
         self._rows: list[Row] = []
-        """Rows in slots 0 to B - 1, in this order."""
+        """Rows in slots 0 to B - 1, in slot order."""
         self._parked: deque[Row] = deque()
-        """Rows whose prompts are computed, waiting for a slot."""
+        """Prefilled rows that wait for a slot."""
         self._in_flight: deque[Chosen] = deque()
-        """Tokens that are chosen and not yet read."""
+        """Chosen tokens that the host has not read yet."""
         self._ready: deque[Outcome] = deque()
 
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
@@ -147,7 +147,7 @@ class SlotEngine:
         try:
             yield from join(self._answer(self._constraints.stream(expand(samples))))
         except torch.AcceleratorError as error:
-            # It shows wherever the device is waited for, not where it happened.
+            # Raised at the next synchronization, not by the operation that failed.
             raise device_error(error) from error
         finally:
             self._constraints.close()
@@ -168,11 +168,11 @@ class SlotEngine:
                 break
             self._fill()
             if self._scoring is not None:
-                # One pack stays on its way while the next prompts are computed.
+                # On a GPU one pack stays in flight while the next prompts are prefilled.
                 num_left = self._lag if self._prefill.num_waiting else 0
                 self._ready.extend(self._scoring.take(num_left=num_left))
             if not self._lag:
-                self._read_all()  # what grammars force behind a first token goes into this step
+                self._read_all()  # the tokens forced after a first token join this step
             if self._rows:
                 self._step()
             self._read_all(num_left=self._lag if self._rows else 0)
@@ -182,7 +182,7 @@ class SlotEngine:
         self._room.leave()
 
     def _fuse_after(self, seconds: float) -> None:
-        """Fuse the model's layers once, where the engine has worked so long that it pays."""
+        """Fuse the model's layers, once, when the engine has worked for long enough."""
         if self._until_fused_s is not None and seconds >= self._until_fused_s:
             self._until_fused_s = None
             log.info("compiling the model's layers; engine.compile=false leaves that out")
@@ -199,7 +199,7 @@ class SlotEngine:
         )
 
     def _fill(self) -> None:
-        """Give every free slot a row, computing prompts pack by pack."""
+        """Prefill packs and admit their rows until no slot is free or no prompt is left."""
         while True:
             self._admit()
             num_free = self._room.num_slots(self._num_rows()) - len(self._rows) - len(self._parked)
@@ -207,7 +207,7 @@ class SlotEngine:
                 return
             pack = self._prefill.next_pack(is_alone=not self._rows and not self._parked)
             if not pack:
-                return  # the rows left wait for memory
+                return  # the remaining rows wait for memory
             rows = [prefilled for prefilled in pack if isinstance(prefilled, PrefilledRow)]
             self._ready.extend(p for p in pack if not isinstance(p, PrefilledRow))
             if self._scoring is not None:
@@ -229,12 +229,12 @@ class SlotEngine:
         self._parked.append(Row(prefilled, stop, length, sample.generation.max_new_tokens, matcher))
 
     def _num_rows(self) -> int:
-        """Rows at hand, in slots or on the way to one."""
+        """Number of rows in slots, waiting for one, waiting for prefill, or gathered."""
         num_waiting = len(self._parked) + self._prefill.num_waiting + len(self._feed)
         return len(self._rows) + num_waiting
 
     def _admit(self) -> None:
-        """Give free slots to rows that wait for one, and let each choose its first token."""
+        """Move waiting rows into free slots and choose their first tokens."""
         first = len(self._rows)
         while self._parked and self._has_slot_for(self._parked[0]):
             assert self._room.cache is not None
@@ -256,7 +256,7 @@ class SlotEngine:
             self._compact()
 
     def _begin_rows(self, start: int, rows: Sequence[Row]) -> Tensor:
-        """The first logits [B, V] of rows new in neighbouring slots, taken out of them."""
+        """Set up decoding of rows just admitted; return and release their logits [B, V]."""
         self._stepping.admit(start, [row.prefilled.prompt for row in rows])
         logits_BV = torch.stack([row.prefilled.logits_V for row in rows])
         for row in rows:
@@ -264,7 +264,7 @@ class SlotEngine:
         return logits_BV
 
     def _has_slot_for(self, row: Row) -> bool:
-        """See to it that there is a free slot, long enough for this row; else False."""
+        """Provide a free slot that is long enough for this row; return whether there is one."""
         longest = max((*self._parked, *self._rows), key=lambda other: other.length)
         outcome = self._room.has_slot_for(
             row, self._rows, max_tokens=longest.length, num_rows=self._num_rows()
@@ -272,14 +272,14 @@ class SlotEngine:
         if not isinstance(outcome, Failure):
             return outcome
         if not self._rows:
-            # Not one slot for the longest.
+            # There is no memory for a single slot of the longest row.
             self._parked.remove(longest)
             self._ready.append((longest.sample, outcome))
         elif self._room.cache is None:
             for lost in self._rows:
                 self._end(lost, outcome)
             self._rows.clear()
-        return False  # again when rows are done
+        return False  # tried again when rows have ended
 
     def _step(self) -> None:
         """Compute one token for every slot in use."""
@@ -289,7 +289,7 @@ class SlotEngine:
 
     def _step_in_parts(self, start: int, stop: int) -> None:
         while start < stop:
-            # Read anew each time: a part may lower it.
+            # Read in each iteration: a part that fails lowers it.
             behind = min(start + self._plan.max_step_rows, stop)
             self._step_range(start, behind)
             start = behind
@@ -298,7 +298,7 @@ class SlotEngine:
         rows = self._rows[start:stop]
         assert self._room.cache is not None
         if not self._in_flight:
-            # All tokens are read: the masks of the next ones are filled while the model runs.
+            # The grammars know all tokens, so the next masks are filled while the model runs.
             self._constraints.start([row.matcher for row in rows])
         try:
             logits_BV = self._stepping.step(self._room.cache, rows, start, num_used=len(self._rows))
@@ -333,9 +333,9 @@ class SlotEngine:
         logits_BV: Tensor | None = None,
         mask_BW: Tensor | None = None,
     ) -> None:
-        """Choose the next token of slots `start` to `stop`, in halves where memory is short.
+        """Choose the next token of slots `start` to `stop`, in halves if memory is short.
 
-        Without logits it is their first.
+        `logits_BV` is None for rows just admitted, which bring their own.
         """
         rows = self._rows[start:stop]
         if mask_BW is None:
@@ -363,21 +363,21 @@ class SlotEngine:
             self._choose(first, behind, logits, mask)
 
     def _mask_of(self, rows: Sequence[Row]) -> Tensor | None:
-        """Which tokens these rows may say next; None: any."""
-        # On a GPU the step is on its way, and the tokens before it are here.
+        """The tokens that the rows' grammars allow next, as bits; None: all are allowed."""
+        # The grammars need the previous tokens. On a GPU this step is launched before the wait.
         if any(row.matcher and row.num_chosen for row in rows):
             for chosen in self._in_flight:
                 chosen.commit()
         return self._constraints.take([row.matcher for row in rows])
 
     def _note(self, start: int, stop: int, next_tokens: NextTokens) -> None:
-        """Take note of tokens that are chosen, though not yet read."""
+        """Add chosen tokens to those in flight, and give them to the next step."""
         self._stepping.push(start, stop, next_tokens.ids_B)
         rows = self._rows[start:stop]
         self._in_flight.append(Chosen(rows, next_tokens))
         for row in rows:
             row.num_chosen += 1
-            # Known without its last token: a slot is not kept to wait for it.
+            # The limit is known before the token is read, so the slot is free at once.
             if row.num_chosen >= row.max_new_tokens:
                 row.is_over = True
 
@@ -386,11 +386,11 @@ class SlotEngine:
             self._read(self._in_flight.popleft())
 
     def _read(self, chosen: Chosen) -> None:
-        """Take note of tokens that have come to the host; rows that end with one are done."""
+        """Wait for tokens to reach the host, push them to their rows and end finished rows."""
         chosen.commit()
         for row, token, is_finite, logprob in chosen.read():
             if row.is_answered:
-                continue  # a token beyond its end, chosen before that was known
+                continue  # a token past the row's end, chosen before the end was known
             self._say(row, token)
             outcome: Completion | Failure
             try:
@@ -411,7 +411,7 @@ class SlotEngine:
         self._ready.append((row.sample, outcome))
 
     def _push(self, row: Row, token: int, logprob: float | None) -> bool:
-        """Give a row its next token, and those that follow without a choice; whether it is over."""
+        """Push a token and those that the grammar forces after it; return whether the row ends."""
         is_over = row.push(token, logprob, end_id=self._constraints.end_id, max_run=self._max_run)
         self._say(row, *row.run)
         self.stats.forced_tokens += len(row.run)
@@ -423,7 +423,7 @@ class SlotEngine:
                 self.on_token(row.sample.row_index, token)
 
     def _compact(self) -> None:
-        """Close the gaps that rows leave: the last row goes into the first gap."""
+        """Fill the slots of ended rows: the last row moves into the first such slot."""
         if not any(map(_IS_OVER, self._rows)):
             return
         slot = 0
