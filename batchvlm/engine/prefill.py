@@ -1,8 +1,8 @@
-"""Samples of a window -> computed prompts, in packs without padding.
+"""Samples of a window -> prefilled rows, in packs without padding.
 
-Rows of a window are sorted, then taken in packs to a token budget and computed behind one another.
-Rows that ask about the same images share the encoding of these and, where their prompts begin
-alike, the computing of that beginning (prefix caching). A prompt above the budget is computed in
+The rows of a window are sorted and taken in packs within a token budget; the prompts of a pack are
+concatenated. Rows with the same images share their encoding and, if their prompts begin alike, the
+keys and values of that prefix (prefix caching). A prompt longer than the budget is computed in
 pieces (chunked prefill).
 """
 
@@ -44,21 +44,22 @@ log = logging.getLogger(__name__)
 # Shape legend: as in attention.py; E prompts that end in a pack.
 
 _MIN_PIECE_TOKENS = 64
-"""Pieces that are not cut further where memory is short: they take next to none."""
+"""Pieces of this length are not halved when memory is short: they take next to none."""
 
 
 class Prefill:
-    """Computes the prompts of waiting rows, pack by pack.
+    """Prefills waiting rows, pack by pack.
 
     Args:
-        model: a transformers model of a family that allows it.
+        model: a transformers model of a family that supports it.
         decoder: the same model's decoder.
-        plan: how much goes into one forward.
-        cfg: whether rows share images and beginnings.
-        stats: counts what is computed.
-        clock: counts its seconds.
-        streams: how many packs, and batches of images, are computed at once.
-        looks_ahead: whether the device works by itself, so that this process has time meanwhile.
+        plan: limits on one forward.
+        cfg: whether rows share images and prefixes.
+        stats: counts of batches, tokens and images, which are added to.
+        clock: measures the seconds of encoding and of prefill.
+        streams: how many packs, or batches of images, are computed at once.
+        looks_ahead: whether to prepare the next pack after launching one, because the device runs
+            asynchronously.
     """
 
     def __init__(
@@ -84,22 +85,22 @@ class Prefill:
         self.images = ImageFeatures(
             model, stats, is_shared=cfg.share_images, around=decoder.encoding
         )
-        """The encoder's output for the images that rows need."""
+        """The image encoder, and its output for the images of waiting rows."""
         self._waiting: list[WaitingRow] = []
-        """Sorted, the next row last."""
+        """Sorted so that the next row is the last."""
         self._postponed: list[WaitingRow] = []
-        """Rows that did not fit beside others."""
+        """Rows for which memory was short while other rows held some."""
         self._failed: list[tuple[Sample, Failure]] = []
         self._searched: set[bool] = set()
-        """Whether prefixes were looked for among waiting rows without and with images."""
+        """The kinds of waiting rows already searched for prefixes: True with images."""
 
     @property
     def num_waiting(self) -> int:
-        """Rows that `next_pack` has yet to return."""
+        """Number of rows that `next_pack` has not returned yet."""
         return len(self._waiting) + len(self._postponed) + len(self._failed)
 
     def add(self, samples: Iterable[Sample]) -> None:
-        """Take a window of samples."""
+        """Sort a window of samples; they are prefilled after the rows that wait already."""
         rows = []
         for sample in samples:
             try:
@@ -108,7 +109,7 @@ class Prefill:
                 self._failed.append((sample, failure_of(error)))
         for row in rows:
             self.images.retain(row.units)
-        # Rows of the same images stay together, so that what they share need not be kept long.
+        # Rows with the same images stay together, so that what they share is released early.
         lengths: dict[tuple[str, ...], tuple[int, int]] = {}
         for row in rows:
             lengths[row.group] = max(row.lengths, lengths.get(row.group, (0, 0)))
@@ -117,15 +118,14 @@ class Prefill:
         self._searched.clear()
 
     def next_pack(self, *, is_alone: bool) -> list[PackOutcome]:
-        """Compute the next rows' prompts, as many as go into one pack.
+        """Prefill the next rows: one pack, or several at once on a CPU.
 
         Args:
-            is_alone: whether no other row takes up memory, so that one that does not fit now never
+            is_alone: whether no other row holds memory, so that a row that does not fit now never
                 will.
 
         Returns:
-            Rows ready for a slot and rows that failed; empty where the only rows left have to wait
-            for memory.
+            Prefilled rows and rows that failed. Empty if all remaining rows wait for memory.
         """
         if self._failed:
             failed, self._failed = self._failed, []
@@ -145,7 +145,7 @@ class Prefill:
         return prefilled
 
     def _find_prefixes(self) -> None:
-        """Look, once a window, for what waiting rows share; only causal prompts can share it."""
+        """Find shared prefixes, once a window; only causal prompts can share them."""
         for has_images in (True, False):
             if has_images not in self._searched and self._decoder.is_causal(has_images=has_images):
                 self._searched.add(has_images)
@@ -153,9 +153,9 @@ class Prefill:
                 find_prefixes(alike, self._decoder)
 
     def _take_packs(self) -> list[list[WaitingRow]]:
-        """The next rows, in as many packs as are computed at once."""
+        """Take the next rows, in as many packs as are computed at once."""
         kinds = {bool(row.units) for row in self._waiting}
-        # What rows may share is known when the first of their kind are computed.
+        # Whether a kind of prompt is causal is known once the first of the kind is computed.
         is_known = all(self._decoder.knows(has_images=kind) for kind in kinds)
         most = self._streams.num_packs(self._plan.pack_tokens) if is_known else 1
         packs: list[list[WaitingRow]] = []
@@ -173,19 +173,19 @@ class Prefill:
         return packs
 
     def _prepare(self, num_rows: int) -> None:
-        """Make the next pack ready while the GPU computes the last one, rather than after it."""
+        """Prepare the next pack's prompts and images while the GPU computes the last pack."""
         rows = self._waiting[::-1]
         for row in rows[:num_rows]:
             try:
                 self._prompt(row)
             except Exception:
-                break  # it says so when its turn comes
+                break  # raised again, and handled, when the row's own pack is computed
         self._encode(rows, num_needed=num_rows)
 
     def _encode(
         self, rows: Sequence[WaitingRow], *, num_needed: int, is_alone: bool = False
     ) -> None:
-        """Encode the images of the first rows, and of the next ones as far as a batch has room."""
+        """Encode the images of the first rows, and of later rows while a batch has room."""
         units = self.images.missing(u for row in rows[:num_needed] for u in row.units)
         if not units:
             return
@@ -219,7 +219,7 @@ class Prefill:
             return
         free_memory(self._decoder.device)
         if len(units) == 1:
-            # Else its rows wait until there may be memory for it.
+            # Otherwise the unit's rows are postponed until other rows free memory.
             if is_alone or outcome.error_type is not ErrorType.OOM:
                 self.images.fail(units[0], outcome)
             return
@@ -245,7 +245,7 @@ class Prefill:
                     able[-1].append(row)
         able = [rows for rows in able if rows]
         with self._clock.measure("prefill_s"):
-            # One after another: where two need the same beginning, the first of them computes it.
+            # Lazily, one by one: the first pack that needs a shared prefix computes it.
             outcomes: Iterable[list[PrefilledRow] | Failure] = map(self._try_compute, able)
             if len(able) > 1 and self._compute_shared(list(chain.from_iterable(able))):
                 outcomes = list(self._streams.map(self._try_compute, able, again=_is_oom))
@@ -260,7 +260,7 @@ class Prefill:
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except Exception as error:
-            # With the error its traceback goes, and with that the tensors of the attempt.
+            # Only the failure is kept: the traceback would keep the attempt's tensors alive.
             return failure_of(error)
 
     def _leave_or_split(
@@ -297,7 +297,7 @@ class Prefill:
             is_alone = False
 
     def _compute_smaller(self, row: WaitingRow) -> PrefilledRow | None:
-        """A row for which memory was short, in smaller and smaller pieces; None: not even so."""
+        """Prefill one row in ever smaller pieces; None if memory is short even for the smallest."""
         before = self._plan.pieces.now
         num_tokens = min(self._plan.piece_tokens, num_new_tokens_of(row, set()))
         is_causal = self._decoder.is_causal(has_images=bool(row.units))
@@ -312,7 +312,7 @@ class Prefill:
             except Exception as error:
                 log.warning("not in pieces of %d tokens either: %s", num_tokens, type(error))
             free_memory(self._decoder.device)
-        # It was not for the pieces.
+        # Smaller pieces do not help, so the limit on pieces was not the cause.
         self._plan.pieces.now = before
         return None
 
@@ -337,19 +337,19 @@ class Prefill:
         ]
 
     def _compute_shared(self, rows: Sequence[WaitingRow]) -> bool:
-        """Compute what rows of several packs share, before these; False: not all of it."""
+        """Compute the shared prefixes of several packs before the packs; return whether all are."""
         try:
             for row in rows:
                 self._prompt(row)
             self._compute_prefixes(rows)
         except Exception as error:
-            # The pack with the row at fault says so.
+            # The failing row's own pack raises again and handles the error.
             log.debug("what rows share was not computed at once: %s", type(error))
             return False
         return True
 
     def _compute_prefixes(self, rows: Sequence[WaitingRow]) -> None:
-        """Compute the beginnings that rows share, each once."""
+        """Compute the shared prefixes that have no keys and values yet, each once."""
         first = {id(r.prefix): r for r in reversed(rows) if r.prefix and r.prefix.cache is None}
         groups: list[list[WaitingRow]] = []
         num_tokens = 0
@@ -363,7 +363,7 @@ class Prefill:
         deque(self._streams.map(self._compute_beginnings, groups), maxlen=0)
 
     def _compute_beginnings(self, rows: Sequence[WaitingRow]) -> None:
-        """Compute the beginnings of these rows, in one forward if that is not too long."""
+        """Compute the prefixes of these rows in one forward, or that of a single row in pieces."""
         if len(rows) == 1 and (prefix := rows[0].prefix):
             prefix.cache, _ = self._compute_up_to(rows[0], prefix.length)
             return
@@ -375,7 +375,12 @@ class Prefill:
             row.prefix.cache = cache
 
     def _compute_up_to(self, row: WaitingRow, stop: int) -> tuple[RowCache, Tensor]:
-        """The first `stop` tokens of one row: keys and values, and logits [1, V] at its end."""
+        """Compute tokens of one row up to `stop`, in pieces.
+
+        Returns:
+            Keys and values of all tokens up to `stop`, and the logits after the last one, [1, V]
+            if the prompt ends there, else [0, V].
+        """
         num_tokens = len(self._prompt(row))
         past = row.prefix.cache if row.prefix else None
         done = past.length if past else 0
@@ -409,7 +414,7 @@ class Prefill:
         return Piece(prompt, start, len(prompt) if stop is None else stop, past)
 
     def _prompt(self, row: WaitingRow) -> Prompt:
-        """What the decoder takes of a row, made once."""
+        """The decoder's input for a row, built once."""
         if row.prompt is None:
             row.prompt = self._decoder.prompt(row.sample)
         return row.prompt
