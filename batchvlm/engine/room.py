@@ -1,4 +1,4 @@
-"""The slots that rows are decoded in: made for the rows at hand, and made anew as these change."""
+"""Allocation of the slot cache: sized for the rows in the engine, and resized as they change."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 
 _LENGTH_STEP = {"cpu": 64, "cuda": 256}
 _MIN_SLOTS = {"cpu": 8, "cuda": 64}
-"""On a GPU slots are made anew less often: with them go the graphs of their steps."""
+"""Larger on a GPU: resizing the cache there also discards the CUDA graphs captured over it."""
 
 
 class SlotRoom:
-    """Slots of one length, as many as there is memory and use for.
+    """Allocates slots of one length, as many as memory allows and the rows need.
 
     Args:
-        plan: how much memory they may take.
-        decoder: forgets what it knows of slots that go.
+        plan: limits on the memory of the slots.
+        decoder: discards what it captured over slots that are freed.
     """
 
     def __init__(self, plan: MemoryPlan, decoder: Decoder) -> None:
@@ -32,18 +32,18 @@ class SlotRoom:
         kind = "cuda" if decoder.device.type == "cuda" else "cpu"
         self._length_step, self._min_slots = _LENGTH_STEP[kind], _MIN_SLOTS[kind]
         self.cache: SlotCache | None = None
-        """None before the first row: how many slots there is memory for is known from it on."""
+        """None before the first row, which tells the bytes of a token's keys and values."""
 
     def leave(self) -> None:
-        """Give up the slots."""
+        """Free the slots."""
         self._decoder.forget_slots()
         self.cache = None
 
     def num_slots(self, num_rows: int) -> int:
-        """Slots that there are, or could be.
+        """The number of slots that are allocated, or that the cache could be resized to.
 
         Args:
-            num_rows: rows at hand, in slots or waiting.
+            num_rows: rows in the engine, in slots or waiting.
         """
         if self.cache is None:
             return 1
@@ -51,23 +51,24 @@ class SlotRoom:
         return max(self.cache.num_slots, min(could_be, self._num_wanted(num_rows)))
 
     def _num_wanted(self, num_rows: int) -> int:
-        """In powers of two: a short job takes little memory."""
+        """A power of two, and no more slots than rows need: a short job takes little memory."""
         return max(self._min_slots, 1 << (num_rows - 1).bit_length())
 
     def has_slot_for(
         self, row: Row, rows: Sequence[Row], *, max_tokens: int, num_rows: int
     ) -> bool | Failure:
-        """See to it that there is a free slot, long enough for one row more.
+        """Provide a free slot for one more row, resizing the cache if necessary.
 
         Args:
             row: the row.
-            rows: rows in the first slots, in this order.
-            max_tokens: what the longest row at hand needs.
-            num_rows: rows at hand, in slots or waiting.
+            rows: the rows in the first slots, in slot order.
+            max_tokens: the slot length that the longest row in a slot or waiting for one needs.
+            num_rows: rows in the engine, in slots or waiting.
 
         Returns:
-            False where it has to wait until rows are done; where there is no memory, why. `rows`
-            are then in slots as they were, or in none where `cache` is None.
+            True if there is a slot; False if the row must wait until others end; a failure if
+            memory was short. After a failure `rows` are in their slots as before, or have lost them
+            if `cache` is None.
         """
         length = -(-max_tokens // self._length_step) * self._length_step
         cache, num_used = self.cache, len(rows)
@@ -76,13 +77,13 @@ class SlotRoom:
         if cache is not None and length <= cache.length:
             if num_used < cache.num_slots:
                 return True
-            # More slots, also for shorter rows once the long ones are done, are worth a copy.
+            # Resize only for many more slots, or for much shorter ones once the long rows are done.
             if 2 * length > cache.length and num_slots < 2 * cache.num_slots:
                 return False
             num_used = cache.num_slots
         if num_slots <= num_used:
             return False
-        # What was there must not be held by this name while the new slots are made.
+        # A reference here would keep the old slots alive while the new ones are allocated.
         cache = None
         failure = self._resize(row.prefilled.pieces[0], rows, num_slots, length)
         if failure is not None:
@@ -93,11 +94,11 @@ class SlotRoom:
     def _resize(
         self, like: RowCache, rows: Sequence[Row], num_slots: int, length: int
     ) -> Failure | None:
-        """Slots of another number or length, with the rows in them that are in some."""
+        """Allocate slots of another number or length and copy the rows into them."""
         before = self.cache
         kept: list[RowCache] = []
         if before is not None:
-            # The old buffers go before the new ones come: there may be no room for both.
+            # Rows are copied out and the old slots freed first: memory may not hold both caches.
             try:
                 kept = [before.row(i, row.num_cached) for i, row in enumerate(rows)]
             except Exception as error:
@@ -124,7 +125,7 @@ class SlotRoom:
         return failure
 
     def _make(self, like: RowCache, num_slots: int, length: int) -> Failure | None:
-        """Make the slots; why there is no memory for them, if so."""
+        """Allocate the slots; return the failure if memory is short."""
         try:
             self.cache = SlotCache(like, num_slots=num_slots, length=length)
             return None

@@ -1,4 +1,4 @@
-"""Rows in decoding, and their tokens on the way from the device."""
+"""Rows that are decoded, and the copies of their tokens from the device to the host."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from batchvlm.records import Completion, Generation, Sample
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """A row that is decoded in a slot, or waits for one."""
+    """A prefilled row that is decoded in a slot, or waits for one."""
 
     prefilled: PrefilledRow
     stop: RowStop
     length: int
-    """Tokens that its slot must hold."""
+    """Tokens that its slot must hold: the prompt and `max_new_tokens`."""
     max_new_tokens: int
     matcher: RowMatcher | None = None
-    """Where it is in the grammar of its answer, if that has one."""
+    """The state of the grammar that constrains its answer, if there is one."""
     num_chosen: int = 0
-    """Tokens chosen for it, read by the host or not."""
+    """Tokens chosen so far, whether the host has read them or not."""
     run: tuple[int, ...] = ()
-    """Tokens that its grammar forces behind the newest chosen one, computed together with it
-    (jump-forward decoding)."""
+    """Tokens that its grammar forces after the newest chosen one. The next step computes them
+    together with that one (jump-forward decoding)."""
     is_over: bool = False
-    """Whether its last token is chosen, so that it needs no slot."""
+    """Whether its last token is chosen, so that it needs no slot any more."""
     is_answered: bool = False
+    """Whether its outcome has been produced."""
 
     @property
     def sample(self) -> Sample:
@@ -44,27 +45,27 @@ class Row:
 
     @property
     def settings(self) -> Generation:
-        """How it is decoded."""
+        """The sampling settings that apply to this row."""
         settings = self.sample.generation
         if self.matcher is None:
             return settings
-        # The grammar says when the answer is whole; there may be nothing to add.
+        # The grammar decides when the answer is complete; then it may allow only the end.
         return replace(settings, min_new_tokens=0)
 
     def push(
         self, token: int, logprob: float | None, *, end_id: int | None, max_run: int = 0
     ) -> bool:
-        """Take the next token; whether the answer is over with it.
+        """Append the next token; return whether the answer ends with it.
 
-        What may follow alone by its grammar is taken here and not by a step for each token: up to
-        `max_run` tokens, and the end of an answer that is whole.
+        Tokens to which the grammar leaves no alternative are appended here too, so that none takes
+        a step of its own: up to `max_run` tokens, and `end_id` once the answer is complete.
         """
         if self.stop.push(token, logprob):
             return True
         settings = self.sample.generation
         if self.matcher is None or settings.logprobs:
             return False
-        # Not behind a token that is chosen already and has yet to come.
+        # Only if no later token of this row is in flight.
         if max_run and self.stop.num_tokens == self.num_chosen and not settings.has_penalty:
             for forced in self.matcher.take_forced(max_run):
                 self.run = (*self.run, forced)
@@ -75,14 +76,14 @@ class Row:
         return self.matcher.must_end and self.stop.push(end_id)
 
     def end_run(self) -> int:
-        """Note that the tokens forced at last are computed; how many they were."""
+        """Count the forced tokens as computed and clear them; return how many there were."""
         num = len(self.run)
         self.num_chosen += num
         self.run = ()
         return num
 
     def completion(self) -> Completion:
-        """What it says, once its answer is over."""
+        """The row's completion, once its answer has ended."""
         latency_s = time.perf_counter() - self.prefilled.start_s
         completion = self.stop.completion(self.sample.row_index, latency_s)
         if self.matcher is None:
@@ -91,17 +92,17 @@ class Row:
 
     @property
     def num_cached(self) -> int:
-        """Tokens whose keys and values are computed: all but the newest chosen one and its run."""
+        """Tokens whose keys and values are in the cache: all but the newest one and its run."""
         return self.sample.prompt_tokens + max(0, self.num_chosen - 1)
 
 
 def spans_of(rows: Sequence[Row], start: int, width: int) -> list[Span]:
-    """Neighbouring slots in spans of so many, each as far as its longest row goes.
+    """Divide neighbouring slots into spans, each as long as its longest row.
 
     Args:
-        rows: the rows of these slots.
+        rows: the rows in these slots.
         start: the first slot.
-        width: slots of a span.
+        width: slots per span.
     """
     spans = []
     for first in range(0, len(rows), width):
@@ -112,12 +113,12 @@ def spans_of(rows: Sequence[Row], start: int, width: int) -> list[Span]:
 
 
 class ToHost:
-    """Tensors of one device on their way to the host."""
+    """An asynchronous copy of tensors from one device to the host."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._event: torch.cuda.Event | None = None
         if tensors[0].is_cuda:
-            # Into pinned memory, or the copy would wait for the device.
+            # A copy into pageable memory would be synchronous.
             pinned = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
             for target, tensor in zip(pinned, tensors, strict=True):
                 target.copy_(tensor, non_blocking=True)
@@ -127,14 +128,14 @@ class ToHost:
         self._tensors = tensors
 
     def lists(self) -> list[list[Any]]:
-        """Each as a list, once it has come."""
+        """Wait for the copy; return each tensor as a list."""
         if self._event is not None:
             self._event.synchronize()
         return [tensor.tolist() for tensor in self._tensors]
 
 
 class Chosen:
-    """Tokens on their way to the host, one for each of some rows."""
+    """Chosen tokens in flight to the host, one for each of some rows."""
 
     def __init__(self, rows: Sequence[Row], next_tokens: NextTokens) -> None:
         self.rows = rows
@@ -145,7 +146,7 @@ class Chosen:
         self._is_committed = False
 
     def commit(self) -> None:
-        """Let the rows' grammars take these tokens, once."""
+        """Advance the rows' grammars by these tokens; a second call does nothing."""
         if not self._is_committed and any(row.matcher for row in self.rows):
             for row, token, is_finite, _ in self.read():
                 if row.matcher is not None and is_finite:
@@ -153,7 +154,12 @@ class Chosen:
         self._is_committed = True
 
     def read(self) -> list[tuple[Row, int, bool, float | None]]:
-        """Row, token, whether its logit is a finite number, and its log-probability if asked."""
+        """Wait for the tokens.
+
+        Returns:
+            For each row: the row, its token, whether finite logits chose it, and the token's
+            log-probability, None if no row asks for it.
+        """
         ids, is_finite, *logprobs = self._copies.lists()
         by_row = logprobs[0] if logprobs else [None] * len(ids)
         return list(zip(self.rows, ids, is_finite, by_row, strict=True))
