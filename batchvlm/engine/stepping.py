@@ -1,4 +1,4 @@
-"""Decode steps over slots: each slot's newest token, and the logits of what comes after it."""
+"""Decode steps over slots: from each slot's newest token to the logits of the next one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from batchvlm.engine.layout import Newest, Span
 from batchvlm.engine.rows import Row, spans_of
 from batchvlm.engine.streams import Streams
 
-# Shape legend: N slots of the cache, B neighbouring ones, V vocabulary.
+# Shape legend: N slots of the cache, B neighbouring slots, V vocabulary.
 
 _NEIGHBOURS = 8
-"""Slots whose attention is computed together on a CPU, as far as the longest of them goes."""
+"""Slots per span on a CPU. A span is as long as its longest row, so narrow spans waste less."""
 
 
 class Stepping:
-    """The newest tokens of all slots, and forwards over neighbouring ones.
+    """Holds the newest token of each slot on the device, and runs decode steps over them.
 
     Args:
         decoder: a model's decoder.
-        streams: those in which parts of a step go on at once.
+        streams: run parts of a step at once.
         num_slots: N.
     """
 
@@ -35,41 +35,40 @@ class Stepping:
         )
 
     def admit(self, first: int, prompts: Sequence[Prompt]) -> None:
-        """Put prompts into neighbouring slots; their first tokens are yet to be chosen."""
+        """Set the positions of prompts put into neighbouring slots, before their first token."""
         slots = slice(first, first + len(prompts))
-        # The first chosen token lies behind the prompt; choosing moves positions on by one.
+        # The first chosen token follows the prompt, and `push` advances the position by one.
         before_B = torch.tensor([len(prompt) - 1 for prompt in prompts])
         self._newest.positions_N[slots] = self._decoder.to_device(before_B)
         deltas_B = torch.tensor([prompt.rope_delta for prompt in prompts])
         self._newest.deltas_N[slots] = self._decoder.to_device(deltas_B)
 
     def push(self, start: int, stop: int, ids_B: Tensor) -> None:
-        """Give slots `start` to `stop` their next tokens."""
+        """Set the newest tokens of slots `start` to `stop`, one position further on."""
         self._newest.ids_N[start:stop] = ids_B
         self._newest.positions_N[start:stop] += 1
 
     def skip(self, slot: int, num_tokens: int) -> None:
-        """Let a slot's newest token lie so many tokens further on."""
+        """Advance the position of a slot's newest token past `num_tokens` forced tokens."""
         self._newest.positions_N[slot] += num_tokens
 
     def move(self, source: int, target: int) -> None:
-        """Let a slot stand where another was."""
+        """Copy the state of slot `source` to slot `target`."""
         newest = self._newest
         for values_N in (newest.ids_N, newest.positions_N, newest.deltas_N):
             values_N[target] = values_N[source]
 
     def step(self, cache: SlotCache, rows: Sequence[Row], start: int, *, num_used: int) -> Tensor:
-        """Compute one token for neighbouring slots, and those that grammars force behind it.
+        """Run one decode step: each slot's newest token, and the tokens forced after it.
 
         Args:
             cache: keys and values of N slots.
-            rows: the rows of B slots.
-            start: the first of these.
-            num_used: slots in use, these among them.
+            rows: the rows in B neighbouring slots.
+            start: the first of these slots.
+            num_used: slots in use, including these.
 
         Returns:
-            logits_BV: [B, V], what comes after the last token of each; on a GPU good until the
-            next step.
+            logits_BV: [B, V], after each slot's last token; on a GPU valid until the next step.
         """
         runs = {slot: row.run for slot, row in enumerate(rows, start) if row.run}
 
@@ -83,7 +82,7 @@ class Stepping:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _spans(self, cache: SlotCache, rows: Sequence[Row], start: int) -> list[Span]:
-        """Slots whose attention is computed together, each span as far as its longest row goes."""
+        """Divide slots into spans for attention."""
         if self._decoder.is_by_row:
             return [Span(start, start + len(rows), cache.length)]
         width = _NEIGHBOURS if self._decoder.device.type == "cpu" else len(rows)

@@ -1,4 +1,4 @@
-"""Rows before and after prefill: what their prompts share, and where a long one is cut."""
+"""Rows before and after prefill: shared prefixes, and the pieces of a long prompt."""
 
 from __future__ import annotations
 
@@ -17,42 +17,45 @@ from batchvlm.engine.vision import Entry, Unit
 from batchvlm.records import Failure, Sample
 
 _MIN_SHARED_TOKENS = 16
-"""A shorter beginning costs less to compute again than to look after."""
+"""A shorter prefix costs less to compute again than to keep."""
 
 
 @dataclass(slots=True, eq=False)
 class Prefix:
-    """The beginning that the prompts of several rows share."""
+    """A prefix that the prompts of several rows share."""
 
     length: int
     num_users: int
+    """Rows that still need it."""
     cache: RowCache | None = None
+    """Its keys and values; None before they are computed and once no row needs them."""
 
 
 @dataclass(slots=True, eq=False)
 class PrefilledRow:
-    """A row whose prompt is computed."""
+    """A row whose prompt has been computed."""
 
     sample: Sample
     prompt: Prompt
     pieces: list[RowCache]
-    """Its keys and values, behind one another."""
+    """The prompt's keys and values, in consecutive pieces."""
     logits_V: Tensor
+    """Logits at the end of the prompt."""
     start_s: float
-    """`time.perf_counter()` when its prompt was begun."""
+    """`time.perf_counter()` at the start of its prefill."""
 
     @property
     def bytes_per_token(self) -> int:
         return self.pieces[0].bytes_per_token
 
     def forget(self) -> None:
-        """Give up what is in a slot now."""
+        """Drop the keys, values and logits, once decoding has them."""
         self.pieces, self.logits_V = [], self.logits_V.new_empty(0)
 
 
 @dataclass(slots=True, eq=False)
 class WaitingRow:
-    """A row whose prompt is yet to be computed."""
+    """A row whose prompt has not been computed yet."""
 
     sample: Sample
     units: tuple[Unit, ...]
@@ -61,29 +64,30 @@ class WaitingRow:
 
     @property
     def group(self) -> tuple[str, ...]:
-        """The same for rows that show the same images."""
+        """A key that rows with the same images have in common."""
         return self.sample.image_keys or (str(self.sample.row_index),)
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """What rows are sorted by: room for the answer, to a power of two, then the prompt."""
-        # Exact limits of the rows' own would leave prompts unsorted.
+        """The sort key: bits of the answer's limit, then the prompt's length."""
+        # If rows have limits of their own, sorting by the exact ones would leave prompts unsorted.
         return self.sample.generation.max_new_tokens.bit_length(), self.sample.prompt_tokens
 
     @property
     def num_new_tokens(self) -> int:
-        """Tokens that are not computed by a shared beginning."""
+        """Prompt tokens after the shared prefix."""
         return self.sample.prompt_tokens - (self.prefix.length if self.prefix else 0)
 
 
 PackOutcome = PrefilledRow | tuple[Sample, Failure]
-"""What prefill makes of one row of a pack."""
+"""The result of prefill for one row of a pack."""
 
 
 def find_prefixes(waiting: Sequence[WaitingRow], decoder: Decoder) -> None:
-    """Note the beginnings, all images in them, that waiting rows share.
+    """Set the `prefix` of waiting rows whose prompts begin alike.
 
-    Rows without images share one: a system prompt, or a template's first words.
+    A prefix includes all images of its rows. Rows without images form one group: they may share a
+    system prompt or the start of a template.
     """
     groups = defaultdict(list)
     for row in waiting:
@@ -102,7 +106,10 @@ def find_prefixes(waiting: Sequence[WaitingRow], decoder: Decoder) -> None:
 
 
 def num_new_tokens_of(row: WaitingRow, begun: set[int]) -> int:
-    """Tokens that a row adds to a pack; `begun` holds the `id` of beginnings already in it."""
+    """Count the tokens that a row adds to a pack, its prefix included if that is not in it yet.
+
+    `begun` holds the `id` of each prefix that the pack computes, and is added to.
+    """
     prefix = row.prefix
     if prefix is None or prefix.cache is not None or id(prefix) in begun:
         return row.num_new_tokens
@@ -111,7 +118,7 @@ def num_new_tokens_of(row: WaitingRow, begun: set[int]) -> int:
 
 
 def common_length(rows: Sequence[npt.NDArray[Any]]) -> int:
-    """Tokens that all rows begin with; each keeps one of its own at least."""
+    """The length of the longest common prefix that leaves each row at least one token."""
     length = min(len(row) for row in rows) - 1
     for row in rows[1:]:
         differs = np.flatnonzero(row[:length] != rows[0][:length])
@@ -127,12 +134,19 @@ def cut(
     places: npt.NDArray[np.intp] | None,
     entries: Sequence[Entry],
 ) -> Iterator[tuple[int, int, Sequence[Entry]]]:
-    """Tokens `start` to `stop` of a prompt in pieces of at most `max_tokens`.
+    """Divide tokens `start` to `stop` of a prompt into pieces of at most `max_tokens`.
 
-    An image's tokens stay in one piece, which may be longer for it.
+    An image's tokens are never divided, so a piece may be longer than `max_tokens`.
+
+    Args:
+        start: the first token.
+        stop: the end, exclusive.
+        max_tokens: the limit on a piece.
+        places: positions of the prompt's image tokens; None if they are not known.
+        entries: the encoder's output for the prompt's images, in order.
 
     Yields:
-        First token, the one behind the last, and the images of each piece.
+        Start and exclusive end of each piece, and the entries of its images.
     """
     counts = [len(entry.pooled_PD) for entry in entries]
     if stop - start <= max_tokens or (entries and (places is None or sum(counts) != len(places))):
@@ -141,7 +155,7 @@ def cut(
     is_image_T = np.zeros(stop, dtype=bool)
     if entries and places is not None:
         is_image_T[places] = True
-    # Image tokens before each place, and the places where that is a whole number of images.
+    # The number of image tokens before each position; a cut is allowed between whole images.
     before_T = np.cumsum([0, *is_image_T])
     ends = np.cumsum([0, *counts])
     allowed = np.flatnonzero(np.isin(before_T, ends))
