@@ -1,4 +1,4 @@
-"""Keys and values: of packed prompts as they are computed, and of slots as they are decoded."""
+"""KV caches: of packed prompts during prefill, and of slots during decoding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from batchvlm.engine.layout import KeysValues
 
 
 class _PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Takes one layer's keys and values of packed prompts and hands them on unchanged."""
+    """Stores one layer's keys and values of packed prompts and returns them unchanged."""
 
     packed: KeysValues
 
@@ -28,7 +28,7 @@ class _PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> KeysValues:
-        # Still not `is_initialized`: families that ask whether this is a prompt ask for that.
+        # `is_initialized` stays false: some model families take that to mean a prompt.
         self.packed = key_states, value_states
         return self.packed
 
@@ -43,7 +43,7 @@ class _PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class _BehindLayer(_PackedLayer):
-    """The same of tokens behind prompts: a family that asks hears that these are none."""
+    """The same for tokens after prompts: it reports to the model that these are no prompt."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -54,11 +54,11 @@ class _BehindLayer(_PackedLayer):
 
 
 class PackedCache(Cache):
-    """Keys and values of several prompts behind one another, layer by layer.
+    """Keys and values of concatenated prompts, layer by layer.
 
     Args:
         num_layers: of the model.
-        is_prompt: false for tokens behind prompts that are computed.
+        is_prompt: False for tokens that continue prompts computed before.
     """
 
     def __init__(self, num_layers: int, *, is_prompt: bool = True) -> None:
@@ -67,13 +67,13 @@ class PackedCache(Cache):
         super().__init__(layers=list(self._packed))
 
     def row(self, start: int, stop: int) -> RowCache:
-        """The part that belongs to tokens `start` to `stop`; a view."""
+        """A view of the keys and values of tokens `start` to `stop`."""
         pairs = [layer.packed for layer in self._packed]
         return RowCache([(k[0, :, start:stop], v[0, :, start:stop]) for k, v in pairs])
 
 
 class RowCache:
-    """Keys and values of one row, or of a piece of one, by layer each [K, T_i, D]."""
+    """Keys and values of one row or of a piece of it; for each layer a pair of [K, T_i, D]."""
 
     def __init__(self, layers: Sequence[KeysValues]) -> None:
         self.layers = layers
@@ -84,13 +84,13 @@ class RowCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one token takes over all layers."""
+        """Bytes of one token's keys and values over all layers."""
         return sum(
             x.shape[0] * x.shape[2] * x.element_size() for layer in self.layers for x in layer
         )
 
     def joined(self, after: RowCache) -> RowCache:
-        """This piece and the one behind it as one."""
+        """A copy of this piece concatenated with the one after it."""
         return RowCache(
             [
                 (torch.cat([k, more_k], dim=1), torch.cat([v, more_v], dim=1))
@@ -101,7 +101,7 @@ class RowCache:
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """What the next forward of a thread writes to."""
+    """The slots and positions that the next forward of a thread writes to."""
 
     slots: slice
     slots_B: Tensor
@@ -112,7 +112,7 @@ _use: ContextVar[_Use | None] = ContextVar("use", default=None)
 
 
 class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's keys and values of all slots, [N, K, S, D] each; a row writes at its place."""
+    """One layer's keys and values of all slots, [N, K, S, D] each, written at given positions."""
 
     is_compileable = True
 
@@ -128,7 +128,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> KeysValues:
         keys, values = self.slots
-        if len(key_states) == 1:  # tokens behind one another
+        if len(key_states) == 1:  # one sequence of tokens
             key_states, value_states = (x.transpose(0, 2) for x in (key_states, value_states))
         use = _use.get()
         assert use is not None
@@ -140,8 +140,8 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.slots[0].shape[2], 0
 
     def get_seq_length(self) -> int:
-        # Asked at every step, for a mask that needs it and to know whether this is a prompt. Ours
-        # does not, and to look at the positions would wait for the device.
+        # Models ask at every step, to build a mask and to tell a prompt from a decode step. Our
+        # masks do not depend on it, and reading the true length would synchronize with the device.
         return 1
 
     def get_max_length(self) -> int:
@@ -149,20 +149,20 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class SlotCache(Cache):
-    """Static keys and values of N slots of equal length.
+    """A static KV cache of N slots of equal length.
 
     Args:
-        like: a row whose layers say heads, sizes, dtype and device.
+        like: a row with the same layers, heads, head sizes, dtype and device.
         num_slots: N.
-        length: S, tokens of prompt and answer that fit into a slot.
+        length: S, the tokens of prompt and answer that fit into a slot.
     """
 
     def __init__(self, like: RowCache, *, num_slots: int, length: int) -> None:
         self.num_slots, self.length = num_slots, length
         self.bytes_per_token = like.bytes_per_token
-        # Tensors of one shape lie in one stack, so that a row moves by one copy of them all. On a
-        # GPU tokens come before heads, [N, S, K, D]: a row's are behind one another, as torch's
-        # flash attention wants them. On a CPU heads come first, so that each is read in one go.
+        # Layers of one shape share one tensor, so that one copy moves a row in all of them. On a
+        # GPU tokens come before heads, [N, S, K, D]: a slot's tokens are contiguous, as torch's
+        # flash attention expects them. On a CPU heads come first, so each head is contiguous.
         groups: dict[tuple[int, int], int] = {}
         places: list[list[tuple[tuple[int, int], int]]] = []
         for layer in like.layers:
@@ -180,7 +180,7 @@ class SlotCache(Cache):
             )
             for (heads, size), num in groups.items()
         }
-        # Two launches for a row instead of two for each layer.
+        # Then a row takes two kernel launches instead of two for each layer.
         self._is_put_whole = first.is_cuda and len(self._stacks) == 1
         self._places = places
         self._slotted = []
@@ -192,12 +192,13 @@ class SlotCache(Cache):
     def use(
         self, start: int, stop: int, positions_B: Tensor, slots_B: Tensor | None = None
     ) -> None:
-        """Let this thread's next forward write for slots `start` to `stop`, each at its position.
+        """Set where this thread's next forward writes: in slots `start` to `stop`.
 
         Args:
-            start: first slot.
-            stop: behind the last one.
-            positions_B: int64 [B] of these slots; of each token where slots have several.
+            start: the first slot.
+            stop: the end of the slots, exclusive.
+            positions_B: int64 [B], the position of each slot's token; of each token if slots have
+                several.
             slots_B: the slot of each token; None: one token for each slot, in order.
         """
         if slots_B is None:
@@ -205,10 +206,10 @@ class SlotCache(Cache):
         _use.set(_Use(slice(start, stop), slots_B, positions_B))
 
     def put(self, slot: int, pieces: Sequence[RowCache]) -> None:
-        """Copy a row, in one or several pieces behind one another, into a slot.
+        """Copy a row, given in one or several consecutive pieces, into a slot.
 
-        The rest of the slot is zeros: attention weighs what lies ahead of a row with zero, but NaN
-        or infinity that another row has left there would still be NaN.
+        The rest of the slot is set to 0. Attention gives weight 0 to positions past the row's end,
+        but 0 times a NaN or infinity that an earlier row left there would be NaN.
         """
         start = 0
         for piece in pieces:
@@ -235,14 +236,14 @@ class SlotCache(Cache):
         return RowCache(layers)
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one slot into another; the rest is zeros, as above."""
+        """Copy the first `length` tokens of a slot into another; set the rest to 0, as in `put`."""
         for stack in self._stacks.values():
             stack[:, target, :, :length] = stack[:, source, :, :length]
             stack[:, target, :, length:] = 0
 
 
 def _whole(piece: RowCache) -> Tensor | None:
-    """Keys and values of all layers in one stack; None where there is no memory for that."""
+    """Stack the keys and values of all layers; None if memory is short."""
     try:
         return torch.stack([x for layer in piece.layers for x in layer])
     except Exception as error:

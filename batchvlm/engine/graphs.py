@@ -1,8 +1,8 @@
-"""Decode steps as CUDA graphs: a step's kernels are launched as one.
+"""Decode steps as CUDA graphs: all kernels of a step are launched at once.
 
-A step over slots launches a thousand small kernels, and Python takes longer to launch them than the
-GPU to run them. The shapes of a step are static but for the number of rows, so that it is captured
-for a few numbers of rows and played back from then on.
+A step over slots launches about a thousand small kernels, which takes Python longer than it takes
+the GPU to run them. Apart from the number of rows, the shapes of a step are static. So steps are
+captured for a few batch sizes and replayed from then on.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ log = logging.getLogger(__name__)
 # Shape legend: N slots of the cache, B rows in use, C >= B rows of a graph, V vocabulary.
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
-"""Numbers of rows that steps are captured for; above the last, its multiples."""
+"""Batch sizes that steps are captured for; above the last, its multiples."""
 _LENGTH_STEP = 256
 _MIN_USES = 2
-"""A size is captured when it is asked for so often: at the end of a job most are asked for once."""
+"""Uses of a size before it is captured: at the end of a job most sizes are used once."""
 _MIN_USES_BESIDE_LARGER = 16
-"""The same where a graph of more rows is there: it takes some milliseconds more a step, and
-capturing takes 150."""
+"""Uses before a capture if a larger graph can serve: that costs some milliseconds a step, and a
+capture costs 150."""
 _TRY_AGAIN_STEPS = 256
-"""As often a size is asked for, after there was no memory to capture it, before the next try."""
+"""Uses of a size between a capture for which memory was short and the next attempt."""
 
 Forward = Callable[[int, int, Tensor], Tensor]
-"""Logits [C, V] of one token for the first C slots: of C, of the length that attention goes, and of
-the places of these tokens, int64 [C]."""
+"""Takes C, the length that attention covers, and the tokens' positions, int64 [C]; returns the
+logits [C, V] of the first C slots."""
 
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A step that can be played back."""
+    """A captured step."""
 
     graph: torch.cuda.CUDAGraph
     logits_CV: Tensor
-    """What it writes at each replay."""
+    """The output buffer that each replay overwrites."""
 
 
 class StepGraphs:
-    """Runs decode steps by graphs where it can.
+    """Captures decode steps and replays them.
 
     Args:
         device: a CUDA device.
-        is_by_length: whether what is computed depends on how far attention goes, so that a graph
-            is good for one length alone.
+        is_by_length: whether the kernels depend on the length that attention covers, so that a
+            graph serves one length only.
     """
 
     def __init__(self, device: torch.device, *, is_by_length: bool) -> None:
@@ -67,15 +67,15 @@ class StepGraphs:
         self._captured: dict[tuple[int, int], Captured] = {}
         self._num_uses: dict[tuple[int, int], int] = {}
         self.is_on = True
-        """False once a capture has failed for another reason than memory."""
+        """False once a capture has failed for a reason other than memory."""
         self.num_replays = 0
 
     def forget(self) -> None:
-        """Give up all graphs: the slots that they were captured over are going away."""
+        """Drop all graphs, because the slots that they were captured over are about to be freed."""
         self._captured.clear()
         self._num_uses.clear()
         self._cache = None
-        # A pool is not captured into again once the graphs in it are gone.
+        # A memory pool cannot be captured into again once its graphs are gone.
         self._pool = None
 
     def step(
@@ -88,28 +88,28 @@ class StepGraphs:
         *,
         num_used: int,
     ) -> Tensor | None:
-        """Compute one token for the first slots.
+        """Replay one step for the first B slots.
 
-        A graph may be of more rows. Slots in use among these compute what their own step will
-        compute again, those in use by nobody their first place.
+        The graph may be of more than B rows. Its further slots that are in use compute their newest
+        token, which their own step will compute again; unused slots compute position 0.
 
         Args:
             cache: keys and values of N slots.
-            positions_N: int64 [N], where each slot's newest token lies.
+            positions_N: int64 [N], the position of each slot's newest token.
             num_rows: B.
             length: positions that the longest row in use attends to.
-            forward: what is captured.
-            num_used: slots in use; more than B where a step is computed in parts.
+            forward: the function to capture.
+            num_used: slots in use; more than B if a step is computed in parts.
 
         Returns:
-            logits_BV: [B, V], good until the next step; None where this one has no graph yet.
+            logits_BV: [B, V], valid until the next step; None if there is no graph for it.
         """
         if not self.is_on:
             return None
         if cache is not self._cache:
             self.forget()
             self._cache = cache
-            # Read at each replay: it must not go before the graphs do.
+            # Every replay reads this tensor, so it must live as long as the graphs.
             self._slots_N = torch.arange(cache.num_slots, device=self._device)
         self._num_used.fill_(num_used)
         captured = self._captured_for(self._key(num_rows, length), positions_N, forward)
@@ -120,7 +120,7 @@ class StepGraphs:
         return captured.logits_CV[:num_rows]
 
     def _key(self, num_rows: int, length: int) -> tuple[int, int]:
-        """Rows of a graph, and how far its attention goes; 0: as far as each row does."""
+        """The rows of a graph and the length that its attention covers; 0: each row's own."""
         assert self._cache is not None
         size = min(_size_of(num_rows), self._cache.num_slots)
         if not self._is_by_length:
@@ -130,7 +130,7 @@ class StepGraphs:
     def _captured_for(
         self, key: tuple[int, int], positions_N: Tensor, forward: Forward
     ) -> Captured | None:
-        """The graph to play, captured if it is worth it."""
+        """The graph to replay, captured now if that pays; None if there is none yet."""
         if key in self._captured:
             return self._captured[key]
         num_uses = self._num_uses[key] = self._num_uses.get(key, 0) + 1
@@ -161,8 +161,8 @@ class StepGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            # Once before: libraries prepare themselves at their first call. What it writes into
-            # the slots is what the graph is about to write there again.
+            # A warm-up run, because libraries initialize at their first call. It writes the same
+            # keys and values into the slots as the replay that follows.
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 run()
@@ -172,7 +172,7 @@ class StepGraphs:
             ):
                 logits_CV = run()
         finally:
-            # A capture that is broken off leaves its own stream behind as the current one.
+            # An aborted capture leaves its own stream as the current one.
             torch.cuda.set_stream(current)
         return Captured(graph, logits_CV)
 

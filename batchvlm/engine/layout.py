@@ -1,9 +1,9 @@
-"""How rows lie in a forward of the decoder, which attention follows.
+"""The layouts of rows in a forward of the decoder, which attention follows.
 
-- `Packed`: several prompts behind one another in one row. Each attends to itself alone, so there
+- `Packed`: several prompts concatenated into one sequence. Each attends to itself alone, so there
   is no padding and no dense mask over all of them.
-- `Slots`: one new token for each of B slots, whose keys and values lie in static buffers; where a
-  grammar leaves no choice, several.
+- `Slots`: one new token for each of B slots, whose keys and values are in static buffers. A slot
+  has several new tokens if a grammar forces some.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass(slots=True)
 class Packed:
-    """Prompts behind one another: row i is tokens `bounds[i]` to `bounds[i + 1]`."""
+    """Concatenated prompts: row i is tokens `bounds[i]` to `bounds[i + 1]`."""
 
     bounds: tuple[int, ...]
     past: tuple[Sequence[KeysValues] | None, ...]
-    """For each row, by layer, what was computed of its prompt before; None: it starts here."""
+    """For each row, the keys and values of its earlier tokens by layer; None if it has none."""
     last_E: Tensor | None = None
-    """int64 [E]: the tokens whose logits are asked for; None: all count."""
+    """int64 [E]: indices of the tokens whose logits are needed; None: all."""
     sees_ahead: bool = False
-    """Set by a forward in which some token attends to a later one, as in PaliGemma's prompts."""
+    """Set to True by a forward in which a token attends to a later one, as in PaliGemma."""
     trees: tuple[Tensor, ...] | None = None
-    """Of tokens that go on from a prompt in several ways: for each row, which of its tokens each
-    attends to besides the prompt, bool [T_i, T_i]; one lies as far behind the prompt as it attends
-    to others."""
+    """For rows that are trees of tokens after a prompt: each row's mask, bool [T_i, T_i], true
+    where a token attends to another of the row. All attend to the prompt. A token that attends to
+    n tokens of its tree, itself included, is the n-th after the prompt."""
     _flash: flash.Bounds | None = None
     _tree_masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
@@ -46,7 +46,7 @@ class Packed:
         return list(zip(self.bounds, self.bounds[1:], strict=False))
 
     def flash_bounds(self, device: torch.device) -> flash.Bounds:
-        """Where each row's queries and, what was computed before included, its keys lie."""
+        """Offsets of each row's queries and of its keys, which include the earlier tokens."""
         if self._flash is None:
             num_new = [stop - start for start, stop in self.spans]
             num_before = [0 if rows is None else rows[0][0].shape[1] for rows in self.past]
@@ -62,7 +62,7 @@ class Packed:
         return self._flash
 
     def tree_mask(self, row: int, num_before: int, window: int | None) -> Tensor:
-        """What the tokens of one row's tree attend to: bool [T_i, P_i + T_i]."""
+        """The attention mask of one row's tree over prompt and tree: bool [T_i, P_i + T_i]."""
         assert self.trees is not None
         key = row, window
         if key not in self._tree_masks:
@@ -83,42 +83,44 @@ class Span:
     start: int
     stop: int
     length: int
-    """Positions that the longest of them attends to, the new token's among them."""
+    """Positions that the longest row attends to, including its new tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Newest:
-    """The newest token of each of N slots, which a step computes: int64 [N] each."""
+    """The newest token of each of N slots, which is the input of a decode step: int64 [N] each."""
 
     ids_N: Tensor
     positions_N: Tensor
-    """Where it lies."""
+    """Its position in the slot."""
     deltas_N: Tensor
-    """What its rotary position is ahead of that."""
+    """Its rotary position less its position."""
 
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Several new tokens for some slots: the T tokens of a forward, behind one another.
+    """The layout of a step with several new tokens for some slots.
 
-    First come the B tokens that each slot gets, then those behind them. Attention takes the rows of
-    a span with as many tokens as the longest has; a shorter row's first one is there again.
+    The forward has T tokens in one sequence: first one for each of B slots, then the further tokens
+    slot by slot. Attention takes M tokens: within a span every row has as many as the longest, and
+    a shorter row is padded with its first token.
     """
 
     tokens_M: Tensor
-    """int64 [M]: these tokens of all spans."""
+    """int64 [M]: for each token of attention, its index in the forward."""
     places_T: Tensor
-    """int64 [T]: where each token is among them."""
+    """int64 [T]: for each token of the forward, its index in attention."""
     widths: tuple[int, ...]
-    """Tokens of a row, by span."""
+    """For each span, the tokens of a row in attention."""
 
     @classmethod
     def behind(cls, spans: Sequence[Span], num_more: Mapping[int, int]) -> Runs:
-        """Lay out so many tokens more for these slots, on the host.
+        """Build the layout on the host.
 
         Args:
-            spans: the slots, the first of them slot 0.
-            num_more: by slot; these tokens lie in this order.
+            spans: the slots, counted from 0.
+            num_more: the number of further tokens of each slot that has some, in the order in which
+                the forward has these slots.
         """
         starts = {}
         num_tokens = spans[-1].stop
@@ -140,28 +142,28 @@ class Runs:
         return cls(torch.tensor(tokens), torch.tensor(places), tuple(widths))
 
     def to(self, move: Callable[[Tensor], Tensor]) -> Runs:
-        """The same where `move` brings tensors."""
+        """Apply `move` to the tensors."""
         return Runs(move(self.tokens_M), move(self.places_T), self.widths)
 
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """One new token for each slot, or several for some."""
+    """One new token for each of B slots, or several for some."""
 
     positions_B: Tensor
-    """int64 [B]: where each row's new token lies; with runs [T], of each token."""
+    """int64 [B]: the position of each row's new token; with runs [T], of each token."""
     spans: tuple[Span, ...]
     runs: Runs | None = None
     last_E: Tensor | None = None
-    """int64 [E]: the tokens whose logits are asked for; None: all."""
+    """int64 [E]: indices of the tokens whose logits are needed; None: all."""
     has_kernel: bool = False
-    """Whether `slot_kernel` attends where flash attention could."""
+    """Whether attention uses `slot_kernel` in place of flash attention."""
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     _biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
     _flash: dict[tuple[int, int], flash.Bounds] = field(default_factory=dict)
 
     def by_span(self, tensor_M: Tensor) -> Iterator[Tensor]:
-        """What belongs to the tokens of each span, [rows, tokens of each, ...]."""
+        """Split a tensor over the tokens of attention by span: [rows, tokens of a row, ...]."""
         start = 0
         for place, span in enumerate(self.spans):
             width = 1 if self.runs is None else self.runs.widths[place]
@@ -170,7 +172,7 @@ class Slots:
             start = stop
 
     def mask(self, span: Span, window: int | None) -> Tensor:
-        """What the tokens of a span attend to: bool [rows, 1, tokens of each, length]."""
+        """The attention mask of a span: bool [rows, 1, tokens of a row, length]."""
         key = (span.start, window)
         if key not in self._masks:
             positions_M = self.positions_B
@@ -185,7 +187,7 @@ class Slots:
         return self._masks[key]
 
     def bias(self, span: Span, window: int | None, dtype: torch.dtype) -> Tensor:
-        """The mask as what is added to scores, made once for all layers, of the same shape."""
+        """The mask as a bias on the scores, 0 or -inf, of the same shape; shared by all layers."""
         key = (span.start, window, dtype)
         if key not in self._biases:
             mask = self.mask(span, window)
@@ -194,7 +196,10 @@ class Slots:
         return self._biases[key]
 
     def flash_bounds(self, slot_length: int, *, num_queries: int) -> flash.Bounds:
-        """So many queries a row, at its position, over slots of one length behind one another."""
+        """Offsets of `num_queries` queries a row over concatenated slots of `slot_length` keys.
+
+        Only the keys up to each row's position are used.
+        """
         key = slot_length, num_queries
         if key not in self._flash:
             count_B1 = torch.arange(
