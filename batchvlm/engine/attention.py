@@ -1,7 +1,7 @@
-"""Attention over packed prompts and over slots, in the place of the model's own.
+"""Attention over packed prompts and over slots, in place of the model's own.
 
-transformers lets a name stand for an attention function. Under `NAME`, a forward of the decoder
-runs in one of the forms of layout.py, which the caller announces with `attending`.
+transformers looks up attention functions by name. The function registered as `NAME` attends in one
+of the layouts of layout.py, which the caller sets with `attending`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from batchvlm.engine import flash, products, race, slot_kernel
 from batchvlm.engine.layout import KeysValues, Packed, Runs, Slots, Span
 
-# Shape legend: B rows, T tokens of all packed rows, T_i of row i, P_i tokens of row i computed
-# before, H heads, K key-value heads, G = H // K query heads for each of these, S slot length,
+# Shape legend: B rows, T tokens of all packed rows, T_i of row i, P_i earlier tokens of row i,
+# H heads, K key-value heads, G = H // K query heads per key-value head, S slot length,
 # D head size.
 
 NAME = "batchvlm_rows"
 
 _form: ContextVar[Packed | Slots | None] = ContextVar("form", default=None)
-"""Each thread has its own."""
+"""The layout of the current thread's forward."""
 
 
 class OnlyLast(nn.Module):
-    """A module of the last layer that works token by token, for the tokens that count.
+    """Runs a token-wise module of the last layer for the tokens in `last_E` only.
 
-    What the last layer makes of the other tokens of a prompt is read by nobody: their keys and
-    values are taken before. Theirs is 0 here.
+    The last layer's output for other tokens is not used, because their keys and values are computed
+    before this module. It is 0 here.
     """
 
     def __init__(self, inner: nn.Module) -> None:
@@ -55,7 +55,7 @@ class OnlyLast(nn.Module):
 
 @contextmanager
 def attending(form: Packed | Slots) -> Iterator[None]:
-    """Say in which form the forwards within are."""
+    """Set the layout of the forwards within, for this thread."""
     token = _form.set(form)
     try:
         yield
@@ -74,16 +74,16 @@ def attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend in the announced form; the signature is that of transformers' attention functions.
+    """Attend in the layout that `attending` has set; the signature is transformers'.
 
     Args:
         module: the layer's attention module.
-        query: [1, H, T, D] packed and where slots have runs, [B, H, 1, D] over slots else.
-        key: [1, K, T, D] packed, [B, K, S, D] over slots; `value` likewise.
-        attention_mask: packed, bool [1, 1, T, T] where not every row is plainly causal.
-        scaling: factor on the scores.
-        sliding_window: a token attends to this many tokens, itself among them.
-        softcap: scores are squashed to within +-softcap.
+        query: [1, H, T, D] if packed or if slots have runs, else [B, H, 1, D].
+        key: [1, K, T, D] if packed, [B, K, S, D] over slots; `value` likewise.
+        attention_mask: for packed rows, bool [1, 1, T, T]; None if every row is plainly causal.
+        scaling: factor on the scores; None: one over the root of D.
+        sliding_window: the number of tokens that a token attends to, itself included.
+        softcap: bound of the scores: they become softcap * tanh(score / softcap).
 
     Returns:
         [1, T, H, D] or [B, 1, H, D].
@@ -115,13 +115,14 @@ class _Scores:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool
     ) -> Tensor:
-        """[.., H, T, D] queries over [.., H or K, L, D] keys; `mask` bool, true where seen.
+        """Attend with queries [.., H, T, D] to keys and values [.., H or K, L, D].
 
-        Without a soft cap it may also be what is added to the scores.
+        `mask` is bool, true where a query attends. Without a softcap it may also be a bias on the
+        scores.
         """
         is_grouped = query.shape[-3] != key.shape[-3]
         if is_grouped and mask is not None and query.is_cuda:
-            # There torch's fast kernels take a mask or grouped heads, not both.
+            # On a GPU torch's fast kernels take a mask or grouped heads, not both.
             key, value = (_repeated(x, query.shape[-3]) for x in (key, value))
             is_grouped = False
         if self.softcap is None:
@@ -177,7 +178,7 @@ def _packed(
         mask = masks[:, :, start:stop, start:stop] if masks is not None else None
         before = past[i]
         if before is not None:
-            # Plainly causal, or in the window: of others nothing is computed before.
+            # Rows with earlier tokens are plainly causal or windowed, so they need no given mask.
             mask = None
             k = torch.cat([before[0][None], k], dim=2)
             v = torch.cat([before[1][None], v], dim=2)
@@ -196,7 +197,7 @@ def _packed(
 
 
 def _behind_past(new_KTD: Tensor, packed: Packed, past: Sequence[Tensor | None]) -> Tensor:
-    """[L, K, D]: what each row had before, [K, P_i, D], and what is new of it."""
+    """Concatenate each row's earlier keys or values, [K, P_i, D], and its new ones: [L, K, D]."""
     new_TKD = new_KTD.transpose(0, 1)
     if all(before is None for before in past):
         return new_TKD
@@ -230,8 +231,8 @@ def _over_slots(
     if query.device.type == "cpu" and is_apart_faster(num_groups, size, query.dtype):
         grouped = query
     else:
-        # The query heads of one key head side by side, as if they were queries behind one another:
-        # keys and values are read once for all of them.
+        # The query heads of one key head become queries of that head, so that its keys and values
+        # are read once for all of them.
         grouped = query.view(num_rows, key.shape[1], num_groups, size)
     outs = []
     for span in slots.spans:
@@ -244,7 +245,7 @@ def _over_slots(
 
 @cache
 def is_apart_faster(num_groups: int, size: int, dtype: torch.dtype) -> bool:
-    """Whether query heads of one key head are attended apart in less time than side by side."""
+    """Whether attending with H heads is faster than with K heads of G queries each."""
     num_rows, num_keys, length = 8, 4, 512
     with torch.inference_mode():
         query = torch.ones(num_rows, num_keys * num_groups, 1, size, dtype=dtype)
@@ -260,7 +261,7 @@ def is_apart_faster(num_groups: int, size: int, dtype: torch.dtype) -> bool:
 
 
 def choose_ways(num_heads: int, num_keys: int, size: int, dtype: torch.dtype) -> None:
-    """Find out on a CPU which ways to attend are the fastest, before anything else runs beside."""
+    """Time the ways to attend on a CPU, before other work on it could disturb the trial."""
     is_apart_faster(num_heads // num_keys, size, dtype)
     products.are_faster_for_prompts(num_heads, num_keys, size, dtype)
 
@@ -274,7 +275,7 @@ def _over_slots_with_runs(
     runs: Runs,
     window: int | None,
 ) -> Tensor:
-    """[1, H, T, D] queries, several for some slots, over keys and values that hold them all."""
+    """Attend with queries [1, H, T, D], several for some slots, to slots that hold their keys."""
     num_heads, size, num_keys = query.shape[1], query.shape[3], key.shape[1]
     num_groups = num_heads // num_keys
     query_MHD = query[0].transpose(0, 1)[runs.tokens_M]
@@ -282,7 +283,7 @@ def _over_slots_with_runs(
     for span, query_BMHD in zip(slots.spans, slots.by_span(query_MHD), strict=True):
         num_rows, num_tokens = query_BMHD.shape[:2]
         mask = _mask_over(score, slots, span, window, query)
-        # As above, the query heads of one key head side by side, token behind token.
+        # As above, the query heads of one key head become its queries, for each token in turn.
         by_key = query_BMHD.view(num_rows, num_tokens, num_keys, num_groups, size).transpose(1, 2)
         if num_tokens > 1:
             mask = mask.repeat_interleave(num_groups, dim=2)
@@ -316,15 +317,15 @@ def row_masks(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """What each packed row may attend to where it is more or less than what came before.
+    """The mask over packed rows, if some row is not plainly causal.
 
-    transformers describes a mask by a function of (batch, head, query, key) indices; asked for one
-    row's tokens alone it gives that row's own mask.
+    transformers describes a mask by a function of (batch, head, query, key) indices. It is called
+    here with the indices of one row at a time, which gives that row's own mask.
 
     Returns:
-        None where every row is plainly causal; else bool [1, 1, T, T], false between rows and of
-        rows of which something was computed before: those are plainly causal, or in a sliding
-        window, which `attention` knows of. A prompt that sees ahead is not computed in pieces.
+        None if every row is plainly causal, else bool [1, 1, T, T]. It is false between rows, and
+        for rows with earlier tokens: those are causal, or have a sliding window, which `attention`
+        applies itself. A prompt in which tokens attend to later ones is never computed in pieces.
     """
     form = _form.get()
     if not isinstance(form, Packed) or mask_function is causal_mask_function:

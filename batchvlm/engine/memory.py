@@ -1,4 +1,4 @@
-"""How much goes through the model at once: sized from free memory, lowered where it fails."""
+"""Limits on what one forward computes: sized from free memory, lowered when memory runs out."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ log = logging.getLogger(__name__)
 
 _MAX_SLOTS = {"cpu": 64, "cuda": 512}
 _PACK_TOKENS = {"cpu": 1024, "cuda": 16_384}
-"""Prompt tokens in one pack. Past these, a pack is no more efficient: it only takes memory."""
+"""Prompt tokens in one pack. A larger pack is no more efficient and takes more memory."""
 _VISION_CELLS = {"cpu": 1 << 20, "cuda": 64 << 20}
-"""Numbers in the pixel arrays of one batch of images."""
+"""Elements of the pixel arrays of one batch of images."""
 _CACHE_SHARE = 0.6
-"""Share of the free memory that keys and values may take; the rest is for activations, for image
-features, and for prompts that wait for a slot."""
+"""Share of the free memory that the slots may take. The rest is for activations, image features,
+and the keys and values of prompts that wait for a slot."""
 
 _TRY_AGAIN_STEPS = 256
-"""Steps that go well before a lowered limit rises: memory may have been short for a moment."""
+"""Successful steps before a lowered limit is raised: memory may have been short for a moment."""
 _TRY_AGAIN_PACKS = 32
-"""Packs likewise, which take longer."""
+"""The same in packs, which take longer than steps."""
 _UNLIMITED = 1 << 62
 _SCORED_LOGITS = {"cpu": 32 << 20, "cuda": 256 << 20}
-"""Logits in one forward over choices, all of which are looked at."""
+"""Logits in one forward over choices, which needs those of every token."""
 _SCORED_TOKENS = 4096
-"""Tokens there: each may attend to every other."""
+"""Tokens in one forward over choices. Their mask grows with the square of this number."""
 
 
 class Ceiling:
-    """A limit that is lowered where memory was short, and doubled after some successes.
+    """A limit that is lowered when memory is short, and doubled after a number of successes.
 
-    Where the doubled limit fails too, the next doubling takes twice as many successes.
+    If the doubled limit fails too, the next doubling takes twice as many successes.
 
     Args:
-        most: the limit at first, and the highest that it rises to.
-        try_again: successes before it is doubled.
-        least: the lowest that it falls to.
+        most: the initial and highest value.
+        try_again: successes before the limit is doubled.
+        least: the lowest value.
     """
 
     def __init__(self, most: int, *, try_again: int, least: int = 1) -> None:
@@ -52,7 +52,7 @@ class Ceiling:
         self._is_tried_again = False
 
     def lower(self, limit: int) -> None:
-        """Remember that there was no memory for more than this."""
+        """Lower the limit to `limit`, because there was no memory for more."""
         if self._is_tried_again:
             self._try_again *= 2
         self._is_tried_again = False
@@ -60,7 +60,7 @@ class Ceiling:
         self.now = max(self._least, min(self.now, limit))
 
     def count_good(self) -> None:
-        """Note one that went well."""
+        """Count a success."""
         if self.now >= self._most:
             return
         self._num_good += 1
@@ -71,12 +71,12 @@ class Ceiling:
 
 
 class MemoryPlan:
-    """Limits of slots, packs and image batches.
+    """Limits on slots, packs, scored choices and image batches.
 
     Args:
-        cfg: a limit that is not null counts as it is.
-        device: where the model is, its weights loaded.
-        taken_bytes: what is still to come there before keys and values do.
+        cfg: settings; a limit that is not null is used as it is.
+        device: the model's device.
+        taken_bytes: memory still to be allocated before the slots, such as weights not yet loaded.
     """
 
     def __init__(self, cfg: EngineConfig, device: torch.device, *, taken_bytes: int = 0) -> None:
@@ -87,8 +87,8 @@ class MemoryPlan:
         pack_tokens = cfg.max_prefill_tokens or _PACK_TOKENS[kind]
         self._pack_tokens = Ceiling(pack_tokens, try_again=_TRY_AGAIN_PACKS)
         self.pieces = Ceiling(pack_tokens, try_again=_TRY_AGAIN_PACKS)
-        """Tokens of pieces of one long prompt: they attend to all that lies before, so what is too
-        much for them is not too much for a pack."""
+        """Tokens of a piece of one long prompt. It attends to all earlier tokens, so it may run out
+        of memory where a pack of the same length does not."""
         self._scored_logits = _SCORED_LOGITS[kind]
         scored_tokens = min(_SCORED_TOKENS, pack_tokens)
         self._scored_tokens = Ceiling(scored_tokens, least=2, try_again=_TRY_AGAIN_STEPS)
@@ -114,62 +114,62 @@ class MemoryPlan:
 
     @property
     def vision_cells(self) -> int:
-        """Numbers in the pixel arrays of one forward of the image encoder."""
+        """Elements of the pixel arrays in one forward of the image encoder."""
         return self._vision_cells.now
 
     def count_good_step(self) -> None:
-        """Note a decode step that went well."""
+        """Count a decode step that succeeded."""
         self._step_rows.count_good()
         self._cache_bytes.count_good()
 
     def count_good_pack(self) -> None:
-        """Note a pack of prompts that went well."""
+        """Count a pack of prompts that succeeded."""
         self._pack_tokens.count_good()
         self.pieces.count_good()
 
     def count_good_images(self) -> None:
-        """Note a batch of images that went well."""
+        """Count a batch of images that succeeded."""
         self._vision_cells.count_good()
 
     def count_good_scored(self) -> None:
-        """Note a pack of choices that went well."""
+        """Count a pack of choices that succeeded."""
         self._scored_tokens.count_good()
 
     def num_slots(self, bytes_per_token: int, length: int) -> int:
-        """Slots of `length` tokens that there is memory for; one at least."""
+        """The number of slots of `length` tokens that fit into memory, at least 1."""
         return max(1, min(self.max_slots, self._cache_bytes.now // (bytes_per_token * length)))
 
     def lower_cache(self, num_bytes: int) -> None:
-        """Remember that there was no memory for keys and values of this many bytes."""
+        """Lower the limit to half of this many bytes of slots, for which there was no memory."""
         self._cache_bytes.lower(num_bytes // 2)
 
     def lower_step(self, num_rows: int) -> None:
-        """Remember that there was no memory to decode more than this many rows at once."""
+        """Decode at most this many rows in one forward: there was no memory for more."""
         self._step_rows.lower(num_rows)
 
     def lower_pack(self, num_tokens: int) -> None:
-        """Remember that there was no memory for a pack of this many prompt tokens."""
+        """Lower the limit to half of this many prompt tokens, for which there was no memory."""
         self._pack_tokens.lower(num_tokens // 2)
         log.warning("no memory for %d prompt tokens at once; %d", num_tokens, self.pack_tokens)
 
     def num_scored(self, vocab_size: int) -> int:
-        """Tokens of choices in one forward; two at least."""
+        """Tokens of choices in one forward, at least 2."""
         return max(2, min(self._scored_tokens.now, self._scored_logits // vocab_size))
 
     def lower_scored(self, num_tokens: int) -> None:
-        """Remember that there was no memory to score this many tokens at once."""
+        """Lower the limit to half of this many scored tokens, for which there was no memory."""
         self._scored_tokens.lower(num_tokens // 2)
 
     def lower_vision(self, num_cells: int) -> None:
-        """Remember that there was no memory for images of this many numbers."""
+        """Lower the limit to half of this many pixel elements, for which there was no memory."""
         self._vision_cells.lower(num_cells // 2)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that new tensors on a device may take."""
+    """Bytes that new tensors on a device may take."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch has reserved and does not use is there for it too.
+        # Memory that torch has reserved and does not use is free to new tensors too.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(_available_bytes(), _group_bytes())
 
@@ -185,12 +185,12 @@ def _available_bytes() -> int:
 
 
 def _group_bytes() -> int:
-    """What the limits of this process's control groups leave; without any, a very large number."""
+    """Bytes left by the limits of this process's cgroups; a very large number if there are none."""
     return min((_left(*files) for files in _group_files()), default=_UNLIMITED)
 
 
 def _group_files() -> Iterator[tuple[Path, Path, Path]]:
-    """Limit, usage and details of each group that this process is in, from its own upwards."""
+    """Yield the limit, usage and statistics files of this process's cgroup and of its parents."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -199,11 +199,11 @@ def _group_files() -> Iterator[tuple[Path, Path, Path]]:
         _, kinds, name = line.split(":", 2)
         if kinds and "memory" not in kinds.split(","):
             continue
-        # v2 has one tree for all kinds, v1 one for each.
+        # cgroup v2 has one tree for all controllers, v1 one for each.
         root = Path("/sys/fs/cgroup") / ("memory" if kinds else "")
         limit, used = ("limit_in_bytes", "usage_in_bytes") if kinds else ("max", "current")
         own = PurePosixPath(name.lstrip("/"))
-        # Within a container the name may be that outside of it: then its root is what there is.
+        # Within a container the name may be the one outside it; then only the root exists.
         for group in dict.fromkeys((own, *own.parents, PurePosixPath())):
             folder = root / group
             yield folder / f"memory.{limit}", folder / f"memory.{used}", folder / "memory.stat"
@@ -217,5 +217,5 @@ def _left(limit: Path, used: Path, stat: Path) -> int:
     if most == "max":
         return _UNLIMITED
     counts = dict(line.split() for line in details.splitlines())
-    # Files that were read fill the cache and go when memory is asked for.
+    # The cache of files read earlier counts as used, but is reclaimed on demand.
     return max(0, int(most) - int(now) + int(counts.get("inactive_file", 0)))
