@@ -1,4 +1,4 @@
-"""Samples on their way into an engine: gathered while it works, never waited for while it can."""
+"""Gathers samples for an engine, and waits for one only if the engine has nothing else to do."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Feed:
     """Gathers samples from a stream into windows that can be sorted.
 
     Args:
-        samples: the stream; one that is no `SampleStream` counts as always ready.
-        cfg: how many samples, and how many bytes of them, may be gathered.
+        samples: the stream; it is taken to be always ready unless it is a `SampleStream`.
+        cfg: limits on the number and the bytes of gathered samples.
     """
 
     def __init__(self, samples: Iterable[Sample], cfg: BatchingConfig) -> None:
@@ -24,16 +24,16 @@ class Feed:
         self._gathered: list[Sample] = []
         self._size_bytes = 0
         self.is_done = False
-        """Whether the stream has ended; gathered samples may be left."""
+        """Whether the stream has ended; gathered samples may remain."""
 
     def __len__(self) -> int:
         return len(self._gathered)
 
     def gather(self, *, wait: bool) -> None:
-        """Take what is ready, as far as there is room.
+        """Take the samples that are ready, up to the limits.
 
         Args:
-            wait: wait for one sample where none is there.
+            wait: whether to wait for one sample if none is gathered or ready.
         """
         while not self.is_done and self._has_room():
             if not self._is_ready() and not (wait and not self._gathered):
@@ -46,7 +46,7 @@ class Feed:
             self._size_bytes += sample.size_bytes
 
     def take_window(self) -> list[Sample]:
-        """Everything gathered, in the order of the stream."""
+        """Remove and return all gathered samples, in the order of the stream."""
         window, self._gathered, self._size_bytes = self._gathered, [], 0
         return window
 

@@ -1,4 +1,4 @@
-"""What the pipeline and an engine need of each other."""
+"""The interface between the pipeline and its engines."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from typing import Protocol, runtime_checkable
 from batchvlm.records import Completion, EngineStats, Failure, Sample
 
 OnToken = Callable[[int, int], None]
-"""Takes a row's index and the next token of its first answer."""
+"""A callback that takes a row's index and the next token of its first answer."""
 
 Outcome = tuple[Sample, Completion | Failure]
-"""A sample and its answer, or why it has none."""
+"""A sample, and its completion or the reason why it has none."""
 
 
 class Engine(Protocol):
-    """What the pipeline needs of an engine."""
+    """What the pipeline uses of an engine."""
 
     stats: EngineStats
 
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
-        """Answer every sample exactly once, in any order, by its `row_index`.
+        """Yield exactly one outcome for every sample, with its `row_index`, in any order.
 
-        An engine takes the stream and does its own batching, so that it may take up a sample
-        whenever it has room for one. A `SampleStream` tells it when taking one would wait.
+        The engine batches the samples itself, so that it can take one whenever it has room. If the
+        stream is a `SampleStream`, the engine can ask whether taking one would block.
         """
         ...
 
 
 @runtime_checkable
 class SampleStream(Protocol):
-    """Samples that become ready one by one."""
+    """A stream of samples that can be asked whether the next one is ready."""
 
     def __iter__(self) -> Iterator[Sample]: ...
 
     def is_ready(self) -> bool:
-        """Whether the next sample, or the end, is there without waiting."""
+        """Whether `next` returns a sample, or the end, without blocking."""
         ...

@@ -1,8 +1,8 @@
-"""Image features, each image encoded once for all rows of the window that show it.
+"""Image features: an image is encoded once for all rows of the window that contain it.
 
-A *unit* is what can be encoded by itself: one image where the family's processor keeps images
-apart, else all images of a row. The encoder runs over batches of units of like size, and its output
-for each is kept until the last row that needs it is prefilled, and a while longer.
+A *unit* is the smallest input that can be encoded separately: one image if the family's processor
+keeps images apart, else all images of a row. The encoder runs over batches of units of one shape,
+and its output is kept until the last row that needs it is prefilled, and then in an LRU cache.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from batchvlm.records import Array, EngineStats, Failure, PixelTable, Sample
 log = logging.getLogger(__name__)
 
 _IDLE_BYTES = 128 << 20
+"""Size of the cache of features that no row needs at the moment."""
 _WORKING_BY_ITSELF = frozenset({"cuda"})
-"""Devices that work behind what is launched."""
+"""Devices that run asynchronously to the host."""
 _GRIDS = "image_grid_thw"
-# Families whose processors put a row's tiles on the second dimension, behind one for the row.
+# Families whose processors have the row as first dimension and its tiles as second.
 _ROWS_OF_TILES = frozenset({"idefics2", "idefics3", "smolvlm"})
 
 
@@ -44,9 +45,9 @@ class Entry:
     """The encoder's output for one image, or for one tile."""
 
     pooled_PD: Tensor
-    """[P, D]: a vector for each of its P image tokens."""
+    """[P, D]: one vector for each of its P image tokens."""
     deep: tuple[Tensor, ...] = ()
-    """Likewise for deeper layers of the decoder, [P, D] each (Qwen3-VL)."""
+    """The same for deeper layers of the decoder, [P, D] each (Qwen3-VL)."""
 
     @property
     def size_bytes(self) -> int:
@@ -55,11 +56,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class OutputForm:
-    """What the outputs of one model's encoder have in common."""
+    """The form in which one model's encoder returns its output."""
 
     type_: Any
     is_stacked: bool
-    """Whether the family gives one tensor for all images rather than one for each."""
+    """Whether the features of all images are one tensor rather than one for each image."""
     marks: Tensor | None
     """Embeddings of the tokens around an image, the same for all (Ovis2)."""
 
@@ -69,22 +70,22 @@ class Encoded:
     """The encoder's output for the units of one forward."""
 
     entries: list[Entry]
-    """Those of all units, behind one another."""
+    """The entries of all units, concatenated."""
     form: OutputForm
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Images that are encoded together, from one row."""
+    """Images of one row that are encoded together."""
 
     key: str
-    """The same for the same content."""
+    """Identifies the content: equal for units with equal images."""
     arrays: Mapping[str, Array]
-    """The processor's arrays for it, as `get_image_features` takes them."""
+    """The processor's arrays for the images, as `get_image_features` takes them."""
 
     @property
     def num_entries(self) -> int:
-        """Entries that the encoder makes of it: one an image, or one a tile."""
+        """Number of entries that the encoder returns: one an image, or one a tile."""
         for name in (_GRIDS, "image_grids"):
             if name in self.arrays:
                 return len(self.arrays[name])
@@ -92,23 +93,23 @@ class Unit:
 
     @property
     def num_cells(self) -> int:
-        """Numbers of its pixel array: what encoding it costs, roughly."""
+        """Elements of the pixel array, a rough measure of what encoding costs."""
         return int(self.arrays["pixel_values"].size)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Units of one shape are joined without padding."""
+        """The pixel array's shape less its first dimension; units of one shape need no padding."""
         return self.arrays["pixel_values"].shape[1:]
 
 
 class ImageFeatures:
-    """Encodes units and keeps what rows still need.
+    """Encodes units and keeps the features that waiting rows need.
 
     Args:
         model: a transformers model with `get_image_features`.
-        stats: counts what was encoded.
-        is_shared: whether rows that show the same image share it; off only to measure.
-        around: makes what the encoder runs within.
+        stats: counts of encoded images, which are added to.
+        is_shared: whether rows with the same image share its features; off only for measurements.
+        around: returns a context in which the encoder runs.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class ImageFeatures:
         self._around = around
         is_ahead = self._device.type in _WORKING_BY_ITSELF and _GRIDS in self._names
         self._of_grids = find_encoder(model.base_model) if is_ahead else None
-        """The encoder, where what it makes of patch grids is worked out on the host."""
+        """The encoder, if its tensors derived from patch grids are computed on the host."""
         self._is_tried = False
         self._attention = name, configs = image_attention.encoder_configs(model)
         if name == image_attention.NAME_IN_HALF:
@@ -136,18 +137,19 @@ class ImageFeatures:
         self._is_shared = is_shared
         self._users: dict[str, int] = {}
         self._idle: OrderedDict[str, int] = OrderedDict()
-        """Bytes of what no row needs at the moment, the least recently used first."""
+        """Bytes of each unit's features that no row needs at the moment, least recently used
+        first."""
         self._idle_bytes = 0
-        """Of all of it: rows come and go, and there may be thousands of images."""
+        """The sum of these, kept because there may be thousands of units."""
         self._entries: dict[str, Sequence[Entry]] = {}
         self._failures: dict[str, Failure] = {}
         self._form: OutputForm | None = None
         self._pixel_table: PixelTable | None = None
-        """What the bytes of pixels stand for, the same for all rows of a job; None: numbers."""
+        """Maps the bytes of pixels to values, for all rows of a job; None if they are values."""
         self._encoding = Together(self._replacing)
 
     def units(self, sample: Sample) -> tuple[Unit, ...]:
-        """What a row needs encoded, in the order of its images; empty for text alone."""
+        """The units of a row, in the order of its images; empty for text alone."""
         arrays = {n: a for n, a in sample.features.items() if n in self._names}
         if "pixel_values" not in arrays:
             return ()
@@ -169,7 +171,10 @@ class ImageFeatures:
             self._idle_bytes -= self._idle.pop(unit.key, 0)
 
     def release(self, units: Iterable[Unit]) -> None:
-        """Count one row less; of what nobody needs, the latest is kept: a row may come yet."""
+        """Count one row less that needs these units.
+
+        Features that no row needs are cached for rows to come; the least recently used are dropped.
+        """
         for unit in units:
             self._users[unit.key] -= 1
             if self._users[unit.key]:
@@ -186,21 +191,21 @@ class ImageFeatures:
             del self._entries[key]
 
     def missing(self, units: Iterable[Unit]) -> list[Unit]:
-        """Those that were not tried yet, each content once."""
+        """The units that were neither encoded nor failed, one for each key."""
         found = {u.key: u for u in units}
         return [u for k, u in found.items() if k not in self._entries and k not in self._failures]
 
     def fail(self, unit: Unit, failure: Failure) -> None:
-        """Note that a unit cannot be encoded."""
+        """Record that a unit cannot be encoded."""
         self._failures[unit.key] = failure
 
     def failure(self, units: Iterable[Unit]) -> Failure | None:
-        """Why one of these could not be encoded, if so."""
+        """The failure of the first unit that could not be encoded; None if there is none."""
         return next((self._failures[u.key] for u in units if u.key in self._failures), None)
 
     @torch.inference_mode()
     def encode(self, units: Sequence[Unit]) -> Encoded:
-        """Encode units of one shape in one forward; changes nothing, several threads may."""
+        """Encode units of one shape in one forward, without keeping the output; thread-safe."""
         is_gpu = self._device.type == "cuda"
         joined = join_features([unit.arrays for unit in units], is_pinned=is_gpu)
         pixels = self._to_device(joined.pop("pixel_values"))
@@ -213,7 +218,7 @@ class ImageFeatures:
         num_entries = sum(unit.num_entries for unit in units)
         if len(pooled) != num_entries:
             raise ValueError(f"{len(pooled)} image features for {num_entries} images")
-        # Copies: a view would keep the whole batch's features alive for the last row of it.
+        # Copies: a view would keep the features of the whole batch alive.
         entries = [
             Entry(vectors_PD.clone(), tuple(layer[i].clone() for layer in layers))
             for i, vectors_PD in enumerate(pooled)
@@ -222,7 +227,7 @@ class ImageFeatures:
         return Encoded(entries, OutputForm(type(output), isinstance(pooled, Tensor), marks))
 
     def _output(self, pixels: Tensor, rest: Mapping[str, Tensor]) -> Any:
-        """The encoder's output for pixels on the device and what else it takes."""
+        """Run the encoder on pixels, which are on the device, and its other inputs, on the host."""
 
         def plainly() -> Any:
             inputs = {name: self._to_device(tensor) for name, tensor in rest.items()}
@@ -232,7 +237,7 @@ class ImageFeatures:
             inputs = made_of_grids(encoder, rest[_GRIDS])
             for name, value in inputs.items():
                 if isinstance(value, Tensor):
-                    # Of their own type: these are places, and weights of places.
+                    # Their dtype stays: these are indices and interpolation weights.
                     inputs[name] = self._sent(value)
             inputs[_GRIDS] = rest[_GRIDS]
             return self._encode(pixel_values=pixels, **inputs, return_dict=True)
@@ -242,7 +247,7 @@ class ImageFeatures:
             return plainly()
         if self._is_tried:
             return ahead(encoder)
-        # What a family has beside the names that all have shows at its first images.
+        # The first images show whether the family derives anything else from the grids.
         self._is_tried = True
         expected = plainly()
         if not is_same(
@@ -253,7 +258,7 @@ class ImageFeatures:
         return expected
 
     def keep(self, units: Sequence[Unit], encoded: Encoded) -> None:
-        """Keep the encoder's output for units, for the rows that need it."""
+        """Store the encoder's output for units."""
         self._form = encoded.form
         entries = encoded.entries
         for unit in units:
@@ -268,11 +273,11 @@ class ImageFeatures:
             yield
 
     def entries(self, units: Iterable[Unit]) -> list[Entry]:
-        """The encoder's output for these units, in order."""
+        """The stored entries of these units, in order."""
         return [entry for unit in units for entry in self._entries[unit.key]]
 
     def joined(self, entries: Sequence[Entry]) -> Any:
-        """The encoder's output for these entries, as the model takes it; None for none."""
+        """Build the encoder output that the model takes from entries; None if there are none."""
         if not entries:
             return None
         form = self._form
@@ -300,14 +305,17 @@ class ImageFeatures:
 
 
 def _numbers_of(output: Any) -> Tensor:
-    """Everything in an encoder's output that is used later, as one row of numbers."""
+    """Everything in an encoder's output that is used later, as one flat tensor."""
     deep = getattr(output, "deepstack_features", None) or ()
     parts = [*output.pooler_output, *(vectors for layer in deep for vectors in layer)]
     return torch.cat([part.reshape(-1) for part in parts])
 
 
 def batches(units: Sequence[Unit], max_cells: int) -> list[list[Unit]]:
-    """Units in groups of one shape and at most `max_cells`, largest first; a larger one alone."""
+    """Group units by shape into batches of at most `max_cells`, largest first.
+
+    A unit of more cells forms a batch of one.
+    """
     groups: list[list[Unit]] = []
     cells = 0
     for unit in sorted(units, key=lambda u: (u.shape, u.num_cells), reverse=True):
@@ -321,7 +329,7 @@ def batches(units: Sequence[Unit], max_cells: int) -> list[list[Unit]]:
 
 
 def _by_image(arrays: Mapping[str, Array], num_images: int) -> list[dict[str, Array]] | None:
-    """The arrays of each image, or None where they cannot be told apart."""
+    """Split a row's arrays by image; None if they cannot be split."""
     grid = arrays.get(_GRIDS)
     if grid is not None and len(grid) == num_images:
         ends = np.cumsum(grid.prod(-1))
@@ -329,7 +337,7 @@ def _by_image(arrays: Mapping[str, Array], num_images: int) -> list[dict[str, Ar
             return None
         pixels = np.split(arrays["pixel_values"], ends[:-1])
         return [{"pixel_values": p, _GRIDS: grid[i : i + 1]} for i, p in enumerate(pixels)]
-    # Where the number of images counts, an image alone is not encoded as one of several.
+    # Encoders that take the number of images encode one image differently from one of several.
     is_counted = "batch_num_images" in arrays
     if not is_counted and all(len(array) == num_images for array in arrays.values()):
         return [{n: a[i : i + 1] for n, a in arrays.items()} for i in range(num_images)]
