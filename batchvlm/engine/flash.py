@@ -1,7 +1,7 @@
-"""torch's own flash attention over rows of different lengths: on a GPU, in half precision.
+"""torch's own flash attention over rows of variable length: on a GPU, in half precision.
 
-Rows lie behind one another in memory and each attends to itself alone, without a mask and without
-padding. torch brings the kernel along, so nothing has to be installed for it.
+Rows are concatenated and each attends to itself alone, without a mask and without padding. The
+kernel is part of torch, so no further package is needed.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ _MAX_HEAD_SIZE = 256
 
 
 def is_able(query: Tensor) -> bool:
-    """Whether the kernel takes queries like these: [.., D]."""
+    """Whether the kernel supports queries like these, [.., D]."""
     size = query.shape[-1]
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and size % 8 == 0
         and size <= _MAX_HEAD_SIZE
-        # The first GPUs that it runs on are Ampere's.
+        # The kernel needs Ampere or later.
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """Where the rows lie in queries and in keys."""
+    """The rows' offsets in the concatenated queries and keys."""
 
     query_B1: Tensor
     """int32 [B + 1]: row i's queries are tokens `query_B1[i]` to `query_B1[i + 1]`."""
     key_B1: Tensor
-    """int32 [B + 1], its keys likewise."""
+    """int32 [B + 1]: the same for its keys."""
     max_queries: int
-    """Of the longest row."""
+    """Queries of the row with the most."""
     max_keys: int
+    """Keys of the row with the most."""
     used_B: Tensor | None = None
-    """int32 [B]: only so many keys of each row count; None: all."""
+    """int32 [B]: the number of each row's first keys that are attended to; None: all."""
 
 
 def attend(
@@ -55,24 +56,25 @@ def attend(
     is_causal: bool,
     window: int | None = None,
 ) -> Tensor:
-    """Let each row's queries attend to its keys.
+    """Attend with each row's queries to its keys.
 
-    The last query stands at the last key, so keys that were computed before may come first.
+    A row's last query is at the position of its last key, so its keys may include those of earlier
+    tokens.
 
     Args:
         query_THD: [T, H, D] in half precision on a GPU.
         key_LKD: [L, K, D] with K a divisor of H; `value_LKD` likewise.
         value_LKD: see `key_LKD`.
-        bounds: where rows begin and end.
+        bounds: the rows' offsets.
         scaling: factor on the scores; None: one over the root of D.
-        is_causal: whether a query sees no key behind its place.
-        window: with `is_causal`, a query sees this many keys, its own place among them.
+        is_causal: whether a query attends to no key after its position.
+        window: with `is_causal`, the number of keys that a query attends to, its own included.
 
     Returns:
         [T, H, D].
     """
-    # torch 2.13 has a public face for it, `torch.nn.attention.varlen.varlen_attn`; that of 2.11
-    # knows of no `seqused_k`.
+    # torch 2.13 has a public function for it, `torch.nn.attention.varlen.varlen_attn`; the one in
+    # 2.11 has no `seqused_k`.
     out: Tensor = torch.ops.aten._flash_attention_forward(
         query_THD,
         key_LKD,
@@ -101,13 +103,13 @@ def attend_slots(
     scaling: float | None,
     window: int | None = None,
 ) -> Tensor:
-    """Let each row's query attend to its slot, up to its own position.
+    """Attend with each row's query to its slot, up to the row's position.
 
     Args:
         query: [B, H, 1, D].
-        key: [B, K, S, D], slots whose tokens lie one behind the other; `value` likewise.
+        key: [B, K, S, D], in memory [B, S, K, D]; `value` likewise.
         value: see `key`.
-        bounds: of H // K queries a row, or of one with a window.
+        bounds: offsets of H // K queries a row, or of one query if there is a window.
         scaling: see `attend`.
         window: see `attend`.
 
@@ -116,7 +118,7 @@ def attend_slots(
     """
     num_rows, num_heads, _, size = query.shape
     num_keys = key.shape[1]
-    # Slots behind one another, as they lie in memory.
+    # The slots concatenated, as they are in memory: a view.
     key_LKD, value_LKD = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
     if window is not None:
         out_BHD = attend(
@@ -129,8 +131,7 @@ def attend_slots(
             window=window,
         )
         return out_BHD[:, None]
-    # The query heads of one key head as queries behind one another: its keys are read once for
-    # all of them.
+    # The query heads of one key head become queries of that head: its keys are read once for all.
     num_groups = num_heads // num_keys
     grouped = query.view(num_rows, num_keys, num_groups, size).transpose(1, 2).flatten(0, 1)
     out = attend(grouped, key_LKD, value_LKD, bounds, scaling=scaling, is_causal=False)

@@ -1,9 +1,9 @@
-"""Small kernels of a model fused into few, by torch.compile and torch's own fused ones.
+"""Fusion of a model's small kernels, by torch.compile and torch's own fused kernels.
 
-On a GPU a layer's products take half of its time; norms, rotations, gates and sums between them,
-each reading and writing everything anew, take the rest. Image encoders are compiled layer by layer.
-Decoders are not: their attention has state that a compiler would look into, and three functions of
-theirs make the difference.
+On a GPU the matrix products take half of a layer's time. The norms, rotations, gates and sums
+between them take the rest, since each reads and writes whole tensors. Image encoders are compiled
+layer by layer. Decoders are not, because their attention has state that the compiler would trace:
+three of their functions are fused instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from batchvlm.words import one_line
 log = logging.getLogger(__name__)
 
 _ROTATIONS = ("apply_rotary_pos_emb", "apply_multimodal_rotary_pos_emb")
-"""What modelling files of transformers call the function that rotates queries and keys."""
+"""Names in transformers' modelling files of the function that rotates queries and keys."""
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _ALIGNED = 64
 _WORTH_IT_AFTER_S = 60.0
@@ -45,11 +45,11 @@ class FusedRMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """A feed-forward part whose activation and gate are one kernel.
+    """A gated MLP whose activation and product are one kernel.
 
     Args:
-        original: the part, with `gate_proj`, `up_proj`, `down_proj` and `act_fn`.
-        gate: activation of the first times the second.
+        original: the MLP, with `gate_proj`, `up_proj`, `down_proj` and `act_fn`.
+        gate: returns the activation of its first argument times its second.
     """
 
     def __init__(self, original: Any, gate: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -60,28 +60,28 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        # In one dimension: the compiler makes a kernel of its own for each case of a size of one.
+        # Flattened: the compiler specializes a kernel for each dimension of size 1.
         gated = self._gate(gate.view(-1), up.view(-1)).view(gate.shape)
         out: Tensor = self.down_proj(gated)
         return out
 
 
 class Fusing:
-    """The fused forms of one model.
+    """Fuses the layers of one model.
 
     Args:
-        model: a transformers model on a GPU.
+        model: a transformers model on a GPU; its decoder layers are changed in place.
     """
 
     def __init__(self, model: Any) -> None:
         self._rotations: dict[str, Callable[..., Any]] = {}
         self._module: Any = None
         self._encoder_layers: list[tuple[nn.Module, Callable[..., Any]]] = []
-        """Layers of image encoders, and their compiled forms."""
+        """Layers of image encoders, with their compiled forwards."""
         start_s = time.perf_counter()
         layers = list(model.get_decoder().layers)
         try:
-            # Whatever the compiler lacks here shows at the first small function.
+            # If the compiler does not work here, it fails at the first small function.
             self._fuse_decoder(layers)
         except Exception as error:
             log.warning(
@@ -105,7 +105,7 @@ class Fusing:
             act = mlp.act_fn
             if type(act) not in gates:
                 gates[type(act)] = torch.compile(_gate_of(act), dynamic=True)
-                # Outside of the comparison, which would take an error for a difference.
+                # Compiled outside `is_same`, which would take an error for a difference.
                 with torch.inference_mode():
                     sample = random_like(mlp.gate_proj.weight, (64,))
                     gates[type(act)](sample, sample.clone())
@@ -134,9 +134,9 @@ class Fusing:
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
-        """Let the layers of encoders run compiled: within only.
+        """Run the layers of encoders compiled, within this context only.
 
-        `generate()` gives them an attention of its own, which would be compiled in many pieces.
+        Under `generate()` they have another attention, which would be compiled in many pieces.
         """
         for layer, compiled in self._encoder_layers:
             layer.forward = compiled
@@ -148,7 +148,7 @@ class Fusing:
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Let the decoder rotate by the fused function: within only, others use that file too."""
+        """Use the fused rotation in the decoder's module, which other models may share, within."""
         originals = {name: getattr(self._module, name) for name in self._rotations}
         for name, fused in self._rotations.items():
             setattr(self._module, name, fused)
@@ -160,10 +160,9 @@ class Fusing:
 
 
 def seconds_to_fusing(cfg: EngineConfig, model: Any) -> float | None:
-    """How long an engine works before its model's layers are fused; None: they never are.
+    """Seconds that an engine works before its model's layers are fused; None: they never are.
 
-    Compiling takes about as long, so that a short job does not pay for what it will not use, and a
-    long one loses little.
+    Compiling takes about as long. So a short job does not pay for it, and a long one loses little.
     """
     if cfg.compile is not None:
         return 0.0 if cfg.compile else None
@@ -177,10 +176,10 @@ def is_half_on_gpu(model: Any) -> bool:
 
 @torch.no_grad()
 def align(model: Any) -> None:
-    """Give feed-forward parts of odd width zeros to the next even one, in place.
+    """Pad the weights of gated MLPs with zeros to an aligned width, in place.
 
-    The matrix units take rows of whole 16 bytes: with 3,420 numbers a row, as in the encoder of
-    Qwen2.5-VL, products run several times slower than with 3,456. What is added is zero throughout.
+    The tensor cores need rows of a multiple of 16 bytes: with 3,420 elements a row, as in the
+    encoder of Qwen2.5-VL, products run several times slower than with 3,456.
     """
     num_aligned = 0
     for mlp in model.modules():
@@ -191,7 +190,7 @@ def align(model: Any) -> None:
             width = -(-mlp.gate_proj.out_features // _ALIGNED) * _ALIGNED
             for name, linear in before.items():
                 setattr(mlp, name, _widened(linear, width, is_input=name == "down_proj"))
-            # Another order of sums: not to the last bit.
+            # Sums are taken in another order, so results may differ in the last bits.
             if is_same(lambda x, its=expected: its, mlp.forward, sample):
                 num_aligned += 1
                 continue
@@ -202,7 +201,7 @@ def align(model: Any) -> None:
 
 
 def _widened(linear: nn.Linear, width: int, *, is_input: bool) -> nn.Linear:
-    """The same with zeros for the inputs, or outputs, beyond those that it has."""
+    """A copy of `linear` with its inputs, or else its outputs, padded with zeros to `width`."""
     rows, columns = (linear.out_features, width) if is_input else (width, linear.in_features)
     weight = linear.weight.new_zeros(rows, columns)
     weight[: linear.out_features, : linear.in_features] = linear.weight
@@ -218,7 +217,7 @@ def _widened(linear: nn.Linear, width: int, *, is_input: bool) -> nn.Linear:
 
 @contextmanager
 def falling_back() -> Iterator[None]:
-    """Let what cannot be compiled run as it is, with torch's own warning."""
+    """Run functions that cannot be compiled uncompiled, with torch's own warning."""
     import torch._dynamo.config as config
 
     before = config.suppress_errors
@@ -237,6 +236,6 @@ def _gate_of(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tens
 
 
 def _is_gated(mlp: Any) -> bool:
-    # Their own class alone: those of adapters and quantized ones do more than a product.
+    # Exactly nn.Linear: subclasses of adapters and quantization do more than a product.
     is_whole = all(type(getattr(mlp, name, None)) is nn.Linear for name in _GATED)
     return is_whole and isinstance(getattr(mlp, "act_fn", None), nn.Module)

@@ -1,9 +1,9 @@
-"""What image encoders make of patch grids, worked out on the host.
+"""The tensors that image encoders derive from patch grids, computed on the host.
 
-Encoders of Qwen-VL's kind get the number of patches of each image, and make places, windows and
-bounds of it. From numbers on a GPU they read these back one by one, and each time wait for all that
-was launched before; then the GPU waits for what comes next. transformers takes all of it from
-outside too, under the names of `transformers.vision_utils`.
+Encoders like Qwen-VL's get each image's patch grid and derive positions, windows and sequence
+offsets from it. If the grids are on a GPU, they read them back one by one; each read synchronizes,
+after which the GPU idles until the next launch. transformers also accepts the derived tensors as
+arguments, under the names of `transformers.vision_utils`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 _NEEDED = ("get_vision_attention_seqlens", "get_vision_position_ids")
 _PER_FRAME = "get_vision_frame_index"
-"""Encoders with this function put more between the frames of a video than is made here."""
+"""Encoders with this function need more for the frames of a video than is computed here."""
 
 
 def find_encoder(model: Any) -> nn.Module | None:
-    """The part of a model that makes something of patch grids; None where none takes it made."""
+    """The model's encoder that takes patch grids; None if it does not accept derived tensors."""
     for module in model.modules():
         functions = vars(sys.modules[type(module).__module__])
         if "grid_thw" in inspect.signature(module.forward).parameters:
@@ -33,14 +33,14 @@ def find_encoder(model: Any) -> nn.Module | None:
 
 
 def made_of_grids(encoder: nn.Module, grids_I3: Tensor) -> dict[str, Any]:
-    """What an encoder would make of its images' patch grids, by the names of its arguments.
+    """Compute what an encoder would derive from its images' patch grids.
 
     Args:
-        encoder: as `find_encoder` finds it.
+        encoder: an encoder that `find_encoder` returned.
         grids_I3: int64 [I, 3], frames, rows and columns of patches of each image, on the host.
 
     Returns:
-        Tensors on the host, and numbers.
+        Tensors on the host and numbers, by the names of the encoder's arguments.
 
     Source: `transformers.exporters.utils`, which takes seconds to import.
     """
@@ -74,7 +74,7 @@ def made_of_grids(encoder: nn.Module, grids_I3: Tensor) -> dict[str, Any]:
 
 
 def _attribute(encoder: nn.Module, name: str) -> Any:
-    """The first of this name, of the encoder or of one of its parts."""
+    """The first attribute of this name that is not None, of the encoder or of its submodules."""
     for module in encoder.modules():
         value = getattr(module, name, None)
         if value is not None:

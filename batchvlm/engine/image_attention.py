@@ -1,11 +1,11 @@
-"""Attention over the patches of images: on a GPU in one call for all of them.
+"""Attention over the patches of images: on a GPU in one call for all images.
 
-Encoders of Qwen-VL's kind and Pixtral's take images behind one another. transformers tells them
-apart by where they begin for flash attention alone; for any other kernel it calls it window by
-window, thousands of times a batch, or makes a dense mask over all patches. So the encoder is told
-that it has flash attention, by a name, and gets torch's own.
+Encoders like Qwen-VL's and Pixtral's take concatenated images. Only for flash attention does
+transformers pass the images' offsets. Any other kernel it calls window by window, thousands of
+times a batch, or with a dense mask over all patches. So the encoder's config gets a name that looks
+like flash attention, under which torch's own flash attention is registered.
 
-On a CPU plain products take the place of torch's attention where they are faster.
+On a CPU plain matrix products replace torch's attention if they are faster.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from batchvlm.engine import flash, products
 # size.
 
 NAME = "batchvlm_flash_images"
-"""transformers looks for "flash" in it."""
+"""The implementation on a GPU: transformers looks for "flash" in the name."""
 
 NAME_IN_HALF = "batchvlm_images"
-"""On a CPU; without that word."""
+"""The implementation on a CPU, whose name must not contain "flash"."""
 
 _WITHOUT_GRID = frozenset({"pixtral"})
-"""Encoders of packed images whose processors give no patch grid."""
+"""Encoders of concatenated images whose processors return no patch grid."""
 
 
 @torch.library.custom_op("batchvlm::attend_images", mutates_args=())
@@ -47,15 +47,15 @@ def attend_images(
     longest: int,
     scaling: float,
 ) -> Tensor:
-    """Let patches of each image or window attend to one another.
+    """Attend among the patches of each image or window.
 
-    Opaque to `torch.compile`, which would otherwise look into it at every length anew.
+    A custom operator, because `torch.compile` would otherwise trace it again for every length.
 
     Args:
         query_THD: [T, H, D]; the others likewise.
         key_THD: see `query_THD`.
         value_THD: see `query_THD`.
-        starts_I1: int32 [I + 1], where each begins and the last one ends.
+        starts_I1: int32 [I + 1], the offset of each image or window, and the end of the last.
         longest: patches of the longest one.
         scaling: factor on the scores.
 
@@ -103,9 +103,9 @@ def attention(
     Args:
         module: the layer's attention module.
         query: [1, H, T, D]; `key` and `value` likewise.
-        attention_mask: what may be seen, where the encoder says it by a mask.
-        scaling: factor on the scores.
-        cu_seq_lens_q: int32 [I + 1], where images or windows begin.
+        attention_mask: the mask, if the encoder passes one in place of offsets.
+        scaling: factor on the scores; None: one over the root of D.
+        cu_seq_lens_q: int32 [I + 1], the offsets of images or windows.
         max_length_q: patches of the longest one.
 
     Returns:
@@ -134,8 +134,8 @@ def attention_in_half(
     Args:
         module: the layer's attention module.
         query: [B, H, T, D]; `key` and `value` likewise.
-        attention_mask: where there is one, torch's own attention does it.
-        scaling: factor on the scores.
+        attention_mask: if there is one, torch's own attention is used.
+        scaling: factor on the scores; None: one over the root of D.
 
     Returns:
         [B, T, H, D].
@@ -157,9 +157,9 @@ def attention_in_half(
 
 
 def encoder_configs(model: Any) -> tuple[str, list[Any]]:
-    """The name of the attention that a model's encoder should have, and its configs to be named.
+    """The name of the attention for a model's encoder, and the configs in which to set it.
 
-    Without configs where the encoder has an attention already that is as good.
+    The list of configs is empty if the encoder keeps its own attention.
     """
     config = getattr(model.config, "vision_config", None)
     is_half = model.dtype in (torch.float16, torch.bfloat16)
@@ -176,9 +176,9 @@ def encoder_configs(model: Any) -> tuple[str, list[Any]]:
 
 
 def choose_way(configs: list[Any], dtype: torch.dtype) -> None:
-    """Find out on a CPU whether products are faster, before anything else runs beside.
+    """Time products against torch's attention on a CPU, before other work could disturb the trial.
 
-    Encoders whose configs have other names for their heads find out at their first image.
+    Encoders whose configs name their heads otherwise run the trial at their first image.
     """
     for config in configs:
         num_heads = getattr(config, "num_heads", None) or getattr(
@@ -191,7 +191,7 @@ def choose_way(configs: list[Any], dtype: torch.dtype) -> None:
 
 @contextmanager
 def attending(name: str, configs: list[Any]) -> Iterator[None]:
-    """Name an attention in an encoder's configs while it runs."""
+    """Set the attention in an encoder's configs, within this context."""
     before = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = name

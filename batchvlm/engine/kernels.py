@@ -1,7 +1,7 @@
-"""Modules of a model in a cheaper form: the same function of the same weights.
+"""Cheaper replacements for a model's modules: the same function of the same weights.
 
-Each replacement is held against the original on random numbers before it takes its place, so a
-module that only looks like what is known here stays as it is.
+Each replacement is compared with the original on random input before it is used. So a module that
+only resembles a known one stays as it is.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 _QUICK_GELU = 1.702
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""Largest difference allowed, in units of the largest value: a few roundings."""
+"""The largest difference allowed, relative to the largest value: a few rounding errors."""
 
 _FEED_FORWARD = (
     ("gate_proj", "act_fn", "down_proj"),
     ("fc1", "act", "fc2"),
     ("fc1", "activation_fn", "fc2"),
 )
-"""Names of a product, of the activation behind it, and of the product behind that."""
+"""Names of the first linear layer of an MLP, of its activation, and of its last linear layer."""
 _ACTIVATIONS = {
     "SiLUActivation": ("swish", ""),
     "SiLU": ("swish", ""),
@@ -37,16 +37,16 @@ _ACTIVATIONS = {
     "GELUTanh": ("gelu", "tanh"),
     "ReLU": ("relu", ""),
 }
-"""By class: what oneDNN calls the same."""
+"""Class name -> oneDNN's names for the same function."""
 _RACE_WIDTH = 512
 _RACE_ROWS = (16, 256)
 
 
 class PatchLinear(nn.Module):
-    """A convolution over whole patches, as the product that it is.
+    """A convolution whose input is exactly one patch, as a matrix product.
 
-    mkldnn's 3-D convolution took 26 ms (float32) and 39 ms (bfloat16) for an image of 784 patches
-    that this takes 3.6 ms and 0.5 ms for.
+    For an image of 784 patches mkldnn's 3-D convolution took 26 ms (float32) and 39 ms (bfloat16);
+    this takes 3.6 ms and 0.5 ms.
     """
 
     def __init__(self, original: nn.Conv2d | nn.Conv3d) -> None:
@@ -63,7 +63,7 @@ class PatchLinear(nn.Module):
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), by SiLU: torch's sigmoid is several times slower on a CPU."""
+    """x * sigmoid(1.702 x) by way of SiLU: torch's sigmoid is several times slower on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(x * _QUICK_GELU, inplace=True).mul_(1 / _QUICK_GELU)
@@ -86,13 +86,13 @@ class RMSNorm(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A product with weights that lie as oneDNN wants them, reordered once instead of each time.
+    """A linear layer with its weights in oneDNN's blocked layout, reordered once for all calls.
 
     Args:
-        original: its plain form, whose weights may go afterwards.
+        original: the plain layer, whose weights may be freed afterwards.
 
     Attributes:
-        activation: oneDNN's names for what is applied to the result; "none" at first.
+        activation: oneDNN's names for the activation applied to the result; initially "none".
     """
 
     def __init__(self, original: nn.Linear) -> None:
@@ -100,11 +100,11 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = original.in_features, original.out_features
         self.bias = original.bias
         self.weight = torch.ops.mkldnn._reorder_linear_weight(original.weight.detach())
-        """Tells its shape, type and device; `to_dense()` gives the plain form."""
+        """Has shape, dtype and device as usual; `to_dense()` returns the plain weights."""
         self.activation = ("none", "")
 
     def scaled(self, factor: float, *, is_bias_scaled: bool = True) -> PackedLinear:
-        """The same product times a factor."""
+        """A copy whose result is multiplied by a factor."""
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         weight = self.weight.to_dense().mul_(factor)
         plain.weight = nn.Parameter(weight, requires_grad=False)
@@ -123,10 +123,10 @@ class PackedLinear(nn.Module):
 
 
 def tune(model: Any) -> None:
-    """Replace what a model's device runs in a wasteful form; in place."""
+    """Replace modules that are inefficient on the model's device, in place."""
     is_cpu = model.device.type == "cpu"
     num_replaced: dict[str, int] = {}
-    # By name: a list of the modules would keep the weights of all that were replaced.
+    # By name: a list of modules would keep the weights of replaced ones alive.
     for parent, name in [(parent, name) for parent, name, _ in children(model)]:
         module: Any = getattr(parent, name)
         new: nn.Module | None = None
@@ -152,14 +152,14 @@ def tune(model: Any) -> None:
 
 
 def children(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Every module below a model: its parent, its name there, itself."""
+    """Yield every submodule of a model: its parent, its name in the parent, and the module."""
     for parent in model.modules():
         for name, module in parent.named_children():
             yield parent, name, module
 
 
 def _is_patch_embedding(module: Any) -> bool:
-    # Of 2-D convolutions over whole images only torch knows when a product is better.
+    # Not 2-D convolutions, which run over whole images: torch chooses their algorithm itself.
     return (
         isinstance(module, nn.Conv3d)
         and module.kernel_size == module.stride
@@ -170,7 +170,7 @@ def _is_patch_embedding(module: Any) -> bool:
 
 
 def _fold_activation(mlp: nn.Module) -> bool:
-    """Let the first product of a feed-forward part apply the activation behind it."""
+    """Fold an MLP's activation into its first linear layer; return whether that was possible."""
     for first, act, last in _FEED_FORWARD:
         product, activation, behind = (getattr(mlp, name, None) for name in (first, act, last))
         if not isinstance(product, PackedLinear) or not isinstance(behind, PackedLinear):
@@ -201,7 +201,7 @@ def _fold_activation(mlp: nn.Module) -> bool:
 
 
 def _is_plain_linear(module: Any) -> bool:
-    # Not what accelerate or peft hook into, nor parts of a weight.
+    # Not modules with hooks of accelerate or peft, nor sharded weights.
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
@@ -212,7 +212,7 @@ def _is_plain_linear(module: Any) -> bool:
 
 @cache
 def is_packing_good(dtype: torch.dtype) -> bool:
-    """Whether products over reordered weights take no more time here than plain ones."""
+    """Whether products with reordered weights are no slower on this CPU than plain ones."""
     plain = nn.Linear(_RACE_WIDTH, _RACE_WIDTH, bias=False, device="meta")
     weight = random_like(torch.empty(0, dtype=dtype), (_RACE_WIDTH, _RACE_WIDTH))
     plain.weight = nn.Parameter(weight, requires_grad=False)
@@ -220,14 +220,14 @@ def is_packing_good(dtype: torch.dtype) -> bool:
         try:
             packed = PackedLinear(plain)
         except (RuntimeError, AttributeError):
-            return False  # a torch without oneDNN, a CPU without instructions for this type
+            return False  # torch without oneDNN, or a CPU without instructions for this dtype
         samples = [random_like(plain.weight, (num, _RACE_WIDTH)) for num in _RACE_ROWS]
         ways = [(partial(packed, x), partial(plain, x)) for x in samples]
         return all(race.winner(pair) == 0 for pair in ways)
 
 
 def is_rms_norm(module: Any) -> bool:
-    """Whether a module looks like transformers' norm by the root mean square."""
+    """Whether a module looks like an RMSNorm of transformers."""
     weight = getattr(module, "weight", None)
     return (
         type(module).__name__.endswith("RMSNorm")
@@ -238,14 +238,14 @@ def is_rms_norm(module: Any) -> bool:
 
 
 def random_like(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Normal numbers of a weight's device and type, the same each time."""
+    """Normally distributed numbers with a weight's device and dtype, the same in every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
 
 
 @torch.inference_mode()
 def is_same(original: Callable[..., Any], new: Callable[..., Any], sample: Tensor) -> bool:
-    """Whether two functions give the same for a sample, up to a few roundings."""
+    """Whether two functions return the same for a sample, up to a few rounding errors."""
     try:
         expected, got = original(sample), new(sample)
     except Exception:

@@ -1,9 +1,9 @@
-"""Attention on a CPU as plain products, where these take less time than torch's own attention.
+"""Attention on a CPU as batched matrix products, if these are faster than torch's own attention.
 
-torch's attention computes products in half precision no faster than in float32 unless the CPU has
-matrix units for them, and products of small blocks in either. Here heads go into one product, and
-scores lie in memory in between, rounded as in transformers' eager attention. Which of the two is
-faster is found by a trial.
+Unless the CPU has matrix units for half precision, torch's attention is no faster in it than in
+float32, and in both it multiplies small blocks. Here one batched product takes many heads, and the
+scores are stored in between, rounded as in transformers' eager attention. A trial decides which of
+the two is used.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor
 
 from batchvlm.engine import race
 
-# Shape legend: B images, H heads, K key-value heads, G = H // K query heads for each of these, T
-# queries, L keys, D head size; X heads of all images, or key-value heads, behind one another.
+# Shape legend: B images, H heads, K key-value heads, G = H // K query heads per key-value head, T
+# queries, L keys, D head size, X heads of all images concatenated, or key-value heads.
 
 _SCORES = 1 << 20
-"""Scores of images computed at once: they stay in the cache of a CPU."""
+"""Scores of images computed at once: few enough to stay in the CPU's cache."""
 _QUERIES = 192
-"""Queries of a prompt taken at once: more would see too many keys that lie ahead of them."""
+"""Queries of a prompt computed at once: a larger block computes more scores that are masked."""
 FEWEST_TOKENS = 100
-"""Of a prompt or an image: with fewer, torch's own attention does as well."""
+"""Shorter prompts and images are left to torch's attention, which is as fast for them."""
 _PROMPT_SCORES = 16 << 20
-"""Scores of a prompt that there may be at once: longer ones are left to torch, which keeps none."""
+"""Scores of a prompt stored at once. Longer prompts are left to torch, which stores none."""
 _RACE_PATCHES = 512
 _RACE_TOKENS = 256
 
 
 def attend_images(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float) -> Tensor:
-    """Let all patches of an image attend to one another.
+    """Attend among all patches of each image.
 
     Args:
         query_BHTD: [B, H, T, D]; the others likewise.
@@ -61,7 +61,7 @@ def attend_images(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scal
 
 
 def attend_prompt(query_HTD: Tensor, key_KLD: Tensor, value_KLD: Tensor, scale: float) -> Tensor:
-    """Let the last T of L tokens attend to themselves and to those before them.
+    """Attend causally with the last T of L tokens.
 
     Args:
         query_HTD: [H, T, D].
@@ -94,18 +94,18 @@ def attend_prompt(query_HTD: Tensor, key_KLD: Tensor, value_KLD: Tensor, scale: 
 
 @cache
 def _ahead(dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of tokens behind one another, [_QUERIES, _QUERIES]."""
+    """The causal bias on the scores of a block, [_QUERIES, _QUERIES]: -inf above the diagonal."""
     return torch.full((_QUERIES, _QUERIES), -torch.inf, dtype=dtype).triu_(1)
 
 
 def _scores(query_XTD: Tensor, key_XLD: Tensor, scale: float) -> Tensor:
-    # Contiguous before it is transposed: else torch would copy it transposed, which takes longer.
+    # Contiguous before the transpose: otherwise torch makes a transposed copy, which is slower.
     key_XDL = key_XLD.contiguous().transpose(1, 2)
     return torch.baddbmm(query_XTD.new_empty(1), query_XTD, key_XDL, beta=0, alpha=scale)
 
 
 def are_good_for_prompt(query_HTD: Tensor, key_KLD: Tensor) -> bool:
-    """Whether a prompt is neither too short nor too long for `attend_prompt`, which is faster."""
+    """Whether `attend_prompt` is faster here and the prompt neither too short nor too long."""
     num_heads, num_tokens, size = query_HTD.shape
     num_keys, length, _ = key_KLD.shape
     return (
@@ -117,7 +117,7 @@ def are_good_for_prompt(query_HTD: Tensor, key_KLD: Tensor) -> bool:
 
 @cache
 def are_faster_for_images(num_heads: int, size: int, dtype: torch.dtype) -> bool:
-    """Whether patches of images attend in less time by products here."""
+    """Whether `attend_images` is faster on this CPU than torch's attention."""
     with torch.inference_mode():
         query = torch.ones(1, _RACE_PATCHES, num_heads, size, dtype=dtype).transpose(1, 2)
         ways = [
@@ -129,7 +129,7 @@ def are_faster_for_images(num_heads: int, size: int, dtype: torch.dtype) -> bool
 
 @cache
 def are_faster_for_prompts(num_heads: int, num_keys: int, size: int, dtype: torch.dtype) -> bool:
-    """Whether prompts attend in less time by products here."""
+    """Whether `attend_prompt` is faster on this CPU than torch's attention."""
     with torch.inference_mode():
         query, key = (
             torch.ones(1, _RACE_TOKENS, num, size, dtype=dtype).transpose(1, 2)

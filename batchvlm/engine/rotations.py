@@ -1,7 +1,7 @@
-"""Queries and keys rotated in fewer passes over them, on a CPU.
+"""Rotary embedding of queries and keys in fewer passes over memory, on a CPU.
 
-Modelling files of transformers rotate by functions of the module; these are replaced while this
-engine runs the model, and only where a trial shows that they give the same.
+transformers' modelling files rotate by module-level functions. These are replaced while this engine
+runs the model, and only if a trial shows that the replacement returns the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [..., D].
-        cos: broadcastable to it; `sin` likewise.
+        cos: broadcastable to `x`; `sin` likewise.
 
     Returns:
         [..., D].
@@ -62,14 +62,14 @@ _KINDS: dict[str, tuple[Callable[[_Rotation], _Rotation], tuple[int, ...], tuple
     "apply_rotary_pos_emb": (_of_decoder, (1, 2, 3, 8), (1, 3, 8)),
     "apply_rotary_pos_emb_vision": (_of_encoder, (3, 2, 8), (3, 8)),
 }
-"""By the function's name: its other form, and shapes of queries and of cosines to try both on."""
+"""Function name -> its replacement, and the shapes of queries and cosines to compare both on."""
 
 
 class Rotations:
-    """The rotations in a model's modelling files.
+    """Replaces the rotary functions in a model's modelling files.
 
     Args:
-        model: a transformers model.
+        model: a transformers model; on a device other than a CPU nothing is replaced.
     """
 
     def __init__(self, model: Any) -> None:
@@ -84,7 +84,7 @@ class Rotations:
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
-        """Let the model rotate so: within only, others use these files too."""
+        """Replace the functions within this context only: other models may share the files."""
         for file, name, _, new in self._replaced:
             setattr(file, name, new)
         try:
@@ -100,7 +100,7 @@ def _are_same(
 ) -> bool:
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, *shape, generator=generator)
-    # Both halves alike, as all these functions have them.
+    # All these functions take angles whose two halves are equal.
     angle = torch.randn(*angles[:-1], angles[-1] // 2, generator=generator).repeat(
         *(1 for _ in angles[:-1]), 2
     )

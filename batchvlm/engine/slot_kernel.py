@@ -1,8 +1,8 @@
-"""Attention of one new token a row over slots, as a kernel of our own: on a GPU, by triton.
+"""Attention of one new token a row over slots: a Triton kernel for GPUs.
 
-Flash attention is made for many queries: its tiles are of 128, and the query heads of one key head
-fill eight of these, or four. Here a tile holds them alone, so that a step takes what reading keys
-and values takes. Queries are read from where they lie, and the output needs no reordering.
+Flash attention is made for many queries: a tile has 128, of which the query heads of one key head
+fill eight, or four. Here a tile is only as large as they need, so that a step takes the time of
+reading keys and values. Queries are read in place, and the output needs no reordering.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from batchvlm.words import one_line
 
 log = logging.getLogger(__name__)
 
-# Shape legend: B rows, H heads, K key-value heads, G = H // K query heads for each of these, S slot
-# length, D head size.
+# Shape legend: B rows, H heads, K key-value heads, G = H // K query heads per key-value head,
+# S slot length, L keys of a tile, D head size.
 
 _FEWEST_QUERIES = 16
-"""What the matrix units take at once."""
+"""The smallest tile that the tensor cores take."""
 _TILE = 64 * 128
-"""Numbers of keys in one tile: several of them, and of values, are on their way at once."""
+"""Elements of keys in one tile; several tiles of keys and of values are loaded at once."""
 _LOG2_E = 1.4426950408889634
 _TRIED_LENGTH = 1024
 _TRIED_BYTES = 256 << 20
-"""Keys and values in the trial: more than any cache holds."""
+"""Bytes of keys and values in the trial: more than any cache holds."""
 _TOLERANCE = 2e-2
 
 
 @cache
 def _kernel() -> tuple[Any, Any]:
-    """The kernel, and triton; imported where there is a GPU only."""
+    """The kernel and the triton module, which is imported only where there is a GPU."""
     import triton
     import triton.language as tl
 
@@ -106,15 +106,15 @@ def attend(
     scaling: float | None,
     window: int | None = None,
 ) -> Tensor:
-    """Let each row's query attend to its slot, up to its own position.
+    """Attend with each row's query to its slot, up to the row's position.
 
     Args:
         query: [B, H, 1, D] in half precision.
-        key: [B, K, S, D] with K a divisor of H; what lies behind a row's position is not read.
-        value: see `key`, with the same strides.
-        positions_B: int64 [B], where each row's new token lies.
+        key: [B, K, S, D] with K a divisor of H; keys past a row's position are not read.
+        value: see `key`; it has the same strides.
+        positions_B: int64 [B], the position of each row's new token.
         scaling: factor on the scores; None: one over the root of D.
-        window: a row sees this many keys, its newest among them.
+        window: the number of keys that a row attends to, its newest included.
 
     Returns:
         [B, 1, H, D].
@@ -126,7 +126,7 @@ def attend(
     width = triton.next_power_of_2(size)
     out = torch.empty(num_rows, 1, num_heads, size, dtype=query.dtype, device=query.device)
     scale = size**-0.5 if scaling is None else scaling
-    # torch's own operators see to it that theirs is the current device.
+    # Triton launches on the current device; torch's operators switch to that of their tensors.
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
         kernel[(num_rows, num_keys)](
             query,
@@ -156,7 +156,7 @@ def attend(
 def is_faster(
     num_heads: int, num_keys: int, size: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether this kernel comes to the same as flash attention there, in less time."""
+    """Whether this kernel agrees with flash attention on this device and is faster."""
     per_row = 2 * num_keys * _TRIED_LENGTH * size * dtype.itemsize
     num_rows = max(16, min(256, _TRIED_BYTES // per_row))
     try:
@@ -165,7 +165,7 @@ def is_faster(
         query = make(num_rows, num_heads, 1, size)
         shape = num_rows, _TRIED_LENGTH, num_keys, size
         key, value = (make(shape).transpose(1, 2) for _ in range(2))
-        # As in the middle of a job: no two rows are of one length.
+        # Rows of different lengths, as in the middle of a job.
         behind_B = torch.arange(num_rows, device=device) * 37 % (_TRIED_LENGTH // 2)
         positions_B = _TRIED_LENGTH - 1 - behind_B
         whole = (Span(0, num_rows, _TRIED_LENGTH),)
@@ -188,6 +188,6 @@ def is_faster(
     except torch.AcceleratorError:
         raise
     except Exception as error:
-        # A triton that is not there or does not compile, or no memory for a trial.
+        # Triton is missing or does not compile, or there is no memory for a trial.
         log.debug("no kernel for slots: %s", one_line(error))
         return False
