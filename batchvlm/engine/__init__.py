@@ -1,4 +1,4 @@
-"""Samples -> completions. Knows models and devices; knows no file, no dataset and no task."""
+"""Samples -> completions. Depends on models and devices, not on files, datasets or tasks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["Engine", "SampleStream", "open_engine"]
 
 
 def open_engine(cfg: JobConfig, *, device: str, followers: ToFollowers | None = None) -> Engine:
-    """Load the model and choose the engine that it allows.
+    """Load the model and open the engine that fits it and the settings.
 
     Args:
         followers: the processes that hold the other parts of the model (`model.tp_plan`).
 
     Raises:
-        ModelError: the model cannot be loaded, or the engine that was asked for cannot run it.
-        EndpointError: the server that is to answer is not there.
+        ModelError: the model cannot be loaded, or the requested engine cannot run it.
+        EndpointError: the server cannot be reached.
     """
     if cfg.engine.name is EngineName.endpoint:
         from batchvlm.engine.endpoint import EndpointEngine
 
         return EndpointEngine.open(cfg)
-    # torch takes seconds to import, and a job is checked without it.
+    # torch takes seconds to import, and checking a job does not need it.
     from batchvlm.engine.select import select_engine
 
     return select_engine(cfg, device=device, followers=followers)

@@ -1,4 +1,4 @@
-"""Seconds of each kind of work, on a GPU as the GPU spends them."""
+"""Seconds of encoding, prefill and decoding; on a GPU measured by CUDA events."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _Event = torch.cuda.Event
 
 
 class Clock:
-    """Adds the seconds of work to an engine's counts.
+    """Adds the seconds of work to an engine's stats.
 
-    Work on a GPU is over long after it was launched: marks are put around it, and read once the
-    GPU has passed them, without waiting for it.
+    On a GPU work ends long after its launch. So events are recorded around it, and are read once
+    the GPU has passed them, without synchronizing.
 
     Args:
-        device: where the work is done.
-        stats: `vision_s`, `prefill_s` and `decode_s` are what is added to.
+        device: where the work runs.
+        stats: the stats; `vision_s`, `prefill_s` and `decode_s` are added to.
     """
 
     def __init__(self, device: torch.device, stats: EngineStats) -> None:
@@ -32,7 +32,7 @@ class Clock:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Count what is done within as `name`, a field of the counts; not where it raises."""
+        """Add the seconds of the work within to the stats' field `name`, unless it raises."""
         if self._device.type != "cuda":
             start_s = time.perf_counter()
             yield
@@ -46,7 +46,7 @@ class Clock:
             self._read_first()
 
     def finish(self) -> None:
-        """Wait for the work that was launched, and count it."""
+        """Wait for all launched work and add its seconds."""
         while self._marks:
             self._marks[0][2].synchronize()
             self._read_first()

@@ -1,4 +1,4 @@
-"""What an exception in the engine means: for its rows, or for the whole process."""
+"""Exceptions in the engine, classified: those that fail rows and those that end the process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def is_oom(error: BaseException) -> bool:
-    """Whether memory was short, on the device or on the host."""
+    """Whether the error says that memory was short, on the device or on the host."""
     # torch's CPU allocator and cuBLAS raise RuntimeError.
     words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
@@ -24,16 +24,16 @@ def is_oom(error: BaseException) -> bool:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """The failure of a row that raised this by itself."""
+    """The failure of a row that raised this error when it was computed alone."""
     return Failure(
         error_type=ErrorType.OOM if is_oom(error) else ErrorType.ENGINE, message=described(error)
     )
 
 
 def device_error(error: BaseException) -> DeviceError:
-    """What ends the process after a `torch.AcceleratorError`.
+    """The error that ends the process after a `torch.AcceleratorError`.
 
-    After it every call fails, so every row would: none of them is at fault.
+    After one, every further call on the device fails, so that the rows cannot be blamed.
     """
     return DeviceError(
         f"the accelerator failed: {described(error)}",
@@ -42,7 +42,7 @@ def device_error(error: BaseException) -> DeviceError:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what a failed attempt has left."""
+    """Free the memory that a failed attempt has left allocated."""
     gc.collect()
     if device.type != "cuda":
         return
@@ -51,10 +51,10 @@ def free_memory(device: torch.device) -> None:
     except torch.AcceleratorError:
         raise
     except RuntimeError as error:
-        # torch 2.11 keeps its memory for good after the capture of a graph was broken off.
+        # torch 2.11 never frees this memory after an aborted graph capture.
         log.debug("memory is not given back: %s", described(error))
 
 
 def described(error: BaseException) -> str:
-    """An error's type and message, in one line."""
+    """An error's type and message on one line."""
     return f"{type(error).__name__}: {one_line(error)}"

@@ -1,6 +1,6 @@
-"""Which of several ways to compute the same is the fastest here, by trying them.
+"""Finds the fastest of several implementations on this machine by timing them.
 
-Which kernel wins depends on a processor's maker, its matrix units and its caches; no table of these
+The result depends on the processor's vendor, its matrix units and its caches, so no table of them
 would be right on the next machine.
 """
 
@@ -18,19 +18,20 @@ _ROUNDS = 5
 _ROUND_S = 2e-3
 _CALLS = 20
 _CLEARLY = 0.95
-"""The first way stays unless another takes less than this share of its time: near ties would go one
-way in one process and the other way in the next."""
+"""The first way wins unless another takes less than this share of its time. Otherwise near ties
+would be decided differently from one process to the next."""
 
 
 def winner(ways: Sequence[Callable[[], object]], device: torch.device = CPU) -> int:
-    """Time ways to compute the same, by turns; takes some twenty milliseconds for each.
+    """Time several ways to compute the same in turns; takes about 20 ms for each.
 
     Args:
-        ways: the first is what is used unless another is clearly faster. One that raises is out.
-        device: where they compute.
+        ways: the first is the default, which wins unless another is clearly faster. A way that
+            raises cannot win.
+        device: the device that they run on.
 
     Returns:
-        Index of the fastest.
+        Index of the winner.
     """
     measure = _least_seconds if device.type == "cpu" else partial(_seconds_on, device)
     best_s = [_warm_up(way, measure) for way in ways]
@@ -51,7 +52,7 @@ def _warm_up(way: Callable[[], object], measure: Callable[[Callable[[], object]]
 
 
 def _least_seconds(way: Callable[[], object]) -> float:
-    """The shortest of some calls: other processes can only make one longer."""
+    """The minimum over several calls: other processes can only make a call slower."""
     least_s = float("inf")
     end_s = time.perf_counter() + _ROUND_S
     while (start_s := time.perf_counter()) < end_s or least_s == float("inf"):
@@ -61,7 +62,7 @@ def _least_seconds(way: Callable[[], object]) -> float:
 
 
 def _seconds_on(device: torch.device, way: Callable[[], object]) -> float:
-    """Seconds of a call on a GPU, behind others of its kind: launching is not what is measured."""
+    """Seconds of a call on a GPU, averaged over queued calls so that launches do not count."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     with torch.cuda.device(device):
         way()

@@ -1,8 +1,8 @@
-"""Several forwards at once on a CPU, each by its share of the threads.
+"""Several forwards at once on a CPU, each on a share of the threads.
 
-Within one forward all threads meet at the end of every operation, and while Python launches the
-next one, or an operation is too small to be divided, one of them works alone. Forwards beside one
-another wait for nobody, over the same weights. OpenVINO calls this streams.
+In a single forward all threads synchronize after every operation, and only one is busy while Python
+launches the next one or while an operation is too small to be divided. Concurrent forwards do not
+wait for one another, and share the weights. OpenVINO calls them streams.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from batchvlm.engine.kernels import PackedLinear
 from batchvlm.engine.layout import Span
 
 _MAX_STREAMS = 8
-"""Python launches the operations of all of them, one at a time."""
+"""More would not help: Python launches the operations of all streams one at a time."""
 _OPERATIONS = 1 << 39
-"""Additions and multiplications of a stream before rows in slots go on: some seconds."""
+"""Floating-point operations of a stream between two decode steps: some seconds of prefill."""
 _PACKS = 4
-"""Packs of a stream likewise: enough for all to end at nearly the same time."""
+"""Packs of a stream between two decode steps: enough for all streams to end at about one time."""
 _PART_ROWS = 8
-"""Rows of a step in one stream at least: fewer take no less time than twice as many."""
+"""The fewest rows of a step in one stream: fewer take as long as twice as many."""
 _SMALL_WEIGHTS = 1 << 28
-"""Weights of a decoder that may be read several times a step, by each stream for its rows."""
+"""The largest decoder, in weights, whose steps are divided: each stream reads all weights."""
 _LOOK_UP_S = 0.5
 _CHANGING_ROPES = frozenset({"dynamic", "longrope"})
-"""Their modules keep the angles of the latest forward."""
+"""RoPE types whose modules store the angles of the latest forward, which is not thread-safe."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 class Streams:
-    """Calls of a function with different arguments, at once or one after another.
+    """Calls a function with different arguments, several at once if there are several streams.
 
     Args:
-        num: how many at once.
-        num_weights: of the decoder.
+        num: the number of streams.
+        num_weights: the number of weights of the decoder.
     """
 
     def __init__(self, num: int = 1, num_weights: int = 0) -> None:
@@ -59,15 +59,17 @@ class Streams:
         *,
         again: Callable[[_Result], bool] = lambda _: False,
     ) -> Iterator[_Result]:
-        """Call a function with each item; results in the order of the items.
+        """Call a function with each item and yield the results in the order of the items.
 
-        Those that would leave a stream without work are called afterwards with all threads, one
-        after another. Where a call raises, its error comes when all are over.
+        As many items as divide evenly among the streams are computed at once. The others would
+        leave streams idle, so they follow one by one with all threads. If a call raises, the error
+        is raised when all calls have ended.
 
         Args:
-            function: is called in threads; where there is one stream, in this one.
+            function: called in the streams' threads, or in this thread if there is one stream.
             items: the longest first.
-            again: for which results of calls beside others the call is made anew, by itself.
+            again: whether a result of a concurrent call is to be replaced by that of a new call,
+                made alone.
         """
         num = len(items) - len(items) % self.num if self.num > 1 else 0
         if num:
@@ -90,11 +92,11 @@ class Streams:
         pool = _pool(self.num, torch.get_num_threads())
         futures = [pool.submit(call, item) for item in items]
         try:
-            # A signal may come to another thread, which does not wake this one.
+            # With a timeout: a signal delivered to another thread would not wake this one.
             while wait(futures, timeout=_LOOK_UP_S).not_done:
                 pass
         except BaseException:
-            # A signal ends this thread at its next line. The process ends when the others have.
+            # A signal was raised in this thread. The others must end too, or the process cannot.
             for future in futures:
                 future.cancel()
             for thread in tuple(threads):
@@ -103,14 +105,14 @@ class Streams:
         return [future.result() for future in futures]
 
     def num_packs(self, pack_tokens: int) -> int:
-        """Packs that are computed before rows in slots go on; 1 where one takes long enough."""
+        """The number of packs to compute between decode steps; 1 if a pack takes long enough."""
         if self.num == 1:
             return 1
         num = self.num * _OPERATIONS // max(1, 2 * self._num_weights * pack_tokens)
         return max(1, min(num, self.num * _PACKS))
 
     def parts(self, spans: Sequence[Span]) -> list[Sequence[Span]]:
-        """Slots that are decoded at once, divided among the streams where that takes less time."""
+        """Divide the slots of a step among the streams if that is faster, else return one part."""
         start, stop = spans[0].start, spans[-1].stop
         is_small = self._num_weights <= _SMALL_WEIGHTS
         if self.num == 1 or not is_small or stop - start < _PART_ROWS * self.num:
@@ -127,10 +129,10 @@ class Streams:
 
 
 class Together:
-    """A context that several threads are in at once: the first enters it, the last leaves it.
+    """A context that several threads share: the first thread enters it, the last one exits it.
 
     Args:
-        open_context: makes it.
+        open_context: returns a new context.
     """
 
     def __init__(self, open_context: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -141,7 +143,7 @@ class Together:
 
     @contextmanager
     def within(self) -> Iterator[None]:
-        """Be in the context, from any thread."""
+        """Run within the shared context; any thread may call this."""
         with self._lock:
             if not self._num_within:
                 self._context = self._open()
@@ -157,7 +159,7 @@ class Together:
 
 
 def open_streams(model: Any, cfg: EngineConfig) -> Streams:
-    """As many streams as a model's forwards may go on in at once."""
+    """Open as many streams as the device, the model and the settings allow."""
     decoder = model.get_decoder()
     num_weights = sum(weight.numel() for weight in decoder.parameters()) + sum(
         module.weight.numel() for module in decoder.modules() if isinstance(module, PackedLinear)
@@ -170,7 +172,7 @@ def _num_streams(model: Any, cfg: EngineConfig) -> int:
         return 1
     if cfg.cpu_streams is not None:
         return cfg.cpu_streams
-    # What quantized layers keep between forwards is their library's affair.
+    # Quantized layers may keep state between forwards, which need not be thread-safe.
     if cfg.compile or getattr(model, "is_quantized", False) or _has_changing_rope(model):
         return 1
     return min(torch.get_num_threads(), _MAX_STREAMS)
@@ -185,7 +187,7 @@ def _has_changing_rope(model: Any) -> bool:
 
 
 class _Stopped(BaseException):
-    """What ends a call that nobody waits for any more."""
+    """Raised in a thread to end a call whose result is no longer needed."""
 
 
 def _raise_in(thread: int) -> None:
@@ -194,16 +196,16 @@ def _raise_in(thread: int) -> None:
 
 @cache
 def _pool(num: int, num_threads: int) -> ThreadPoolExecutor:
-    """One for all engines of a process."""
+    """The thread pool of `num` streams, shared by all engines of a process."""
 
     def share_threads() -> None:
-        # Asked for once: else torch would set this thread's number anew at its first operation.
+        # Read first: otherwise torch resets this thread's number at its first operation.
         torch.get_num_threads()
         torch.set_num_threads(max(1, num_threads // num))
 
     pool = ThreadPoolExecutor(num, "batchvlm-stream", share_threads)
     barrier = threading.Barrier(num)
     list(pool.map(lambda _: barrier.wait(), range(num)))
-    # Threads that start later begin with the number that was set last, anywhere.
+    # New threads start with the number that any thread has set last, so set this one's back.
     torch.set_num_threads(num_threads)
     return pool
