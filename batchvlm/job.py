@@ -1,4 +1,4 @@
-"""A job that was checked against its input and its output folder; nothing is loaded yet."""
+"""A job checked against its input and its output folder, before any model is loaded."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a run needs to know before it loads a model."""
+    """A checked configuration with the source, prompts, task and output folder of its run."""
 
     cfg: JobConfig
     source: Source
@@ -60,13 +60,13 @@ class Job:
     schema: Any
     """Arrow schema of the output."""
     parsed: Parsed
-    """The column of typed answers."""
+    """The output column `parsed` of typed answers."""
     is_overwriting: bool = False
-    """Whether the folder still holds another run, which gives way once the model has loaded."""
+    """Whether the folder still holds another run, which is replaced once the model has loaded."""
 
     @property
     def key(self) -> str:
-        """Tells the job from the others of one launch, such as a sweep."""
+        """Identifies the job among those of one launch, such as a sweep."""
         cfg = self.cfg
         return fingerprint(
             {
@@ -78,7 +78,7 @@ class Job:
         )
 
     def finished_shards(self, shards: Sequence[Shard]) -> frozenset[int]:
-        """Indices of those of these shards that have nothing left to compute."""
+        """The indices of the given shards that have nothing left to compute."""
         if self.is_overwriting:
             return frozenset()
         folder, retry, num_shards = self.folder, self.cfg.retry, len(self.run.plan)
@@ -93,7 +93,7 @@ class Job:
         }
 
     def preprocess_spec(self) -> PreprocessSpec:
-        """What the worker processes that make samples need of the job."""
+        """The settings that worker processes need to make samples."""
         cfg = self.cfg
         return PreprocessSpec(
             model=cfg.model,
@@ -108,8 +108,8 @@ class Job:
         )
 
     def open_fetcher(self) -> Fetcher:
-        """The fetcher of images that rows name by URL, where `data.allow_remote` is set."""
-        # What it needs is an extra.
+        """Open the fetcher of images that rows name by URL, which `data.allow_remote` allows."""
+        # Imported here: its dependencies are an optional extra.
         from batchvlm.fetch.addresses import Allowed
         from batchvlm.fetch.ahead import Fetcher
         from batchvlm.fetch.client import FetchLimits
@@ -128,10 +128,13 @@ class Job:
 
 
 def open_job(cfg: JobConfig) -> Job:
-    """Check a job against its input and its output folder.
+    """Check a job against its input and its output folder; nothing is loaded.
 
     Raises:
-        ConfigError, InputError, OutputError: in one line, before anything is loaded.
+        ConfigError: the settings do not fit the input, or the folder holds another run.
+        InputError: the input cannot be read, or has no rows.
+        ModelError: there is no such model.
+        OutputError: the output folder cannot be written.
     """
     source = open_source(cfg.data)
     prompts = PromptBuilder(task=cfg.task, columns=cfg.data.columns, generation=cfg.generation)
@@ -139,7 +142,7 @@ def open_job(cfg: JobConfig) -> Job:
     kept = {name: "output.keep_columns" for name in cfg.output.keep_columns}
     named = {cfg.data.columns.id: "data.columns.id"} if cfg.data.columns.id else {}
     check_columns(source.schema, kept | named | needed)
-    if cfg.data.source is not SourceKind.jsonl:  # whose types are a guess
+    if cfg.data.source is not SourceKind.jsonl:  # JSON Lines have no declared types
         prompts.check_types(source.schema)
     parsed = _parsed_column(cfg.task)
     schema = _output_schema(cfg, source, parsed)
@@ -174,11 +177,11 @@ def open_job(cfg: JobConfig) -> Job:
 
 
 def _parsed_column(cfg: TaskConfig) -> Parsed:
-    """The column of typed answers, by the form that the run asks for."""
+    """The column of typed answers, for the form of answers that the run asks for."""
     form = run_form(cfg.output) if cfg.name is TaskName.extract else None
     is_by_row = bool(cfg.output.json_schema_column)
     if cfg.output.choice_column:
-        # The rows' choices are texts, of which there may be any number.
+        # The rows' choices are texts, and each row may have its own.
         is_by_row |= form is not None and form.kind is not FormKind.CHOICE
         form = None
     parsed = parsed_column(form, is_by_row=is_by_row)
@@ -205,7 +208,7 @@ def _output_schema(cfg: JobConfig, source: Source, parsed: Parsed) -> Any:
 def _find_run(
     folder: OutputFolder, cfg: JobConfig, files: Sequence[InputFile], plan: list[Shard]
 ) -> tuple[OutputFolder, RunFile]:
-    """The run that is in the folder or is to be; where another is there, as `on_mismatch` says.
+    """The run to continue or to start, and its folder; `on_mismatch` decides if another is there.
 
     Raises:
         FingerprintError: the folder's run has another identity or layout.
@@ -231,7 +234,7 @@ def _find_run(
         other = OutputFolder(f"{folder.root}-{fingerprint(identity)}")
         try:
             run = find(other)
-        except FingerprintError:  # the same answers in other columns, or other rows of the input
+        except FingerprintError:  # a run of the same identity with another layout
             both = {"identity": identity, "layout": layout}
             other = OutputFolder(f"{folder.root}-{fingerprint(both)}")
             run = find(other)
@@ -240,18 +243,18 @@ def _find_run(
 
 
 def announce_overwriting(job: Job) -> None:
-    """Say what `output.on_mismatch=overwrite` gives up, before the model is loaded.
+    """Warn, before the model is loaded, what `output.on_mismatch=overwrite` will delete.
 
     Raises:
-        FingerprintError: a process is at work on it.
+        FingerprintError: a live process is working on the run in the folder.
     """
     found: JobStatus | None = None
     try:
         found = status(job.folder)
     except OutputError as error:
         log.warning("%s", error)
-    # Looked at last: another rank of this launch may have given the folder to the new run by now,
-    # and the processes at work are those of the launch.
+    # Read after the status: another rank of this launch may have replaced the run by now, and the
+    # live processes would be those of this launch.
     there = read_run(job.folder)
     if there is None or not (changes := "; ".join(differs(there, job.run))):
         return

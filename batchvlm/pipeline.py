@@ -1,10 +1,10 @@
-"""Every stage of a job, joined: the one file that knows them all.
+"""The pipeline of a job: the one module that joins all stages.
 
     plan -> source -> prompt -> preprocess -> batching -> engine -> task -> writer
 
-A thread reads shard after shard and keeps worker processes busy; this thread runs the engine and
-writes. Shards follow one another without a gap: their rows may share a batch, and each row finds
-its writer by its `row_index`.
+A reading thread reads shard after shard and feeds the worker processes; the main thread runs the
+engine and writes. Rows of consecutive shards may share a batch: each row's `row_index` tells its
+shard's writer.
 """
 
 from __future__ import annotations
@@ -48,31 +48,31 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What `run_job` did."""
+    """The result of `run_job`."""
 
     folder: OutputFolder
     num_rows: int
     """Rows of the whole input."""
     num_shards: int
     num_mine: int
-    """Rows that were this process's to compute."""
+    """Rows assigned to this process."""
     num_found: int
-    """Those of them that earlier runs had finished."""
+    """Rows of these that earlier runs had finished."""
     num_given_up: int = 0
-    """Rows that `retry.errors` names and `retry.max_attempts` left as they were."""
+    """Error rows that `retry.errors` names but `retry.max_attempts` does not retry any more."""
     max_attempts: int = 0
     metrics: Metrics = field(default_factory=Metrics)
 
 
 def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
-    """Compute what is missing of a job and write it.
+    """Compute and write the rows of a job that are not finished yet.
 
     Args:
-        cfg: the job, checked by `settings`.
-        engine: takes the place of the model that the configuration names.
+        cfg: the job, validated by `settings`.
+        engine: used in place of the model that the configuration names.
 
     Raises:
-        BatchvlmError: the job cannot be done; finished rows are on disk.
+        BatchvlmError: the job cannot be completed; finished rows are on disk.
     """
     prepare_trackers(cfg.tracking)
     replica = find_replica(find_launch(), cfg.model)
@@ -117,25 +117,27 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
 
 @dataclass(kw_only=True)
 class _Work:
-    """What there is to do, with whom, and until when."""
+    """The shards to compute, the ranks that share them, and the deadline."""
 
     mine: Sequence[Shard]
     """The task's shards, the same on all of its ranks."""
     todo: Sequence[Shard]
-    """Those of them that were not finished at the start."""
+    """The shards of these that were not finished at the start."""
     peers: Peers | None
     deadline: Deadline
     followers: Followers | None
-    """The processes that hold the other parts of the model; None: it is whole."""
+    """The processes that hold the other parts of the model; None if this process holds all."""
     num_read: int = 0
+    """Rows read from the source."""
     num_taken: int = 0
     """Rows that the engine took, or that failed before it."""
 
     def shards(self) -> Iterator[Shard | None]:
-        """The shards that this rank computes, as long as there is time to begin one.
+        """Claim and yield shards for this rank until there is no time to begin another.
 
-        None: not yet. A rank that claims far ahead leaves nothing to ranks that start later, so it
-        claims its next shard when the engine has taken half of the latest.
+        Yields None as long as it is too early to claim the next shard. A rank that claims far ahead
+        leaves nothing to ranks that start later, so it waits until the engine has taken half of the
+        rows of its latest shard.
         """
         todo = {shard.index for shard in self.todo}
         shards = claim_shards(self.mine, lambda shard: shard.index in todo, self.peers)
@@ -151,7 +153,7 @@ class _Work:
             yield shard
 
     def take(self, items: Iterable[Prepared]) -> Iterator[Prepared]:
-        """Pass rows on to the engine, as long as there is time to begin one."""
+        """Pass rows on to the engine until there is no time to begin another."""
         for item in items:
             if self.deadline.is_near():
                 return
@@ -167,18 +169,18 @@ def _compute_shards(
     engine: Engine | None,
     followers: Followers | None,
 ) -> bool:
-    """Compute the task's shards that are not finished, or this rank's share of them.
+    """Compute the task's unfinished shards, or this rank's share of them.
 
     Returns:
-        Whether other ranks shared them.
+        Whether the shards are shared with other ranks.
     """
     cfg = job.cfg
     deadline = Deadline(cfg.runtime.walltime_margin_s)
     if deadline.is_near():
         raise _time_is_up(cfg)
     watchdog = Watchdog(stall_timeout_s=cfg.runtime.stall_timeout_s, grace_s=cfg.runtime.grace_s)
-    # The watchdog is left last: whatever hangs on the way out has to end too. The pool's workers
-    # load their libraries while this process loads torch and the model.
+    # The watchdog is closed last, so that it also ends a shutdown that hangs. The pool's workers
+    # import their libraries while this process loads torch and the model.
     with watchdog, _open_pool(job) as pool:
         launch = find_launch()
         rank = find_rank(launch, cfg.engine, cfg.runtime, cfg.model)
@@ -210,13 +212,13 @@ def _time_is_up(cfg: JobConfig) -> UnfinishedError:
 
 
 def _check_complete(job: Job, mine: Sequence[Shard], peers: Peers) -> None:
-    """Without the store nobody knows what the other ranks had claimed.
+    """Check, if the store is lost and with it what other ranks have claimed, that no shard is left.
 
     Raises:
-        UnfinishedError: shards are left, to a rank that died or to the next run.
+        UnfinishedError: shards are unfinished; other ranks or the next run compute them.
     """
     if peers.is_lost:
-        # Where the job was to overwrite, it has by now.
+        # A job that overwrites has replaced the old run by now.
         finished = replace(job, is_overwriting=False).finished_shards(mine)
         if num_left := sum(shard.index not in finished for shard in mine):
             raise UnfinishedError(
@@ -226,7 +228,7 @@ def _check_complete(job: Job, mine: Sequence[Shard], peers: Peers) -> None:
 
 
 def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine | None) -> None:
-    """Lead the rows of the shards through all stages, from the source to the writer."""
+    """Run the rows of the shards through all stages, from the source to the writer."""
     job, rank, metrics = collector.job, collector.rank, collector.metrics
     cfg, peers, deadline = job.cfg, work.peers, work.deadline
     num_todo = sum(shard.num_rows for shard in work.todo)
@@ -238,7 +240,7 @@ def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Eng
         if peers is not None:
             stack.enter_context(peers.exchange(metrics))
         if job.is_overwriting:
-            # Shards are opened on what is there: on nothing, once the old run has given way.
+            # Remove the old run before shards are opened, as they resume from files in the folder.
             engine = engine or _load(cfg, rank, work.followers)
             save_run(job.folder, job.run, overwrite=True)
         # Rows are read and prepared while the model loads.
@@ -250,7 +252,7 @@ def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Eng
         metrics.start_s = time.perf_counter() - start
         ready.wait_s = 0.0
         start = time.perf_counter()
-        # Left before the reading thread is: whatever ends the run, finished rows reach the disk.
+        # Closed before the reading thread: whatever ends the run, finished rows reach the disk.
         stack.callback(collector.write_metrics, is_over=True)
         stack.callback(collector.close)
         flush = Ticker(
@@ -272,7 +274,7 @@ def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Eng
                 trackers.tick()
             if deadline.has_come:
                 raise _time_is_up(cfg)
-            # Rows whose answers were invalid after the last sample was taken; no dialog has any.
+            # Rows to retry whose invalid answers came after the last sample; dialogs have none.
             samples, turns = list(collector.take_again()), None
         collector.finish_all()
         metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
@@ -285,7 +287,7 @@ def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Eng
 def _start_reading(
     collector: Collector, work: _Work, pool: WorkerPool, stack: ExitStack
 ) -> tuple[Prefetcher[Prepared], Turns | None]:
-    """Start the thread that reads, fetches and prepares rows; `stack` ends it."""
+    """Start the thread that reads, fetches and prepares rows; closing `stack` ends it."""
     job = collector.job
     records = _read(work, collector)
     if job.cfg.data.allow_remote:
@@ -320,10 +322,11 @@ def _wait_a_little(collector: Collector) -> None:
 def _answers(
     engine: Engine, samples: Iterable[Sample], turns: Turns | None
 ) -> Iterator[tuple[int, Completion | Failure]]:
-    """What the engine answers; to dialogs in rounds.
+    """Yield the engine's outcomes, for dialogs in several rounds.
 
-    Their rows come back once they are answered, and an engine that gathers a window first answers
-    none before it has seen the end of what there is.
+    A dialog's next turn becomes a sample once the previous one is answered, but an engine that
+    fills a window first answers nothing until the stream ends. So the stream ends when no turn can
+    become ready before an answer, and the engine runs again until no dialog has a turn left.
     """
     while True:
         num_answers = 0
@@ -390,7 +393,7 @@ def _read(work: _Work, collector: Collector) -> Iterator[Record | None]:
 def _prepare(
     records: Iterable[Record | None], pool: WorkerPool, turns: Turns | None
 ) -> Iterator[Prepared]:
-    # Kept columns stay on this side of the process border, prompt columns on the other.
+    # Kept columns are not sent to the worker processes, and prompt columns are dropped after them.
     kept: dict[int, Mapping[str, Any]] = {}
 
     def stripped() -> Iterator[Record | None]:
@@ -412,7 +415,7 @@ def _prepare(
 
 @dataclass(frozen=True)
 class _Samples:
-    """The engine's view of the rows that are ready: the samples among them."""
+    """The `SampleStream` that the engine reads: the samples among the rows that are ready."""
 
     ready: Prefetcher[Prepared]
     collector: Collector
