@@ -11,18 +11,19 @@ from batchvlm.records import Batch, Sample
 def group_by_length(samples: Iterable[Sample], cfg: BatchingConfig) -> Iterator[Batch]:
     """Yield every sample once, in batches within the padded-token budget.
 
-    A bounded window of samples is sorted by length, image tokens and room for the answer included,
-    and cut into batches whose padded size stays within `cfg.max_batch_tokens`. The window grows
-    from one batch to `cfg.sort_window` samples. A sample above the
-    budget forms a batch of one. The same samples in the same order give the same batches.
+    A window of samples is sorted by the answer's limit and the prompt's length, image tokens
+    included. It is divided into batches whose padded size is at most `cfg.max_batch_tokens`.
+    Windows grow from one batch to `cfg.sort_window` samples. A sample above the budget forms a
+    batch of one. The same samples in the same order give the same batches.
     """
     for window in _windows(samples, cfg):
-        # Longest first: the batch likeliest to run out of memory fails early, and memory that it
-        # took is reused by all that follow. The answer's room leads, since a batch decodes until
-        # its last row is done.
+        # Longest first: the batch likeliest to run out of memory fails early, and later batches
+        # reuse the memory that it allocated. The answer's limit is the first key, because a batch
+        # decodes until its last row ends.
         window.sort(
             key=lambda s: (
-                # By powers of two: exact limits of the rows' own would leave prompts unsorted.
+                # In powers of two: if rows have limits of their own, sorting by the exact ones
+                # would leave prompts unsorted.
                 s.generation.max_new_tokens.bit_length(),
                 s.prompt_tokens,
                 -s.row_index,
@@ -35,8 +36,8 @@ def group_by_length(samples: Iterable[Sample], cfg: BatchingConfig) -> Iterator[
 def _windows(samples: Iterable[Sample], cfg: BatchingConfig) -> Iterator[list[Sample]]:
     window: list[Sample] = []
     size_bytes = 0
-    # The first window is one batch, each next one twice as large: the engine starts while the
-    # workers are still at what a whole window would hold.
+    # The first window is one batch and each next one is twice as large, so that the engine starts
+    # before the workers have prepared a full window.
     max_samples = min(cfg.max_batch_size, cfg.sort_window)
     for sample in samples:
         window.append(sample)
@@ -58,8 +59,8 @@ def _pack(ordered: Iterable[Sample], cfg: BatchingConfig) -> Iterator[Batch]:
         own_answer = sample.generation.max_new_tokens
         longest_answer = max(longest_answer, own_answer)
         is_over_budget = len(prompts) * (max(prompts) + longest_answer) > cfg.max_batch_tokens
-        # Rows less than half as long as the longest would be mostly padding. In a sorted window
-        # this costs few more batches: one each time lengths halve.
+        # A row less than half as long as the longest would be mostly padding. In a sorted window
+        # this adds few batches: one each time the length halves.
         is_uneven = 2 * min(prompts) < max(prompts) or 2 * own_answer < longest_answer
         if batch and (is_over_budget or is_uneven or len(batch) == cfg.max_batch_size):
             yield Batch(samples=tuple(batch))

@@ -1,4 +1,4 @@
-"""Rows from any stage to their shards' writers, counted on the way."""
+"""Passes finished and failed rows to their shards' writers, and counts them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from batchvlm.words import number_of
 
 log = logging.getLogger(__name__)
 
-# What a row costs in the ready queue besides its arrays.
+# Bytes of a row in the ready queue besides its arrays.
 _ROW_BYTES = 4096
 
 
@@ -54,19 +54,19 @@ class Prepared:
     def size_bytes(self) -> int:
         kept_bytes = size_of_value(self.record.kept)
         sample_bytes = self.outcome.size_bytes if isinstance(self.outcome, Sample) else 0
-        # Of a dialog, what its next turns are made of.
+        # Kept for the next turns of a dialog.
         source_bytes = size_of_value(self.record.values) + size_of_value(self.record.fetched)
         return _ROW_BYTES + kept_bytes + sample_bytes + source_bytes
 
 
 class Collector:
-    """Leads each row to its shard's writer, whichever stage it comes from, and counts it.
+    """Passes each row to its shard's writer, whichever stage it comes from, and counts it.
 
-    Shards are opened by the reading thread, rows come from the engine's, and a third one flushes
-    in time what a long batch would leave in memory: one of them at a time.
+    The reading thread opens shards, the engine's thread adds rows, and a third thread flushes rows
+    that would wait in memory for a long batch. A lock serializes them.
 
     Args:
-        beat: called whenever the run got on, from `start` on.
+        beat: called whenever the run makes progress, from `start` on.
     """
 
     def __init__(self, job: Job, metrics: Metrics, rank: Rank, *, beat: Callable[[], None]) -> None:
@@ -74,7 +74,7 @@ class Collector:
         self.metrics = metrics
         self.rank = rank
         self.turns: Turns | None = None
-        """Where rows go that have another turn."""
+        """Takes rows that have another turn; None unless the task is a dialog."""
         self._beat = beat
         self._progress: Progress | None = None
         self._lock = threading.RLock()
@@ -90,21 +90,21 @@ class Collector:
         self._again = Again(job.cfg.retry.invalid_json, max_bytes=job.cfg.batching.max_window_bytes)
 
     def start(self, progress: Progress) -> None:
-        """Show rows from now on: the model is ready, and loading it may have taken any time."""
+        """Begin to report progress, once the model is loaded, however long that took."""
         self._progress = progress
         self._beat()
 
     def advance(self) -> None:
-        """Say, and show, that the run got on."""
+        """Report progress to the watchdog and to the display."""
         assert self._progress is not None, "a row before the model is ready"
         self._beat()
         self._progress.advance()
 
     def open_shard(self, shard: Shard) -> frozenset[int]:
-        """Make ready to take a shard's rows.
+        """Open the writer of a shard.
 
         Returns:
-            Offsets of the rows that an earlier run has finished.
+            Offsets of the shard's rows that an earlier run has finished.
         """
         writer = ShardWriter(
             self.job.folder,
@@ -126,13 +126,13 @@ class Collector:
         return writer.finished_rows
 
     def take(self, prepared: Iterable[Prepared]) -> Iterator[Sample]:
-        """Pass samples on to batching; write the rows that have failed already."""
+        """Pass samples on to the engine; write the rows that have failed already."""
         for item in prepared:
             if isinstance(item.outcome, Failure):
                 self.metrics.count_prepared(0, is_again=bool(item.record.said))
                 self._write(_result(item.record, item.outcome))
             else:
-                # The pixels are the engine's to keep, not longer than it needs them.
+                # Only the engine holds the pixels, and no longer than it needs them.
                 sample = item.outcome.without_images()
                 is_again = bool(item.record.said)
                 self.metrics.count_prepared(sample.prompt_tokens, is_again=is_again)
@@ -142,11 +142,11 @@ class Collector:
             yield from self.take_again()
 
     def take_again(self) -> Iterator[Sample]:
-        """Pass on, once more, samples whose answers had not the form that was asked for."""
+        """Pass on again the samples whose answers did not have the requested form."""
         return self._again.take()
 
     def finish(self, row_index: int, outcome: Completion | Failure) -> None:
-        """Write the row that the engine is done with."""
+        """Take an outcome of the engine: write the row, or send it on for a turn or a retry."""
         assert row_index in self._under_way, f"the engine answered row {row_index} twice"
         record, sample = self._under_way[row_index]
         if sample.turns_left and isinstance(outcome, Completion):
@@ -167,10 +167,10 @@ class Collector:
         self._write(replace(result, attempts=self._again.forget(row_index)))
 
     def finish_all(self) -> None:
-        """Commit what is left when the engine has seen every sample.
+        """Write rows that the engine left unanswered as errors, and commit all shards.
 
         Raises:
-            BatchvlmError: the source left rows out; the others are on disk.
+            BatchvlmError: the source omitted rows; the others are on disk.
         """
         for row_index in list(self._under_way):
             lost = Failure(error_type=ErrorType.ENGINE, message="the engine gave no answer")
@@ -185,34 +185,34 @@ class Collector:
             )
 
     def close(self) -> None:
-        """Bring every finished row to disk; commit shards that were complete from the start."""
+        """Write every finished row to disk; commit shards that were complete from the start."""
         with self._lock:
-            # All flushed first: a part that has no room may leave room for other shards' rows.
+            # All are flushed first: if a part does not fit on the disk, other shards' rows may.
             for writer in self._writers.values():
                 writer.flush()
             for index in [index for index, missing in self._missing.items() if missing == 0]:
                 self._commit(index)
 
     def flush(self) -> None:
-        """Bring every finished row to disk, and the counts."""
+        """Write every finished row and the metrics to disk."""
         with self._lock:
             for writer in self._writers.values():
                 writer.flush()
             self.write_metrics()
 
     def flush_if_due(self) -> None:
-        """Bring to disk what has waited for `output.flush_every_s`, and the counts."""
+        """Write rows that have waited for `output.flush_every_s`, and the metrics, to disk."""
         try:
             with self._lock:
                 for writer in self._writers.values():
                     writer.flush_if_due()
                 self.write_metrics()
         except OutputError as error:
-            # The rows are kept, and the next one to be written tries again.
+            # The rows stay in memory, and the next write tries again.
             log.warning("%s", error)
 
     def write_metrics(self, *, is_over: bool = False) -> None:
-        """Leave this process's counts in the output folder."""
+        """Write this process's metrics file in the output folder."""
         head = {
             "run_id": self._provenance.run_id,
             "is_over": is_over,
@@ -224,7 +224,7 @@ class Collector:
         self.job.folder.commit_file(lambda file: file.write(text.encode()), path)
 
     def append_metrics(self, line: bytes) -> None:
-        """Add a line to this process's time line in the output folder."""
+        """Append a line to this process's time line in the output folder."""
         self.job.folder.append_line(self._metrics_file("jsonl"), line)
 
     def _metrics_file(self, suffix: str) -> Path:
@@ -232,7 +232,7 @@ class Collector:
         return self.job.folder.metrics / f"{task}-{self._provenance.run_id}.{suffix}"
 
     def _answered(self, record: Record, sample: Sample, completion: Completion) -> Result:
-        # With several answers the task judges the first; tokens are counted of all.
+        # If there are several answers, the task reads the first; tokens of all are counted.
         reading = self.job.task.read(
             completion.text, json_schema=sample.json_schema, choices=sample.choices
         )
@@ -281,8 +281,8 @@ class Collector:
 
     def _check_error_rate(self) -> None:
         metrics, limits = self.metrics, self.job.cfg.runtime
-        # A row that cannot be prepared has failed long before the rows beside it are answered:
-        # these count too, or a window's first errors would look like all of it.
+        # Rows under way count as seen. Preparation errors come long before the answers of the same
+        # window, and would otherwise look like its error rate.
         num_seen = metrics.num_rows + len(self._under_way)
         if limits.max_error_rate is None or num_seen < limits.max_error_rate_after:
             return
@@ -296,13 +296,13 @@ class Collector:
             )
 
     def _commit(self, index: int) -> None:
-        # Kept until the part is there: whatever ends the commit, `close` still has the rows.
+        # Deleted only after the commit: if that is interrupted, `close` still has the rows.
         self._writers[index].commit()
         del self._writers[index], self._missing[index]
 
 
 def _result(record: Record, failure: Failure | None, sample: Sample | None = None) -> Result:
-    """The output row of a record as far as it is known without an answer."""
+    """The output row of a record, without the fields of an answer."""
     is_counted = sample is not None and bool(sample.features)
     return Result(
         row=record.row,
@@ -331,7 +331,7 @@ def _cut_off(completion: Completion) -> Failure:
 
 
 def _num_tokens(answers: Iterable[Completion]) -> int | None:
-    """Tokens of these answers; None where a server did not say of one."""
+    """Tokens of these answers; None if a server did not report them for one."""
     counts = [answer.num_tokens for answer in answers]
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None

@@ -1,9 +1,9 @@
-"""Rows of a dialog on their way round: each answer brings its row back for the next turn.
+"""The loop of a dialog's rows: after each answer the row returns for its next turn.
 
     records -> pool -> engine -> collector
         ^------------------------------'
 
-The reading thread draws from the input and from the rows that come back; it ends when all are done.
+The reading thread takes rows from the input and rows that return, until every dialog has ended.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from batchvlm.records import Record
 
 
 class Turns:
-    """A context manager that lets go of the reading thread when left.
+    """Merges the input's rows with rows that return for their next turn.
+
+    A context manager: leaving it ends the wait of the reading thread.
 
     Args:
-        records: the input's rows; None where there is none yet.
+        records: the input's rows; None where the next one is not available yet.
     """
 
     def __init__(self, records: Iterable[Record | None]) -> None:
         self.is_idle = False
-        """Whether nothing will be ready before the engine answers a row that it has."""
+        """Whether no row can become ready before the engine answers one that it holds."""
         self.on_idle: Callable[[], None] = lambda: None
-        """Called once that is so."""
+        """Called when `is_idle` becomes true."""
         self._records = records
         self._again: deque[Record] = deque()
         self._num_open = 0
@@ -46,30 +48,33 @@ class Turns:
 
     @property
     def is_over(self) -> bool:
-        """Whether every row has had its last turn."""
+        """Whether the input is read and every row has ended."""
         return self._is_read and self._num_open == 0
 
     def again(self, record: Record) -> None:
-        """Bring a row back for its next turn."""
+        """Return a row for its next turn."""
         with self._changed:
             self._again.append(record)
             self.is_idle = False
             self._changed.notify_all()
 
     def end(self) -> None:
-        """A row has had its last turn, or has failed."""
+        """Count a row that has had its last turn or has failed."""
         with self._changed:
             self._num_open -= 1
             self._changed.notify_all()
 
     def leave_pool(self) -> None:
-        """A row has come out of the worker pool."""
+        """Count a row that has left the worker pool."""
         self._num_with_pool -= 1
 
     def to_pool(self) -> Iterator[Record | None]:
-        """Every row of every turn, as `WorkerPool.prepare` takes them; in the reading thread."""
+        """Yield every row, once for each turn, to `WorkerPool.prepare` in the reading thread.
+
+        Yields None if no row is available yet.
+        """
         for record in self._records:
-            # Rows that are under way first: what is begun is held in memory.
+            # Returned rows come first, because dialogs that have begun are held in memory.
             while self._again:
                 yield self._out(self._again.popleft())
             if record is None:

@@ -1,4 +1,4 @@
-"""Numbers and texts as people read them in a terminal."""
+"""Formatting of numbers and texts for a terminal."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ _POWERS = ("", " k", " M", " B", " T")
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Text without control characters: what a model or a file says must give a terminal no orders.
+    """Replace control characters by spaces: text of a model or a file must not control a terminal.
 
     Args:
-        keep: control characters that stay, such as line ends.
+        keep: control characters to keep, such as line ends.
     """
     return "".join(c if c.isprintable() or c in keep else " " for c in text)
 
 
 def one_line(value: object) -> str:
-    """What an error or another library says, as one line of at most 200 characters."""
+    """Convert a value, such as an error, to one line of text of at most 200 characters."""
     return " ".join(str(value).split())[:200]
 
 
 def setting(key: str, value: str) -> str:
-    """How a setting is typed in a shell: `data.path=a.parquet`, `'data.path="my a.parquet"'`."""
+    """Quote a setting for Hydra and shell: `data.path=a.parquet`, `'data.path="my a.parquet"'`."""
     if re.fullmatch(r"[\w./:@%-]+", value, re.ASCII):
         return f"{key}={value}"
-    # Hydra reads a backslash as one, unless quotes follow.
+    # In Hydra a backslash needs escaping only before a quote.
     inner = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value)
     text = f'{key}="{inner}"'
     if "'" in text and not re.search(r"[$`\\!]", text):
@@ -37,19 +37,19 @@ def setting(key: str, value: str) -> str:
 
 
 def counted(counts: Counter[str]) -> str:
-    """`1,200 strict, 3 none`, the commonest first."""
+    """Format counts as `1,200 strict, 3 none`, the most frequent first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count:,} {name}" for name, count in ordered)
 
 
 def number_of(count: int, word: str) -> str:
-    """`1 row`, `1,200 rows`, `2 processes`."""
+    """Format a count with its noun: `1 row`, `1,200 rows`, `2 processes`."""
     plural = "es" if word.endswith(("s", "ch")) else "s"
     return f"{count:,} {word}" + ("" if count == 1 else plural)
 
 
 def duration(seconds: float) -> str:
-    """`95 s`, `12 min`, `3 h 20 min`."""
+    """Format a duration: `95 s`, `12 min`, `3 h 20 min`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -57,18 +57,18 @@ def duration(seconds: float) -> str:
 
 
 def num_bytes(number: float) -> str:
-    """`643 kB`, in powers of 1,000."""
+    """Format a number of bytes in powers of 1,000: `643 kB`."""
     return _scaled(number, tuple(f" {unit}" for unit in _BYTES))
 
 
 def large_number(number: float) -> str:
-    """`1.63 M`, in powers of 1,000."""
+    """Format a number in powers of 1,000: `1.63 M`."""
     return _scaled(number, _POWERS)
 
 
 def _scaled(number: float, units: tuple[str, ...]) -> str:
     place = 0
-    # What would be rounded to 1,000 is one of the next unit.
+    # A number that would be rounded to 1,000 is shown as 1 of the next unit.
     while number >= 999.5 and place < len(units) - 1:
         number /= 1000
         place += 1
@@ -76,6 +76,6 @@ def _scaled(number: float, units: tuple[str, ...]) -> str:
 
 
 def ends_in_number(host: str) -> bool:
-    """Whether a host's last label is a number in any notation, as that of no name is."""
+    """Whether a host's last label is a number in any notation, as in no domain name."""
     last = host.lower().rstrip(".").rpartition(".")[2]
     return re.fullmatch(r"\d+|0x[0-9a-f]*", last) is not None
