@@ -1,7 +1,7 @@
-"""What can go wrong: errors that end the run, and errors that cost one row.
+"""Errors that end the run, and errors that fail one row.
 
-A user's mistake ends the run with one line and a hint. A bad row never ends it: a stage raises
-`RowError`, and the pipeline turns that into the row's output.
+A user's mistake ends the run with a one-line message and a hint. A bad row never ends it: a stage
+raises `RowError`, which the pipeline converts into the row's output.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from enum import IntEnum, StrEnum
 
 
 class ExitCode(IntEnum):
-    """What the process tells its caller."""
+    """The exit status of the process."""
 
     DONE = 0
     """Every row of this task has its output row."""
     FAILED = 1
-    """Something broke that is neither the user's configuration nor a row."""
+    """Something failed that is neither the configuration nor a row."""
     USAGE = 2
     """The configuration or the input is wrong; nothing was computed."""
     TOO_MANY_ERRORS = 3
     """More rows failed than `runtime.max_error_rate` allows; finished rows are on disk."""
     INTERRUPTED = 75
-    """Stopped with all finished rows on disk, by a signal, because nothing got on, or because the
-    time of the allocation is up; the same command goes on from there."""
+    """Stopped with all finished rows on disk: by a signal, because the run made no progress, or
+    because the time of the allocation is up. The same command resumes the run."""
     STOPPED = 130
-    """A second Ctrl-C: rows finished since the last flush are lost, and computed again."""
+    """A second Ctrl-C: rows finished since the last flush are lost and will be computed again."""
 
 
 class BatchvlmError(Exception):
-    """The root of every error that ends the run.
+    """The base class of all errors that end the run.
 
     Args:
-        message: one line: what, where, the limit.
+        message: one line: what is wrong, where, and the limit.
         hint: one line: what to do about it.
     """
 
@@ -48,7 +48,7 @@ class BatchvlmError(Exception):
 
 
 class ConfigError(BatchvlmError):
-    """A setting is unknown, missing, of the wrong type, out of range, or at odds with another."""
+    """A setting is unknown, missing, of the wrong type, out of range, or conflicts with another."""
 
     exit_code = ExitCode.USAGE
 
@@ -60,7 +60,7 @@ class InputError(BatchvlmError):
 
 
 class FingerprintError(ConfigError):
-    """The output folder holds the answers to another question."""
+    """The output folder holds the answers of a job with another fingerprint or layout."""
 
 
 class ModelError(BatchvlmError):
@@ -70,25 +70,25 @@ class ModelError(BatchvlmError):
 
 
 class DeviceError(BatchvlmError):
-    """The accelerator is in a state that only a new process can leave."""
+    """The accelerator is in a state from which only a new process can recover."""
 
     exit_code = ExitCode.INTERRUPTED
 
 
 class EndpointError(BatchvlmError):
-    """The server that answers is not there, or answers nobody."""
+    """The server cannot be reached, or answers no request."""
 
     exit_code = ExitCode.INTERRUPTED
 
 
 class UnfinishedError(BatchvlmError):
-    """The run ended at a safe point with rows left to do: the same command goes on."""
+    """The run stopped at a safe point with rows left; the same command resumes it."""
 
     exit_code = ExitCode.INTERRUPTED
 
 
 class ReplicaError(BatchvlmError):
-    """Processes that hold a model together have lost one another."""
+    """The processes that hold the parts of one model have lost contact."""
 
     exit_code = ExitCode.INTERRUPTED
 
@@ -104,8 +104,8 @@ class TooManyErrors(BatchvlmError):
     """More rows failed than `runtime.max_error_rate` allows.
 
     Args:
-        message, hint: as ever.
-        causes: a line for each error type: how many, and one example.
+        message, hint: see `BatchvlmError`.
+        causes: one line for each error type: the number of rows and an example.
     """
 
     exit_code = ExitCode.TOO_MANY_ERRORS
@@ -125,19 +125,19 @@ class ErrorType(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     """The prompt with its image tokens exceeds what the model can read. Never truncated."""
     MISSING_IMAGE = "missing_image"
-    """The row names an image that is null, empty, or not there."""
+    """The row's image is null, empty, or does not exist."""
     FETCH = "fetch"
-    """The image is there, but reading it failed: a network file system or a disk had a fault."""
+    """The image exists, but reading it failed: a fault of the network, a file system or a disk."""
     DECODE = "decode"
-    """The bytes are no image, or only part of one."""
+    """The bytes are not an image, or only part of one."""
     TOO_LARGE = "too_large"
     """The image has more bytes than `data.max_image_bytes`, or its header claims more pixels than
     `data.max_source_pixels`."""
     FORBIDDEN = "forbidden"
     """The row asks for a file or an address that the configuration does not allow."""
     TIMEOUT = "timeout"
-    """Preparing the row took longer than `runtime.sample_timeout_s`, or a server's answer longer
-    than `engine.endpoint.timeout_s`."""
+    """Preparing the row took longer than `runtime.sample_timeout_s`, or a server's answer took
+    longer than `engine.endpoint.timeout_s`."""
     PREPROCESS = "preprocess"
     """The model's processor failed on the row, or its worker process died."""
     OOM = "oom"
@@ -145,15 +145,15 @@ class ErrorType(StrEnum):
     ENGINE = "engine"
     """The model raised on the row, even in a batch of its own, or the server refused it."""
     INVALID_JSON = "invalid_json"
-    """The answer is no JSON, or breaks the schema; `generated_text` still holds it."""
+    """The answer is not JSON or violates the schema; `generated_text` still holds it."""
 
 
 class RowError(Exception):
-    """One row has no answer; the run goes on.
+    """One row has no answer; the run continues.
 
     Args:
-        error_type: which of the documented kinds it is.
-        message: one line without the payload: what, where, the limit.
+        error_type: its value in the output column `error_type`.
+        message: one line without the payload: what is wrong, where, and the limit.
     """
 
     def __init__(self, error_type: ErrorType, message: str) -> None:

@@ -1,9 +1,9 @@
-"""What flows from stage to stage, in the order in which it is made.
+"""The data types that the stages pass on, in the order in which they are made.
 
     Shard -> Record -> Prompt -> Sample -> Batch -> Completion -> Result
 
-A row is known by its position in the whole input (`row_index`) everywhere, never by its place in a
-list. A row that fails carries a `Failure` from the stage where it failed straight to the writer.
+Every type identifies a row by its position in the whole input (`row_index`), never by an index into
+a list. A row that fails goes with a `Failure` from the stage that failed straight to the writer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 
 def size_of_value(value: Any) -> int:
-    """Bytes that a cell's Python value holds, roughly: text and binary count, numbers do not."""
+    """Approximate bytes of a cell's Python value: text and binary count, numbers do not."""
     match value:
         case str() | bytes():
             return len(value)
@@ -31,21 +31,21 @@ def size_of_value(value: Any) -> int:
             return sum(size_of_value(item) for item in value.values())
         case list() | tuple():
             return sum(size_of_value(item) for item in value)
-    # Arrow values know.
+    # Arrow values have `nbytes`.
     return int(getattr(value, "nbytes", 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputFile:
-    """One file of the input, as its metadata tells it."""
+    """One file of the input, as described by its metadata."""
 
     name: str
     """Path relative to the input's root; becomes the column `source_file`."""
     num_rows: int
     row_groups: tuple[int, ...]
-    """Rows of each piece that reads as a whole (Parquet row groups); sums to `num_rows`."""
+    """Rows of each part that is read as a whole (Parquet row groups); their sum is `num_rows`."""
     identity: str
-    """Changes when the content does: a digest of the metadata, never of a modification time."""
+    """A digest of metadata that changes with the content; no modification time is part of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class Shard:
     """A contiguous range of rows of one input file: the unit of work and of output."""
 
     index: int
-    """Place in the plan; names the part."""
+    """Position in the plan; names the output part."""
     source_file: str
     first_row: int
     """First row within `source_file`."""
@@ -72,7 +72,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One input row: the columns that the job needs, images still undecoded."""
+    """One input row: the columns that the job needs, with images not decoded yet."""
 
     row: int
     """Offset in the shard."""
@@ -84,18 +84,18 @@ class Record:
     """Column name to Python value."""
     kept: Mapping[str, Any] = field(default_factory=dict)
     """Name to value of each of `output.keep_columns`: a Python value, or an Arrow array of one row
-    where Python's would not be the same."""
+    if Python has no equal value."""
     failure: Failure | None = None
-    """Set where the row itself could not be read; `values` and `kept` are then empty."""
+    """Set if the row itself could not be read; `values` and `kept` are then empty."""
     said: tuple[Completion, ...] = ()
-    """Of a dialog: the answers to the turns before this one."""
+    """For a dialog, the answers to earlier turns."""
     fetched: Mapping[str, bytes | Failure] = field(default_factory=dict)
-    """What was fetched from each address among its images, where that is allowed."""
+    """Image address to the bytes fetched from it or the failure, if fetching is allowed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """How one row is decoded: the run's settings with the row's own columns over them."""
+    """Sampling settings of one row: the run's settings, overridden by the row's own columns."""
 
     max_new_tokens: int
     min_new_tokens: int = 0
@@ -114,17 +114,17 @@ class Generation:
     stop_on_repetition: bool = True
     logprobs: bool = False
     num_return_sequences: int = 1
-    """Answers to the row."""
+    """Answers to sample for the row."""
 
     @property
     def has_penalty(self) -> bool:
-        """Whether what was said makes a difference to what is said next."""
+        """Whether the logits depend on earlier tokens through a penalty."""
         counts = self.frequency_penalty != 0 or self.presence_penalty != 0
         return counts or self.repetition_penalty != 1.0
 
 
 class FormKind(StrEnum):
-    """What the form of an answer is described by."""
+    """The kinds of description that an answer's form can have."""
 
     JSON_SCHEMA = "json_schema"
     CHOICE = "choice"
@@ -142,21 +142,22 @@ class Form:
 
 
 class Constraint(StrEnum):
-    """How far an answer was held to its form: the values of the output column `constraint`."""
+    """How strictly decoding enforced an answer's form: values of the output column `constraint`."""
 
     STRICT = "strict"
-    """Whatever the model said, it was of the form."""
+    """Fully: every token sequence that could be decoded had the form."""
     LENIENT = "lenient"
-    """As far as a grammar can say; the rest was left to validation."""
+    """As far as a grammar can express the form; the rest was left to validation."""
     XGRAMMAR = "xgrammar"
-    """As far as xgrammar knows the schema, which llguidance refuses; the rest likewise."""
+    """As far as xgrammar supports a schema that llguidance refuses; the rest was left to
+    validation."""
     NONE = "none"
-    """Not at all: no grammar was made of it, or the row's grammar broke off."""
+    """Not at all: the form could not be compiled to a grammar, or the row's grammar failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRef:
-    """Where an image is: bytes at hand, a path below the allowed root, or an address."""
+    """The source of an image: its bytes, a path below the allowed root, or an address."""
 
     data: bytes | None = None
     path: str | None = None
@@ -173,30 +174,30 @@ class Prompt:
     images: tuple[ImageRef, ...]
     generation: Generation
     json_schema: str | None = None
-    """The row's own JSON schema, where the rows bring one."""
+    """The row's own JSON schema, if it has one."""
     choices: tuple[str, ...] | None = None
-    """The row's own choices, where the rows bring some."""
+    """The row's own choices, if it has some."""
     turns_left: int = 0
-    """Of a dialog: turns that follow this one."""
+    """For a dialog, the number of turns after this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixelTable:
-    """What each byte of `pixel_values` stands for, where a processor's last step is left out."""
+    """Maps bytes of `pixel_values` to normalized values, which is left to the engine."""
 
     values_C256: Array
-    """float32 [3, 256]: by colour."""
+    """float32 [3, 256]: for each colour channel, the value of each byte."""
     is_patched: bool
-    """Whether colours are thirds of the last dimension, as in rows of patches, rather than the
-    third dimension from the end."""
+    """Whether the channels are thirds of the last dimension, as in flattened patches, rather than
+    the third dimension from the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """A prompt as a server takes it: nothing is tokenized here."""
+    """A prompt as sent to a server, which tokenizes it."""
 
     messages: Sequence[Mapping[str, Any]]
-    """As a `Prompt` has them, with image slots."""
+    """The messages of the `Prompt`, with image slots."""
     images: tuple[bytes, ...]
     """An image file for each slot, in order."""
 
@@ -207,45 +208,45 @@ class ChatRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A prompt as the model takes it, not yet padded."""
+    """A prompt as input of the model, not padded."""
 
     row_index: int
     features: Mapping[str, Array]
-    """What the processor returned for this row alone: `input_ids` [1, T], `pixel_values`, ...;
-    empty where a server has the processor."""
+    """The processor's output for this row alone: `input_ids` [1, T], `pixel_values`, ...; empty if
+    a server runs the processor."""
     image_tokens: int
     image_sizes: tuple[tuple[int, int], ...]
-    """(width, height) in pixels of each image as the model sees it."""
+    """(width, height) in pixels of each image as the model gets it."""
     image_keys: tuple[str, ...] = ()
-    """A digest of each image's pixels: images of one key need encoding once."""
+    """A digest of each image's pixels: images with equal keys are encoded once."""
     pixel_table: PixelTable | None = None
-    """What the bytes in `pixel_values` stand for; None where these are numbers already."""
+    """Maps the bytes of `pixel_values` to values; None if they are values already."""
     generation: Generation
     json_schema: str | None = None
     choices: tuple[str, ...] | None = None
     room: int | None = None
-    """Tokens that the model's positions leave for an answer; None where it does not say."""
+    """Tokens that the context length leaves for an answer; None if the model has no known limit."""
     turns_left: int = 0
-    """Of a dialog: turns that follow this one."""
+    """For a dialog, the number of turns after this one."""
     answer: int = 0
-    """Which of the row's answers this is for, where it wants several."""
+    """The index of the answer to sample, if the row asks for several."""
     request: ChatRequest | None = None
-    """In place of `features`, where a server answers."""
+    """Used in place of `features` if a server answers."""
 
     @property
     def prompt_tokens(self) -> int:
-        """Length of the prompt, image tokens included; 0 where only a server knows."""
+        """Length of the prompt, image tokens included; 0 if only a server knows it."""
         return int(self.features["input_ids"].shape[-1]) if self.features else 0
 
     @property
     def form(self) -> Form | None:
-        """The form that the row itself brings for its answer."""
+        """The row's own form for its answer; None if it has none."""
         if self.choices is not None:
             return Form(FormKind.CHOICE, json.dumps(self.choices, ensure_ascii=False))
         return Form(FormKind.JSON_SCHEMA, self.json_schema) if self.json_schema else None
 
     def without_images(self) -> Sample:
-        """What is needed of a sample whose prompt is computed: no pixels."""
+        """A copy with the features that a prefilled sample still needs: the token ids."""
         ids = {name: ids for name, ids in self.features.items() if name == "input_ids"}
         return replace(self, features=ids, request=None)
 
@@ -263,12 +264,12 @@ class Batch:
 
     @property
     def padded_tokens(self) -> int:
-        """Cells of the padded prompt rectangle."""
+        """Positions of the padded prompt batch."""
         return len(self.samples) * max(s.prompt_tokens for s in self.samples)
 
     @property
     def prompt_tokens(self) -> int:
-        """Cells of that rectangle that are no padding."""
+        """Positions of the batch that are not padding."""
         return sum(s.prompt_tokens for s in self.samples)
 
 
@@ -282,7 +283,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens as a server counted them; None where it does not say."""
+    """Token counts reported by a server; None for a count that it does not report."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -290,63 +291,63 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceScore:
-    """What the model makes of one choice."""
+    """The model's score of one choice."""
 
     choice: str
     logprob: float
-    """Log-probability of its tokens behind the prompt, and of the end behind these."""
+    """Log-probability of its tokens, and of the end of the answer, given the prompt."""
     probability: float
-    """Among the row's choices, of which it is 1 in all."""
+    """Its probability normalized over the row's choices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What the model answered to one sample."""
+    """The model's answer to one sample."""
 
     row_index: int
     token_ids: tuple[int, ...]
-    """Generated ids, with the end-of-sequence token where one was generated; empty where a server
-    keeps them to itself."""
+    """Generated ids, including an end-of-sequence token that was generated; empty if a server does
+    not return them."""
     logprobs: tuple[float, ...] | None = None
-    """Log-probability of each of these ids, where `Generation.logprobs` asks for them."""
+    """Log-probability of each of these ids, if `Generation.logprobs` is set."""
     text: str
     finish_reason: FinishReason
     latency_s: float
     """Seconds from the start of the row's batch until its answer was complete."""
     constraint: Constraint | None = None
-    """How far the answer was held to its form; None where it has none."""
+    """How strictly the answer's form was enforced; None if it has no form."""
     scores: tuple[ChoiceScore, ...] | None = None
-    """Of each of the row's choices, in their order, where these are scored."""
+    """The scores of the row's choices, in their order, if choices are scored."""
     alternatives: tuple[Completion, ...] = ()
-    """Further answers to the row, where it wants several."""
+    """Further answers to the row, if it asks for several."""
     usage: Usage | None = None
-    """Set where a server answered."""
+    """Set if a server answered."""
 
     @property
     def num_tokens(self) -> int | None:
-        """Tokens of this answer."""
+        """Tokens of this answer; None if a server did not report them."""
         return len(self.token_ids) if self.usage is None else self.usage.completion_tokens
 
 
 @dataclass(slots=True, kw_only=True)
 class EngineStats:
-    """What an engine computed, to be held against what was needed."""
+    """What an engine computed, to compare with what was needed."""
 
     num_batches: int = 0
-    """Prompt batches."""
+    """Prompt batches computed."""
     prompt_tokens: int = 0
     prompt_cells: int = 0
     """Positions computed for these prompts, padding included."""
     images_encoded: int = 0
-    """Images, or rows of images where a family encodes these together, that were encoded."""
+    """Encoded images, or rows of images if the family encodes a row's images together."""
     vision_s: float = 0.0
-    """Seconds in the image encoder; on a GPU, between the marks around its work, as below."""
+    """Seconds in the image encoder; on a GPU measured by CUDA events, like the next two."""
     prefill_s: float = 0.0
     decode_s: float = 0.0
     row_steps: int = 0
     """Decode steps summed over the rows that took part, finished rows included."""
     forced_tokens: int = 0
-    """Tokens that a grammar forced and that took no step of their own."""
+    """Tokens that a grammar forced and that took no separate step."""
 
     @property
     def padding_share(self) -> float:
@@ -363,22 +364,22 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One output row, less what is the same for the whole run."""
+    """One output row, without the columns that are the same for the whole run."""
 
     row: int
     row_index: int
     source_file: str
     id: str
     kept: Mapping[str, Any] = field(default_factory=dict)
-    """Values of `output.keep_columns`, as a record has them."""
+    """Values of `output.keep_columns`, as in `Record`."""
     status: Status
     failure: Failure | None = None
     attempts: int = 1
     generated_text: str | None = None
     generated_texts: tuple[str, ...] | None = None
-    """All answers, where the row wants several or is a dialog."""
+    """All answers, if the row asks for several or is a dialog."""
     finish_reasons: tuple[FinishReason, ...] | None = None
-    """Of each of them."""
+    """The finish reason of each of these."""
     token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
     parsed: Any = None
@@ -386,7 +387,7 @@ class Result:
     json_valid: bool | None = None
     constraint: Constraint | None = None
     scores: tuple[ChoiceScore, ...] | None = None
-    """Of each of the row's choices, where these are scored."""
+    """The scores of the row's choices, if choices are scored."""
     finish_reason: FinishReason | None = None
     prompt_tokens: int | None = None
     image_tokens: int | None = None
