@@ -1,8 +1,8 @@
-"""What an answer depends on, as the fingerprint sees it.
+"""Everything that an answer depends on: the input of the fingerprint.
 
-Listed here: the input's content, the prompt, the schema, the model with its processor, the
-generation settings. Not here: batch sizes, devices, workers, flush intervals, attention kernels.
-A setting that changes answers and is missing here lets a rerun mix two kinds of answers.
+It includes the input's content, the prompt, the schema, the model with its processor, and the
+generation settings. It excludes batch sizes, devices, workers, flush intervals and attention
+kernels. If a setting changes answers but is missing here, a rerun mixes two kinds of answers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from batchvlm.loading import explained, resolve_backend
 from batchvlm.records import InputFile
 from batchvlm.settings import to_plain
 
-# Up to here every file is named in a mismatch; beyond, the list is a digest.
+# Up to this many files are listed by name, so that a mismatch can name them; more become a digest.
 _MAX_FILES_NAMED = 200
-# A large safetensors file is known by its index and this much at the start and in the middle of
-# every tensor: merges of one base model differ in few of them.
+# The digest of a large safetensors file covers its index and this much at the start and in the
+# middle of every tensor, because merges of one base model may differ in only a few tensors.
 _SAMPLE_BYTES = 4096
 _MAX_WHOLE_BYTES = 64 << 20
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
@@ -40,14 +40,14 @@ def answer_identity(cfg: JobConfig, files: Sequence[InputFile]) -> dict[str, Any
 
     Raises:
         ConfigError: the schema cannot be read.
-        ModelError: the image backend asked for does not work here, or the model's files cannot be
+        ModelError: the requested image backend does not work here, or the model's files cannot be
             read.
     """
     return {
         "input": input_identity(files),
         "data": {
             "columns": to_plain(cfg.data.columns),
-            # Paths in rows mean other files below another root.
+            # Below another root the paths in rows are other files.
             "image_root": cfg.data.image_root,
             "allow_remote": cfg.data.allow_remote,
             "allow_hosts": sorted(cfg.data.allow_hosts),
@@ -63,7 +63,7 @@ def answer_identity(cfg: JobConfig, files: Sequence[InputFile]) -> dict[str, Any
 
 
 def output_layout(cfg: JobConfig) -> dict[str, Any]:
-    """What the output files depend on besides."""
+    """The settings besides `answer_identity` that the output files depend on."""
     return {
         "data.max_rows": cfg.data.max_rows,
         "model.name": model_name(cfg.model),
@@ -74,7 +74,7 @@ def output_layout(cfg: JobConfig) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what computes the answers, for the record."""
+    """Versions of the installed packages that compute the answers, to be stored with the run."""
     versions = {}
     for name in (*_PACKAGES, "torchvision", "llguidance", "xgrammar"):
         try:
@@ -85,9 +85,9 @@ def package_versions() -> dict[str, str]:
 
 
 def pin_model(cfg: ModelConfig) -> ModelConfig:
-    """The same model by the commit that its branch or tag points to now; a folder as it is.
+    """Set `revision` to the commit that the branch or tag points to now; keep a folder as it is.
 
-    Whoever loads a part of it later, in whatever process, then loads the same.
+    Every process that later loads a part of the model then loads the same commit.
 
     Raises:
         ModelError: there is no such model.
@@ -115,20 +115,23 @@ def pin_model(cfg: ModelConfig) -> ModelConfig:
 
 
 def served_model(cfg: ModelConfig, endpoint: EndpointConfig) -> ModelConfig:
-    """The model that a server has under its name there; nothing of it is here to be pinned."""
+    """The model by its name on the server, without a revision, as its files are not here."""
     if endpoint.model is None:
         return replace(cfg, revision=None)
     return replace(cfg, path=endpoint.model, name=endpoint.model, revision=None)
 
 
 def model_name(cfg: ModelConfig) -> str:
-    """The model's name in the output: as set, else its hub name or the last part of its folder."""
+    """The model's name in the output: `name` if set, else the Hub name or the folder's last part.
+
+    `@` and the revision follow, if there is one.
+    """
     name = cfg.name or (Path(cfg.path).name if os.path.isdir(cfg.path) else cfg.path)
     return f"{name}@{cfg.revision}" if cfg.revision else name
 
 
 def input_identity(files: Sequence[InputFile]) -> dict[str, Any]:
-    """The part of an identity that changes when the input does."""
+    """The part of the identity that describes the input files."""
     listed = {file.name: f"{file.num_rows} rows, {file.identity[:16]}" for file in files}
     if len(listed) > _MAX_FILES_NAMED:
         text = "\n".join(f"{name}\t{identity}" for name, identity in listed.items())
@@ -139,7 +142,7 @@ def input_identity(files: Sequence[InputFile]) -> dict[str, Any]:
 def _task_identity(cfg: TaskConfig) -> dict[str, Any]:
     form = run_form(cfg.output)
     asked: dict[str, Any] = {
-        # By what it says: a file, a class and an inline schema may be the same.
+        # By content, since a file, a class and an inline schema may be the same form.
         "form": None if form is None else [form.kind.value, form.text],
         "json_schema_column": cfg.output.json_schema_column,
         "choice_column": cfg.output.choice_column,
@@ -148,7 +151,7 @@ def _task_identity(cfg: TaskConfig) -> dict[str, Any]:
         asked["guided"] = cfg.output.guided.value
     identity = {**to_plain(cfg), "output": asked}
     if not cfg.scores:
-        del identity["scores"]  # so that outputs of before it was there stay valid
+        del identity["scores"]  # outputs from before this setting existed stay valid
     return identity
 
 
@@ -160,7 +163,7 @@ def _model_identity(cfg: ModelConfig) -> dict[str, Any]:
         "max_prompt_tokens": cfg.max_prompt_tokens,
         "processor_kwargs": to_plain(cfg.processor_kwargs),
     }
-    # Named where they are set, so that outputs of before they were there stay valid.
+    # Included only if set, so that outputs from before these settings existed stay valid.
     if cfg.quantization is not None:
         skip = cfg.quantization_skip
         identity["quantization"] = cfg.quantization.value
@@ -168,7 +171,7 @@ def _model_identity(cfg: ModelConfig) -> dict[str, Any]:
     if cfg.adapter is not None:
         identity["adapter"] = _adapter_identity(cfg)
     if os.path.isdir(cfg.path):
-        # The folder may lie elsewhere on the next machine; what is in it must not differ.
+        # The folder's path may differ on the next machine, its content must not.
         with explained(cfg, "files"):
             return identity | {"files": _folder_digest(Path(cfg.path))}
     return identity | {"path": cfg.path, "commit": cfg.revision}
@@ -184,8 +187,8 @@ def _adapter_identity(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _served_identity(cfg: ModelConfig, endpoint: EndpointConfig) -> dict[str, Any]:
-    # Not the address: a server moves from node to node. What it loaded under the name, it alone
-    # knows.
+    # Not the address, because a server moves from node to node. Which weights it has loaded under
+    # the name cannot be known here.
     return {
         "served": cfg.path,
         "max_image_pixels": cfg.max_image_pixels,
@@ -214,7 +217,7 @@ def _folder_digest(folder: Path) -> str:
 
 
 def _samples(file: BinaryIO) -> Iterator[bytes]:
-    """The index of a safetensors file, and a piece of every tensor's start and middle."""
+    """Yield a safetensors file's index, then a piece of the start and middle of every tensor."""
     num_header_bytes = int.from_bytes(file.read(8), "little")
     header = file.read(num_header_bytes)
     yield header
