@@ -164,8 +164,8 @@ def _packed(
     if is_plain and score.softcap is None and flash.is_able(query):
         return flash.attend(
             query[0].transpose(0, 1),
-            _behind_past(key[0], packed, [before and before[0] for before in past]),
-            _behind_past(value[0], packed, [before and before[1] for before in past]),
+            _with_past(key[0], packed, [before and before[0] for before in past]),
+            _with_past(value[0], packed, [before and before[1] for before in past]),
             packed.flash_bounds(query.device),
             scaling=score.scaling,
             is_causal=True,
@@ -196,7 +196,7 @@ def _packed(
     return out
 
 
-def _behind_past(new_KTD: Tensor, packed: Packed, past: Sequence[Tensor | None]) -> Tensor:
+def _with_past(new_KTD: Tensor, packed: Packed, past: Sequence[Tensor | None]) -> Tensor:
     """Concatenate each row's earlier keys or values, [K, P_i, D], and its new ones: [L, K, D]."""
     new_TKD = new_KTD.transpose(0, 1)
     if all(before is None for before in past):

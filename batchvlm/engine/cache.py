@@ -42,7 +42,7 @@ class _PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
 
-class _BehindLayer(_PackedLayer):
+class _ContinuationLayer(_PackedLayer):
     """The same for tokens after prompts: it reports to the model that these are no prompt."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class PackedCache(Cache):
     """
 
     def __init__(self, num_layers: int, *, is_prompt: bool = True) -> None:
-        layer = _PackedLayer if is_prompt else _BehindLayer
+        layer = _PackedLayer if is_prompt else _ContinuationLayer
         self._packed = [layer() for _ in range(num_layers)]
         super().__init__(layers=list(self._packed))
 

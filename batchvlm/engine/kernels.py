@@ -172,18 +172,18 @@ def _is_patch_embedding(module: Any) -> bool:
 def _fold_activation(mlp: nn.Module) -> bool:
     """Fold an MLP's activation into its first linear layer; return whether that was possible."""
     for first, act, last in _FEED_FORWARD:
-        product, activation, behind = (getattr(mlp, name, None) for name in (first, act, last))
-        if not isinstance(product, PackedLinear) or not isinstance(behind, PackedLinear):
+        product, activation, second = (getattr(mlp, name, None) for name in (first, act, last))
+        if not isinstance(product, PackedLinear) or not isinstance(second, PackedLinear):
             continue
         name = _ACTIVATIONS.get(type(activation).__name__)
         if isinstance(activation, nn.GELU) and activation.approximate == "tanh":
             name = _ACTIVATIONS["GELUTanh"]
-        folded, undone = product, behind
+        folded, undone = product, second
         if isinstance(activation, QuickGELU) and product.weight.dtype == torch.float32:
             # x sigmoid(a x) is silu(a x) / a. In half precision scaled weights would be rounded.
             name = _ACTIVATIONS["SiLU"]
             folded = product.scaled(_QUICK_GELU)
-            undone = behind.scaled(1 / _QUICK_GELU, is_bias_scaled=False)
+            undone = second.scaled(1 / _QUICK_GELU, is_bias_scaled=False)
         if name is None:
             continue
         sample = random_like(product.weight, (4, product.in_features))
@@ -195,7 +195,7 @@ def _fold_activation(mlp: nn.Module) -> bool:
         if is_same(lambda x, its=expected: its, mlp, sample):
             return True
         product.activation = ("none", "")
-        for part, old in ((first, product), (act, activation), (last, behind)):
+        for part, old in ((first, product), (act, activation), (last, second)):
             setattr(mlp, part, old)
     return False
 

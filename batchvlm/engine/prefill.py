@@ -386,10 +386,10 @@ class Prefill:
         done = past.length if past else 0
         entries = self.images.entries(row.units) if done == 0 else []
         places = self._decoder.image_places(row.sample)
-        for start, behind, here in cut(done, stop, self._plan.piece_tokens, places, entries):
-            piece = self._piece(row, start, behind, past)
-            ends = (0,) if behind == num_tokens else ()
-            logits_EV, (cache,) = self._forward([piece], here, ends=ends)
+        for start, piece_stop, shown in cut(done, stop, self._plan.piece_tokens, places, entries):
+            piece = self._piece(row, start, piece_stop, past)
+            ends = (0,) if piece_stop == num_tokens else ()
+            logits_EV, (cache,) = self._forward([piece], shown, ends=ends)
             past = past.joined(cache) if past else cache
         assert past is not None
         return past, logits_EV

@@ -166,8 +166,8 @@ def is_faster(
         shape = num_rows, _TRIED_LENGTH, num_keys, size
         key, value = (make(shape).transpose(1, 2) for _ in range(2))
         # Rows of different lengths, as in the middle of a job.
-        behind_B = torch.arange(num_rows, device=device) * 37 % (_TRIED_LENGTH // 2)
-        positions_B = _TRIED_LENGTH - 1 - behind_B
+        num_unused_B = torch.arange(num_rows, device=device) * 37 % (_TRIED_LENGTH // 2)
+        positions_B = _TRIED_LENGTH - 1 - num_unused_B
         whole = (Span(0, num_rows, _TRIED_LENGTH),)
         bounds = Slots(positions_B, whole).flash_bounds(
             _TRIED_LENGTH, num_queries=num_heads // num_keys

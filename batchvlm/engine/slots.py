@@ -290,9 +290,9 @@ class SlotEngine:
     def _step_in_parts(self, start: int, stop: int) -> None:
         while start < stop:
             # Read in each iteration: a part that fails lowers it.
-            behind = min(start + self._plan.max_step_rows, stop)
-            self._step_range(start, behind)
-            start = behind
+            end = min(start + self._plan.max_step_rows, stop)
+            self._step_range(start, end)
+            start = end
 
     def _step_range(self, start: int, stop: int) -> None:
         rows = self._rows[start:stop]
@@ -356,11 +356,11 @@ class SlotEngine:
             self._end(self._rows[start], failure)
             return
         middle = (start + stop) // 2
-        for first, behind in ((start, middle), (middle, stop)):
-            half = slice(first - start, behind - start)
+        for first, end in ((start, middle), (middle, stop)):
+            half = slice(first - start, end - start)
             logits = None if logits_BV is None else logits_BV[half]
             mask = None if mask_BW is None else mask_BW[half]
-            self._choose(first, behind, logits, mask)
+            self._choose(first, end, logits, mask)
 
     def _mask_of(self, rows: Sequence[Row]) -> Tensor | None:
         """The tokens that the rows' grammars allow next, as bits; None: all are allowed."""

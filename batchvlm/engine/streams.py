@@ -120,11 +120,11 @@ class Streams:
         bounds = [start + (stop - start) * i // self.num for i in range(self.num + 1)]
         return [
             [
-                Span(max(first, span.start), min(behind, span.stop), span.length)
+                Span(max(first, span.start), min(end, span.stop), span.length)
                 for span in spans
-                if span.start < behind and span.stop > first
+                if span.start < end and span.stop > first
             ]
-            for first, behind in pairwise(bounds)
+            for first, end in pairwise(bounds)
         ]
 
 
