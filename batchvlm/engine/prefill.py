@@ -238,7 +238,7 @@ class Prefill:
             for row in pack:
                 failure = self.images.failure(row.units)
                 if failure is not None:
-                    yield self._given_up(row, failure)
+                    yield self._fail(row, failure)
                 elif self.images.missing(row.units):
                     self._postponed.append(row)
                 else:
@@ -247,11 +247,11 @@ class Prefill:
         with self._clock.measure("prefill_s"):
             # Lazily, one by one: the first pack that needs a shared prefix computes it.
             outcomes: Iterable[list[PrefilledRow] | Failure] = map(self._try_compute, able)
-            if len(able) > 1 and self._compute_shared(list(chain.from_iterable(able))):
+            if len(able) > 1 and self._compute_shared_prefixes(list(chain.from_iterable(able))):
                 outcomes = list(self._streams.map(self._try_compute, able, again=_is_oom))
                 is_alone &= all(isinstance(outcome, Failure) for outcome in outcomes)
             for rows, outcome in zip(able, outcomes, strict=True):
-                yield from self._leave_or_split(rows, outcome, is_alone=is_alone)
+                yield from self._finish_or_split(rows, outcome, is_alone=is_alone)
                 is_alone = False
 
     def _try_compute(self, rows: Sequence[WaitingRow]) -> list[PrefilledRow] | Failure:
@@ -263,7 +263,7 @@ class Prefill:
             # Only the failure is kept: the traceback would keep the attempt's tensors alive.
             return failure_of(error)
 
-    def _leave_or_split(
+    def _finish_or_split(
         self,
         rows: Sequence[WaitingRow],
         outcome: list[PrefilledRow] | Failure,
@@ -273,7 +273,7 @@ class Prefill:
         if not isinstance(outcome, Failure):
             self._plan.count_good_pack()
             for row in rows:
-                self._leave(row)
+                self._release(row)
             yield from outcome
             return
         free_memory(self._decoder.device)
@@ -281,11 +281,11 @@ class Prefill:
         if len(rows) == 1:
             if is_oom and not is_alone:
                 self._postponed.append(rows[0])
-            elif is_oom and (smaller := self._compute_smaller(rows[0])):
-                self._leave(rows[0])
+            elif is_oom and (smaller := self._compute_in_smaller_pieces(rows[0])):
+                self._release(rows[0])
                 yield smaller
             else:
-                yield self._given_up(rows[0], outcome)
+                yield self._fail(rows[0], outcome)
             return
         log.warning("a pack of %d prompts failed (%s); halving it", len(rows), outcome.message)
         if is_oom:
@@ -293,10 +293,10 @@ class Prefill:
             self._plan.lower_pack(sum(num_new_tokens_of(row, begun) for row in rows))
         middle = len(rows) // 2
         for half in (rows[:middle], rows[middle:]):
-            yield from self._leave_or_split(half, self._try_compute(half), is_alone=is_alone)
+            yield from self._finish_or_split(half, self._try_compute(half), is_alone=is_alone)
             is_alone = False
 
-    def _compute_smaller(self, row: WaitingRow) -> PrefilledRow | None:
+    def _compute_in_smaller_pieces(self, row: WaitingRow) -> PrefilledRow | None:
         """Prefill one row in ever smaller pieces; None if memory is short even for the smallest."""
         before = self._plan.pieces.now
         num_tokens = min(self._plan.piece_tokens, num_new_tokens_of(row, set()))
@@ -336,7 +336,7 @@ class Prefill:
             for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
         ]
 
-    def _compute_shared(self, rows: Sequence[WaitingRow]) -> bool:
+    def _compute_shared_prefixes(self, rows: Sequence[WaitingRow]) -> bool:
         """Compute the shared prefixes of several packs before the packs; return whether all are."""
         try:
             for row in rows:
@@ -360,9 +360,9 @@ class Prefill:
                 num_tokens = 0
             num_tokens += row.prefix.length
             groups[-1].append(row)
-        deque(self._streams.map(self._compute_beginnings, groups), maxlen=0)
+        deque(self._streams.map(self._compute_prefix_group, groups), maxlen=0)
 
-    def _compute_beginnings(self, rows: Sequence[WaitingRow]) -> None:
+    def _compute_prefix_group(self, rows: Sequence[WaitingRow]) -> None:
         """Compute the prefixes of these rows in one forward, or that of a single row in pieces."""
         if len(rows) == 1 and (prefix := rows[0].prefix):
             prefix.cache, _ = self._compute_up_to(rows[0], prefix.length)
@@ -419,11 +419,12 @@ class Prefill:
             row.prompt = self._decoder.prompt(row.sample)
         return row.prompt
 
-    def _given_up(self, row: WaitingRow, failure: Failure) -> tuple[Sample, Failure]:
-        self._leave(row)
+    def _fail(self, row: WaitingRow, failure: Failure) -> tuple[Sample, Failure]:
+        self._release(row)
         return row.sample, failure
 
-    def _leave(self, row: WaitingRow) -> None:
+    def _release(self, row: WaitingRow) -> None:
+        """Release the images and the prefix that a row needed."""
         self.images.release(row.units)
         if row.prefix:
             row.prefix.num_users -= 1
