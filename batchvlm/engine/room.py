@@ -34,7 +34,7 @@ class SlotRoom:
         self.cache: SlotCache | None = None
         """None before the first row, which tells the bytes of a token's keys and values."""
 
-    def leave(self) -> None:
+    def free(self) -> None:
         """Free the slots."""
         self._decoder.forget_slots()
         self.cache = None
@@ -108,7 +108,7 @@ class SlotRoom:
             like = before.row(0, 0)
         shape_before = (before.num_slots, before.length) if before is not None else None
         before = None
-        self.leave()
+        self.free()
         failure: Failure | None = None
         while num_slots > len(kept):
             failure = self._make(like, num_slots, length)

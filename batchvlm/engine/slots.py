@@ -117,7 +117,7 @@ class SlotEngine:
 
     def _begin(self) -> None:
         """Drop all rows: an earlier run may have been aborted."""
-        self._room.leave()
+        self._room.free()
         self._feed = Feed((), self._batching)
         self._prefill = Prefill(
             self._model,
@@ -179,7 +179,7 @@ class SlotEngine:
             while self._ready:
                 yield self._ready.popleft()
         self._clock.finish()
-        self._room.leave()
+        self._room.free()
 
     def _fuse_after(self, seconds: float) -> None:
         """Fuse the model's layers, once, when the engine has worked for long enough."""
@@ -349,7 +349,7 @@ class SlotEngine:
                 raise
             failure = failure_of(error)
         else:
-            self._note(start, stop, next_tokens)
+            self._add_in_flight(start, stop, next_tokens)
             return
         free_memory(self._device)
         if stop - start == 1:
@@ -370,7 +370,7 @@ class SlotEngine:
                 chosen.commit()
         return self._constraints.take([row.matcher for row in rows])
 
-    def _note(self, start: int, stop: int, next_tokens: NextTokens) -> None:
+    def _add_in_flight(self, start: int, stop: int, next_tokens: NextTokens) -> None:
         """Add chosen tokens to those in flight, and give them to the next step."""
         self._stepping.push(start, stop, next_tokens.ids_B)
         rows = self._rows[start:stop]
@@ -391,7 +391,7 @@ class SlotEngine:
         for row, token, is_finite, logprob in chosen.read():
             if row.is_answered:
                 continue  # a token past the row's end, chosen before the end was known
-            self._say(row, token)
+            self._report(row, token)
             outcome: Completion | Failure
             try:
                 if not is_finite:
@@ -413,11 +413,11 @@ class SlotEngine:
     def _push(self, row: Row, token: int, logprob: float | None) -> bool:
         """Push a token and those that the grammar forces after it; return whether the row ends."""
         is_over = row.push(token, logprob, end_id=self._constraints.end_id, max_run=self._max_run)
-        self._say(row, *row.run)
+        self._report(row, *row.run)
         self.stats.forced_tokens += len(row.run)
         return is_over
 
-    def _say(self, row: Row, *tokens: int) -> None:
+    def _report(self, row: Row, *tokens: int) -> None:
         if self.on_token is not None and row.sample.answer == 0:
             for token in tokens:
                 self.on_token(row.sample.row_index, token)
