@@ -228,7 +228,7 @@ def _over_slots(
             )
         bounds = slots.flash_bounds(key.shape[2], num_queries=num_groups if window is None else 1)
         return flash.attend_slots(query, key, value, bounds, scaling=score.scaling, window=window)
-    if query.device.type == "cpu" and is_apart_faster(num_groups, size, query.dtype):
+    if query.device.type == "cpu" and is_ungrouped_faster(num_groups, size, query.dtype):
         grouped = query
     else:
         # The query heads of one key head become queries of that head, so that its keys and values
@@ -244,7 +244,7 @@ def _over_slots(
 
 
 @cache
-def is_apart_faster(num_groups: int, size: int, dtype: torch.dtype) -> bool:
+def is_ungrouped_faster(num_groups: int, size: int, dtype: torch.dtype) -> bool:
     """Whether attending with H heads is faster than with K heads of G queries each."""
     num_rows, num_keys, length = 8, 4, 512
     with torch.inference_mode():
@@ -262,7 +262,7 @@ def is_apart_faster(num_groups: int, size: int, dtype: torch.dtype) -> bool:
 
 def choose_ways(num_heads: int, num_keys: int, size: int, dtype: torch.dtype) -> None:
     """Time the ways to attend on a CPU, before other work on it could disturb the trial."""
-    is_apart_faster(num_heads // num_keys, size, dtype)
+    is_ungrouped_faster(num_heads // num_keys, size, dtype)
     products.are_faster_for_prompts(num_heads, num_keys, size, dtype)
 
 
