@@ -32,7 +32,7 @@ def find_encoder(model: Any) -> nn.Module | None:
     return None
 
 
-def made_of_grids(encoder: nn.Module, grids_I3: Tensor) -> dict[str, Any]:
+def grid_inputs(encoder: nn.Module, grids_I3: Tensor) -> dict[str, Any]:
     """Compute what an encoder would derive from its images' patch grids.
 
     Args:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from batchvlm.engine import image_attention
 from batchvlm.engine.collate import join_features
 from batchvlm.engine.fusing import falling_back
-from batchvlm.engine.grids import find_encoder, made_of_grids
+from batchvlm.engine.grids import find_encoder, grid_inputs
 from batchvlm.engine.kernels import is_same
 from batchvlm.engine.rotations import Rotations
 from batchvlm.engine.streams import Together
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _IDLE_BYTES = 128 << 20
 """Size of the cache of features that no row needs at the moment."""
-_WORKING_BY_ITSELF = frozenset({"cuda"})
+_ASYNC_DEVICES = frozenset({"cuda"})
 """Devices that run asynchronously to the host."""
 _GRIDS = "image_grid_thw"
 # Families whose processors have the row as first dimension and its tiles as second.
@@ -126,10 +126,10 @@ class ImageFeatures:
         self._device, self._dtype = model.device, model.dtype
         self._rotations = Rotations(model)
         self._around = around
-        is_ahead = self._device.type in _WORKING_BY_ITSELF and _GRIDS in self._names
-        self._of_grids = find_encoder(model.base_model) if is_ahead else None
+        takes_grid_inputs = self._device.type in _ASYNC_DEVICES and _GRIDS in self._names
+        self._grid_encoder = find_encoder(model.base_model) if takes_grid_inputs else None
         """The encoder, if its tensors derived from patch grids are computed on the host."""
-        self._is_tried = False
+        self._is_checked = False
         self._attention = name, configs = image_attention.encoder_configs(model)
         if name == image_attention.NAME_IN_HALF:
             image_attention.choose_way(configs, model.dtype)
@@ -146,7 +146,7 @@ class ImageFeatures:
         self._form: OutputForm | None = None
         self._pixel_table: PixelTable | None = None
         """Maps the bytes of pixels to values, for all rows of a job; None if they are values."""
-        self._encoding = Together(self._replacing)
+        self._encoding = Together(self._encoder_context)
 
     def units(self, sample: Sample) -> tuple[Unit, ...]:
         """The units of a row, in the order of its images; empty for text alone."""
@@ -229,31 +229,33 @@ class ImageFeatures:
     def _output(self, pixels: Tensor, rest: Mapping[str, Tensor]) -> Any:
         """Run the encoder on pixels, which are on the device, and its other inputs, on the host."""
 
-        def plainly() -> Any:
+        def encode() -> Any:
             inputs = {name: self._to_device(tensor) for name, tensor in rest.items()}
             return self._encode(pixel_values=pixels, **inputs, return_dict=True)
 
-        def ahead(encoder: nn.Module) -> Any:
-            inputs = made_of_grids(encoder, rest[_GRIDS])
+        def encode_with_grid_inputs(encoder: nn.Module) -> Any:
+            inputs = grid_inputs(encoder, rest[_GRIDS])
             for name, value in inputs.items():
                 if isinstance(value, Tensor):
                     # Their dtype stays: these are indices and interpolation weights.
-                    inputs[name] = self._sent(value)
+                    inputs[name] = self._copied(value)
             inputs[_GRIDS] = rest[_GRIDS]
             return self._encode(pixel_values=pixels, **inputs, return_dict=True)
 
-        encoder = self._of_grids
+        encoder = self._grid_encoder
         if encoder is None or set(rest) != {_GRIDS}:
-            return plainly()
-        if self._is_tried:
-            return ahead(encoder)
+            return encode()
+        if self._is_checked:
+            return encode_with_grid_inputs(encoder)
         # The first images show whether the family derives anything else from the grids.
-        self._is_tried = True
-        expected = plainly()
+        self._is_checked = True
+        expected = encode()
         if not is_same(
-            lambda _: _numbers_of(expected), lambda _: _numbers_of(ahead(encoder)), pixels
+            lambda _: _flattened(expected),
+            lambda _: _flattened(encode_with_grid_inputs(encoder)),
+            pixels,
         ):
-            self._of_grids = None
+            self._grid_encoder = None
             log.debug("the encoder reads patch grids back from the device")
         return expected
 
@@ -267,7 +269,7 @@ class ImageFeatures:
         self.stats.images_encoded += len(units)
 
     @contextmanager
-    def _replacing(self) -> Iterator[None]:
+    def _encoder_context(self) -> Iterator[None]:
         own_attention = image_attention.attending(*self._attention)
         with own_attention, self._around(), self._rotations.replaced(), falling_back():
             yield
@@ -295,16 +297,16 @@ class ImageFeatures:
         return output
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        return self._sent(tensor).to(self._dtype if tensor.is_floating_point() else tensor.dtype)
+        return self._copied(tensor).to(self._dtype if tensor.is_floating_point() else tensor.dtype)
 
-    def _sent(self, tensor: Tensor) -> Tensor:
+    def _copied(self, tensor: Tensor) -> Tensor:
         if self._device.type != "cuda":
             return tensor.to(self._device)
         pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
         return pinned.to(self._device, non_blocking=True)
 
 
-def _numbers_of(output: Any) -> Tensor:
+def _flattened(output: Any) -> Tensor:
     """Everything in an encoder's output that is used later, as one flat tensor."""
     deep = getattr(output, "deepstack_features", None) or ()
     parts = [*output.pooler_output, *(vectors for layer in deep for vectors in layer)]

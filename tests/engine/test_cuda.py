@@ -214,7 +214,7 @@ class TestSteps:
         images = half.slots()._prefill.images
         first, *others = (unit for sample in half.samples() for unit in images.units(sample))
         images.encode([first])  # held against what it is plainly
-        assert images._of_grids is not None
+        assert images._grid_encoder is not None
         torch.cuda.set_sync_debug_mode("error")
         try:
             images.encode(others)

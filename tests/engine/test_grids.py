@@ -36,7 +36,7 @@ def loaded(request: pytest.FixtureRequest, load_once: Callable[[Family], Loaded]
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids stay on the host, and the encoder's attention is that of a GPU."""
-    monkeypatch.setattr(vision, "_WORKING_BY_ITSELF", {"cpu"})
+    monkeypatch.setattr(vision, "_ASYNC_DEVICES", {"cpu"})
 
     def configs(model: Any) -> tuple[str, list[Any]]:
         kind = type(model.config.vision_config)
@@ -77,7 +77,7 @@ def test_rows_are_answered_as_before(loaded: Loaded, as_on_a_gpu: None) -> None:
     expected = [loaded.known(question, seed)[:limit] for question, seed, limit in rows]
     engine = loaded.slots(eos=[], canary=True)
     assert tokens(run(engine, asked(loaded, rows))) == expected
-    assert engine._prefill.images._of_grids is not None
+    assert engine._prefill.images._grid_encoder is not None
 
 
 def test_the_encoder_makes_nothing_by_itself(
@@ -108,7 +108,7 @@ def test_nothing_is_read_back_from_the_device(
     encoder = grids.find_encoder(model.base_model)
     assert encoder is not None
     with image_attention.attending(*image_attention.encoder_configs(model)):
-        made = grids.made_of_grids(encoder, arrays["image_grid_thw"])
+        made = grids.grid_inputs(encoder, arrays["image_grid_thw"])
         pixels, sent = arrays["pixel_values"].to("meta"), arrays["image_grid_thw"].to("meta")
         there = {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in made.items()}
         features = model.base_model.get_image_features
@@ -121,18 +121,18 @@ def test_nothing_is_read_back_from_the_device(
 def test_an_encoder_that_comes_to_something_else_works_as_it_did(
     loaded: Loaded, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_of_grids = grids.made_of_grids
+    grid_inputs = grids.grid_inputs
 
     def wrong(encoder: torch.nn.Module, grids_I3: torch.Tensor) -> dict[str, Any]:
-        made = made_of_grids(encoder, grids_I3)
+        made = grid_inputs(encoder, grids_I3)
         return {**made, "position_ids": made["position_ids"].flip(0)}
 
-    monkeypatch.setattr(vision, "made_of_grids", wrong)
+    monkeypatch.setattr(vision, "grid_inputs", wrong)
     rows = mixed_rows(loaded, 8)
     expected = [loaded.known(question, seed)[:limit] for question, seed, limit in rows]
     engine = loaded.slots(eos=[])
     assert tokens(run(engine, asked(loaded, rows))) == expected
-    assert engine._prefill.images._of_grids is None
+    assert engine._prefill.images._grid_encoder is None
 
 
 def test_other_encoders_get_what_they_got(
@@ -140,4 +140,4 @@ def test_other_encoders_get_what_they_got(
 ) -> None:
     (family,) = (family for family in FAMILIES if family.name == "llava")
     images: ImageFeatures = load_once(family).slots()._prefill.images
-    assert images._of_grids is None
+    assert images._grid_encoder is None
