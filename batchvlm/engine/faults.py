@@ -52,7 +52,7 @@ def free_memory(device: torch.device) -> None:
         raise
     except RuntimeError as error:
         # torch 2.11 never frees this memory after an aborted graph capture.
-        log.debug("memory is not given back: %s", described(error))
+        log.debug("cached memory was not freed: %s", described(error))
 
 
 def described(error: BaseException) -> str:

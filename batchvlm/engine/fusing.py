@@ -197,7 +197,7 @@ def align(model: Any) -> None:
             for name, linear in before.items():
                 setattr(mlp, name, linear)
     if num_aligned:
-        log.debug("widened %d feed-forward parts", num_aligned)
+        log.debug("padded the weights of %d gated MLPs", num_aligned)
 
 
 def _widened(linear: nn.Linear, width: int, *, is_input: bool) -> nn.Linear:

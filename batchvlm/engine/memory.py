@@ -150,7 +150,11 @@ class MemoryPlan:
     def lower_pack(self, num_tokens: int) -> None:
         """Lower the limit to half of this many prompt tokens, for which there was no memory."""
         self._pack_tokens.lower(num_tokens // 2)
-        log.warning("no memory for %d prompt tokens at once; %d", num_tokens, self.pack_tokens)
+        log.warning(
+            "no memory for %d prompt tokens at once; the limit is now %d",
+            num_tokens,
+            self.pack_tokens,
+        )
 
     def num_scored(self, vocab_size: int) -> int:
         """Tokens of choices in one forward, at least 2."""

@@ -24,7 +24,7 @@ from batchvlm.config import EngineConfig
 from batchvlm.engine.cache import RowCache
 from batchvlm.engine.clock import Clock
 from batchvlm.engine.decoder import Decoder, Piece, Prompt
-from batchvlm.engine.faults import device_error, failure_of, free_memory
+from batchvlm.engine.faults import described, device_error, failure_of, free_memory
 from batchvlm.engine.memory import MemoryPlan
 from batchvlm.engine.streams import Streams
 from batchvlm.engine.vision import Encoded, Entry, ImageFeatures, Unit, batches
@@ -302,7 +302,7 @@ class Prefill:
         num_tokens = min(self._plan.piece_tokens, num_new_tokens_of(row, set()))
         is_causal = self._decoder.is_causal(has_images=bool(row.units))
         while is_causal and num_tokens > _MIN_PIECE_TOKENS:
-            log.warning("no memory for %d tokens of one prompt at once; halving", num_tokens)
+            log.warning("no memory for %d tokens of one prompt at once; halving them", num_tokens)
             num_tokens //= 2
             self._plan.pieces.lower(num_tokens)
             try:
@@ -310,7 +310,9 @@ class Prefill:
             except torch.AcceleratorError:
                 raise
             except Exception as error:
-                log.warning("not in pieces of %d tokens either: %s", num_tokens, type(error))
+                log.warning(
+                    "a prompt failed in pieces of %d tokens too: %s", num_tokens, described(error)
+                )
             free_memory(self._decoder.device)
         # Smaller pieces do not help, so the limit on pieces was not the cause.
         self._plan.pieces.now = before
@@ -344,7 +346,7 @@ class Prefill:
             self._compute_prefixes(rows)
         except Exception as error:
             # The failing row's own pack raises again and handles the error.
-            log.debug("what rows share was not computed at once: %s", type(error))
+            log.debug("shared prefixes were not computed in advance: %s", described(error))
             return False
         return True
 

@@ -183,7 +183,7 @@ def is_faster(
                 log.warning("the kernel for slots is off by %.0e here and is not used", error)
                 return False
             is_first = race.winner(ways, device) == 1
-        log.debug("slots are attended to by %s", "triton" if is_first else "flash attention")
+        log.debug("attention over slots: %s", "triton kernel" if is_first else "flash attention")
         return is_first
     except torch.AcceleratorError:
         raise

@@ -185,7 +185,7 @@ class SlotEngine:
         """Fuse the model's layers, once, when the engine has worked for long enough."""
         if self._until_fused_s is not None and seconds >= self._until_fused_s:
             self._until_fused_s = None
-            log.info("compiling the model's layers; engine.compile=false leaves that out")
+            log.info("compiling the model's layers; engine.compile=false turns this off")
             self._decoder.fuse()
 
     def _is_busy(self) -> bool:

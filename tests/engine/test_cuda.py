@@ -141,7 +141,7 @@ class TestFlash:
         # Right everywhere, whichever is the faster.
         found = [record.message for record in caplog.records]
         assert len(found) == 5
-        assert all(message.startswith("slots are attended to by") for message in found), found
+        assert all(message.startswith("attention over slots:") for message in found), found
 
 
 class TestFamilies:
