@@ -51,7 +51,7 @@ class SlotRoom:
         return max(self.cache.num_slots, min(could_be, self._num_wanted(num_rows)))
 
     def _num_wanted(self, num_rows: int) -> int:
-        """A power of two, and no more slots than rows need: a short job takes little memory."""
+        """Enough slots for all rows, as a power of two: a short job takes little memory."""
         return max(self._min_slots, 1 << (num_rows - 1).bit_length())
 
     def has_slot_for(
@@ -77,7 +77,7 @@ class SlotRoom:
         if cache is not None and length <= cache.length:
             if num_used < cache.num_slots:
                 return True
-            # Resize only for many more slots, or for much shorter ones once the long rows are done.
+            # Copying the rows pays only for twice the slots, or for slots of half the length.
             if 2 * length > cache.length and num_slots < 2 * cache.num_slots:
                 return False
             num_used = cache.num_slots

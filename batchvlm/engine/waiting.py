@@ -142,7 +142,8 @@ def cut(
         start: the first token.
         stop: the end, exclusive.
         max_tokens: the limit on a piece.
-        places: positions of the prompt's image tokens; None if they are not known.
+        places: positions of the prompt's image tokens; None if they are not known, in which case a
+            prompt with images is not divided.
         entries: the encoder's output for the prompt's images, in order.
 
     Yields:
