@@ -122,10 +122,7 @@ def served_model(cfg: ModelConfig, endpoint: EndpointConfig) -> ModelConfig:
 
 
 def model_name(cfg: ModelConfig) -> str:
-    """The model's name in the output: `name` if set, else the Hub name or the folder's last part.
-
-    `@` and the revision follow, if there is one.
-    """
+    """The model's name in the output, as set or its Hub or folder name, then `@` and revision."""
     name = cfg.name or (Path(cfg.path).name if os.path.isdir(cfg.path) else cfg.path)
     return f"{name}@{cfg.revision}" if cfg.revision else name
 

@@ -69,10 +69,7 @@ class Turns:
         self._num_with_pool -= 1
 
     def to_pool(self) -> Iterator[Record | None]:
-        """Yield every row, once for each turn, to `WorkerPool.prepare` in the reading thread.
-
-        Yields None if no row is available yet.
-        """
+        """Yield rows to `WorkerPool.prepare`, once for each turn; None while no row is ready."""
         for record in self._records:
             # Returned rows come first, because dialogs that have begun are held in memory.
             while self._again:

@@ -55,11 +55,10 @@ class Prefill:
         decoder: the same model's decoder.
         plan: limits on one forward.
         cfg: whether rows share images and prefixes.
-        stats: counts of batches, tokens and images, which are added to.
+        stats: counts what is computed.
         clock: measures the seconds of encoding and of prefill.
         streams: how many packs, or batches of images, are computed at once.
-        looks_ahead: whether to prepare the next pack after launching one, because the device runs
-            asynchronously.
+        looks_ahead: whether to prepare the next pack while the device computes the last one.
     """
 
     def __init__(
@@ -245,7 +244,7 @@ class Prefill:
                     able[-1].append(row)
         able = [rows for rows in able if rows]
         with self._clock.measure("prefill_s"):
-            # Lazily, one by one: the first pack that needs a shared prefix computes it.
+            # One by one: the first pack that needs a shared prefix computes it.
             outcomes: Iterable[list[PrefilledRow] | Failure] = map(self._try_compute, able)
             if len(able) > 1 and self._compute_shared_prefixes(list(chain.from_iterable(able))):
                 outcomes = list(self._streams.map(self._try_compute, able, again=_is_oom))
@@ -365,7 +364,7 @@ class Prefill:
         deque(self._streams.map(self._compute_prefix_group, groups), maxlen=0)
 
     def _compute_prefix_group(self, rows: Sequence[WaitingRow]) -> None:
-        """Compute the prefixes of these rows in one forward, or that of a single row in pieces."""
+        """Compute the prefixes of these rows in one forward; that of a single row in pieces."""
         if len(rows) == 1 and (prefix := rows[0].prefix):
             prefix.cache, _ = self._compute_up_to(rows[0], prefix.length)
             return
@@ -377,12 +376,7 @@ class Prefill:
             row.prefix.cache = cache
 
     def _compute_up_to(self, row: WaitingRow, stop: int) -> tuple[RowCache, Tensor]:
-        """Compute tokens of one row up to `stop`, in pieces.
-
-        Returns:
-            Keys and values of all tokens up to `stop`, and the logits after the last one, [1, V]
-            if the prompt ends there, else [0, V].
-        """
+        """Compute a row up to `stop`: keys and values, and logits [1, V] at the prompt's end."""
         num_tokens = len(self._prompt(row))
         past = row.prefix.cache if row.prefix else None
         done = past.length if past else 0

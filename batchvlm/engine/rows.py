@@ -154,12 +154,7 @@ class Chosen:
         self._is_committed = True
 
     def read(self) -> list[tuple[Row, int, bool, float | None]]:
-        """Wait for the tokens.
-
-        Returns:
-            For each row: the row, its token, whether finite logits chose it, and the token's
-            log-probability, None if no row asks for it.
-        """
+        """Wait for the tokens: (row, token, whether its logits are finite, log-probability)."""
         ids, is_finite, *logprobs = self._copies.lists()
         by_row = logprobs[0] if logprobs else [None] * len(ids)
         return list(zip(self.rows, ids, is_finite, by_row, strict=True))

@@ -62,8 +62,8 @@ class Streams:
         """Call a function with each item and yield the results in the order of the items.
 
         As many items as divide evenly among the streams are computed at once. The others would
-        leave streams idle, so they follow one by one with all threads. If a call raises, the error
-        is raised when all calls have ended.
+        leave streams idle, so they follow one by one with all threads. An error is raised once all
+        calls have ended.
 
         Args:
             function: called in the streams' threads, or in this thread if there is one stream.

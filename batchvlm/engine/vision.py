@@ -107,7 +107,7 @@ class ImageFeatures:
 
     Args:
         model: a transformers model with `get_image_features`.
-        stats: counts of encoded images, which are added to.
+        stats: counts what is encoded.
         is_shared: whether rows with the same image share its features; off only for measurements.
         around: returns a context in which the encoder runs.
     """
@@ -137,10 +137,9 @@ class ImageFeatures:
         self._is_shared = is_shared
         self._users: dict[str, int] = {}
         self._idle: OrderedDict[str, int] = OrderedDict()
-        """Bytes of each unit's features that no row needs at the moment, least recently used
-        first."""
+        """Bytes of the features of each unit that no row needs now, least recently used first."""
         self._idle_bytes = 0
-        """The sum of these, kept because there may be thousands of units."""
+        """Their sum, kept because there may be thousands."""
         self._entries: dict[str, Sequence[Entry]] = {}
         self._failures: dict[str, Failure] = {}
         self._form: OutputForm | None = None
@@ -171,10 +170,7 @@ class ImageFeatures:
             self._idle_bytes -= self._idle.pop(unit.key, 0)
 
     def release(self, units: Iterable[Unit]) -> None:
-        """Count one row less that needs these units.
-
-        Features that no row needs are cached for rows to come; the least recently used are dropped.
-        """
+        """Count one row less that needs these units; cache features that no row needs (LRU)."""
         for unit in units:
             self._users[unit.key] -= 1
             if self._users[unit.key]:
@@ -314,10 +310,7 @@ def _flattened(output: Any) -> Tensor:
 
 
 def batches(units: Sequence[Unit], max_cells: int) -> list[list[Unit]]:
-    """Group units by shape into batches of at most `max_cells`, largest first.
-
-    A unit of more cells forms a batch of one.
-    """
+    """Batches of units of one shape, at most `max_cells` each, largest first; larger ones alone."""
     groups: list[list[Unit]] = []
     cells = 0
     for unit in sorted(units, key=lambda u: (u.shape, u.num_cells), reverse=True):

@@ -106,10 +106,7 @@ def find_prefixes(waiting: Sequence[WaitingRow], decoder: Decoder) -> None:
 
 
 def num_new_tokens_of(row: WaitingRow, begun: set[int]) -> int:
-    """Count the tokens that a row adds to a pack, its prefix included if that is not in it yet.
-
-    `begun` holds the `id` of each prefix that the pack computes, and is added to.
-    """
+    """Tokens that a row adds to a pack; `begun` collects the `id` of each prefix computed in it."""
     prefix = row.prefix
     if prefix is None or prefix.cache is not None or id(prefix) in begun:
         return row.num_new_tokens
@@ -136,18 +133,11 @@ def cut(
 ) -> Iterator[tuple[int, int, Sequence[Entry]]]:
     """Divide tokens `start` to `stop` of a prompt into pieces of at most `max_tokens`.
 
-    An image's tokens are never divided, so a piece may be longer than `max_tokens`.
-
-    Args:
-        start: the first token.
-        stop: the end, exclusive.
-        max_tokens: the limit on a piece.
-        places: positions of the prompt's image tokens; None if they are not known, in which case a
-            prompt with images is not divided.
-        entries: the encoder's output for the prompt's images, in order.
+    An image's tokens stay in one piece, which may be longer than `max_tokens`. If their positions
+    (`places`) are not known, a prompt with images is not divided.
 
     Yields:
-        Start and exclusive end of each piece, and the entries of its images.
+        Start and end of each piece, and the entries of its images.
     """
     counts = [len(entry.pooled_PD) for entry in entries]
     if stop - start <= max_tokens or (entries and (places is None or sum(counts) != len(places))):
