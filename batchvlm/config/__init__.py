@@ -1,8 +1,8 @@
 """Every setting, its type, its default and what it means.
 
-Hydra composes `conf/` over these classes, so a mistyped key or a wrong type is refused before
-anything is loaded. What a type cannot say (ranges, combinations) is checked in `checks.py`.
-A setting is documented once: in the docstring under its field.
+Hydra composes `conf/` over these classes, so a mistyped key or a wrong type is rejected before
+anything is loaded. `checks.py` checks what types cannot express: ranges and combinations.
+Each setting is documented once, in the docstring under its field.
 """
 
 from __future__ import annotations

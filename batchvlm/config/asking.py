@@ -1,4 +1,4 @@
-"""What is read, what is asked of it, and how answers are decoded."""
+"""The input, the task and how answers are decoded."""
 
 from __future__ import annotations
 
@@ -13,119 +13,124 @@ from batchvlm.config.choices import Guided, Instructions, SourceKind, TaskName
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnsConfig:
-    """Which columns of the input hold what."""
+    """Columns of the input."""
 
     id: str | None = None
-    """Column with the row's own key; null: `source_file:row`."""
+    """Column with the key of each row; null: `source_file:row`."""
     image: Any = None
-    """Column with the image or a list of images, or a list of such columns; null: no column holds
-    images. With `task.prompt` each must hold one at least; messages say how many they show."""
+    """Column with an image or a list of images, or a list of such columns; null: no column has
+    images. With `task.prompt`, each column must have at least one image in every row. With
+    messages, their image parts determine the number."""
     messages: str | None = None
-    """Column with chat messages; replaces `task.prompt`."""
+    """Column with chat messages, used instead of `task.prompt`."""
     turns: str | None = None
-    """task=dialog: column with a list of what the user says, turn after turn: each a text, a list
-    of parts, or a message; a system message may come first."""
+    """task=dialog: column with a list of user turns. Each turn is a text, a list of parts, or a
+    message; the first may be a system message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the rows come from (`data=parquet|hf|folder|jsonl|openai|webdataset|demo`)."""
+    """The input (`data=parquet|hf|folder|jsonl|openai|webdataset|demo`)."""
 
     name: str = "data"
-    """Word for this input in the default output folder."""
+    """Name of this input in the default output folder."""
     source: SourceKind = MISSING
     path: str = MISSING
-    """Parquet, jsonl, openai, webdataset: a file, folder, glob or fsspec URL. hf: a hub name, a
-    data file (CSV, JSON, Arrow, ...), a folder of these or a `save_to_disk` folder. folder: a
-    folder of images. Parquet: folders named `key=value` below it are columns."""
+    """parquet, jsonl, openai, webdataset: a file, folder, glob or fsspec URL. hf: a dataset on the
+    Hub, a data file (CSV, JSON, Arrow, ...), a folder of these, or a `save_to_disk` folder. folder:
+    a folder of images. parquet: subfolders named `key=value` become columns."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     subset: str | None = None
-    """hf: the dataset's configuration name."""
+    """hf: configuration name of the dataset."""
     split: str = "train"
-    """hf: the split, or a slice of one such as `train[:100]`."""
+    """hf: split, or a slice of one such as `train[:100]`."""
     revision: str | None = None
     """hf: commit, tag or branch of the dataset repository."""
     streaming: bool = False
-    """hf: read without downloading the whole dataset first."""
+    """hf: read the dataset without downloading all of it first."""
     image_root: str | None = None
-    """The only folder that image paths in rows may point into; null: the input's own folder."""
+    """The only folder that image paths in rows may point into; null: the folder of the input."""
     allow_remote: bool = False
-    """Fetch images whose address is on the public web (http, https), or allowed by name. What may
-    be reached is a part of the question: with other values here, in `allow_hosts` or in
-    `image_root`, an output folder is refused."""
+    """Fetch images by URL from the public web (http, https) and from `allow_hosts`. This setting,
+    `allow_hosts` and `image_root` are part of the fingerprint: an output folder that was started
+    with other values is rejected."""
     allow_hosts: list[str] = field(default_factory=list)
-    """allow_remote: hosts that may have private addresses (`images.intra`, `10.0.0.5`), and places
-    of object stores or other file systems of fsspec (`s3://bucket/folder`, `hf://datasets/a/b`),
-    read with this machine's credentials."""
+    """allow_remote: hosts that may have private addresses (`images.intra`, `10.0.0.5`), and
+    locations in object stores or other fsspec file systems (`s3://bucket/folder`,
+    `hf://datasets/a/b`), which are read with the credentials of this machine."""
     fetch_timeout_s: float = 20.0
-    """allow_remote: seconds for one attempt at an image."""
+    """allow_remote: timeout of one attempt to fetch an image, in seconds."""
     fetch_attempts: int = 4
-    """allow_remote: attempts at an image while its server is unreachable, slow or overloaded."""
+    """allow_remote: attempts per image if its server is unreachable, slow or overloaded."""
     fetch_concurrency: int = 64
-    """allow_remote: images fetched at the same time; at most half of them from one host."""
+    """allow_remote: maximum number of concurrent fetches; at most half of them from one host."""
     max_rows: int | None = None
-    """Take only the first rows of the input; null: all."""
+    """Use only the first rows of the input; null: all rows."""
     max_image_bytes: int = 1 << 28
-    """An image of more bytes is refused; its file is not read further than that."""
+    """An image with more bytes is a row error. No more than this is read from its file."""
     max_source_pixels: int = 178_956_970
-    """An image whose header claims more pixels is refused undecoded (Pillow's own limit). Decoding
-    takes up to 28 bytes of memory a pixel, by format."""
+    """An image whose header claims more pixels is a row error and is not decoded. The default is
+    Pillow's limit. Decoding takes up to 28 bytes of memory per pixel, depending on the format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOutputConfig:
-    """The form an answer must have: one of the first six, or the row's own."""
+    """The form of answers: one of the first six settings, or a form from a column."""
 
     json_schema: Any = None
-    """A JSON schema: path of a file, the schema itself, or `any` for any object. A `$ref` may lead
-    to files beside it."""
+    """A JSON schema: the path of a file, the schema itself, or `any` for any object. A `$ref` may
+    point to files in the same folder."""
     pydantic: str | None = None
-    """`module:Class`: a Pydantic model, dataclass or typed dict; its module runs as code."""
+    """`module:Class`: a Pydantic model, dataclass or typed dict. The module is imported, so its
+    code runs."""
     choice: list[Any] | None = None
-    """The answers to choose from."""
+    """List of possible answers."""
     regex: str | None = None
     """A pattern that the whole answer must match."""
     grammar: str | None = None
-    """A context-free grammar in Lark's notation, or the path of a file with one."""
+    """A context-free grammar in Lark notation, or the path of a file with one."""
     type: str | None = None
     """A named type: `integer`, `number`, `boolean`, `date`, `time`, `datetime`, `email`, `uuid4`,
     `ipv4`, `hex_color`, ..., as in `outlines.types`."""
     json_schema_column: str | None = None
-    """Column with each row's own JSON schema; a null there falls back to the above. With other
-    tasks than extract, an answer to a row that brings one is read as JSON, any other as text."""
+    """Column with a JSON schema for each row; a null falls back to the settings above. With tasks
+    other than extract, the answer to a row with a schema is parsed as JSON, any other answer is
+    text."""
     choice_column: str | None = None
-    """Column with each row's own choices, a list of strings; a null there falls back likewise."""
+    """Column with a list of choices for each row; a null falls back to the settings above."""
     guided: Guided = Guided.auto
-    """`auto`: tokens that lead out of the form are never chosen, as far as a grammar can say what
-    is asked for, and `constraint` tells how far that was; `strict`: a form that cannot be enforced
-    to the letter is refused; `off`: answers are only validated."""
+    """`auto`: decoding never chooses tokens that violate the form, as far as a grammar can express
+    it; the column `constraint` records how far. `strict`: a row whose form cannot be enforced
+    exactly is an error. `off`: answers are only validated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """What is asked and what is made of the answer (`task=caption|vqa|extract|dialog`)."""
+    """The prompt and how answers are processed (`task=caption|vqa|extract|dialog`)."""
 
     name: TaskName = MISSING
     prompt: str = MISSING
-    """Jinja2 template over the row's columns; an unknown name is refused, a null is a row error."""
+    """Jinja2 template over the columns of the row. An unknown name is rejected before the run; a
+    null is a row error."""
     system: str | None = None
-    """System prompt, a template like `prompt`."""
+    """System prompt, a template like `task.prompt`."""
     markdown_images: bool = False
-    """Take `![](X)` in a prompt or a user's message for an image, as TGI does: X is an address, a
-    path or a `data:` URI, allowed or not as in any other place."""
+    """Read `![](X)` in a prompt or a user's message as an image, as in TGI. X is a URL, a path or a
+    `data:` URI; the same access rules apply as in image columns."""
     output: TaskOutputConfig = field(default_factory=TaskOutputConfig)
     scores: bool = False
-    """With choices: score each of them in place of decoding an answer. The answer is the likeliest,
-    and the column `scores` holds all, in their order: the log-probability of a choice's tokens and
-    of the end behind them, and its probability among the row's choices."""
+    """Score each choice instead of decoding an answer. The answer is the likeliest choice. The
+    column `scores` lists all choices in their order, each with the log-probability of its tokens
+    and the end of sequence, and its probability among the row's choices."""
     instructions: Instructions = Instructions.off
-    """`auto`: where a JSON schema is asked for, the prompt ends with it, in a compact form; models
-    answer better when they see it. Messages of the rows' own stay as they are."""
+    """`auto`: if there is a JSON schema, append it to the prompt in a compact form. Chat messages
+    from a column are not changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationColumnsConfig:
-    """Columns that override a generation setting row by row; a null keeps the run's setting."""
+    """Columns that override a generation setting for each row; a null keeps the setting of the
+    run."""
 
     max_new_tokens: str | None = None
     min_new_tokens: str | None = None
@@ -141,9 +146,9 @@ class GenerationColumnsConfig:
     ignore_eos: str | None = None
     stop_on_repetition: str | None = None
     logprobs: str | None = None
-    """Naming it adds the column `logprobs`, null in rows that do not ask."""
+    """Setting it adds the column `logprobs`, which is null in rows that do not request it."""
     num_return_sequences: str | None = None
-    """Naming it adds the columns of several answers."""
+    """Setting it adds the columns `generated_texts` and `finish_reasons`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,38 +156,39 @@ class GenerationConfig:
     """How an answer is decoded."""
 
     max_new_tokens: int = 256
+    """Maximum number of tokens of an answer."""
     min_new_tokens: int = 0
-    """No end of sequence and no stop string before this many tokens."""
+    """The answer cannot end, by end of sequence or stop string, before this many tokens."""
     temperature: float = 0.0
-    """0 is greedy; above, tokens are drawn."""
+    """0: greedy decoding; above 0: tokens are sampled."""
     top_k: int = 0
-    """Draw among the k likeliest; 0: all."""
+    """Draw among the k likeliest tokens; 0: all tokens."""
     top_p: float = 1.0
-    """Draw among the likeliest that together reach this probability."""
+    """Draw among the likeliest tokens that together reach this probability."""
     min_p: float = 0.0
-    """Draw among those at least this fraction as likely as the likeliest."""
+    """Draw among tokens whose probability is at least this fraction of the highest one."""
     repetition_penalty: float = 1.0
-    """Above 1, tokens already in the prompt or answer become less likely."""
+    """Above 1: tokens that are already in the prompt or the answer become less likely."""
     frequency_penalty: float = 0.0
-    """Taken off a token's logit for each time that the answer has it already."""
+    """Subtracted from the logit of a token for each time that it is in the answer."""
     presence_penalty: float = 0.0
-    """Taken off a token's logit once the answer has it."""
+    """Subtracted from the logit of a token once if it is in the answer."""
     seed: int = 0
-    """Each row draws from a generator of its own, seeded by this and the row's position."""
+    """Each row has its own random generator, seeded by this number and the position of the row."""
     stop: list[Any] = field(default_factory=list)
-    """Strings that end an answer; they are cut off it."""
+    """Strings that end an answer. They are removed from it."""
     ignore_eos: bool = False
-    """Go on to `max_new_tokens` whatever the model says; for benchmarks."""
+    """Ignore the end of sequence and generate `max_new_tokens` tokens. For benchmarks."""
     stop_on_repetition: bool = True
-    """End an answer that does nothing but repeat itself: its last 512 tokens, and at least 16
-    rounds, are one cycle of up to 64 tokens. Never where `ignore_eos` is set."""
+    """End an answer that only repeats itself: a cycle of up to 64 tokens makes up its last 512
+    tokens and at least 16 periods. Has no effect with `ignore_eos`."""
     logprobs: bool = False
-    """Add the column `logprobs`: the log-probability of each token of the answer, as the model
-    gave it (temperature 1, no cuts, no penalty)."""
+    """Add the column `logprobs`: the log-probability of each token of the answer, before
+    temperature, top-k, top-p, min-p and penalties are applied."""
     num_return_sequences: int = 1
-    """Answers to each row. Above 1, the columns `generated_texts` and `finish_reasons` hold them
-    all and `completion_tokens` counts them all; else columns speak of the first, which is the same
-    as with 1."""
+    """Number of answers for each row. Above 1, `generated_texts` and `finish_reasons` hold all
+    answers and `completion_tokens` counts all of them. All other columns describe the first answer,
+    which is the same as with 1."""
     columns: GenerationColumnsConfig = field(default_factory=GenerationColumnsConfig)
 
 
@@ -199,4 +205,4 @@ GENERATION_LIMITS: Mapping[str, tuple[float, float]] = {
     "seed": (0, (1 << 63) - 1),
     "num_return_sequences": (1, 1024),
 }
-"""Lowest and highest value of each number above, for the run and for a row's own column alike."""
+"""Lowest and highest value of each number above, for settings and for columns."""

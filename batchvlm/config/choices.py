@@ -1,4 +1,4 @@
-"""The names that settings choose among."""
+"""The values of settings with a fixed set of choices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SourceKind(StrEnum):
 
 
 class TaskName(StrEnum):
-    """What is made of an answer."""
+    """How an answer is processed."""
 
     caption = "caption"
     vqa = "vqa"
@@ -26,7 +26,7 @@ class TaskName(StrEnum):
 
 
 class EngineName(StrEnum):
-    """What turns batches into completions."""
+    """The engine that turns batches into completions."""
 
     auto = "auto"
     slots = "slots"
@@ -35,7 +35,7 @@ class EngineName(StrEnum):
 
 
 class Quantization(StrEnum):
-    """How weights are made smaller, by which library."""
+    """The library and format that quantize the weights."""
 
     quanto_int8 = "quanto_int8"
     quanto_int4 = "quanto_int4"
@@ -48,14 +48,14 @@ class Quantization(StrEnum):
 
 
 class ImageFormat(StrEnum):
-    """How an image travels to a server."""
+    """The encoding of images sent to a server."""
 
     png = "png"
     jpeg = "jpeg"
 
 
 class ResponseFormat(StrEnum):
-    """How a server is told the form of an answer."""
+    """The request field that tells a server the form of an answer."""
 
     json_schema = "json_schema"
     tgi = "tgi"
@@ -65,7 +65,7 @@ class ResponseFormat(StrEnum):
 
 
 class OnMismatch(StrEnum):
-    """What happens where the output folder holds the answers to another question."""
+    """What to do if the output folder holds a run with another fingerprint."""
 
     error = "error"
     new_folder = "new_folder"
@@ -73,7 +73,7 @@ class OnMismatch(StrEnum):
 
 
 class Guided(StrEnum):
-    """How far answers are held to the form that is asked for while they are decoded."""
+    """How strictly decoding enforces the requested form of answers."""
 
     auto = "auto"
     strict = "strict"
@@ -81,14 +81,14 @@ class Guided(StrEnum):
 
 
 class Instructions(StrEnum):
-    """Whether the prompt says which form the answer must have."""
+    """Whether the prompt states the requested form of the answer."""
 
     auto = "auto"
     off = "off"
 
 
 class ImageBackend(StrEnum):
-    """Which library resizes and normalises images in the model's processor."""
+    """The library that resizes and normalises images in the model's processor."""
 
     auto = "auto"
     pil = "pil"

@@ -1,4 +1,4 @@
-"""Where answers go, and how a run behaves."""
+"""The output, and how a run behaves."""
 
 from __future__ import annotations
 
@@ -9,86 +9,91 @@ from batchvlm.config.choices import OnMismatch
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """Where and how results are written."""
+    """How results are written."""
 
     dir: str = "outputs/${data.name}-${task.name}"
-    """Folder of the output, also in an object store (`s3://bucket/folder`, `gs://bucket/folder`);
-    run the same command again to finish an interrupted job."""
+    """Output folder, which may be in an object store (`s3://bucket/folder`, `gs://bucket/folder`).
+    Run the same command again to resume an interrupted job."""
     rows_per_shard: int = 4096
-    """Most rows of one part; fixed once an output folder exists."""
+    """Maximum number of rows in a shard. Fixed once the output folder exists."""
     flush_every_s: float = 30.0
-    """Finished rows of an unfinished shard reach the disk at least this often, in seconds."""
+    """Maximum time between flushes of finished rows of unfinished shards, in seconds."""
     flush_every_rows: int | None = None
-    """... and whenever this many rows of one shard are waiting; null: by the clock alone."""
+    """Also flush when this many finished rows of one shard are waiting; null: by time only."""
     on_mismatch: OnMismatch = OnMismatch.error
-    """Where `dir` holds the answers to another question: `error` refuses, `new_folder` writes to
-    `dir-FINGERPRINT` beside it, `overwrite` deletes the old answers once the model has loaded."""
+    """What to do if `output.dir` holds a run with another fingerprint. `error`: end the run.
+    `new_folder`: write to `dir-FINGERPRINT` beside it. `overwrite`: delete the old answers once the
+    model has loaded."""
     keep_columns: list[str] = field(default_factory=list)
-    """Input columns copied to the output unchanged; null where a file of the input has no such
+    """Input columns to copy to the output unchanged. They are null for input files without the
     column."""
     token_ids: bool = False
-    """Add the column `token_ids` with each answer's token ids."""
+    """Add the column `token_ids` with the token ids of the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetryConfig:
-    """Which rows with an error are computed again (`retry=none|transient`)."""
+    """Which rows are computed again (`retry=none|transient`)."""
 
     errors: list[str] = field(default_factory=list)
-    """Error types; their rows in finished parts and segments are answered anew and superseded."""
+    """Error types to retry. Their rows in finished parts and segments are computed again and
+    replaced."""
     invalid_json: int = 0
-    """Times that a row whose answer has not the form asked for is answered again in the same run:
-    with twice the tokens where it was cut, else with another seed and a temperature of 0.5 at
-    least. Their images are kept meanwhile, `batching.max_window_bytes` of them at most."""
+    """Maximum retries, in the same run, of a row whose answer does not have the requested form:
+    with twice the tokens if the answer was cut off, else with another seed and a temperature of at
+    least 0.5. Samples are kept for this up to `batching.max_window_bytes`; rows beyond that are not
+    retried."""
     max_attempts: int = 3
-    """A row that was tried this often is left as it is."""
+    """A row that was tried this often is not computed again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How the work is spread. Changes speed, never an answer."""
+    """How the work is distributed. Changes speed, never an answer."""
 
     num_tasks: int = 1
-    """Slices of the whole job, such as SLURM array elements."""
+    """Number of slices of the job, such as SLURM array elements."""
     task_id: int = 0
-    """Which slice this process computes: shards with `index % num_tasks == task_id`."""
+    """Slice that this process computes: the shards with `index % num_tasks == task_id`."""
     num_workers: int | None = None
-    """Processes that prepare samples; 0: in this process; null: by the number of cores."""
+    """Number of processes that prepare samples. 0: the main process prepares them. null: one for
+    each core but one, at most 16; the ranks of a machine share its cores."""
     num_threads: int | None = None
-    """Compute threads of the engine on a CPU; null: torch's choice."""
+    """Number of compute threads of the engine on a CPU; null: the default of torch."""
     sample_timeout_s: float = 60.0
-    """Preparing one row may take this long, in seconds; needs `num_workers` above 0."""
+    """Timeout for preparing one row, in seconds. Requires `num_workers` above 0."""
     log_every_s: float = 10.0
-    """Seconds between progress lines where stderr is no terminal."""
+    """Seconds between progress lines if stderr is not a terminal."""
     log_json: bool = False
-    """Write each log line as a JSON object, progress with its numbers; no bar is drawn."""
+    """Write each log line as a JSON object, with progress as numbers. Disables the progress bar."""
     max_error_rate: float | None = None
-    """A share of failed rows above this ends the run, exit code 3; null: never."""
+    """End the run with exit code 3 if the share of failed rows exceeds this; null: never."""
     max_error_rate_after: int = 100
-    """Rows that must be done or with the engine before `max_error_rate` is looked at."""
+    """Number of rows that must be finished or in the engine before `max_error_rate` is checked."""
     stall_timeout_s: float | None = 1800.0
-    """Without a finished row for so long, in seconds, the run prints where every thread is, brings
-    finished rows to disk and exits with 75; null: wait forever."""
+    """If no row is finished for this many seconds, print the stack of every thread, flush and exit
+    with 75; null: never."""
     grace_s: float = 30.0
-    """From a signal to the exit, in seconds, whatever the model is doing then."""
+    """Maximum time from a signal to the exit, in seconds."""
     walltime_margin_s: float = 90.0
-    """With less of the SLURM job's time left, in seconds, or less than a quarter of it, no further
-    row is begun; the run ends with 75 when those at the engine are answered. 0: never by itself."""
+    """When less than this many seconds of the SLURM job's time are left, start no further row,
+    finish those in the engine and exit with 75. At most a quarter of the time left at the start. 0:
+    no deadline."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where the counts of a running job also go. Each process is a run of its own there."""
+    """Where to send metrics of a running job. Each process is a separate run there."""
 
     trackers: list[str] = field(default_factory=list)
-    """`tensorboard`, `wandb`: through accelerate's trackers; each needs its package."""
+    """`tensorboard`, `wandb`, through the trackers of accelerate. Each needs its package."""
     project: str = "batchvlm"
-    """wandb: the project."""
+    """wandb: name of the project."""
     dir: str | None = None
-    """Folder for what trackers write; null: `_batchvlm/tracking` in the output folder. Set it where
-    that is in an object store."""
+    """Folder for the files of trackers; null: `_batchvlm/tracking` in the output folder. Required
+    if the output folder is in an object store."""
     prometheus_file: str | None = None
-    """File in the Prometheus text format, for node_exporter's textfile collector (`*.prom`). Of a
+    """File in the Prometheus text format, for node_exporter's textfile collector (`*.prom`). In a
     job of several processes, each adds its task and rank to the name."""
     every_s: float = 10.0
-    """Seconds between two sets of counts."""
+    """Seconds between updates."""
