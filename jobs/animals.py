@@ -1,9 +1,9 @@
-"""What animals each image shows, as JSON: `batchvlm run` on conf/animals.yaml.
+"""Extract the animals in each image as JSON: `batchvlm run` with conf/animals.yaml.
 
 python jobs/animals.py data=parquet data.path=IN model=hub model.path=NAME output.dir=OUT
 
-`parsed.location`, `parsed.activity`, `parsed.animals_seen` (1 to 5) and `parsed.animals` hold the
-answer, whatever the model would have liked to say.
+The answer is in `parsed.location`, `parsed.activity`, `parsed.animals_seen` (1 to 5) and
+`parsed.animals`. Decoding enforces these fields.
 """
 
 import sys

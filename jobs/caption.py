@@ -1,4 +1,4 @@
-"""Caption a dataset: `batchvlm run` on conf/caption.yaml.
+"""Caption a dataset: `batchvlm run` with conf/caption.yaml.
 
 python jobs/caption.py data=parquet data.path=IN model=hub model.path=NAME output.dir=OUT
 accelerate launch jobs/caption.py ...          one process a GPU

@@ -1,4 +1,4 @@
-"""Read each row's images into JSON by a schema: `batchvlm run` on conf/extract.yaml.
+"""Extract JSON that fits a schema from each row's images: `batchvlm run` with conf/extract.yaml.
 
 python jobs/extract.py data=parquet data.path=IN model=hub model.path=NAME output.dir=OUT
 accelerate launch jobs/extract.py ...          one process a GPU

@@ -1,4 +1,4 @@
-"""Answer each row's question about its images: `batchvlm run` on conf/vqa.yaml.
+"""Answer each row's question about its images: `batchvlm run` with conf/vqa.yaml.
 
 python jobs/vqa.py data=parquet data.path=IN model=hub model.path=NAME output.dir=OUT
 accelerate launch jobs/vqa.py ...          one process a GPU
