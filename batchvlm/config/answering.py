@@ -41,15 +41,15 @@ class ModelConfig:
     """For a model larger than one GPU: `auto` splits every layer over the processes of a launch,
     one process a GPU (tensor parallelism). Runs with `generate()`."""
     gpus_per_replica: int | None = None
-    """In a launch of several processes. With device_map: number of GPUs over which each process
-    spreads its model; null: an equal share of the machine's GPUs. With tp_plan: number of
-    processes, one a GPU, that hold one model together; null: all processes of a machine."""
+    """In a launch of several processes. With device_map: GPUs over which each process spreads its
+    model; null: an equal share of the machine's GPUs. With tp_plan: processes, one a GPU, that hold
+    one model together; null: all of a machine."""
     quantization: Quantization | None = None
     """Quantization of the weights: `quanto_int8|int4|float8`, `bnb_int8|nf4`,
     `torchao_int8|int8_dynamic|float8`. Install the extra `quanto`, `bitsandbytes` or `torchao`."""
     quantization_skip: list[str] | None = None
-    """Modules that are not quantized, by full path or its last component; null: all modules except
-    the language model's layers."""
+    """Modules not to quantize, by full path or its last component; null: all except the language
+    model's layers."""
     adapter: str | None = None
     """A PEFT adapter (LoRA) for the model: name on the Hub or local folder. Install the extra
     `peft`."""
@@ -81,15 +81,15 @@ class EndpointConfig:
     model: str | None = None
     """Name of the model on the server; null: `model.path`."""
     token_env: str = "BATCHVLM_ENDPOINT_TOKEN"
-    """Environment variable with the token, if the server requires one. The token itself is not a
-    setting, because settings are written into the output folder."""
+    """Environment variable with the token, if the server needs one. Settings are written into the
+    output folder, so the token is not one."""
     max_concurrency: int = 32
     """Maximum number of concurrent requests."""
     timeout_s: float = 600.0
     """Timeout of one request, in seconds."""
     max_attempts: int = 4
-    """After this many failed requests for a row, while the server answers other rows, the row
-    becomes an error row."""
+    """A row becomes an error after this many failed requests while the server answers other
+    rows."""
     patience_s: float = 900.0
     """If the server answers nothing for this many seconds, the run ends with exit code 75."""
     image_format: ImageFormat = ImageFormat.png
@@ -99,8 +99,8 @@ class EndpointConfig:
     """How the form of answers is sent. `json_schema`: OpenAI's `response_format`, for schemas only.
     `tgi`: TGI's `response_format`, for schemas, choices and patterns. `vllm`: vLLM's
     `structured_outputs`, also for grammars. `vllm_guided`: the same as `guided_*`, for vLLM before
-    0.12. `none`: not sent, answers are only validated. A form that the chosen field cannot express
-    is rejected."""
+    0.12. `none`: not sent, answers are only validated. A form that the field cannot express is
+    rejected."""
     extra_body: dict[str, Any] = field(default_factory=dict)
     """Extra fields of every request, for options of this server: `top_k`, `min_p`,
     `chat_template_kwargs`, ..."""
@@ -157,6 +157,6 @@ class BatchingConfig:
     max_batch_size: int = 64
     """engine=generate: maximum number of rows in a batch."""
     sort_window: int = 512
-    """Number of samples that are gathered and sorted by length before they go to the engine."""
+    """Samples gathered and sorted by length before they go to the engine."""
     max_window_bytes: int = 1 << 30
     """A window also ends when its samples reach this many bytes."""

@@ -19,8 +19,8 @@ class ColumnsConfig:
     """Column with the key of each row; null: `source_file:row`."""
     image: Any = None
     """Column with an image or a list of images, or a list of such columns; null: no column has
-    images. With `task.prompt`, each column must have at least one image in every row. With
-    messages, their image parts determine the number."""
+    images. With `task.prompt`, every row needs at least one image in each column; with messages, as
+    many as they show."""
     messages: str | None = None
     """Column with chat messages, used instead of `task.prompt`."""
     turns: str | None = None
@@ -51,9 +51,8 @@ class DataConfig:
     image_root: str | None = None
     """The only folder that image paths in rows may point into; null: the folder of the input."""
     allow_remote: bool = False
-    """Fetch images by URL from the public web (http, https) and from `allow_hosts`. This setting,
-    `allow_hosts` and `image_root` are part of the fingerprint: an output folder that was started
-    with other values is rejected."""
+    """Fetch images by URL from the public web (http, https) and from `allow_hosts`. Both settings
+    and `image_root` are part of the fingerprint."""
     allow_hosts: list[str] = field(default_factory=list)
     """allow_remote: hosts that may have private addresses (`images.intra`, `10.0.0.5`), and
     locations in object stores or other fsspec file systems (`s3://bucket/folder`,
@@ -67,10 +66,10 @@ class DataConfig:
     max_rows: int | None = None
     """Use only the first rows of the input; null: all rows."""
     max_image_bytes: int = 1 << 28
-    """An image with more bytes is a row error. No more than this is read from its file."""
+    """An image with more bytes is a row error. No more than this is read."""
     max_source_pixels: int = 178_956_970
-    """An image whose header claims more pixels is a row error and is not decoded. The default is
-    Pillow's limit. Decoding takes up to 28 bytes of memory per pixel, depending on the format."""
+    """An image whose header claims more pixels is a row error (default: Pillow's limit). Decoding
+    takes up to 28 bytes a pixel, depending on the format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +78,10 @@ class TaskOutputConfig:
 
     json_schema: Any = None
     """A JSON schema: the path of a file, the schema itself, or `any` for any object. A `$ref` may
-    point to files in the same folder."""
+    name other files, relative to it."""
     pydantic: str | None = None
-    """`module:Class`: a Pydantic model, dataclass or typed dict. The module is imported, so its
-    code runs."""
+    """`module:Class`: a Pydantic model, dataclass or typed dict. Its module is imported and runs as
+    code."""
     choice: list[Any] | None = None
     """List of possible answers."""
     regex: str | None = None
@@ -93,9 +92,8 @@ class TaskOutputConfig:
     """A named type: `integer`, `number`, `boolean`, `date`, `time`, `datetime`, `email`, `uuid4`,
     `ipv4`, `hex_color`, ..., as in `outlines.types`."""
     json_schema_column: str | None = None
-    """Column with a JSON schema for each row; a null falls back to the settings above. With tasks
-    other than extract, the answer to a row with a schema is parsed as JSON, any other answer is
-    text."""
+    """Column with a JSON schema for each row; a null falls back to the settings above. With other
+    tasks than extract, only answers to rows with a schema are parsed as JSON."""
     choice_column: str | None = None
     """Column with a list of choices for each row; a null falls back to the settings above."""
     guided: Guided = Guided.auto
@@ -119,9 +117,9 @@ class TaskConfig:
     `data:` URI; the same access rules apply as in image columns."""
     output: TaskOutputConfig = field(default_factory=TaskOutputConfig)
     scores: bool = False
-    """Score each choice instead of decoding an answer. The answer is the likeliest choice. The
-    column `scores` lists all choices in their order, each with the log-probability of its tokens
-    and the end of sequence, and its probability among the row's choices."""
+    """Score each choice instead of decoding; the answer is the likeliest one. The column `scores`
+    lists all choices in order, each with the log-probability of its tokens and the end of sequence,
+    and its probability among the row's choices."""
     instructions: Instructions = Instructions.off
     """`auto`: if there is a JSON schema, append it to the prompt in a compact form. Chat messages
     from a column are not changed."""
@@ -186,9 +184,9 @@ class GenerationConfig:
     """Add the column `logprobs`: the log-probability of each token of the answer, before
     temperature, top-k, top-p, min-p and penalties are applied."""
     num_return_sequences: int = 1
-    """Number of answers for each row. Above 1, `generated_texts` and `finish_reasons` hold all
-    answers and `completion_tokens` counts all of them. All other columns describe the first answer,
-    which is the same as with 1."""
+    """Number of answers for each row. Above 1, `generated_texts`, `finish_reasons` and
+    `completion_tokens` cover all answers; other columns describe the first, which is the same as
+    with 1."""
     columns: GenerationColumnsConfig = field(default_factory=GenerationColumnsConfig)
 
 

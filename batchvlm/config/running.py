@@ -39,10 +39,9 @@ class RetryConfig:
     """Error types to retry. Their rows in finished parts and segments are computed again and
     replaced."""
     invalid_json: int = 0
-    """Maximum retries, in the same run, of a row whose answer does not have the requested form:
-    with twice the tokens if the answer was cut off, else with another seed and a temperature of at
-    least 0.5. Samples are kept for this up to `batching.max_window_bytes`; rows beyond that are not
-    retried."""
+    """Maximum retries, in the same run, of an answer without the requested form: with twice the
+    tokens if it was cut off, else with another seed and a temperature of at least 0.5. Samples are
+    kept for this up to `batching.max_window_bytes`; rows beyond that are not retried."""
     max_attempts: int = 3
     """A row that was tried this often is not computed again."""
 
@@ -69,16 +68,15 @@ class RuntimeConfig:
     max_error_rate: float | None = None
     """End the run with exit code 3 if the share of failed rows exceeds this; null: never."""
     max_error_rate_after: int = 100
-    """Number of rows that must be finished or in the engine before `max_error_rate` is checked."""
+    """Rows that must be finished or in the engine before `max_error_rate` is checked."""
     stall_timeout_s: float | None = 1800.0
     """If no row is finished for this many seconds, print the stack of every thread, flush and exit
     with 75; null: never."""
     grace_s: float = 30.0
     """Maximum time from a signal to the exit, in seconds."""
     walltime_margin_s: float = 90.0
-    """When less than this many seconds of the SLURM job's time are left, start no further row,
-    finish those in the engine and exit with 75. At most a quarter of the time left at the start. 0:
-    no deadline."""
+    """When the SLURM job has fewer seconds left, start no further row, finish those in the engine
+    and exit with 75. At most a quarter of the time left at the start; 0: no deadline."""
 
 
 @dataclass(frozen=True, kw_only=True)
