@@ -1,8 +1,8 @@
 """An output in an object store, by fsspec: `s3://bucket/prefix`, `gs://bucket/prefix`, ...
 
-A file is one object, put by one request: it is there completely or not at all, and nothing is left
-of one that failed. Credentials are those that the store's own tools find in the environment; none
-passes through here.
+Each file is one object and is written by one request, so it exists completely or not at all. A
+failed request leaves nothing behind. The store's client library finds the credentials in the
+environment; this module never handles them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from batchvlm.words import one_line
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _SECRET = re.compile(r"[^/@]*:[^/@]*@|.*[?#]")
 _MAX_PUT_BYTES = 5 << 30
-"""What S3 takes in one request. Only a part above this is put in pieces, which s3fs takes back
-where one of them fails."""
+"""The most bytes that S3 accepts in one request. Only a larger part is uploaded in pieces; s3fs
+aborts the upload if one of them fails."""
 _NUM_LOOKS = 32
-"""Requests under way when many objects are looked for."""
+"""Concurrent requests when many objects are checked for existence."""
 _BUFFER_BYTES = 1 << 20
-# Faults of a minute or so are waited for: a part is worth more than that.
+# Retry through outages of about a minute: losing a part costs more than that.
 _S3_OPTIONS = {
     "config_kwargs": {
         "connect_timeout": 10,
@@ -41,7 +41,7 @@ _S3_OPTIONS = {
 
 
 def is_url(root: str | Path) -> bool:
-    """Whether an output lies in an object store."""
+    """Whether `root` is a URL, so that the output is in an object store."""
     return _URL.match(os.fspath(root)) is not None
 
 
@@ -49,10 +49,11 @@ class Bucket:
     """Files of an output in an object store; see `output.files.Files`.
 
     Args:
-        url: `output.dir`, as it was given or as a path made of it.
+        url: `output.dir` as the user gave it.
 
     Raises:
-        ConfigError: it holds a password, or the place cannot be written file by file.
+        ConfigError: the URL contains a password or a query, or it is on the Hugging Face Hub, where
+            every file is a commit.
     """
 
     is_local = False
@@ -113,7 +114,7 @@ class Bucket:
 
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:
-        # None to be had that a killed holder would let go of.
+        # An object store has no lock that is released when its holder is killed.
         yield
 
     def names(self, folder: Path) -> list[str]:
@@ -169,7 +170,7 @@ class Bucket:
         with hold():
             check()
             for path in [path for path in self._lines if path.parent == final.parent]:
-                # A time line grows with the counts that are put beside it.
+                # Appended lines (a time line) are uploaded with the next file of their folder.
                 self._put(path, bytes(self._lines[path]), replace=True)
             return self._put(final, buffer.getvalue(), replace=replace)
 
@@ -205,7 +206,7 @@ class Bucket:
 
 
 class _Object(io.RawIOBase):
-    """An object, read by ranges."""
+    """A read-only file on an object; each read is a range request."""
 
     def __init__(self, fs: Any, key: str, size: int) -> None:
         super().__init__()
@@ -239,7 +240,10 @@ class _Object(io.RawIOBase):
 
 @contextmanager
 def _as_os_errors() -> Iterator[None]:
-    """Every store has errors of its own; the folder knows what to do about those of a disk."""
+    """Turn the errors of any store into OSError, which `OutputFolder` handles.
+
+    A failed precondition ("create only") becomes FileExistsError.
+    """
     try:
         yield
     except (ConfigError, FileNotFoundError, FileExistsError):

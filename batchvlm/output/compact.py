@@ -1,10 +1,11 @@
-"""Many small parts -> few of a size that reads well; at no instant is `data` anything but whole.
+"""Merge many small parts into few larger ones; `data` is complete at every instant.
 
-The merged parts are written into a folder of their own, next to links to the parts that stay as
-they are. It then changes places with `data`: one system call, so that whoever lists `data` finds
-the old parts or the new ones. A kill before leaves the old output and a folder that nobody reads,
-a kill after leaves the new one and the same. A reader that is at an old file goes on reading it;
-one that opens a file by its old name does not find it, and has to list again.
+The merged parts are written into a new folder, next to hard links to the parts that stay as they
+are. One system call then exchanges this folder with `data`, so a listing of `data` shows either the
+old parts or the new ones. A process killed before the exchange leaves the old output, one killed
+after it the new output; both also leave a folder that nothing reads. A reader that has an old file
+open can finish reading it. A reader that opens an old name afterwards gets FileNotFoundError and
+must list the folder again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from batchvlm.output.verify import open_run, verify
 
 @dataclass(frozen=True, kw_only=True)
 class Compaction:
-    """What `compact` did."""
+    """Numbers of parts before and after `compact`."""
 
     num_before: int
     num_after: int
@@ -47,16 +48,17 @@ class Compaction:
 def compact(
     folder: OutputFolder, *, target_bytes: int | None = None, target_rows: int | None = None
 ) -> Compaction:
-    """Merge neighbouring parts of a finished job up to a size; larger ones stay as they are.
+    """Merge neighbouring parts of a finished job up to a size; larger parts stay as they are.
 
     Args:
-        target_bytes: a merged part's size at most, as the sum of its parts'.
-        target_rows: a merged part's rows at most.
+        target_bytes: maximum size of a merged part, as the sum of the sizes of its source parts.
+        target_rows: maximum number of rows of a merged part.
 
     Raises:
         InputError: the folder holds no run.
-        OutputError: the job is not finished, or not right; the file system refuses. `data` is as
-            it was.
+        OutputError: the job is unfinished or `verify` finds a fault, `data` holds a file that is
+            not a part, another process changed `data`, or the file system refuses. `data` is
+            unchanged.
     """
     run = open_run(folder)
     folder.check_local("exchanging two folders")
@@ -67,7 +69,7 @@ def compact(
             hint=f"only a finished job is compacted; see batchvlm verify {folder}",
         )
     retried = folder.shards_with_segments(is_retry=True)
-    # A kill may have left a folder of none.
+    # A killed process may have left an empty folder of segments.
     if waiting := [index for index in retried if folder.list_segments(index, is_retry=True)]:
         raise OutputError(
             f"{folder}: rows of {len(waiting)} shards were answered again and wait for a run",
@@ -102,11 +104,12 @@ def compact(
                         f"{folder.data} was written to meanwhile",
                         hint="run compact again when no job is at work on the folder",
                     )
-                # Whoever finds no part of a shard looks for a merged one only where this is.
+                # A reader that finds no part of a shard looks for merged parts only if this file
+                # exists.
                 folder.commit_file(lambda file: file.write(b""), folder.compacted)
                 exchange_data(folder, aside)
         finally:
-            # What is aside now, new or old, is read by nobody.
+            # Nothing reads the folder that is aside now, whether it holds new or old parts.
             for path in (aside, given_up(aside)):
                 with suppress(OSError):
                     shutil.rmtree(path)
@@ -118,7 +121,11 @@ def compact(
 
 
 def _check_nothing_else(folder: OutputFolder, parts: Sequence[Part]) -> None:
-    """See that `data`, which is deleted in the end, holds nothing that somebody else put there."""
+    """Check that `data` holds nothing but parts: `compact` deletes the folder at the end.
+
+    Raises:
+        OutputError: `data` holds another file or folder.
+    """
     ours = {part.path.name for part in parts}
     if others := sorted(name for name in os.listdir(folder.data) if name not in ours):
         raise OutputError(
@@ -170,7 +177,7 @@ def _merge(
 
 
 def _state(parts: Sequence[Part]) -> list[tuple[str, int, int]]:
-    """Changes when a part does: a retry puts another file into its place."""
+    """Name, inode and mtime of each part: a retry, which replaces a part, changes them."""
     return [(p.path.name, (stat := p.path.stat()).st_ino, stat.st_mtime_ns) for p in parts]
 
 
@@ -198,7 +205,11 @@ def _tables(files: Sequence[Path]) -> Iterator[pa.Table]:
 
 
 def _compare(old: Sequence[Path], new: Sequence[Path]) -> None:
-    """Read the row numbers back: only what is the same takes the old parts' place."""
+    """Check that the new parts hold the row indices of the old ones, in the same order.
+
+    Raises:
+        OutputError: they differ.
+    """
     pairs = zip(_row_indices(old), _row_indices(new), strict=True)
     if any(a != b for a, b in pairs):
         raise OutputError("the merged parts do not hold the rows of the old ones")

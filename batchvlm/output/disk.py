@@ -1,4 +1,4 @@
-"""An output folder on a local or mounted disk: every call there, and how a file becomes whole."""
+"""An output folder on a local or mounted disk: file operations and atomic commits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from batchvlm.errors import ConfigError, OutputError
 log = logging.getLogger(__name__)
 
 _STALE_S = 24 * 3600.0
-"""Nobody takes a day to write one file: an older one in `tmp` belongs to a dead attempt."""
+"""Writing one file takes less than a day: an older file in `tmp` is of a killed process."""
 
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -28,7 +28,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
 def new_attempt() -> str:
-    """A name that no other writer has, on any machine; a later one sorts after an earlier one."""
+    """Return a name that is unique across machines; names sort by the second they were made in."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
 
 
@@ -36,7 +36,7 @@ class Disk:
     """Files of an output folder on a disk; see `output.files.Files`.
 
     Args:
-        tmp: where files are written aside.
+        tmp: folder in which files are written before they are moved to their final names.
     """
 
     is_local = True
@@ -83,7 +83,7 @@ class Disk:
 
     def below(self, folder: Path) -> list[tuple[Path, float]]:
         found = []
-        # Not rglob: before Python 3.13 it fails where a folder is removed meanwhile.
+        # Not rglob: before Python 3.13 it fails if a folder is removed during the walk.
         for parent, _, names in os.walk(folder, onerror=_raise_unless_gone):
             for path in (Path(parent, name) for name in names):
                 with suppress(FileNotFoundError):
@@ -116,8 +116,8 @@ class Disk:
         check: Callable[[], None],
         hold: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> bool:
-        # A name of its own for every file: two attempts, or two ranks forked from one process,
-        # may write the same part at the same time.
+        # A unique name: two attempts, or two ranks forked from one process, may write the same
+        # part at the same time.
         aside = self._tmp / f"{new_attempt()}-{final.name}"
         check()
         make_folder(self._tmp)
@@ -131,7 +131,7 @@ class Disk:
             with hold():
                 check()
                 is_ours = _publish(aside, final, replace=replace)
-                # Another writer of the shard may have removed the folder of its segments just now.
+                # Another writer of the shard may just have removed the folder of its segments.
                 with suppress(FileNotFoundError):
                     sync_folder(final.parent)
         finally:
@@ -155,7 +155,7 @@ class Disk:
 
     def remove_stale(self, paths: list[Path]) -> None:
         for path in paths:
-            # Another attempt may be at work right now, so a young file is not ours to judge.
+            # A younger file may belong to a process that is still writing it.
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_S:
                     if path.is_dir():
@@ -171,7 +171,7 @@ def _raise_unless_gone(error: OSError) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, each on disk before anything is put into it."""
+    """Make a folder and its parents, and sync each parent so that its new entry is on disk."""
     if path.is_dir():
         return
     if path.parent != path:
@@ -189,7 +189,7 @@ def _publish(aside: Path, final: Path, *, replace: bool) -> bool:
     try:
         return _move(aside, final, replace=replace)
     except FileNotFoundError:
-        # Another writer of the shard finished it and removed the folder of its segments just now.
+        # Another writer of the shard has just finished it and removed the folder of its segments.
         make_folder(final.parent)
         return _move(aside, final, replace=replace)
 
@@ -204,8 +204,8 @@ def _move(aside: Path, final: Path, *, replace: bool) -> bool:
         except OSError as error:
             if error.errno not in NO_HARD_LINKS:
                 raise
-        # Without hard links a second writer in this instant would win over the first; the caller
-        # reads back what is there in the end.
+        # Without hard links, a second writer between these two calls replaces the first one's file;
+        # the caller reads back which file is there in the end.
         if final.exists():
             return False
     os.replace(aside, final)
@@ -213,12 +213,12 @@ def _move(aside: Path, final: Path, *, replace: bool) -> bool:
 
 
 def sync_folder(path: Path) -> None:
-    """Bring a folder's entries to disk, which fsync of the files in it does not."""
+    """Flush a folder's entries to disk; fsync of the files in it does not do that."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as error:
-        # Some network and FUSE file systems know no fsync of folders.
+        # Some network and FUSE file systems do not support fsync of folders.
         if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
             raise
     finally:
@@ -226,13 +226,14 @@ def sync_folder(path: Path) -> None:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether the disk, or a quota, had no room; also of what an `OutputError` was made from."""
+    """Whether an error, or the cause of an `OutputError`, is a full disk or an exceeded quota."""
     if isinstance(error, OutputError):
         error = error.__cause__
     return isinstance(error, OSError) and error.errno in _NO_SPACE
 
 
 def output_error(action: str, path: Path, error: OSError) -> OutputError:
+    """Return `error` as an OutputError: "cannot `action` `path`", with a hint."""
     if is_full(error):
         hint = "make room and run the same command again: finished rows are kept"
     else:

@@ -1,4 +1,4 @@
-"""One folder takes the place of `data`, in one step where the file system can."""
+"""Replace the folder `data` by another one, in one step if the file system supports it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def exchange_data(folder: OutputFolder, aside: Path) -> None:
-    """Let `aside` take the place of `data`; only under `folder.lock()`.
+    """Put `aside` in the place of `data`; the caller holds `folder.lock()`.
 
-    What was `data` is at `given_up(aside)` then, and `restore_data` deletes it.
+    The old `data` is moved to `given_up(aside)`, which `restore_data` deletes.
 
     Raises:
-        OSError: the file system refuses; `data` is as it was, or `restore_data` makes it so.
+        OSError: the file system refuses; `data` is unchanged, or `restore_data` brings it back.
     """
     old = aside
     try:
@@ -35,7 +35,8 @@ def exchange_data(folder: OutputFolder, aside: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_EXCHANGE:
             raise
-        # Two steps with no `data` in between, which a reader is told; `restore_data` mends a kill.
+        # Two renames, with no `data` between them. `restore_data` repairs the folder if the process
+        # is killed there.
         old = aside.with_name(f"{aside.name}.old")
         os.rename(folder.data, old)
         try:
@@ -50,18 +51,18 @@ def exchange_data(folder: OutputFolder, aside: Path) -> None:
 
 
 def given_up(aside: Path) -> Path:
-    """The name of a folder of old parts that merged ones have replaced: anybody may delete it.
+    """The path for old parts that merged ones have replaced; any process may delete it.
 
-    Without a name of its own it could be what another `compact` is about to put in place of `data`.
+    The suffix tells it from a folder that another `compact` is about to put in place of `data`.
     """
     return aside.with_name(f"{aside.name}.done")
 
 
 def exchange(first: Path, second: Path) -> None:
-    """Let two folders change places in one step.
+    """Exchange two folders in one step, by renameat2.
 
     Raises:
-        OSError: EINVAL, ENOSYS or ENOTSUP where the system or the file system cannot.
+        OSError: EINVAL, ENOSYS or ENOTSUP if the system or the file system does not support it.
     """
     if sys.platform != "linux":
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -75,9 +76,10 @@ def exchange(first: Path, second: Path) -> None:
 
 
 def restore_data(folder: OutputFolder) -> None:
-    """Put `data` back where a kill between the two steps of `exchange_data` left none.
+    """Repair the folder after a process was killed in or after `exchange_data`.
 
-    And delete what a kill after them left.
+    If `data` is missing because the process was killed between two renames, put the old `data`
+    back. Delete the replaced parts that a killed process left.
 
     Raises:
         OutputError: the file system refuses.
@@ -94,16 +96,17 @@ def restore_data(folder: OutputFolder) -> None:
 
 
 def _restore(folder: OutputFolder) -> None:
-    # Whoever is at it right now holds the lock.
+    # A live `compact` holds the lock.
     with folder.lock():
         for old in sorted(folder.inner.glob("compact-*.old")):
             aside = old.with_suffix("")
             if folder.data.exists() and not aside.exists():
-                # Killed after both steps: nobody needs the old parts any more.
+                # Killed after both renames: the old parts are not needed any more.
                 os.rename(old, given_up(aside))
                 continue
             if folder.data.exists():
-                # Between them. Then a late writer made `data` anew: its rows are in `old` too.
+                # Killed between the renames, and a late writer then made `data` again: its rows
+                # are in `old` too.
                 os.rename(folder.data, folder.inner / f"compact-{new_attempt()}")
             os.rename(old, folder.data)
             sync_folder(folder.root)

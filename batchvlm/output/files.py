@@ -1,4 +1,4 @@
-"""What an output folder needs of the place where it lies: a disk or an object store."""
+"""The interface of storage for an output folder; `Disk` and `Bucket` implement it."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ from typing import BinaryIO, Protocol
 
 
 class Files(Protocol):
-    """Files by their paths. Whatever goes wrong is an OSError unless said otherwise."""
+    """File operations by path. Methods raise OSError unless their docstring says otherwise."""
 
     is_local: bool
+    """Whether paths are those of a disk."""
 
     def address(self, path: Path) -> str:
-        """The path as other programs take it."""
+        """Return the path or URL that other programs accept."""
 
     def check_writable(self, root: Path) -> None:
-        """Raise a ConfigError where `root` cannot be written, without touching it."""
+        """Raise ConfigError if `root` cannot be written; change nothing."""
 
     def lock(self, path: Path) -> AbstractContextManager[None]:
-        """Keep other processes out, where that can be had. Raises OutputError."""
+        """Exclude other processes, if the storage supports locks. Raises OutputError."""
 
     def names(self, folder: Path) -> list[str]:
-        """Names in a folder, sorted; none where it is not there."""
+        """Return the names in a folder, sorted; an empty list if it does not exist."""
 
     def below(self, folder: Path) -> list[tuple[Path, float]]:
-        """Every file below a folder, sorted, and when it was written, in seconds since 1970."""
+        """Return every file below a folder, sorted, with its mtime in seconds since 1970."""
 
     def exists(self, path: Path) -> bool:
-        """Whether a file is there."""
+        """Whether a file exists."""
 
     def exist(self, paths: list[Path]) -> list[bool]:
-        """Which of many files are there."""
+        """Whether each of many files exists."""
 
     def open(self, path: Path) -> BinaryIO:
-        """Open for reading, anywhere in the file."""
+        """Open a file for reading; it is seekable."""
 
     def read_bytes(self, path: Path) -> bytes:
-        """The whole of a small file. Raises FileNotFoundError."""
+        """Return the content of a small file. Raises FileNotFoundError."""
 
     def mark(self, path: Path) -> tuple[object, ...]:
-        """What changes when the file does."""
+        """Return a value that changes whenever the file changes."""
 
     def commit(
         self,
@@ -52,24 +53,25 @@ class Files(Protocol):
         check: Callable[[], None],
         hold: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> bool:
-        """Let `final` be there completely, or as it was; see `OutputFolder.commit_file`.
+        """Write `final` completely or leave it as it was; see `OutputFolder.commit_file`.
 
         Args:
-            check: called at the last moment; what it raises keeps the file from being there.
-            hold: what to be in from the last check until the file is there: a lock.
+            check: called last before the file gets its name; if it raises, nothing is written.
+            hold: context, such as a lock, that is entered from the last `check` until the file has
+                its name.
         """
 
     def append(self, path: Path, line: bytes) -> None:
-        """Add a line to a file that only this process writes."""
+        """Append a line to a file that only this process writes."""
 
     def remove(self, path: Path) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
 
     def remove_folder(self, path: Path) -> None:
         """Remove an empty folder."""
 
     def sync(self, folder: Path) -> None:
-        """Bring a folder's entries to disk."""
+        """Flush a folder's entries to disk."""
 
     def remove_stale(self, paths: list[Path]) -> None:
-        """Remove those files and folders that nobody has written to for a day."""
+        """Remove those of the files and folders that were not modified for a day."""

@@ -1,4 +1,4 @@
-"""What the answers depend on, as a short digest, and in words where two of them differ."""
+"""The digest of everything that answers depend on, and the differences of two identities."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ _MAX_SHOWN = 72
 """Characters of one value in a line about a difference."""
 
 _SHOWN_BEFORE = 24
-"""Of these, characters kept before the first one that differs."""
+"""Characters of these that are kept before the first difference."""
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
-    """The first 16 hex digits of SHA-256 over `identity` as canonical JSON.
+    """Return the first 16 hex digits of SHA-256 over `identity` as canonical JSON.
 
     Args:
-        identity: JSON values, nested as deep as need be; the order of keys does not matter.
+        identity: nested JSON values; the order of keys does not matter.
 
     Raises:
-        TypeError: a value is none that JSON knows.
+        TypeError: a value has no JSON form.
     """
     return hashlib.sha256(canonical(identity).encode("ascii")).hexdigest()[:16]
 
 
 def canonical(value: Any) -> str:
-    """`value` as JSON text that is equal for equal values; ASCII, so that any string survives."""
+    """Return JSON text that is equal for equal values; ASCII, so that lone surrogates survive."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line for each dotted key on which the two disagree: `task.prompt: 'old' -> 'new'`.
+    """Return a line for each dotted key whose values differ: `task.prompt: 'old' -> 'new'`.
 
-    Long values are shortened to the neighbourhood of the first difference. Of a list the lengths
-    are told, or else its first item that differs and how many more do.
+    Long values are cut to the text around their first difference. For lists of unequal length the
+    line gives both lengths, for others the first item that differs and how many more differ.
     """
-    # Through JSON, so that one side may have been stored: a tuple there came back as a list.
+    # Through JSON, because one side may have been stored: tuples come back from it as lists.
     return list(_compare("", json.loads(canonical(old)), json.loads(canonical(new))))
 
 
 class _Absent:
-    """The value of a key that only the other side has."""
+    """Stands for the value of a key that only the other side has."""
 
     def __repr__(self) -> str:
         return "absent"
@@ -74,7 +74,7 @@ def _compare(key: str, old: Any, new: Any) -> Iterator[str]:
 def _differ(old: Any, new: Any) -> bool:
     if old is _ABSENT or new is _ABSENT:
         return True
-    # As text: Python takes 1, 1.0 and True for equal and NaN for unequal, the digest does not.
+    # As text: to Python 1 == 1.0 == True and NaN != NaN, to the digest the opposite holds.
     return canonical(old) != canonical(new)
 
 
@@ -84,15 +84,15 @@ def _items(values: list[Any]) -> str:
 
 def _show(value: Any) -> str:
     if isinstance(value, str):
-        # With a double quote in it, repr always takes single ones: else one apostrophe more
-        # would make two values differ from their first character on.
+        # A double quote in the text makes repr use single quotes. Without it, one more apostrophe
+        # would change the quotes, so that the values differ from their first character on.
         return repr(value + '"')[:-2] + "'"
-    # As it is written on the command line: null, true, false.
+    # As on the command line: null, true, false.
     return repr(value) if value is _ABSENT else json.dumps(value)
 
 
 def _shorten(old: str, new: str) -> tuple[str, str]:
-    """Both values, each cut to the part around the first character in which they differ."""
+    """Cut both values to the text around the first character in which they differ."""
     pairs = enumerate(zip(old, new, strict=False))
     first = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
     start = max(0, first - _SHOWN_BEFORE) if max(len(old), len(new)) > _MAX_SHOWN else 0

@@ -1,4 +1,4 @@
-"""Where everything of an output lies; `disk.py` and `bucket.py` do what has to be done there.
+"""The layout of an output folder; `disk.py` and `bucket.py` implement the file operations.
 
     data/part-00012-of-00480.parquet                      finished shards: the only data
     data/part-00012-to-00047-of-00480.parquet             several of them, merged by `compact`
@@ -6,11 +6,11 @@
     _batchvlm/segments/shard-00012/<attempt>-<seq>.parquet  finished rows of unfinished shards
     _batchvlm/retries/shard-00012/<attempt>-<seq>.parquet   rows of finished shards, answered again
     _batchvlm/metrics/                                    throughput, errors, waits
-    _batchvlm/lock                                        held where two files change as one
-    _batchvlm/tmp/                                        files not yet complete
+    _batchvlm/lock                                        held while several files change together
+    _batchvlm/tmp/                                        incomplete files
 
-A file under its final name is complete and on disk. Whatever a kill leaves under `tmp` is read by
-nobody.
+A file under its final name is complete and on disk. Nothing reads what a killed process leaves
+under `tmp`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from batchvlm.output.files import Files
 _FILE_URL = re.compile(r"^file:/+")
 _PART = re.compile(r"part-(\d{5,})(?:-to-(\d{5,}))?-of-(\d{5,})\.parquet")
 _NAMES_PER_LISTING = 1000
-"""Names that an object store lists in one request; looking at one of them is a request too."""
+"""Names that an object store lists in one request; checking a single name also costs a request."""
 _SHARD_FOLDER = re.compile(r"shard-(\d{5,})")
 
 
@@ -45,28 +45,28 @@ class Part:
 
     @property
     def shards(self) -> range:
-        """Indices of its shards."""
+        """Indices of the shards in the part."""
         return range(self.first, self.last + 1)
 
     @property
     def mark(self) -> str:
-        """How its footer names its shards: `12`, or `12-47` where several are merged."""
+        """The shards as the file's footer names them: `12`, or `12-47` for a merged part."""
         return f"{self.first}" if len(self.shards) == 1 else f"{self.first}-{self.last}"
 
 
 class _IsThere(Exception):
-    """Another process was faster."""
+    """Another process has already written the part."""
 
 
 class OutputFolder:
     """The output folder on a disk, or a prefix in an object store.
 
     Args:
-        root: `output.dir`; made when the first file is written. A URL names an object store: paths
-            of its files are names here, which only `bucket.py` turns into addresses.
+        root: `output.dir`; created when the first file is written. For a URL of an object store,
+            paths are plain names that only `bucket.py` turns into addresses.
 
     Raises:
-        ConfigError: the URL holds a password, or its package is not installed.
+        ConfigError: the URL contains a password or a query, or is on the Hugging Face Hub.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -80,7 +80,7 @@ class OutputFolder:
         self.segments = self.inner / "segments"
         self.retries = self.inner / "retries"
         self.compacted = self.inner / "compacted"
-        """Made before the first merged part: without it each part holds one shard."""
+        """Written before the first merged part: if it is absent, each part holds one shard."""
         self._files: Files = Bucket(root) if is_url(root) else Disk(self.tmp)
         self._was_compacted: bool | None = None
         self._claim: bytes | None = None
@@ -92,15 +92,15 @@ class OutputFolder:
         return self._files.is_local
 
     def address(self, path: Path) -> str:
-        """A path as a person, or `datasets`, takes it."""
+        """Return the path or URL that people and other programs, such as `datasets`, use."""
         return self._files.address(path)
 
     def __str__(self) -> str:
-        """The folder as a person names it."""
+        """The address of the folder."""
         return self.address(self.root)
 
     def check_local(self, what: str) -> None:
-        """Refuse what only a disk can do.
+        """Check that the output is on a disk, which `what` needs.
 
         Raises:
             OutputError: the output is in an object store.
@@ -112,18 +112,19 @@ class OutputFolder:
             )
 
     def check_writable(self) -> None:
-        """Look whether the folder is writable, or can be made, without touching it.
+        """Check that the folder is writable or can be created; change nothing.
 
         Raises:
-            ConfigError: it is a file, or belongs to somebody else; a bucket that is not there.
+            ConfigError: it is a file or not writable, or its bucket does not exist or cannot be
+                reached.
         """
         self._files.check_writable(self.root)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes out of what follows; a killed holder lets go.
+        """Hold the folder's lock; it is released if the holder is killed.
 
-        A file system without locks, and an object store, let everybody in.
+        Without effect in an object store and on a file system without locks.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -132,14 +133,14 @@ class OutputFolder:
             yield
 
     def claim(self, run_json: bytes) -> None:
-        """From here on write nothing unless `run.json` holds exactly this."""
+        """Make every later write check that `run.json` holds exactly `run_json`."""
         self._claim, self._claim_mark = run_json, None
 
     def check_claim(self) -> None:
-        """Look whether the folder is still there and still of this run.
+        """Check that the folder still exists and still belongs to this run.
 
         Raises:
-            OutputError: it was unmounted, moved away, or overwritten by another run.
+            OutputError: the folder was unmounted, moved, or overwritten by another run.
         """
         if self._claim is None:
             return
@@ -162,9 +163,9 @@ class OutputFolder:
         self._claim_mark = mark
 
     def part(self, index: int, num_shards: int, last: int | None = None) -> Path:
-        """Where shard `index` lies once it is finished; names sort in the order of the input.
+        """Return the path of the part of shard `index`, or of merged shards `index` to `last`.
 
-        With `last`, where the merged shards `index` to `last` lie.
+        Names sort in input order.
         """
         assert 0 <= index <= (index if last is None else last) < num_shards
         width = max(5, len(str(num_shards)))
@@ -172,15 +173,15 @@ class OutputFolder:
         return self.data / f"part-{index:0{width}}{upto}-of-{num_shards:0{width}}.parquet"
 
     def segment(self, index: int, attempt: str, seq: int, *, is_retry: bool = False) -> Path:
-        """Where the `seq`-th segment of one attempt at shard `index` lies."""
+        """Return the path of the `seq`-th segment of one attempt at shard `index`."""
         return self._shard_folder(index, is_retry) / f"{attempt}-{seq:05d}.parquet"
 
     def has_foreign_data(self) -> bool:
-        """Whether `data` holds Parquet files; only foreign ones can be there before a run."""
+        """Whether `data` holds Parquet files; if the folder has no run, these are foreign."""
         return any(name.endswith(".parquet") for name in self._names(self.data))
 
     def parts(self, num_shards: int) -> list[Part]:
-        """The parts that are there, in the order of the input, by one listing.
+        """Return the existing parts in input order, from one listing.
 
         Raises:
             OutputError: a part belongs to a plan with another number of shards.
@@ -199,7 +200,11 @@ class OutputFolder:
         return sorted(parts)
 
     def data_files(self) -> list[Path]:
-        """Every Parquet file below `data`, as readers of the whole folder find them."""
+        """Return every Parquet file below `data`, as readers of the folder find them.
+
+        Raises:
+            OutputError: the folder cannot be read.
+        """
         try:
             found = [path for path, _ in self._files.below(self.data)]
         except OSError as error:
@@ -207,7 +212,7 @@ class OutputFolder:
         return [path for path in found if path.suffix == ".parquet"]
 
     def written(self, folder: Path) -> list[tuple[Path, float]]:
-        """Every file below one of the folders, and when it was written, in seconds since 1970.
+        """Return every file below `folder`, with its mtime in seconds since 1970.
 
         Raises:
             OutputError: the folder cannot be read.
@@ -220,13 +225,15 @@ class OutputFolder:
     def finished_shards(
         self, num_shards: int, among: Sequence[int] | None = None
     ) -> frozenset[int]:
-        """Indices of the shards whose parts are there.
+        """Return the indices of the shards that are in parts.
 
         Args:
-            among: look at these alone; that is cheaper than a listing where they are few.
+            among: the shards of interest. If they are few, each is checked for existence instead of
+                listing `data`; after a listing, other shards are returned too.
 
         Raises:
-            OutputError: a part belongs to a plan with another number of shards.
+            OutputError: the folder cannot be read, or a part belongs to a plan with another number
+                of shards.
         """
         if among is not None and len(among) < num_shards / _NAMES_PER_LISTING:
             paths = [self.part(index, num_shards) for index in among]
@@ -242,48 +249,57 @@ class OutputFolder:
         return frozenset(index for part in parts for index in part.shards)
 
     def find_part(self, index: int, num_shards: int) -> Part | None:
-        """The part that holds shard `index`, its own or a merged one."""
+        """Return the part that holds shard `index`, its own or a merged one; None if there is none.
+
+        Raises:
+            OutputError: the folder cannot be read, or a part belongs to a plan with another number
+                of shards.
+        """
         own = self.part(index, num_shards)
         if self.exists(own):
             return Part(index, index, own)
         if not self._has_merged():
-            # No listing: of 100,000 parts it would be one for each shard.
+            # No listing: there would be one for each shard, of up to 100,000 names.
             return None
         parts = self.parts(num_shards)
         return next((part for part in parts if index in part.shards), None)
 
     def _has_merged(self) -> bool:
-        # In an object store nothing is compacted, so once it was looked for it is not there.
+        # In an object store nothing is compacted, so one check is enough.
         if self.is_local or self._was_compacted is None:
             self._was_compacted = self.exists(self.compacted)
         return self._was_compacted
 
     def list_segments(self, index: int, *, is_retry: bool = False) -> list[Path]:
-        """The segments of shard `index`, by name, hence the earliest attempt's first."""
+        """Return the segments of shard `index`, sorted by name: the earliest attempt first."""
         folder = self._shard_folder(index, is_retry)
         return [folder / name for name in self._names(folder) if name.endswith(".parquet")]
 
     def shards_with_segments(self, *, is_retry: bool = False) -> list[int]:
-        """Indices of the shards that have a folder of segments."""
+        """Return the indices of the shards that have a folder of segments."""
         names = self._names(self.retries if is_retry else self.segments)
         return [int(match[1]) for name in names if (match := _SHARD_FOLDER.fullmatch(name))]
 
     def exists(self, path: Path) -> bool:
-        """Whether a file is there; committed files are complete."""
+        """Whether a file exists; a committed file is complete.
+
+        Raises:
+            OutputError: the folder cannot be read.
+        """
         try:
             return self._files.exists(path)
         except OSError as error:
             raise output_error("read", path, error) from error
 
     def open(self, path: Path) -> BinaryIO:
-        """Open a committed file for reading. Raises OSError, for the caller knows what it means."""
+        """Open a committed file for reading. Raises OSError: callers differ in what it means."""
         return self._files.open(path)
 
     def read_bytes(self, path: Path) -> bytes | None:
-        """The whole of a small file; None where there is none.
+        """Return the content of a small file; None if it does not exist.
 
         Raises:
-            OutputError: it is there and cannot be read.
+            OutputError: the file exists and cannot be read.
         """
         try:
             return self._files.read_bytes(path)
@@ -295,18 +311,19 @@ class OutputFolder:
     def commit_file(
         self, write: Callable[[BinaryIO], object], final: Path, *, replace: bool = True
     ) -> bool:
-        """Write a file such that it is there completely, whatever happens, or not at all.
+        """Write a file atomically: whatever happens, it is complete or not there at all.
 
         Args:
-            write: gets the open file; may be as slow as it likes.
+            write: is called with the open file; it may take any time.
             final: the file's path, in this output folder.
-            replace: what is there already gives way; if not, the first of several writers wins.
+            replace: whether to replace an existing file; if not, the first of several writers wins.
 
         Returns:
-            Whether this file is now at `final`; only ever False where `replace` is.
+            Whether this file is now at `final`; always True with `replace`.
 
         Raises:
-            OutputError: the file system refuses. `final` is as it was, or complete.
+            OutputError: the file system refuses, or the folder no longer belongs to this run.
+                `final` is as it was, or complete.
         """
         try:
             return self._files.commit(write, final, replace=replace, check=self.check_claim)
@@ -314,13 +331,13 @@ class OutputFolder:
             raise output_error("write", final, error) from error
 
     def commit_part(self, write: Callable[[BinaryIO], object], index: int, num_shards: int) -> bool:
-        """Write a shard's first part, unless a part with its rows is there by then.
+        """Write a shard's part, unless a part with its rows exists by then.
 
         Returns:
-            Whether it is this one that is there.
+            Whether this part was written.
 
         Raises:
-            OutputError: the file system refuses, or the folder is not this run's any more.
+            OutputError: the file system refuses, or the folder no longer belongs to this run.
         """
         final = self.part(index, num_shards)
 
@@ -330,8 +347,8 @@ class OutputFolder:
                 raise _IsThere
 
         try:
-            # Writing may take any time. Under the lock nothing is retried, compacted or overwritten
-            # between the last look and the rename.
+            # Writing may take any time. The lock keeps retries, compact and overwrites out between
+            # the last check and the rename.
             return self._files.commit(write, final, replace=False, check=check, hold=self.lock)
         except _IsThere:
             return False
@@ -339,10 +356,12 @@ class OutputFolder:
             raise output_error("write", final, error) from error
 
     def append_line(self, path: Path, line: bytes) -> None:
-        """Add a line to a file that only this process writes. A kill may tear it, no earlier one.
+        """Append a line to a file that only this process writes.
+
+        If the process is killed, this line may be incomplete; earlier lines are not affected.
 
         Raises:
-            OutputError: the file system refuses, or the folder is not this run's any more.
+            OutputError: the file system refuses, or the folder no longer belongs to this run.
         """
         self.check_claim()
         try:
@@ -353,11 +372,14 @@ class OutputFolder:
     def remove_segments(
         self, index: int, *, is_retry: bool = False, only: Container[Path] | None = None
     ) -> None:
-        """Remove the segments of a finished shard. Failing is harmless: the part outweighs them."""
+        """Remove the segments of a finished shard, or those in `only`.
+
+        Errors are ignored, because the part takes precedence over segments that stay.
+        """
         folder = self._shard_folder(index, is_retry)
         with suppress(OSError, OutputError):
             if names := self._names(folder):
-                # Whoever renamed the part may have died before its name reached the disk.
+                # The process that renamed the part may have died before its name was on disk.
                 self._files.sync(self.data)
             for name in names:
                 if only is None or folder / name in only:
@@ -365,7 +387,11 @@ class OutputFolder:
             self._files.remove_folder(folder)
 
     def remove_leftovers(self, num_shards: int) -> None:
-        """Remove what killed attempts left: segments of finished shards, files of a day ago."""
+        """Remove what killed processes left: segments of finished shards, day-old temporary files.
+
+        Raises:
+            OutputError: the folder cannot be read.
+        """
         for index in sorted(self.finished_shards(num_shards, self.shards_with_segments())):
             self.remove_segments(index)
         if self.is_local:

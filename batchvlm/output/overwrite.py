@@ -1,12 +1,13 @@
-"""A folder goes from one run to another, and a kill at any instant mixes nothing.
+"""Overwrite the run in a folder by another; a kill at any instant mixes no files of the two.
 
-    1. `_batchvlm/replaced-ATTEMPT/run.json`   a copy of the old run's
-    2. `data`, segments and metrics            moved into that folder, each by one rename
-    3. `_batchvlm/run.json`                    replaced: from here on the folder is the new run's
+    1. `_batchvlm/replaced-ATTEMPT/run.json`   a copy of the old run's file
+    2. `data`, segments, retries and metrics   moved into that folder, each by one rename
+    3. `_batchvlm/run.json`                    replaced: the folder now belongs to the new run
     4. `_batchvlm/replaced-ATTEMPT`            deleted
 
-Until 3 nothing is deleted, and whoever opens the folder next moves everything back. After it,
-whoever opens the folder next deletes what is left. The copy tells the two cases apart.
+Nothing is deleted before step 3. If the process is killed before it, the next process that opens
+the folder moves everything back; if it is killed after it, the next process finishes step 4. It
+tells the two cases apart by comparing the copy with `run.json`.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ _PREFIX = "replaced-"
 
 
 def replace_run(folder: OutputFolder, run_json: bytes) -> None:
-    """Make the folder another run's; only under `folder.lock()`.
+    """Give the folder to another run; the caller holds `folder.lock()`.
 
     Args:
-        run_json: the new run's file.
+        run_json: content of the new run's file.
 
     Raises:
-        OutputError: the file system refuses. The folder is the old run's, or the new one's.
+        OutputError: the file system refuses. The folder belongs to the old run or to the new one.
     """
     old = folder.read_bytes(folder.run_json)
     assert old is not None, "there is a run to overwrite"
     aside = folder.inner / f"{_PREFIX}{new_attempt()}"
-    # The file before the folders: from the first rename on it must be there.
+    # The copy comes first: it must exist from the first rename on.
     folder.commit_file(lambda file: file.write(old), aside / "run.json")
     try:
         for path in (folder.data, folder.segments, folder.retries, folder.metrics):
@@ -52,14 +53,14 @@ def replace_run(folder: OutputFolder, run_json: bytes) -> None:
 
 
 def finish_replacing(folder: OutputFolder) -> None:
-    """Bring to its end, or undo, what a killed `replace_run` began.
+    """Finish or undo a `replace_run` that was killed.
 
     Raises:
         OutputError: the file system refuses.
     """
     if not folder.is_local or not _left(folder):
         return
-    # Whoever is at it right now holds the lock.
+    # A live `replace_run` holds the lock.
     with folder.lock():
         run_json = folder.read_bytes(folder.run_json)
         for aside in _left(folder):
@@ -84,7 +85,7 @@ def _move_back(aside: Path, folder: OutputFolder) -> None:
     for path in (folder.data, folder.segments, folder.retries, folder.metrics):
         for file in sorted((aside / path.name).rglob("*")):
             target = path / file.relative_to(aside / path.name)
-            # A live process of the old run may have written the same meanwhile: its file stands.
+            # A live process of the old run may have written the same file meanwhile: keep that one.
             if file.is_file() and not target.exists():
                 make_folder(target.parent)
                 os.rename(file, target)
@@ -92,7 +93,7 @@ def _move_back(aside: Path, folder: OutputFolder) -> None:
 
 
 def _delete(aside: Path) -> None:
-    # The copy last: without it nobody would know whose the rest is.
+    # The copy goes last: without it, the owner of the other files would be unknown.
     try:
         for path in sorted(aside.iterdir()):
             if path.name != "run.json":

@@ -1,4 +1,4 @@
-"""What is in finished shards' parts, from their footers as far as these say."""
+"""Checks and error counts of finished parts, from their footers where these suffice."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY
 from batchvlm.words import one_line
 
 _NUM_THREADS = 8
-"""Footers of a network file system are mostly waited for."""
+"""Reading a footer from a network file system is mostly waiting."""
 
 
 def look_into_parts(folder: OutputFolder, run: RunFile, wanted: Collection[int]) -> Counter[str]:
-    """See that the parts of finished shards are what their names say.
+    """Check the parts of finished shards against their names and the plan.
 
     Reads footers, and two columns of parts that hold failed rows.
 
     Args:
-        wanted: indices of the shards that are looked at.
+        wanted: indices of the shards to check.
 
     Returns:
-        Error types of their rows.
+        The error types of their rows, counted.
 
     Raises:
         OutputError: a part is damaged, of another run, or of other shards than its name says.
@@ -59,7 +59,7 @@ def _look_into(
                 return Counter()
             table = parquet.read(columns=["row_index", "error_type"])
     except FileNotFoundError:
-        return Counter()  # `compact` has just put another one into its place
+        return Counter()  # `compact` has just replaced it
     except (OSError, pa.ArrowException) as error:
         raise OutputError(
             f"{part.path} cannot be read: {one_line(error)}",
@@ -76,23 +76,24 @@ def _look_into(
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """Rows with an error that `retry.errors` names."""
+    """Numbers of rows with an error that `retry.errors` names."""
 
     num_again: int
-    """That are to be answered again."""
+    """Rows to answer again."""
     num_given_up: int
-    """That were tried `retry.max_attempts` times before."""
+    """Rows that have already been tried `retry.max_attempts` times."""
 
 
 def count_failed(
     folder: OutputFolder, run: RunFile, wanted: Collection[int], retry: RetryConfig
 ) -> Failed:
-    """Look for what a retry is about.
+    """Count the failed rows that a run with `retry` answers again, and those it does not.
 
-    Reads three columns of parts that hold failed rows, and of segments.
+    Reads three columns of parts that hold failed rows, and of segments. Unreadable files are
+    skipped.
 
     Args:
-        wanted: indices of the shards that are looked at.
+        wanted: indices of the shards to count.
     """
     parts = {part.path for part in _parts_of(folder, run, wanted)}
     segments = [
@@ -104,13 +105,13 @@ def count_failed(
     ]
     latest: dict[int, tuple[int, str]] = {}
     for path in [*parts, *segments]:
-        # What vanished is in another file by now; what is damaged is named elsewhere.
+        # The rows of a file that vanished are in another one; other checks report damaged files.
         with suppress(OSError, pa.ArrowException), folder.open(path) as file:
             parquet = pq.ParquetFile(file)
             if path in parts and not _has_errors(parquet.metadata):
                 continue
             table = parquet.read(["row_index", "attempts", "error_type"])
-            # Most rows were tried once, and answered.
+            # Drop rows that were answered at the first attempt: most of them.
             is_failed = pc.is_valid(table["error_type"])
             table = table.filter(pc.or_(is_failed, pc.greater(table["attempts"], 1)))
             for row, attempts, kind in zip(*(c.to_pylist() for c in table.columns), strict=True):
@@ -126,7 +127,7 @@ def count_failed(
 
 
 def _parts_of(folder: OutputFolder, run: RunFile, wanted: Collection[int]) -> list[Part]:
-    """Parts that hold some of these shards."""
+    """Return the parts that hold at least one of these shards."""
     parts = folder.parts(len(run.plan))
     return [part for part in parts if any(index in wanted for index in part.shards)]
 
@@ -150,7 +151,7 @@ def _check_marks(parquet: pq.ParquetFile, run: RunFile, part: Part) -> None:
 
 
 def _has_errors(metadata: pq.FileMetaData) -> bool:
-    """Whether any row has an error type, as far as the footer says; True where it does not."""
+    """Whether any row has an error type, by the footer's null counts; True if these are missing."""
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
         columns = (group.column(j) for j in range(group.num_columns))

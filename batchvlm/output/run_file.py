@@ -1,7 +1,7 @@
-"""`_batchvlm/run.json`: what a run is and how it is cut into shards, written once.
+"""`_batchvlm/run.json`: a run's settings, fingerprint and plan of shards, written once.
 
-Whoever comes first writes it; everyone else, now or in a year, reads it and either agrees or is
-refused. The plan in it is the plan, also where a later release would cut differently.
+The first process writes it. Every later process reads it and is refused if its own settings differ.
+The stored plan is always used, even if a later release would cut the input differently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from batchvlm.output.overwrite import finish_replacing, replace_run
 from batchvlm.records import Shard
 
 _FORMAT = 1
-"""Raised when an older release could no longer make sense of the file or the folder."""
+"""Increased when older releases could not read the file or the folder correctly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,17 +31,17 @@ class RunFile:
     fingerprint: str
     """Digest of `identity`."""
     identity: Mapping[str, Any]
-    """What an answer depends on."""
+    """Everything that an answer depends on."""
     layout: Mapping[str, Any]
-    """What the output files depend on besides: rows per shard, columns, rows taken."""
+    """Everything else that the output files depend on: rows per shard, columns, rows taken."""
     settings: Mapping[str, Any]
-    """The job as first started, for people; never compared."""
+    """The settings of the first start, for people to read; never compared."""
     plan: tuple[Shard, ...]
     """`plan[i].index == i`."""
     created_at: str
     """ISO 8601, UTC."""
     packages: Mapping[str, str]
-    """Versions at the first start; never compared."""
+    """Package versions at the first start; never compared."""
 
 
 def find_run(
@@ -54,17 +54,18 @@ def find_run(
     plan: list[Shard],
     overwrite: bool = False,
 ) -> RunFile:
-    """The run that is in `folder`, or a new one that `save_run` has yet to put there.
+    """Return the run that is stored in `folder`, or a new one that `save_run` has yet to store.
 
-    With `overwrite` it is a new one also where another identity or layout is there.
+    With `overwrite`, return a new run also if the stored one has another identity or layout.
 
-    All arguments are JSON values. `plan` counts only for the process that starts the run: go on
-    with the plan of the run that is returned.
+    All arguments are JSON values. `plan` is used only for a new run: the caller must continue with
+    the plan of the returned run.
 
     Raises:
-        FingerprintError: the folder's run has another identity or layout.
-        ConfigError: the folder holds something that is not ours, or is of a newer release.
-        OutputError: the folder cannot be read, or its run.json is damaged.
+        FingerprintError: the stored run has another identity or layout.
+        ConfigError: the folder holds files of another program or of a newer release.
+        OutputError: the folder cannot be read, its run.json is damaged, or a run in an object store
+            would be overwritten.
     """
     assert all(shard.index == index for index, shard in enumerate(plan))
     ours = RunFile(
@@ -82,8 +83,8 @@ def find_run(
     run = read_run(folder)
     has_data = False
     if run is None:
-        # First the data, then the file once more: a run always has its file before its first part,
-        # so parts without it cannot be those of a run that another process is starting right now.
+        # Look for data, then read the file again: a run writes its file before its first part, so
+        # parts without the file cannot belong to a run that another process is starting right now.
         has_data = folder.has_foreign_data()
         run = read_run(folder)
     if run is not None and overwrite and differs(run, ours):
@@ -99,27 +100,28 @@ def find_run(
             f"{folder.address(folder.run_json)} is missing: they are no output of batchvlm",
             hint="name another output.dir",
         )
-    # As it is read back: stored and fresh runs cannot differ.
+    # Encode and decode, so that a new run has the form of a stored one.
     return _decode(_encode(ours), folder.address(folder.run_json))
 
 
 def save_run(folder: OutputFolder, run: RunFile, *, overwrite: bool = False) -> RunFile:
-    """Put a run into its folder if none is there; any number of processes may at once.
+    """Store a run in its folder if none is there; any number of processes may do so at once.
 
-    Call it when nothing but the rows can fail any more: a folder with a run refuses all others.
-    From then on `folder` writes nothing where that run is gone. With `overwrite`, a run of another
-    identity or layout gives way, with all that it wrote.
+    Call it when nothing but rows can fail any more, because a folder with a run refuses all others.
+    Afterwards every write to `folder` checks that the run is still there. With `overwrite`, a run
+    with another identity or layout is deleted with everything that it wrote.
 
     Returns:
-        The run that is there now, another process's where that was first.
+        The stored run, which is that of another process if that was first.
 
     Raises:
         FingerprintError: another process has started a run with another identity or layout.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or another process has started the same run with
+            another plan.
     """
     text = _encode(run)
     if overwrite:
-        # Of the ranks that come here at once the first replaces the old run, the others agree.
+        # The first rank to get the lock replaces the old run; the others then find the new one.
         with folder.lock():
             old = read_run(folder)
             if old is not None and differs(old, run):
@@ -140,7 +142,7 @@ def save_run(folder: OutputFolder, run: RunFile, *, overwrite: bool = False) -> 
 
 
 def differs(there: RunFile, ours: RunFile) -> list[str]:
-    """A line for each difference that keeps two runs from sharing a folder, old and new."""
+    """Return a line for each difference in identity or layout: two such runs share no folder."""
     return differences(there.identity, ours.identity) + differences(there.layout, ours.layout)
 
 
@@ -158,10 +160,10 @@ def _check_same(folder: OutputFolder, there: RunFile, ours: RunFile) -> None:
 
 
 def read_run(folder: OutputFolder) -> RunFile | None:
-    """The run in `folder`; None where there is none.
+    """Return the run in `folder`; None if there is none.
 
     Raises:
-        ConfigError: the file is not ours, or of a newer release.
+        ConfigError: run.json is of another program or of a newer release.
         OutputError: the file cannot be read, or is damaged.
     """
     text = folder.read_bytes(folder.run_json)
@@ -170,7 +172,7 @@ def read_run(folder: OutputFolder) -> RunFile | None:
 
 def _encode(run: RunFile) -> bytes:
     content = {field.name: getattr(run, field.name) for field in fields(run)}
-    # "program" first: the head of the file tells a person what it is.
+    # "program" comes first, so that the start of the file says what it is.
     text = json.dumps({"program": "batchvlm"} | content | {"plan": _pack(run.plan)})
     return text.encode("ascii")
 
@@ -202,7 +204,7 @@ def _decode(text: bytes, path: str) -> RunFile:
 
 
 def _pack(plan: Sequence[Shard]) -> dict[str, list[Any]]:
-    """The plan as columns, each file named once: 100,000 shards are some 3 MB."""
+    """Return the plan as columns, with each file name once: about 3 MB for 100,000 shards."""
     files = {name: place for place, name in enumerate(dict.fromkeys(s.source_file for s in plan))}
     return {
         "source_files": list(files),

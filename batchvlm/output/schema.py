@@ -1,4 +1,4 @@
-"""The output's columns, fixed before the first row is known, and results as Arrow tables."""
+"""The columns of the output, fixed before the first row is read, and results as Arrow tables."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from batchvlm.records import Result
 log = logging.getLogger(__name__)
 
 _HF = b"huggingface"
-"""Key of the metadata in which `datasets` keeps the features of a Parquet file's columns."""
+"""Metadata key under which `datasets` stores the features of a Parquet file's columns."""
 
 _UNFIT = (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError)
-"""What pyarrow raises on a value that is not of the type."""
+"""The exceptions that pyarrow raises for a value of another type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """What is the same in every row of a run."""
+    """Values that are the same in every row of a run."""
 
     model: str
     """Name and revision."""
@@ -97,10 +97,10 @@ _FIXED = {column.name: column for column in _ALL}
 
 
 def kept_fields(input_schema: pa.Schema, names: Sequence[str]) -> list[pa.Field]:
-    """The input's fields for `output.keep_columns`, each with its Hugging Face feature.
+    """Return the input's fields for `output.keep_columns`, each with its Hugging Face feature.
 
-    `datasets` keeps the features of all columns (which one is an image) in the metadata of the
-    schema, where a field alone does not have them: here each takes its own along.
+    `datasets` stores the features of all columns (which one is an image) in the metadata of the
+    schema. Each returned field has its own feature in its metadata.
 
     Raises:
         ConfigError: the input has no such column.
@@ -131,26 +131,27 @@ def output_schema(
     scores: bool = False,
     parsed: pa.DataType | None = None,
 ) -> pa.Schema:
-    """The columns of every part, in their order; every one of them can be null.
+    """Return the schema of every part: its columns in order, all nullable.
 
     Args:
-        kept: the input's fields to copy, as `kept_fields` gives them.
-        generated_texts: whether several answers to a row have columns.
-        token_ids: whether the answers' token ids have one.
-        logprobs: whether the log-probabilities of these ids have one.
-        constraint: whether there is one for how far answers were held to their form.
-        scores: whether there is one for what the model made of each choice.
-        parsed: the type of the column `parsed`; None: text.
+        kept: the input's fields to copy, from `kept_fields`.
+        generated_texts: whether to have columns for several answers to a row.
+        token_ids: whether to have a column for the token ids of the answers.
+        logprobs: whether to have a column for the log-probabilities of these tokens.
+        constraint: whether to have a column for how strictly decoding enforced the form.
+        scores: whether to have a column for the model's score of each choice.
+        parsed: type of the column `parsed`; None for text.
 
     Raises:
-        ConfigError: a kept column has the name of another one, or a type that Parquet lacks.
+        ConfigError: a kept column has the name of another column, or a type that Parquet cannot
+            store.
     """
     asked = [_TEXTS, _REASONS] * generated_texts + [_TOKEN_IDS] * token_ids + [_LOGPROBS] * logprobs
     held = [*_PARSED, *([_CONSTRAINT] * constraint), *([_SCORES] * scores)]
     fixed = [*_KEY_COLUMNS, *_TEXT_COLUMNS, *asked, *held, *_OTHER_COLUMNS]
     fields = [pa.field(column.name, column.type) for column in fixed]
     if parsed is not None:
-        # As it is read back: Parquet has its own name for the items of a list.
+        # The type as it is read back: Parquet has its own name for the items of a list.
         place = [field.name for field in fields].index("parsed")
         fields[place] = pa.field("parsed", _stored_type(pa.field("parsed", parsed)))
     features: dict[str, Any] = {}
@@ -160,9 +161,9 @@ def output_schema(
         metadata = dict(field.metadata or {})
         if _HF in metadata:
             features[field.name] = json.loads(metadata.pop(_HF))
-        # The input's field ids would number some of the output's columns and not others.
+        # The input's field ids would number only some of the output's columns.
         metadata.pop(b"PARQUET:field_id", None)
-        # A row that could not be read has no value here, whatever the input promised.
+        # Nullable also if the input's field is not: a row that could not be read has no value.
         plain.append(pa.field(field.name, _stored_type(field), metadata=metadata))
     fields[len(_KEY_COLUMNS) : len(_KEY_COLUMNS)] = plain
     schema = pa.schema(fields)
@@ -174,10 +175,10 @@ def output_schema(
 
 
 def to_table(results: Sequence[Result], schema: pa.Schema, provenance: Provenance) -> pa.Table:
-    """Results as rows, in the order given.
+    """Return results as a table with one row each, in the given order.
 
-    Never fails on a row: in text, half a surrogate pair becomes U+FFFD (Arrow text is UTF-8, which
-    has none), and a kept value that is not of its column's type becomes null, with a warning.
+    Never fails on a row: a lone surrogate in text becomes U+FFFD (Arrow text is UTF-8, which has no
+    surrogates), and a kept value of another type than its column becomes null, with a warning.
     """
     arrays = []
     for field in schema:
@@ -204,16 +205,19 @@ def _check_name(name: str, *, already: Sequence[str]) -> None:
 
 
 def _stored_type(field: pa.Field) -> pa.DataType:
-    """The type as Parquet gives it back: milliseconds for timestamp[s], no dictionary of numbers.
+    """Return the type that Parquet reads back: milliseconds for timestamp[s], no number dictionary.
 
-    With these, what was written and what was read have one schema.
+    With these types, tables have the same schema before writing and after reading.
+
+    Raises:
+        ConfigError: Parquet cannot store the type.
     """
     sink = pa.BufferOutputStream()
     try:
         pq.write_table(pa.table({field.name: pa.nulls(1, _without_views(field.type))}), sink)
         return pq.read_schema(pa.BufferReader(sink.getvalue())).field(0).type
     except pa.ArrowException as error:
-        # Better now than when the first shard is done.
+        # Refused now, not after the first shard.
         raise ConfigError(
             f"output.keep_columns: Parquet cannot hold {field.name!r}, which is {field.type}",
             hint="leave it out",
@@ -221,7 +225,10 @@ def _stored_type(field: pa.Field) -> pa.DataType:
 
 
 def _without_views(kind: pa.DataType) -> pa.DataType:
-    """The same type without views, which pyarrow cannot write within a struct."""
+    """Return the type without string, binary and list views, which pyarrow cannot write in structs.
+
+    Nested types are converted, too.
+    """
     match kind:
         case pa.StructType():
             return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
@@ -242,7 +249,7 @@ def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
     try:
         features = json.loads((metadata or {})[_HF])["info"]["features"]
     except (KeyError, TypeError, ValueError):
-        return {}  # Not from `datasets`, or not as it writes them: types say enough.
+        return {}  # Not written by `datasets`; the Arrow types suffice.
     return features if isinstance(features, dict) else {}
 
 
@@ -253,18 +260,18 @@ def _sizes(sizes: Sequence[tuple[int, int]] | None) -> list[dict[str, int]] | No
 def _encode(values: list[Any], field: pa.Field) -> pa.Array | pa.ChunkedArray:
     if any(isinstance(value, pa.Array) for value in values):
         return _join(values, field)
-    # pyarrow cuts 1.5 to 1 without a word where integers are asked for.
+    # pyarrow silently truncates 1.5 to 1 in an integer column.
     may_be_cut = pa.types.is_integer(field.type) and any(isinstance(v, float) for v in values)
     if not may_be_cut:
         try:
             return pa.array(values, type=field.type)
         except _UNFIT:
-            pass  # One bad value is enough: find it below.
+            pass  # At least one value does not fit; the loop below finds it.
     chunks = []
     for value in values:
         try:
             if pa.types.is_string(field.type) and not isinstance(value, str | None):
-                # JSON lines: a key whose values are of no one type is a column of text.
+                # JSON lines: a key with values of several types is a text column.
                 value = json.dumps(value, ensure_ascii=False)
             if isinstance(value, float) and may_be_cut:
                 chunks.append(pa.array([value]).cast(field.type))
@@ -277,7 +284,7 @@ def _encode(values: list[Any], field: pa.Field) -> pa.Array | pa.ChunkedArray:
 
 
 def _join(values: list[Any], field: pa.Field) -> pa.Array | pa.ChunkedArray:
-    """Arrow arrays of one row each, None for a null, as one."""
+    """Concatenate Arrow arrays of one row each; None stands for a null."""
     kind = next(value.type for value in values if value is not None)
     rows = [pa.nulls(1, kind) if value is None else value for value in values]
     joined = pa.chunked_array(rows, kind)
@@ -301,7 +308,7 @@ def _cast(row: pa.Array, field: pa.Field) -> pa.Array:
 def _without_surrogates(value: Any) -> Any:
     match value:
         case str():
-            # UTF-16 joins two halves that belong together and replaces a single one.
+            # Decoding UTF-16 joins surrogate pairs and replaces lone surrogates.
             return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         case list() | tuple():
             return [_without_surrogates(item) for item in value]
@@ -312,5 +319,5 @@ def _without_surrogates(value: Any) -> Any:
 
 @cache
 def _warn_unfit(name: str, type_name: str) -> None:
-    """Said once for each column: a million rows may have the same fault."""
+    """Warn once for each column, because millions of rows may have the same fault."""
     log.warning("kept column %r: values that are no %s are left null", name, type_name)

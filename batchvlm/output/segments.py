@@ -1,10 +1,10 @@
-"""Finished rows of unfinished shards: Parquet files of their own, and how they become one part.
+"""Segments: Parquet files with finished rows of unfinished shards, and merging them into a part.
 
-A segment is what one attempt finished between two flushes, sorted by row. Segments of several
-attempts may hold the same row: a retry that was told to answer it again has counted its column
-`attempts` up, and the highest counts. Among equals (two writers of one shard can be alive at once)
-the one whose segment sorts first counts. So every reader of the same files agrees, and a segment
-that was left behind can never take a newer answer's place.
+A segment holds the rows that one attempt finished between two flushes, sorted by row. Segments of
+several attempts may hold the same row. A retry increases the row's `attempts`, and the row with the
+highest `attempts` is used. If these are equal (two writers of one shard can be alive at once), the
+row of the segment that sorts first is used. So all readers of the same files agree, and a leftover
+segment never replaces a newer answer.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ SHARD_KEY = b"batchvlm.shard"
 
 _MAX_GROUP_ROWS = 1024
 _MAX_GROUP_BYTES = 64 << 20
-"""A row group ends here: it is what a reader, and a writer, must hold in memory at least."""
+"""Limit of a row group's size: readers and writers must hold a whole row group in memory."""
 
 
 class UnreadableSegment(Exception):
-    """A segment is damaged, gone, or not of this run; the reason as text."""
+    """A segment is damaged, missing, or of another run; the message says which."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """A readable segment and what is in it."""
+    """A readable segment and an index of its content."""
 
     path: Path
     rows: frozenset[int]
-    """Offsets in the shard."""
+    """Offsets of its rows in the shard."""
     size_bytes: int
-    """In memory."""
+    """Size in memory."""
     groups: tuple[tuple[int, int], ...]
     """First and last row of each row group."""
     again: Mapping[int, int]
@@ -54,12 +54,12 @@ class Segment:
     """Error type of each row that failed."""
 
     def attempts(self, row: int) -> int:
-        """How often a row of this segment was tried."""
+        """Return how often a row of this segment was tried."""
         return self.again.get(row, 1)
 
 
 def write_segment(folder: OutputFolder, path: Path, table: pa.Table, shard: Shard) -> Segment:
-    """Commit rows, sorted by row and with the marks in their schema, as a new segment.
+    """Commit rows as a new segment; `table` is sorted by row and its schema has the marks.
 
     Raises:
         OutputError: the file system refuses.
@@ -81,20 +81,20 @@ def write_segment(folder: OutputFolder, path: Path, table: pa.Table, shard: Shar
 
 
 def write_tables(tables: Iterable[pa.Table], file: BinaryIO, schema: pa.Schema) -> None:
-    """Write tables one after the other as one Parquet file, in row groups of bounded size."""
-    # Checksums: a page that the disk garbled shall not be taken for answers.
+    """Write tables as one Parquet file, in row groups of bounded size."""
+    # Checksums let readers detect pages that the disk damaged.
     with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
         for table in tables:
             writer.write_table(table, row_group_size=group_rows(table.nbytes, table.num_rows))
 
 
 def group_rows(size_bytes: int, num_rows: int) -> int:
-    """How many rows of this average size make a row group; at least one."""
+    """Return the number of rows of a row group for this average row size; at least 1."""
     return max(1, min(_MAX_GROUP_ROWS, _MAX_GROUP_BYTES * num_rows // max(1, size_bytes)))
 
 
 def with_marks(schema: pa.Schema, *, fingerprint: str, shard_index: int) -> pa.Schema:
-    """The schema with what tells a file of this run and shard from any other."""
+    """Return the schema with metadata that names the run (by fingerprint) and the shard."""
     marks = {FINGERPRINT_KEY: fingerprint.encode(), SHARD_KEY: str(shard_index).encode()}
     return schema.with_metadata((schema.metadata or {}) | marks)
 
@@ -102,12 +102,13 @@ def with_marks(schema: pa.Schema, *, fingerprint: str, shard_index: int) -> pa.S
 def read_segments(
     folder: OutputFolder, shard: Shard, schema: pa.Schema, *, is_retry: bool = False
 ) -> list[Segment]:
-    """The shard's readable segments, by name. The others are left alone, with a warning each.
+    """Return the shard's readable segments, sorted by name; log a warning for each other one.
 
-    `schema` is that of the part, with its marks.
+    Every page is read once, so that damage is found before rows count as finished. One row group is
+    in memory at a time.
 
-    Every page is read once, so that damage shows before its rows count as finished. One row group
-    is in memory at a time.
+    Args:
+        schema: schema of the part, with its marks.
     """
     segments = []
     for path in folder.list_segments(shard.index, is_retry=is_retry):
@@ -125,15 +126,15 @@ def in_order(
     shard: Shard,
     schema: pa.Schema,
 ) -> Iterator[pa.Table]:
-    """Every row of the shard once, in input order, as tables of one row group each.
+    """Yield every row of the shard once, in input order, as tables of one row group each.
 
     Args:
-        segments: of a row in several, the one tried most often counts, then the earliest.
+        segments: for a row in several, the one with most attempts is used, then the first.
         pending: rows that are in no segment yet.
-        schema: that of the part, with its marks.
+        schema: schema of the part, with its marks.
 
     Raises:
-        UnreadableSegment: one was readable when it was opened, and is not any more.
+        UnreadableSegment: a segment that was readable before is not any more.
     """
     size_bytes = sum(segment.size_bytes for segment in segments) + pending.nbytes
     step = group_rows(size_bytes, shard.num_rows)
@@ -142,7 +143,7 @@ def in_order(
         tables = [_read(folder, segment, start, stop, schema) for segment in segments]
         table = pa.concat_tables([*tables, pending])
         offsets = _row_offsets(table, shard)
-        # Stable: among equals the earlier place stays ahead.
+        # lexsort is stable: with equal attempts the earlier segment stays first.
         by_rank = np.lexsort((-table.column("attempts").to_numpy(), offsets))
         rows, firsts = np.unique(offsets[by_rank], return_index=True)
         places = by_rank[firsts][(start <= rows) & (rows < stop)]
@@ -151,7 +152,7 @@ def in_order(
 
 
 def newest(segments: Sequence[Segment]) -> dict[int, Segment]:
-    """Each row's segment that counts, by the rule of `in_order`."""
+    """Return for each row the segment that is used, by the rule of `in_order`."""
     found: dict[int, Segment] = {}
     for segment in segments:
         for row in segment.rows:
@@ -168,13 +169,13 @@ def read_segment(
     *,
     merged: str | None = None,
 ) -> Segment:
-    """Read a segment, or a shard's part, once and note what is in it.
+    """Read a segment, or a shard's part, completely and return the index of its content.
 
     Args:
-        merged: the mark of a merged part; rows of other shards in it are passed over.
+        merged: the mark of a merged part, in which rows of other shards are skipped.
 
     Raises:
-        UnreadableSegment: it is damaged, gone, or not of this run and shard.
+        UnreadableSegment: the file is damaged, missing, or not of this run and shard.
     """
     marks = dict(schema.metadata)
     if merged is not None:
@@ -221,7 +222,7 @@ def read_segment(
 
 
 def _may_hold(metadata: pq.FileMetaData, group: int, shard: Shard) -> bool:
-    """Whether a row group may hold rows of a shard, by its footer."""
+    """Whether a row group may hold rows of a shard, by the footer's statistics."""
     columns = metadata.row_group(group)
     for i in range(columns.num_columns):
         if columns.column(i).path_in_schema == "row_index":
@@ -234,7 +235,7 @@ def _may_hold(metadata: pq.FileMetaData, group: int, shard: Shard) -> bool:
 
 
 def _rows_of(table: pa.Table, shard: Shard) -> pa.Table:
-    """The rows of a shard in a table that is in input order."""
+    """Return the rows of a shard from a table that is in input order."""
     low, high = np.searchsorted(_row_offsets(table, shard), [0, shard.num_rows])
     return table.slice(low, high - low)
 
@@ -242,10 +243,10 @@ def _rows_of(table: pa.Table, shard: Shard) -> pa.Table:
 def around(
     folder: OutputFolder, path: Path, shard: Shard, tables: Iterable[pa.Table]
 ) -> Iterator[pa.Table]:
-    """A merged part's rows, those of one shard replaced by other tables.
+    """Yield a merged part's rows, with those of one shard replaced by `tables`.
 
     Raises:
-        UnreadableSegment: the merged part was readable before, and is not any more.
+        UnreadableSegment: the merged part was readable before and is not any more.
     """
     is_put = False
     try:
@@ -280,7 +281,7 @@ def _outcomes(
 def _read(
     folder: OutputFolder, segment: Segment, start: int, stop: int, schema: pa.Schema
 ) -> pa.Table:
-    """The row groups of a segment that have rows in `start:stop`, whole."""
+    """Read the whole row groups of a segment that have rows in `start:stop`."""
     groups = [i for i, (low, high) in enumerate(segment.groups) if low < stop and start <= high]
     if not groups:
         return schema.empty_table()
@@ -310,6 +311,7 @@ def _take(table: pa.Table, places: npt.NDArray[np.intp]) -> pa.Table:
     try:
         return table.take(places)
     except pa.ArrowException:
-        # Of string_view columns pyarrow 26 takes nothing, and of binary ones at most the 2 GiB
-        # that their offsets span. Slices copy nothing, but thousands of them are slow to write.
+        # pyarrow 26 cannot take from string_view columns, nor from binary ones of more than the
+        # 2 GiB that their offsets span. Slices copy nothing, but thousands of them are slow to
+        # write.
         return pa.concat_tables([table.slice(place, 1) for place in places.tolist()])

@@ -1,4 +1,4 @@
-"""How far a job is, running or dead, from its folder alone."""
+"""The progress of a job, running or dead, from its folder alone."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from batchvlm.output.verify import open_run
 
 _METRICS = re.compile(r"task-(\d+)-rank-(\d+)-.*\.json")
 _LIVE_S = 60.0
-"""A process writes its counts at least this often, unless `output.flush_every_s` is longer."""
+"""A live process writes its counts at least this often, unless `output.flush_every_s` is longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Silent:
-    """A process that died, or hangs, or cannot reach the folder."""
+    """A process that died, hangs, or cannot reach the folder."""
 
     name: str
     """Task and rank."""
     where: str
-    """Machine and SLURM job, as far as it knew."""
+    """Machine and SLURM job, as far as known."""
     silent_s: float
+    """Seconds since it last wrote its counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobStatus:
-    """What `status` found."""
+    """The progress of a job; see `status`."""
 
     num_rows: int
     num_done: int
@@ -45,21 +46,22 @@ class JobStatus:
     num_in_segments: int
     num_shards: int
     num_finished: int
-    """Shards that have their part."""
+    """Shards that are in a readable part."""
     damaged: list[str]
     """Parts that cannot be read; their rows count as not done."""
     num_waiting: int
-    """Rows answered again that wait for a run with `retry.errors`."""
+    """Rows that were answered again and are put into parts by the next run with `retry.errors`."""
     errors: Counter[str]
+    """Failed rows by error type."""
     rows_per_s: float
-    """Of the processes that are at work."""
+    """Sum over the live processes."""
     num_live: int
     num_over: int
-    """Processes that ended by themselves, the latest of each task and rank."""
+    """Processes that ended by themselves; only the latest of each task and rank counts."""
     silent: list[Silent]
-    """Processes that have neither ended nor said anything for long, the longest silence first."""
+    """Processes that have not ended and have not written for long, the longest silence first."""
     written_s_ago: float | None
-    """Seconds since anything was written; None where nothing was."""
+    """Seconds since the last write of any file; None if there is no file."""
     fingerprint: str
 
     @property
@@ -69,17 +71,17 @@ class JobStatus:
             return "running"
         if self.num_done == self.num_rows:
             return "done"
-        # The first process of a job has something to count after a while.
+        # The first process of a job writes no counts for a while after its start.
         is_new = not self.num_over and not self.silent and self.written_s_ago is not None
         return "running" if is_new and (self.written_s_ago or 0) < _LIVE_S else "stopped"
 
 
 def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> JobStatus:
-    """How far a job is, running or dead, from its folder alone.
+    """Return the progress of a job, running or dead, from its folder alone.
 
     Raises:
         InputError: the folder holds no run.
-        OutputError: it cannot be read.
+        OutputError: the folder cannot be read.
     """
     run = open_run(folder)
     num_shards = len(run.plan)
@@ -90,7 +92,7 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> J
         try:
             errors.update(kind for _, kind, _ in _read_outcomes(folder, part.path))
         except FileNotFoundError:
-            continue  # `compact` has just put another one into its place
+            continue  # `compact` has just replaced it
         except (OSError, pa.ArrowException):
             damaged.append(part)
     whole = [part for part in parts if part not in damaged]
@@ -137,10 +139,10 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> J
 def outcomes_in_segments(
     folder: OutputFolder, index: int, *, is_retry: bool = False
 ) -> dict[int, str]:
-    """Each row of a shard's segments, by row index, and its error type, "" for none.
+    """Return the error type of each row in a shard's segments, by row index; "" for no error.
 
-    Of a row in several the one that counts, as `output.segments` says; a segment that vanished or
-    is damaged has no rows.
+    For a row in several segments the rule of `output.segments` applies. Segments that are missing
+    or damaged are skipped.
     """
     found: dict[int, tuple[str, int]] = {}
     for path in folder.list_segments(index, is_retry=is_retry):
@@ -167,16 +169,16 @@ class _Worker:
 
     @property
     def is_silent(self) -> bool:
-        # Of its own settings: those of a rerun need not be the first run's.
+        # The process's own setting: a rerun may have another one than the first run.
         flush_every_s = self.counts.get("flush_every_s")
         every_s = flush_every_s if isinstance(flush_every_s, int | float) else 0.0
         return self.age_s >= max(_LIVE_S, 2 * every_s)
 
 
 def _latest(folder: OutputFolder, now_s: float) -> list[_Worker]:
-    """What the latest process of each task and rank has counted: those before it are history."""
+    """Return the counts of the latest process of each task and rank."""
     latest: dict[str, _Worker] = {}
-    # Names end with the time of the start, so a later process comes later.
+    # File names end with the start time, so later processes overwrite earlier ones here.
     for path, written_s in folder.written(folder.metrics):
         match = _METRICS.fullmatch(path.name)
         try:

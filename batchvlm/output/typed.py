@@ -1,4 +1,4 @@
-"""A form -> the Arrow type of the column `parsed`, decided before the run, and values of it."""
+"""The Arrow type of the column `parsed`, derived from the form before the run, and its values."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ _MAX_ALTERNATIVES = 10_000
 _INT64 = range(-(1 << 63), 1 << 63)
 
 Fit = Callable[[Any, str], Any]
-"""A JSON value and its path -> the value as Arrow takes it."""
+"""Converts a JSON value, given its path for messages, to a value that Arrow accepts."""
 
 
 class UnfitError(ValueError):
-    """A value that is valid, and that its column cannot hold; the message names the field."""
+    """A value is valid but its column cannot hold it; the message names the field."""
 
 
 class _NoTypeError(ValueError):
-    """No fixed type holds the values of a schema; the message says why."""
+    """No single Arrow type holds the values of a schema; the message says why."""
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """The column `parsed` of a run."""
+    """Type of the column `parsed`, and the conversion of answers to it."""
 
     type: pa.DataType
     notes: tuple[str, ...]
-    """Fields that are JSON text, each with the reason."""
+    """Fields that are stored as JSON text, each with the reason."""
     _fit: Fit
 
     def fit(self, text: str) -> Any:
-        """An answer, as canonical JSON text, as a value of the type.
+        """Convert an answer, given as canonical JSON text, to a value of the type.
 
         Raises:
-            UnfitError: it is too large, no date that there is, or of another type.
+            UnfitError: a number is too large, a date does not exist, or a value has another type.
         """
         if self._fit is _as_text_whole:
             return text
@@ -54,17 +54,17 @@ class Parsed:
             return self._fit(json.loads(text), "$")
         except UnfitError:
             raise
-        # A schema may be valid of what nobody thought of; it costs the answer's row alone.
+        # A schema may allow values that were not foreseen; only this row fails.
         except Exception as error:
             raise UnfitError(f"$ does not fit its column: {type(error).__name__}") from error
 
 
 def parsed_column(form: Form | None, *, is_by_row: bool) -> Parsed:
-    """The column for answers of a form.
+    """Return the column for answers of a form.
 
     Args:
-        form: the run's.
-        is_by_row: whether rows may bring forms of their own, which no one type holds.
+        form: the form of the run.
+        is_by_row: whether rows may have forms of their own; the column is then JSON text.
     """
     if is_by_row:
         return Parsed(pa.string(), (), _as_text_whole)
@@ -86,7 +86,7 @@ def parsed_column(form: Form | None, *, is_by_row: bool) -> Parsed:
 
 @dataclass(frozen=True)
 class _Node:
-    """A schema with its references and `allOf` laid over one another."""
+    """A schema merged with its `$ref` and `allOf` subschemas."""
 
     types: frozenset[str] | None
     properties: Mapping[str, Any]
@@ -94,12 +94,12 @@ class _Node:
     values: Sequence[Any] | None
     format: str | None
     is_map: bool
-    """Whether it says what undeclared properties hold."""
+    """Whether it has a schema for undeclared properties."""
     choices: Sequence[Any]
-    """Alternatives of which one holds the value, and each of which says what it is."""
+    """Alternatives (`anyOf`, `oneOf`) that each describe the value; see `_choices`."""
     alternatives: Sequence[Any] = ()
-    """All there are, those that say no more than which properties there must be included, and
-    what holds under a condition."""
+    """All subschemas that apply to some values only: every alternative, also those that only
+    require properties, and conditional ones; see `_conditional`."""
 
 
 class _Maker:
@@ -110,13 +110,13 @@ class _Maker:
         self._num_fields = 0
         self._num_alternatives = 0
         self.texts: list[tuple[str, str]] = []
-        """The path of each field that is JSON text, and the reason."""
+        """Path of each field that is stored as JSON text, and the reason."""
 
     def make_root(self) -> tuple[pa.DataType, Fit]:
         return self._make(self._schema, "$", ())
 
     def _field(self, schema: Any, path: str, under: tuple[str, ...]) -> tuple[pa.DataType, Fit]:
-        """The type of a field, or JSON text with a note."""
+        """Return the type of a field; a field that has none becomes JSON text, with a note."""
         self._num_fields += 1
         if self._num_fields > _MAX_FIELDS:
             raise _NoTypeError(f"more than {_MAX_FIELDS} fields")
@@ -131,7 +131,7 @@ class _Maker:
         node, under = self._node(schema, under)
         if node.properties and self._names(node, under) - node.properties.keys():
             raise _NoTypeError("properties in one alternative alone")
-        # With properties of its own, alternatives say which of their values go together.
+        # If the schema has properties of its own, alternatives only constrain their combinations.
         if node.choices and not node.properties:
             return self._alternatives(node, path, under)
         if node.values is not None:
@@ -175,7 +175,7 @@ class _Maker:
     def _alternatives(
         self, node: _Node, path: str, under: tuple[str, ...]
     ) -> tuple[pa.DataType, Fit]:
-        """One type that all alternatives have, one of which may be null."""
+        """Return the type that all alternatives share; null alternatives are skipped."""
         made: list[tuple[pa.DataType, Fit]] = []
         texts: list[set[str]] = []
         for choice in node.choices:
@@ -185,7 +185,7 @@ class _Maker:
                 continue
             num_texts = len(self.texts)
             made.append(self._make(choice, path, under))
-            # JSON text and a string have one type, and are not read alike.
+            # JSON text and strings have the same Arrow type but different meanings.
             texts.append({name for name, _ in self.texts[num_texts:]})
         are_alike = all(kind == made[0][0] for kind, _ in made)
         if not made or not are_alike or any(names != texts[0] for names in texts):
@@ -193,13 +193,13 @@ class _Maker:
         return made[0]
 
     def _count_alternative(self) -> None:
-        # References make many of few: two on each of twenty levels are a million.
+        # References multiply alternatives: two on each of twenty levels are a million.
         self._num_alternatives += 1
         if self._num_alternatives > _MAX_ALTERNATIVES:
             raise _NoTypeError(f"more than {_MAX_ALTERNATIVES} alternatives")
 
     def _names(self, node: _Node, under: tuple[str, ...]) -> set[str]:
-        """The properties that a schema's alternatives declare, and theirs."""
+        """Return the properties that a schema's alternatives declare, at any depth."""
         names: set[str] = set()
         for choice in node.alternatives:
             self._count_alternative()
@@ -257,19 +257,19 @@ class _Maker:
 
 
 def _is_typed(choice: Any) -> bool:
-    """Whether an alternative says what a value is, and not only which properties it has."""
+    """Whether an alternative describes the value, rather than only requiring properties."""
     kinds = ("type", "$ref", "enum", "const", "properties", "items", "allOf", "anyOf", "oneOf")
     return isinstance(choice, Mapping) and any(kind in choice for kind in kinds)
 
 
 def _choices(schema: Mapping[str, Any]) -> Sequence[Any]:
-    """The alternatives, less lists of them of which one says nothing: that is any value."""
+    """Return the alternatives of those lists in which each alternative describes the value."""
     lists = [schema.get(name, []) for name in ("anyOf", "oneOf")]
     return [choice for choices in lists if all(map(_is_typed, choices)) for choice in choices]
 
 
 def _conditional(schema: Mapping[str, Any]) -> Sequence[Any]:
-    """The parts of a schema that hold of some values alone."""
+    """Return the subschemas that apply to some values only."""
     lists = [schema.get(name, []) for name in ("anyOf", "oneOf")]
     by_name = {**schema.get("dependencies", {}), **schema.get("dependentSchemas", {})}
     return [
@@ -280,7 +280,7 @@ def _conditional(schema: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def _laid(one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The properties of two schemas that hold together."""
+    """Return the properties of two schemas that both apply."""
     both = {name: {"allOf": [one[name], other[name]]} for name in one if name in other}
     return {**one, **other, **both}
 
@@ -290,7 +290,7 @@ def _items(schema: Mapping[str, Any]) -> Any:
     if isinstance(items, list) or "prefixItems" in schema:
         is_old = isinstance(items, list)
         tuple_: list[Any] = [*(schema["items"] if is_old else schema["prefixItems"])]
-        # What may follow them is anything, unless that is said.
+        # By default any items may follow the tuple's.
         rest = schema.get("additionalItems" if is_old else "items", {})
         if rest is not False and schema.get("maxItems", len(tuple_) + 1) > len(tuple_):
             tuple_.append(rest)
@@ -341,7 +341,7 @@ def _as_int(value: Any, path: str) -> Any:
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # 3.0 is an integer in JSON
-    # Seen first: Python compares what is no number with every one of a range.
+    # Checked before the range: for a value that is not an int, `in` compares with all of it.
     if not isinstance(value, int) or isinstance(value, bool):
         raise UnfitError(f"{path} is no integer")
     if value not in _INT64:

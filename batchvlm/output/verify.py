@@ -1,4 +1,4 @@
-"""Whether an output holds every input row exactly once, from its folder alone."""
+"""Check that an output holds every input row exactly once, from its folder alone."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ from batchvlm.words import number_of, one_line
 
 _COLUMNS = ["row_index", "status", "error_type", "fingerprint"]
 _MAX_RANGES = 20
-"""Ranges of rows that a line names at most."""
+"""Most ranges of rows in one line."""
 _MAX_FILES = 10
-"""Files that a line names at most."""
+"""Most files in one line."""
 _MAX_COUNTED = 255
 
 
 def open_run(folder: OutputFolder) -> RunFile:
-    """The run in a folder.
+    """Return the run in a folder.
 
     Raises:
-        InputError: there is none.
+        InputError: the folder holds no run, or is a file.
+        ConfigError: run.json is of another program or of a newer release.
+        OutputError: run.json cannot be read or is damaged.
     """
     if folder.is_local and folder.root.is_file():
         raise InputError(
@@ -41,7 +43,7 @@ def open_run(folder: OutputFolder) -> RunFile:
     try:
         run = read_run(folder)
     except (ConfigError, OutputError) as error:
-        # Whoever writes there may name another folder; who looks has just this one.
+        # Naming another output.dir helps a run that writes, not a command that reads this one.
         hint = error.hint.removesuffix("name another output.dir").removesuffix(", or ")
         raise type(error)(error.message, hint=hint) from error
     if run is None:
@@ -54,24 +56,24 @@ def open_run(folder: OutputFolder) -> RunFile:
 
 @dataclass(kw_only=True)
 class Verdict:
-    """What `verify` found."""
+    """The outcome of `verify`."""
 
     num_rows: int
-    """Rows of the input, as the plan counts them."""
+    """Rows of the input, by the plan."""
     statuses: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
-    """A line for each thing that is not as it should be."""
+    """One line for each fault."""
 
 
 def verify(folder: OutputFolder) -> Verdict:
-    """Look whether `data` holds every input row exactly once, readable and of this run.
+    """Check that `data` holds every input row exactly once, readable and of this run.
 
     Memory: one byte for each input row.
 
     Raises:
         InputError: the folder holds no run.
-        OutputError: it cannot be read.
+        OutputError: the folder cannot be read.
     """
     run = open_run(folder)
     num_rows = sum(shard.num_rows for shard in run.plan)
@@ -88,7 +90,7 @@ def verify(folder: OutputFolder) -> Verdict:
         readable.append(path)
         is_ours = (rows >= 0) & (rows < num_rows)
         foreign.append(rows[~is_ours])
-        # Not `seen[rows] += 1`, which counts a row that is in `rows` twice once.
+        # Not `seen[rows] += 1`, which counts a row only once that is in `rows` twice.
         places, counts = np.unique(rows[is_ours], return_counts=True)
         seen[places] = np.minimum(seen[places] + counts, _MAX_COUNTED)
     missing, double = np.flatnonzero(seen == 0), np.flatnonzero(seen > 1)
@@ -108,11 +110,11 @@ def verify(folder: OutputFolder) -> Verdict:
 
 
 def _rows_in_segments(folder: OutputFolder, run: RunFile) -> npt.NDArray[np.int64]:
-    """Rows in readable segments of this run."""
+    """Return the indices of rows in readable segments of this run."""
     found = [np.empty(0, np.int64)]
     for index in folder.shards_with_segments():
         for path in folder.list_segments(index):
-            # One that is damaged, or was just made part of a part, holds no row.
+            # Skip a segment that is damaged or was just removed because its part was written.
             with suppress(OSError, pa.ArrowException), folder.open(path) as file:
                 parquet = pq.ParquetFile(file)
                 marks = parquet.schema_arrow.metadata or {}
@@ -122,7 +124,7 @@ def _rows_in_segments(folder: OutputFolder, run: RunFile) -> npt.NDArray[np.int6
 
 
 def _named(folder: OutputFolder, paths: Sequence[Path], rows: npt.NDArray[Any]) -> str:
-    """The files that hold some of these rows."""
+    """Return "; in FILES" for the files that hold any of these rows; "" if none does."""
     names = []
     for path in paths if len(rows) else ():
         with suppress(OSError, pa.ArrowException), folder.open(path) as file:
@@ -160,7 +162,7 @@ def _read_part(
 
 
 def ranges(rows: Sequence[int] | npt.NDArray[Any]) -> str:
-    """Sorted row indices as ranges: `0-99, 250, 300-399`."""
+    """Return sorted row indices as ranges: `0-99, 250, 300-399`."""
     rows = np.asarray(rows)
     cuts = np.flatnonzero(np.diff(rows) > 1)
     starts, ends = rows[[0, *(cuts + 1)]], rows[[*cuts, len(rows) - 1]]

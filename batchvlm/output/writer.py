@@ -1,4 +1,4 @@
-"""One shard: results in any order -> segments while it lasts -> one part, in input order."""
+"""Write one shard: results arrive in any order, are flushed to segments, and become one part."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from batchvlm.output.segments import (
 from batchvlm.records import Result, Shard, size_of_value
 
 _MAX_PENDING_BYTES = 64 << 20
-"""Kept columns may hold images: rows are flushed before these fill the memory."""
+"""Pending rows are flushed at this size, because kept columns may hold images."""
 
 NO_RETRY = RetryConfig()
 
 
 def is_retried(retry: RetryConfig, error_type: str | None, attempts: int) -> bool:
-    """Whether a row with this outcome is to be answered again."""
+    """Whether a row with this outcome must be answered again."""
     return error_type in retry.errors and attempts < retry.max_attempts
 
 
 def needs_retry(folder: OutputFolder, part: Path, shard: Shard, retry: RetryConfig) -> bool:
-    """Whether a finished shard has rows to answer again, or rows that were and wait for the part.
+    """Whether a finished shard has rows to answer again, or answered ones not yet in its part.
 
     Raises:
         OutputError: the part cannot be read.
@@ -65,34 +65,35 @@ def needs_retry(folder: OutputFolder, part: Path, shard: Shard, retry: RetryConf
 
 
 class ShardWriter:
-    """Takes each row of a shard once, in any order, and leaves them on disk as one part.
+    """Takes each row of a shard once, in any order, and writes them to disk as one part.
 
-    A kill at any instant costs at most the rows added since the last flush: open a writer on the
-    shard again and add what is not in `finished_rows`. Two writers of one shard, on any machines,
-    waste work but leave a right part. Not for several threads.
+    A process killed at any instant loses at most the rows added since the last flush: open a new
+    writer on the shard and add the rows that are not in `finished_rows`. Two writers of one shard,
+    on any machines, waste work but produce a correct part. Not thread-safe.
 
-    Flushed rows are not kept in memory, but read back for the part, one row group at a time: so
-    memory follows the row groups and the flush interval rather than the shard, and the way on
-    which a resumed run reads is taken by every run.
+    Flushed rows are not kept in memory; `commit` reads them back, one row group at a time. So
+    memory depends on the row groups and the flush interval rather than the shard, and every run
+    uses the code path by which a resumed run reads.
 
     Args:
         schema: from `output_schema`.
         provenance: its fingerprint decides which segments are of this run.
-        flush_every_s: seconds between flushes; `add` looks at the clock.
-        flush_every_rows: rows that wait for a flush at most; None: any number.
-        retry: which rows with an error count as not answered.
-        clock: seconds, never going backwards.
+        flush_every_s: seconds between flushes; checked by `add` and `flush_if_due`.
+        flush_every_rows: number of pending rows that causes a flush; None for no limit.
+        retry: which failed rows must be answered again.
+        clock: returns monotonic seconds.
 
     Raises:
-        OutputError: the folder cannot be read.
+        OutputError: the folder cannot be read, or the shard's part is damaged or of another run.
     """
 
     finished_rows: frozenset[int]
-    """Offsets of the rows that earlier attempts answered; all of them where the part is there."""
+    """Offsets of the rows that need no answer: earlier attempts answered them. With a part these
+    are all rows, except those that `retry` asks for."""
     attempts: dict[int, int]
-    """Of rows that are to be answered again: how often they will have been tried."""
+    """The next value of `attempts` for each row that must be answered again."""
     found_errors: Counter[str]
-    """Error types of the rows in `finished_rows`, where the shard has no part yet or is retried."""
+    """Error types of the rows in `finished_rows`; empty if the shard has a part and no retry."""
 
     def __init__(
         self,
@@ -121,8 +122,8 @@ class ShardWriter:
         self._clock = clock
 
         self._is_finished = self._find_part() is not None
-        # Rows of a finished shard that are answered again wait in a folder of their own: whoever
-        # does not retry neither reads nor removes them.
+        # Retried rows of a finished shard are flushed to a separate folder, which runs without
+        # `retry.errors` neither read nor remove.
         self._is_retry = self._is_finished and bool(retry.errors)
         self.attempts: dict[int, int] = {}
         self._segments: list[Segment] = []
@@ -141,10 +142,10 @@ class ShardWriter:
         self._flushed_at_s = clock()
 
     def add(self, result: Result) -> None:
-        """Take one row; flush if it is time.
+        """Add one row; flush if that is due by time, number of rows or size.
 
         Raises:
-            OutputError: it was time, and the file system refuses; no row is forgotten.
+            OutputError: the flush failed; all rows stay pending.
         """
         assert 0 <= result.row < self._shard.num_rows, f"row {result.row} is not of the shard"
         assert result.row_index == self._shard.first_row_index + result.row
@@ -158,22 +159,22 @@ class ShardWriter:
             self.flush()
 
     def flush_if_due(self) -> None:
-        """Flush if `flush_every_s` has passed since the last time.
+        """Flush if `flush_every_s` has passed since the last flush.
 
         Raises:
-            OutputError: the file system refuses; the rows stay, to be flushed later.
+            OutputError: the file system refuses; all rows stay pending.
         """
         if self._clock() - self._flushed_at_s >= self._flush_every_s:
             self.flush()
 
     def flush(self) -> None:
-        """Bring every row added so far to disk.
+        """Write all pending rows to disk as a segment.
 
         Raises:
-            OutputError: the file system refuses; the rows stay, to be flushed later.
+            OutputError: the file system refuses; all rows stay pending.
         """
         if self._pending:
-            # Counted before it is written: a name is never used twice, even if writing fails.
+            # Counted before writing, so that no name is used twice, even if writing fails.
             path = self._folder.segment(
                 self._shard.index, self._attempt, self._num_flushes, is_retry=self._is_retry
             )
@@ -185,16 +186,17 @@ class ShardWriter:
         self._flushed_at_s = self._clock()
 
     def commit(self) -> Path:
-        """Write the part, of all rows in input order, and remove the shard's segments.
+        """Write the part, with all rows in input order, and remove the shard's segments.
 
-        Where another writer finished the shard meanwhile, its part stands, unless rows here were
-        tried more often: those take their places in it.
+        If another writer finished the shard meanwhile, its part stays; only rows that this writer
+        tried more often replace those in it.
 
         Returns:
             The part's path.
 
         Raises:
-            OutputError: the file system refuses; nothing is lost, and nothing half-written.
+            OutputError: the file system refuses, or a segment cannot be read any more. No flushed
+                row is lost, and no part is incomplete.
         """
         num_missing = self._shard.num_rows - len(self._rows)
         assert num_missing == 0, f"shard {self._shard.index} lacks {num_missing} rows"
@@ -206,7 +208,7 @@ class ShardWriter:
                     self._folder.remove_segments(self._shard.index)
                     return self._part
             except UnreadableSegment as error:
-                # Whoever finishes a shard removes its segments, also those of other writers.
+                # The writer that finishes a shard removes its segments, including other writers'.
                 lost = error
             part = self._find_part()
             if part is None:
@@ -218,7 +220,11 @@ class ShardWriter:
         return part.path
 
     def _find_part(self) -> Part | None:
-        """The part that holds the shard, if it is there; its footer says whose it is."""
+        """Return the part that holds the shard; None if there is none.
+
+        Raises:
+            OutputError: the part is damaged, or by its footer of another run.
+        """
         part = self._folder.find_part(self._shard.index, self._num_shards)
         if part is None:
             return None
@@ -226,11 +232,11 @@ class ShardWriter:
             with self._folder.open(part.path) as file:
                 marks = pq.ParquetFile(file).schema_arrow.metadata or {}
         except FileNotFoundError:
-            return part  # `compact` has just put another one into its place
+            return part  # `compact` has just replaced it
         except (OSError, pa.ArrowException) as error:
             raise _damaged(part, error) from error
         if marks.get(FINGERPRINT_KEY) != self._schema.metadata[FINGERPRINT_KEY]:
-            # Left by the run that was overwritten, where the file system has no locks.
+            # The run that was overwritten wrote it late, on a file system without locks.
             raise OutputError(
                 f"{part.path} is of another run",
                 hint="delete it and run the same command again: its rows are computed again",
@@ -238,7 +244,7 @@ class ShardWriter:
         return part
 
     def _find_rows(self) -> None:
-        """Read what is on disk, and tell rows that count as answered from the others."""
+        """Read the rows on disk and separate those that must be answered again."""
         self._segments = read_segments(
             self._folder, self._shard, self._schema, is_retry=self._is_retry
         )
@@ -252,7 +258,7 @@ class ShardWriter:
         self.finished_rows = frozenset(rows.keys() - self.attempts.keys())
 
     def _read_parts(self) -> list[Segment]:
-        """The shard's part, as the last of the segments."""
+        """Return the shard's part as a segment; an empty list if there is no part."""
         part = self._folder.find_part(self._shard.index, self._num_shards)
         if part is None:
             return []
@@ -263,17 +269,17 @@ class ShardWriter:
             raise _damaged(part, error) from error
 
     def _renew(self) -> bool:
-        """Put rows that were answered again in their places in the part.
+        """Replace rows of the part by those that were answered again.
 
         Returns:
-            False where a segment was removed meanwhile: to be called again.
+            False if another writer removed a segment meanwhile: call it again.
         """
-        # Two retries of one shard both read the part, then both replace it: one at a time.
+        # The lock keeps two retries of one shard from both reading the part before either writes.
         with self._folder.lock():
             parts = self._read_parts()
-            # All that wait, also another's: who puts them into the part removes them. Of ours, some
-            # may be in the part already for that reason. One that is damaged goes too: nobody will
-            # ever read it, and its rows are as the part has them.
+            # Include the segments of other writers: whoever merges segments removes them. So some
+            # of this writer's may already be in the part. Damaged ones are removed too: nothing can
+            # read them, and their rows stay as the part has them.
             listed = set(self._folder.list_segments(self._shard.index, is_retry=True))
             waiting = read_segments(self._folder, self._shard, self._schema, is_retry=True)
             known = {segment.path for segment in waiting}
@@ -289,16 +295,16 @@ class ShardWriter:
                 except UnreadableSegment as error:
                     if all(self._folder.exists(segment.path) for segment in waiting):
                         raise _lost_segment(error) from error
-                    # Whoever finished the shard has just removed its segments.
+                    # The writer that finished the shard has just removed its segments.
                     return False
             self._folder.remove_segments(self._shard.index, is_retry=True, only=listed | known)
         return True
 
     def _write_part(self, segments: Sequence[Segment], *, into: Path | None = None) -> bool:
-        """Write the first part, or the one that is there (`into`, it may be merged) anew.
+        """Write the shard's first part, or rewrite the existing part `into`, which may be merged.
 
         Returns:
-            False where another process has just put a first part there.
+            False if another process has just written a first part.
         """
         pending, schema = self._pending_table(), self._schema
         tables = in_order(self._folder, segments, pending, self._shard, schema)
