@@ -1,9 +1,10 @@
-"""Shard -> records: one `Source` for each kind of input.
+"""Read shards into records: one `Source` for each kind of input.
 
-    files()       what there is, by metadata alone; `plan_shards` cuts it into shards
-    read_shard()  the rows of one shard, in order, each exactly once, readable or not
+    files()       lists the input from metadata alone; `plan_shards` cuts it into shards
+    read_shard()  yields each row of a shard exactly once, in order, readable or not
 
-Finding files is shared in `files.py`, forward reading in `cursor.py`, making records in `rows.py`.
+All sources share `files.py` (finding files), `cursor.py` (forward reading) and `rows.py` (making
+records).
 """
 
 from __future__ import annotations
@@ -19,29 +20,29 @@ from batchvlm.errors import InputError
 from batchvlm.records import InputFile, Record, Shard
 
 MAX_COLUMNS_NAMED = 30
-"""Column names an error message lists at most."""
+"""Most column names in one error message."""
 
 
 class Source(Protocol):
-    """An input that is cut into shards and read shard by shard."""
+    """An input that is planned as shards and read shard by shard."""
 
     @property
     def schema(self) -> pa.Schema:
-        """Every column there is, with its Arrow type, by metadata alone."""
+        """All columns with their Arrow types."""
 
     @property
     def image_root(self) -> str | None:
-        """Folder that image paths are resolved in and may not leave; None: paths are refused."""
+        """Folder in which image paths are resolved and which they may not leave; None: no paths."""
 
     def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
-        """List the input in its order.
+        """Return the input's files in order.
 
         Args:
-            columns: what prompts are made of; every file must have these.
-            kept: what is copied to the output; null in the rows of a file without it.
+            columns: columns that prompts are made of; every file must have these.
+            kept: columns that are copied to the output; null in the rows of a file without them.
 
         Raises:
-            InputError: a file cannot be planned, or lacks one of `columns`.
+            InputError: a file cannot be read, or lacks one of `columns`.
         """
 
     def read_shard(
@@ -52,21 +53,21 @@ class Source(Protocol):
         kept: Sequence[str] = (),
         skip: Container[int] = (),
     ) -> Iterator[Record]:
-        """Yield each row of the shard once, in order; an unreadable one with its `failure`.
+        """Yield each row of the shard once, in order; an unreadable one has a `failure`.
 
         Args:
-            shard: rows of this input, from `plan_shards`.
-            columns: names of the columns that `Record.values` shall hold.
-            kept: those that `Record.kept` shall hold, exactly as they are.
-            skip: offsets in the shard that are left out.
+            shard: a shard of this input, from `plan_shards`.
+            columns: columns to put into `Record.values`.
+            kept: columns to put into `Record.kept`, without loss.
+            skip: offsets in the shard of rows to leave out.
         """
 
 
 def open_source(cfg: DataConfig) -> Source:
-    """Open the input that the settings name, reading no more than metadata.
+    """Open the input that the settings name, reading metadata only.
 
     Raises:
-        InputError: nothing is there, or it is not what `data.source` says.
+        InputError: the input does not exist, or is not of the kind `data.source`.
     """
     match cfg.source:
         case SourceKind.parquet:
@@ -74,7 +75,7 @@ def open_source(cfg: DataConfig) -> Source:
 
             return open_parquet(cfg)
         case SourceKind.hf:
-            # Importing `datasets` takes seconds that the other sources need not pay.
+            # Imported only here: importing `datasets` takes seconds.
             from batchvlm.sources.hf import open_hf
 
             return open_hf(cfg)
@@ -97,14 +98,14 @@ def open_source(cfg: DataConfig) -> Source:
 
 
 def check_columns(schema: pa.Schema, needed: Mapping[str, str]) -> None:
-    """Refuse a job that names columns the input lacks.
+    """Check that the input has every column that the settings name.
 
     Args:
-        schema: the columns there are.
+        schema: the input's columns.
         needed: column name -> the setting that names it.
 
     Raises:
-        InputError: a column is missing, or its name stands for several columns.
+        InputError: a column is missing, or several columns have its name.
     """
     for column, setting in needed.items():
         num_matches = len(schema.get_all_field_indices(column))

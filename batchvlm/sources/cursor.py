@@ -1,7 +1,7 @@
-"""Reading formats that can only be read forwards, without starting over for each shard.
+"""Read formats that can only be read forwards without starting over for each shard.
 
-A row group, a compressed file and a streamed dataset all cost the whole way to a row. A worker that
-takes shard after shard of one of them must pay that way once, not once a shard.
+In a row group, a compressed file or a streamed dataset, reaching a row costs reading every row
+before it. A worker that reads successive shards must pay this once, not once for each shard.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from batchvlm.sources.rows import one_line
 
 
 class Chunk(Protocol):
-    """Consecutive rows: a list, an Arrow record batch, an Arrow table."""
+    """Consecutive rows: a list, an Arrow record batch or an Arrow table."""
 
     def __len__(self) -> int: ...
 
@@ -33,11 +33,11 @@ class BrokenStreamError(Exception):
 
 
 class Cursors(Generic[K, C]):
-    """Reads ranges of rows from streams, going on where the last read stopped where it can.
+    """Reads ranges of rows from streams, continuing from where the last read stopped if possible.
 
     Args:
-        open_stream: key -> the stream's chunks from its first row on. A generator, so that closing
-            it releases what it holds.
+        open_stream: returns the chunks of the stream with the given key, from its first row on. It
+            is a generator, so that closing it releases its resources.
     """
 
     def __init__(self, open_stream: Callable[[K], Iterator[C]]) -> None:
@@ -46,13 +46,13 @@ class Cursors(Generic[K, C]):
         self._broken: dict[K, tuple[int, str]] = {}
 
     def read(self, key: K, first_row: int, num_rows: int) -> Iterator[C]:
-        """Yield the rows of the range in chunks; fewer where the stream ends early.
+        """Yield the rows of the range in chunks; fewer rows if the stream ends early.
 
-        Several reads may be under way at once: each has a cursor of its own, and the last one to
-        end leaves its cursor to the next read.
+        Several reads may run at once, each with its own cursor; the next read can continue with the
+        cursor of the read that ended last.
 
         Raises:
-            BrokenStreamError: the stream raised; rows yielded before are good.
+            BrokenStreamError: the stream raised; rows yielded before are valid.
         """
         broken_row, message = self._broken.get(key, (first_row + 1, ""))
         if broken_row <= first_row:
@@ -67,7 +67,7 @@ class Cursors(Generic[K, C]):
                 except Exception as error:  # each format raises errors of its own
                     is_good = False
                     broken = (cursor.row, one_line(error))
-                    # One that breaks at once costs nothing to try again, and may not have opened.
+                    # A stream that fails at row 0 is cheap to retry and may not have been opened.
                     if cursor.row:
                         self._broken[key] = broken
                     raise BrokenStreamError(*broken) from error
@@ -81,7 +81,7 @@ class Cursors(Generic[K, C]):
                 self._parked = (key, cursor)
 
     def _claim(self, key: K, first_row: int) -> _Cursor[C]:
-        # Taken in any case: a cursor left behind would hold its file open.
+        # Take the cursor even if it does not fit: otherwise it would keep its file open.
         parked, self._parked = self._parked, None
         if parked is not None:
             parked_key, cursor = parked
@@ -91,7 +91,7 @@ class Cursors(Generic[K, C]):
 
 
 class _Cursor(Generic[C]):
-    """A stream and the row that it comes to next."""
+    """A stream and the number of its next row."""
 
     def __init__(self, stream: Iterator[C]) -> None:
         self.row = 0
@@ -99,7 +99,7 @@ class _Cursor(Generic[C]):
         self._rest: C | None = None
 
     def next_chunk(self, end: int) -> C | None:
-        """The next rows, none of them at or beyond `end`; None: the stream has ended."""
+        """Return the next rows, all before row `end`; None at the end of the stream."""
         chunk, self._rest = self._rest, None
         while chunk is None or len(chunk) == 0:
             chunk = next(self._stream, None)

@@ -1,4 +1,4 @@
-"""Finding the files of an input: one file, a folder or a glob, on a disk or behind a URL."""
+"""Find the files of an input: one file, a folder or a glob, on a disk or behind a URL."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ _TABLE_LOGS = {
     "Hudi": re.compile(r"(^|/)\.hoodie/"),
     "Iceberg": re.compile(r"(^|/)metadata/[^/]*\.metadata\.json$"),
 }
-"""By what a folder tells that it is a table of which some files do not count any more."""
+"""Table formats whose folders also hold deleted or replaced files, by the files of their logs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """The files of an input and where they are."""
+    """The files of an input and their paths."""
 
     fs: Any
     """The fsspec file system."""
     root: str
-    """The folder that the names are relative to, as `fs` takes it."""
+    """The folder that names are relative to, as a path of `fs`."""
     paths: Mapping[str, str]
-    """Name relative to `root` -> path as `fs` takes it, in the input's order."""
+    """Name relative to `root` -> path of `fs`, in input order."""
 
     def stamp(self, name: str) -> tuple[int, ...]:
-        """What changes when a local file is written or replaced; nothing for a remote one.
+        """Return a local file's inode, size and mtime; an empty tuple for a remote file.
 
         Raises:
-            OSError: the file is not there any more.
+            OSError: the file does not exist any more.
         """
         if not isinstance(self.fs, LocalFileSystem):
             return ()
@@ -48,21 +48,21 @@ class Listing:
 
     @property
     def local_root(self) -> str | None:
-        """The root where it is a folder on this machine."""
+        """The root if the files are on this machine, else None."""
         return self.root if isinstance(self.fs, LocalFileSystem) else None
 
 
 def list_files(path: str, *, suffixes: tuple[str, ...]) -> Listing:
-    """List what `data.path` names, sorted by name.
+    """List the files of `data.path`, sorted by name.
 
     Args:
-        path: a file, a folder (with its subfolders, not those behind links), a glob, or a URL of
-            one of them.
-        suffixes: endings, in lower case, of the files that count in a folder.
+        path: a file, a folder (with its subfolders, but without following links), a glob, or a URL
+            of one of them.
+        suffixes: suffixes, in lower case, of the files to list in a folder.
 
     Raises:
-        InputError: nothing is there, the place cannot be reached, or the folder is a table with a
-            log of its own.
+        InputError: no file is found, the path cannot be reached, or the folder is a Delta, Hudi or
+            Iceberg table.
     """
     try:
         fs, place = url_to_fs(path)
@@ -70,7 +70,7 @@ def list_files(path: str, *, suffixes: tuple[str, ...]) -> Listing:
             return listing_of(fs, [place])
         if fs.isdir(place):
             root = place
-            # Writers leave `_SUCCESS`, `_metadata` and hidden half-written files beside the data.
+            # Writers leave `_SUCCESS`, `_metadata` and hidden incomplete files beside the data.
             listed = fs.find(place)
             _refuse_table(path, [posixpath.relpath(p, root) for p in listed])
             found = [p for p in listed if p.lower().endswith(suffixes)]
@@ -106,7 +106,7 @@ def list_files(path: str, *, suffixes: tuple[str, ...]) -> Listing:
 
 
 def listing_of(fs: Any, paths: list[str]) -> Listing:
-    """The listing of files whose paths are known already, in their order."""
+    """Return a listing of files whose paths are already known, in the given order."""
     root = posixpath.commonpath([posixpath.dirname(p) for p in paths])
     return Listing(
         fs=fs,
@@ -116,10 +116,10 @@ def listing_of(fs: Any, paths: list[str]) -> Listing:
 
 
 def image_root_of(setting: str | None, own_folder: str | None) -> str | None:
-    """The folder for image paths: `data.image_root`, else the input's own folder.
+    """Return the folder for image paths: `data.image_root`, else the input's folder, else None.
 
     Raises:
-        InputError: `data.image_root` is no folder.
+        InputError: `data.image_root` is not a folder.
     """
     root = setting if setting is not None else own_folder
     if root is None:
@@ -145,12 +145,12 @@ def _refuse_table(path: str, names: list[str]) -> None:
 
 
 def _fixed_prefix(pattern: str) -> str:
-    """The folder part of a glob before its first wildcard."""
+    """Return the folder part of a glob before its first wildcard."""
     return posixpath.dirname(re.split(r"[*?\[]", pattern, maxsplit=1)[0])
 
 
 def _is_hidden(name: str) -> bool:
-    # `_day=3` is a partition of a table, as Spark sees it too.
+    # `_day=3` is a partition of a table and not hidden, as in Spark.
     return any(
         part.startswith(".") or (part.startswith("_") and "=" not in part)
         for part in name.split("/")
@@ -158,7 +158,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def is_text(name: str) -> bool:
-    """Whether a string can be stored: file names may hold bytes that are no UTF-8."""
+    """Whether a string can be encoded as UTF-8, which a file name with other bytes cannot."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""A folder of images -> records, one for each file; the bytes are read in preprocess."""
+"""Read a folder of images, one record for each file; preprocess reads the images themselves."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from batchvlm.sources.metadata import find_metadata
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 FOLDER_NAME = "."
-"""The folder as the one file of the input; a record's `source_file` is the image's own path."""
+"""Name of the input's only file, the folder; a record's `source_file` is the path of its image."""
 
 
 def open_folder(cfg: DataConfig) -> Source:
-    """List the images below `data.path`, or the rows of the metadata files there.
+    """Open the images below `data.path`, or the rows of the metadata files there.
 
     Raises:
-        InputError: there is no such folder, it holds no image, or a part of it cannot be listed.
+        InputError: the folder does not exist, holds no image, or cannot be listed completely, or
+            its metadata files cannot be used.
     """
     root = os.path.abspath(os.path.expanduser(cfg.path))
     if not os.path.isdir(root):
@@ -54,7 +55,7 @@ class FolderSource:
     Args:
         images: (relative path, size in bytes) of each.
         image_root: folder that the paths in `image` may not leave.
-        prefix: put before each path in `image`, where `image_root` is another folder.
+        prefix: folder to join before each path in `image`, if `image_root` is another folder.
     """
 
     schema = pa.schema(
@@ -76,7 +77,7 @@ class FolderSource:
         self._prefix = prefix
 
     def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
-        """The folder as one file, with the digest of the images' names and sizes."""
+        """Return the folder as one file, with a digest of the images' names and sizes."""
         digest = hashlib.sha256()
         for name, size_bytes in self._images:
             digest.update(os.fsencode(name) + b"\0%d\0" % size_bytes)
@@ -98,7 +99,7 @@ class FolderSource:
         kept: Sequence[str] = (),
         skip: Container[int] = (),
     ) -> Iterator[Record]:
-        """Yield a record for each image; its path is its key. No image is opened."""
+        """Yield a record for each image, with its path as the key. No image is opened."""
         for row in range(shard.num_rows):
             if row in skip:
                 continue
@@ -108,7 +109,7 @@ class FolderSource:
             if not name:
                 message = "the folder has fewer images than planned"
             elif not is_text(name):
-                # Neither the output nor JSON can hold such a name.
+                # Neither the output nor JSON can store such a name.
                 name = ascii(name)[1:-1]
                 message = "the file name is not UTF-8"
             # Elsewhere "data:x.png" is a broken data: URI; here it is a file's name.
@@ -130,7 +131,7 @@ def _find_images(root: str) -> Iterator[tuple[str, int]]:
     """Yield (path relative to `root`, size in bytes) of each image."""
 
     def refuse(error: OSError) -> None:
-        # Passing over a folder would lose its rows in silence.
+        # Skipping a folder would silently lose its rows.
         raise InputError(
             f"data.path: cannot list {error.filename}: {error.strerror}",
             hint="check the permissions",

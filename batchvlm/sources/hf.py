@@ -1,7 +1,7 @@
-"""Hugging Face datasets -> records: from the hub, data files, or `save_to_disk`.
+"""Read Hugging Face datasets: from the hub, data files, or `save_to_disk`.
 
-Everything is read as Arrow, where images are still bytes or paths. Rows are known by their position
-in the split: `state_dict` of a streamed dataset repeats or loses rows when it is resumed.
+Everything is read as Arrow, in which images are still bytes or paths. Rows are identified by their
+position in the split: resuming a streamed dataset from its `state_dict` repeats or loses rows.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from batchvlm.sources.parquet import ParquetSource
 from batchvlm.sources.rows import ShardRows, one_line
 
 CHUNK_ROWS = 32
-"""Rows read at once."""
+"""Number of rows read at once."""
 SAMPLED_BYTES = 1 << 16
-"""How much of the start and of the end of a local data file goes into its identity."""
+"""Bytes at the start and at the end of a local data file that its identity includes."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def open_hf(cfg: DataConfig) -> DatasetSource | StreamSource | ParquetSource:
     """Open the split that the settings name.
 
     Raises:
-        InputError: there is no such dataset, configuration or split, or it cannot be loaded.
+        InputError: the dataset, subset or split does not exist or cannot be loaded.
     """
     with _quiet_datasets():
         try:
@@ -74,11 +74,11 @@ def _open_saved(cfg: DataConfig, folder: str, split: str | None = None) -> Datas
     with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
         state = json.load(file)
     name = state.get("_split") or split or DataConfig.split
-    # A split that was saved alone is the one that is read, whatever it is called.
+    # A split that was saved alone is also read under the default name and its folder's name.
     if split is None and cfg.split not in (name, DataConfig.split, os.path.basename(folder)):
         raise _no_split(cfg, [name])
     if not state.get("_data_files", True):
-        # No file is written of no rows, and the library fails at that.
+        # The library writes no file for a split without rows, and then fails to load it.
         raise InputError(f"data.path={cfg.path} holds no rows")
     dataset = datasets.load_from_disk(folder)
     return DatasetSource(
@@ -112,7 +112,7 @@ def _open_builder(cfg: DataConfig, folder: str) -> DatasetSource | StreamSource 
     )
     by_split = {str(k): list(v) for k, v in (builder.config.data_files or {}).items()}
     by_split = by_split or {str(name): [] for name in builder.info.splits or ()}
-    # A slice such as "train[:100]" is left to the library.
+    # The library resolves slices such as "train[:100]".
     is_whole = cfg.split in by_split
     if not is_whole and (cfg.streaming or cfg.split.isidentifier()):
         raise _no_split(cfg, sorted(by_split))
@@ -131,7 +131,7 @@ def _open_builder(cfg: DataConfig, folder: str) -> DatasetSource | StreamSource 
         )
     image_root = image_root_of(cfg.image_root, folder if is_local else None)
     if urls and all(url.endswith(".parquet") for url in urls):
-        # Exact and resumable: row counts from metadata, and shards that start at a row group.
+        # Parquet metadata has exact row counts, and reading can start at any row group.
         places = [url_to_fs(url) for url in urls]
         return ParquetSource(
             listing_of(places[0][0], [path for _, path in places]),
@@ -150,7 +150,7 @@ def _open_builder(cfg: DataConfig, folder: str) -> DatasetSource | StreamSource 
 
 
 class DatasetSource:
-    """A split on this machine's disk; any row is read at once."""
+    """A split on this machine's disk, with random access to rows."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class DatasetSource:
         self._id_column = id_column
 
     def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
-        """The split as one file."""
+        """Return the split as one file."""
         return [_input_file(self._name, len(self._dataset), self._identity)]
 
     def read_shard(
@@ -193,7 +193,7 @@ class DatasetSource:
             row = wanted.start
             try:
                 chunk = table[start : start + len(wanted)] if wanted else []
-            except Exception as error:  # a cache file that went away or was overwritten
+            except Exception as error:  # a cache file was removed or overwritten
                 chunk, message = [], f"{self._name}: {one_line(error)}"
             if len(chunk):
                 yield from rows.from_arrow(chunk, row, self.schema)
@@ -202,11 +202,11 @@ class DatasetSource:
 
 
 class StreamSource:
-    """A split that is read over the network, front to back.
+    """A split that is streamed over the network from its first row to its last.
 
     Args:
         dataset: an `IterableDataset`.
-        num_rows: rows of the split where its metadata tells; None: counted when they are needed.
+        num_rows: number of rows by the split's metadata; None to count them when needed.
     """
 
     def __init__(
@@ -229,14 +229,14 @@ class StreamSource:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """The split's features, else the columns of its first rows."""
+        """The split's features if it has some, else the columns of its first rows."""
         if self._dataset.features is not None:
             return self._dataset.features.arrow_schema
         first = next(self._chunks(()), None)
         return pa.schema([]) if first is None else first.schema
 
     def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
-        """The split as one file; counts its rows where no metadata has their number.
+        """Return the split as one file; count its rows if the metadata lacks their number.
 
         Raises:
             InputError: counting failed.
@@ -264,7 +264,7 @@ class StreamSource:
         kept: Sequence[str] = (),
         skip: Container[int] = (),
     ) -> Iterator[Record]:
-        """Yield every row of the shard; all rows from where the stream breaks as failures."""
+        """Yield every row of the shard; if the stream fails, all later rows as failures."""
         rows = ShardRows(
             shard=shard, columns=columns, kept=kept, id_column=self._id_column, skip=skip
         )
@@ -298,7 +298,7 @@ class StreamSource:
         yield from dataset.iter(batch_size=CHUNK_ROWS)
 
     def _cost(self, name: str) -> int:
-        """Rank of a column by how much of it a row is likely to hold."""
+        """Return a rank of a column by the likely size of its values, the smallest first."""
         kind = self.schema.field(name).type
         if pa.types.is_primitive(kind):
             return 0
@@ -326,16 +326,17 @@ def _no_split(cfg: DataConfig, splits: Sequence[str]) -> InputError:
 
 
 def _hub_folder(name: str) -> str:
-    """Where the hub's client keeps the files of a dataset; images in a folder stay there."""
+    """Return the folder of a dataset in the hub's cache, in which the paths of its images lie."""
     repository = name.removeprefix("hf://datasets/").replace("/", "--")
     return os.path.join(huggingface_hub.constants.HF_HUB_CACHE, f"datasets--{repository}")
 
 
 def _sources(urls: Sequence[str]) -> Iterator[str]:
-    """What tells the content of each data file, wherever and whenever it was stored.
+    """Yield a string for each data file that depends on its content, not on where it is stored.
 
-    A hub URL holds the commit. Of a local file it is the name in its folder, the size, the start
-    and the end; neither its folder nor its modification time, which a copy changes.
+    For a remote file this is the URL; a hub URL includes the commit. For a local file it is the
+    path relative to the common folder, the size, and a digest of the start and the end. The folder
+    and the modification time are left out because copying changes them.
     """
     local = [url for url in urls if os.path.isfile(url)]
     root = os.path.commonpath([os.path.dirname(path) for path in local]) if local else ""
@@ -361,7 +362,7 @@ def _digest(*parts: object) -> str:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Keep progress bars and warnings of the libraries off the terminal, and leave no trace."""
+    """Disable progress bars and warnings of the libraries; restore their settings at the end."""
     log = datasets.utils.logging
     verbosity = log.get_verbosity()
     bars = [

@@ -1,4 +1,4 @@
-"""Lines of JSON -> records. A blank line is no row; what is no JSON object is a failed row."""
+"""Read JSON lines. Blank lines are not rows; a line that is not a JSON object is a failed row."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from batchvlm.sources.rows import MAX_DEPTH, ShardRows, is_too_deep, one_line
 
 SUFFIXES = tuple(f".{kind}{end}" for kind in ("jsonl", "ndjson") for end in ("", ".gz"))
 CHUNK_BYTES = 1 << 20
-"""Read at once, in bytes of text."""
+"""Bytes of text read at once."""
 ROWS_PER_MARK = 1024
-"""A shard starts reading at most this many rows before its first one."""
+"""Rows between two known byte offsets: a shard is read from the last one before its first row."""
 CHUNK_ROWS = 64
 """Lines of a compressed file read at once."""
 SCHEMA_ROWS = 1000
-"""Rows that the columns and their types are taken from."""
+"""Number of rows from which the columns and their types are inferred."""
 _ARRAY = re.compile(rb"\[\s*(\{|$)")
-"""How a JSON array of objects begins, on one line or on many."""
+"""The start of a JSON array of objects, on one line or on many."""
 BLANK = b" \t\r\n\xef\xbb\xbf"
-"""White space, and the mark that some editors put first."""
+"""White space and the UTF-8 byte order mark."""
 
 
 def open_jsonl(cfg: DataConfig) -> JsonlSource:
-    """Open what `data.path` names.
+    """Open the files of `data.path`.
 
     Raises:
-        InputError: no file is there, or one cannot be read.
+        InputError: no file is found.
     """
     listing = list_files(cfg.path, suffixes=SUFFIXES)
     return JsonlSource(
@@ -58,8 +58,8 @@ def open_jsonl(cfg: DataConfig) -> JsonlSource:
 class JsonlSource:
     """Files with a JSON object on each line, as one input.
 
-    A value is what the line says, whatever type the schema has found for its column. Where a column
-    of mixed or nested values is stored, its type is string and holds JSON text.
+    Values are as the line has them, even if the inferred type of their column is another one. A
+    column of mixed or nested values has type string and is stored as JSON text.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class JsonlSource:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """The keys of the first 1,000 rows; a key that only comes later is no column.
+        """The keys of the first 1,000 rows; a key that first appears later is not a column.
 
         Raises:
             InputError: a file cannot be read, holds JSON of another form, or all are empty.
@@ -92,16 +92,16 @@ class JsonlSource:
                 for key, value in row.items():
                     if is_text(key):
                         kinds.setdefault(key, set()).update(_kind(value))
-        except Exception as error:  # each file system and each compression raises its own
+        except Exception as error:  # each file system and compression has its own errors
             raise _unreadable(self._listing.root, error) from error
         if num_objects == 0 or _ARRAY.match(start):
             raise _not_json_lines(next(iter(self._listing.paths)), start, num_lines)
         return pa.schema([(key, _arrow_type(found)) for key, found in kinds.items()])
 
     def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
-        """The files by name, each scanned once for its number of rows and digest.
+        """Return the files by name, each scanned once for its number of rows and digest.
 
-        A row that lacks one of `columns` has a null there.
+        A row without one of `columns` has null there.
 
         Raises:
             InputError: a file cannot be read.
@@ -125,7 +125,7 @@ class JsonlSource:
         kept: Sequence[str] = (),
         skip: Container[int] = (),
     ) -> Iterator[Record]:
-        """Yield every row of the shard; a line that is no JSON object as a failure."""
+        """Yield every row of the shard; a line that is not a JSON object as a failure."""
         rows = ShardRows(
             shard=shard, columns=columns, kept=kept, id_column=self._id_column, skip=skip
         )
@@ -136,7 +136,7 @@ class JsonlSource:
                 if row not in skip:
                     yield self._to_record(rows, row, line)
                 row += 1
-        # Each file system and each compression raises errors of its own.
+        # Each file system and compression has its own errors.
         except Exception as error:
             message = str(error) if isinstance(error, BrokenStreamError) else one_line(error)
         yield from rows.failed(range(row, shard.num_rows), f"{shard.source_file}: {message}")
@@ -174,17 +174,17 @@ class JsonlSource:
             yield chunk
 
     def _check_unchanged(self, name: str) -> None:
-        """See that what was just read is the planned file's, not what somebody wrote meanwhile.
+        """Check that the file still has the content of the plan.
 
         Raises:
-            Exception: it is not, or the file is gone.
+            Exception: the file has changed or does not exist any more.
         """
         planned, stamp = self._scanned(name), self._listing.stamp(name)
         if stamp == planned.stamp:
             return
         if stamp != self._changed.get(name):
             with self._open(name) as file:
-                # Lines that were added behind the planned ones change nothing.
+                # Lines appended after the planned ones are allowed.
                 if _scan(file, planned.num_bytes).digest == planned.digest:
                     self._lines[name] = replace(planned, stamp=stamp)
                     return
@@ -210,8 +210,8 @@ class JsonlSource:
         with self._listing.fs.open(self._listing.paths[name], "rb") as stored:
             compression = infer_compression(name)
             text: Any = stored if compression is None else compr[compression](stored, mode="r")
-            # fsspec's own readline copies a whole block for each line. Archives buffer by
-            # themselves, in pieces so small that text before a damage still comes out.
+            # fsspec's own readline copies a whole block for each line. Decompressors buffer
+            # themselves, in pieces small enough to return the text before a damaged byte.
             is_buffered = isinstance(text, io.BufferedIOBase)
             with text if is_buffered else io.BufferedReader(text, CHUNK_BYTES) as file:
                 yield file
@@ -239,21 +239,21 @@ def _unreadable(name: str, error: Exception) -> InputError:
 
 @dataclass(frozen=True, kw_only=True)
 class _Lines:
-    """What one pass over a file finds out."""
+    """The result of one pass over a file."""
 
     num_rows: int
     marks: array[int]
     """Byte offset of every `ROWS_PER_MARK`-th row."""
     num_bytes: int
-    """Length of the text."""
+    """Length of the decompressed text."""
     digest: str
-    """Of the whole text."""
+    """SHA-256 of the decompressed text."""
     stamp: tuple[int, ...] = ()
-    """The file's when the pass began."""
+    """`Listing.stamp` when the pass began."""
 
 
 def _scan(file: BinaryIO, max_bytes: int = sys.maxsize) -> _Lines:
-    """Count the rows, in memory that does not grow with a line."""
+    """Scan the first `max_bytes`, in memory that does not grow with the length of a line."""
     digest = hashlib.sha256()
     marks = array("q")
     num_rows = offset = line_start = 0
@@ -276,12 +276,12 @@ def _rows(file: BinaryIO) -> Iterator[bytes]:
 
 
 def why_unusable(read: Mapping[str, Any], line: bytes) -> str:
-    """Why what was read from a line cannot be used; empty where it can."""
-    # Few lines have as many brackets as a value that is too deep.
+    """Return why the values read from a line cannot be used; "" if they can."""
+    # Only lines with many brackets can be too deep, and few lines have as many.
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and is_too_deep(read):
         return f"a value is nested too deeply, on more than {MAX_DEPTH} levels"
     try:
-        # JSON can escape half a surrogate pair, which no string column can hold.
+        # JSON can escape a lone surrogate, which a string column cannot store.
         if b"\\u" in line:
             json.dumps(read, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -292,7 +292,7 @@ def why_unusable(read: Mapping[str, Any], line: bytes) -> str:
 
 
 def parse(line: bytes) -> tuple[Mapping[str, Any], str]:
-    """The object on a line, or why there is none; never a piece of the line."""
+    """Return the object on a line and "", or {} and the reason, which never quotes the line."""
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -307,7 +307,7 @@ def parse(line: bytes) -> tuple[Mapping[str, Any], str]:
 
 
 def _kind(value: Any) -> set[str]:
-    """The kind of a value, nothing for a null."""
+    """Return the kind of a value as a set; an empty set for null."""
     match value:
         case None:
             return set()

@@ -1,7 +1,8 @@
-"""A folder of images with a metadata file -> records: a row for each of the file's rows.
+"""Read a folder of images with metadata files: one record for each row of the metadata.
 
-As Hugging Face's `imagefolder` has it: `metadata.jsonl`, `metadata.csv` or `metadata.parquet` with
-a column `file_name`, relative to the file's own folder; all other columns are the row's.
+The layout is that of Hugging Face's `imagefolder`: `metadata.jsonl`, `metadata.csv` or
+`metadata.parquet` with a column `file_name`, relative to the folder of the metadata file, and any
+other columns.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _MAX_FIELD_CHARS = 64 << 20
 
 
 class _Rows(Protocol):
-    """What is needed of the source that reads the metadata files."""
+    """The interface of a source that reads metadata files."""
 
     @property
     def schema(self) -> pa.Schema: ...
@@ -54,10 +55,10 @@ class _Rows(Protocol):
 
 
 def find_metadata(cfg: DataConfig, root: str) -> MetadataSource | None:
-    """The source of a folder that has metadata files; None where it has none.
+    """Return the source of a folder with metadata files; None if the folder has none.
 
     Raises:
-        InputError: they are of several kinds, or have no column `file_name`.
+        InputError: the metadata files are of several formats, or have no column `file_name`.
     """
     found: dict[str, str] = {}
     for folder, subfolders, names in os.walk(root):
@@ -95,12 +96,12 @@ def find_metadata(cfg: DataConfig, root: str) -> MetadataSource | None:
 
 
 class MetadataSource:
-    """The rows of metadata files, each with its `image`.
+    """The rows of metadata files, each with a column `image`.
 
     Args:
-        rows: the metadata files.
+        rows: source of the metadata files.
         image_root: folder that paths may not leave.
-        prefix: put before each image's path, which is relative to the folder of the input.
+        prefix: joined before each image's path, which is relative to the input's folder.
     """
 
     def __init__(self, rows: _Rows, *, image_root: str | None, prefix: str) -> None:
@@ -115,10 +116,10 @@ class MetadataSource:
         return pa.schema([pa.field("image", _IMAGE), *others])
 
     def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
-        """The metadata files.
+        """Return the metadata files.
 
         Raises:
-            InputError: one cannot be planned, or lacks a column.
+            InputError: a file cannot be read, or lacks a column.
         """
         return self._rows.files([*_without_image(columns), _FILE_NAME], _without_image(kept))
 
@@ -147,7 +148,7 @@ class MetadataSource:
     def _image(self, name: Any, source_file: str) -> dict[str, Any] | None:
         if not isinstance(name, str) or not name.strip():
             return None
-        # Behind a folder, also "data:x.png" and "http:x.png" are files' names.
+        # With a folder before them, "data:x.png" and "http:x.png" are also read as file names.
         path = posixpath.join(self._prefix, posixpath.dirname(source_file), name)
         return {"bytes": None, "path": path}
 
@@ -157,7 +158,7 @@ def _without_image(columns: Sequence[str]) -> list[str]:
 
 
 class _CsvSource:
-    """CSV files with a line of names first; every value is text, and an empty one is null."""
+    """CSV files with a header line; every value is text, and an empty value is null."""
 
     def __init__(self, listing: Listing, *, id_column: str | None) -> None:
         self._listing = listing
@@ -167,7 +168,7 @@ class _CsvSource:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """The names in the first line of every file.
+        """The columns of all header lines, as text.
 
         Raises:
             InputError: a file cannot be read.
@@ -178,7 +179,7 @@ class _CsvSource:
         )
 
     def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
-        """The files by name, each read once for its number of rows and digest.
+        """Return the files by name, each read once for its number of rows and digest.
 
         Raises:
             InputError: a file cannot be read, or lacks one of `columns`.
@@ -206,7 +207,7 @@ class _CsvSource:
         kept: Sequence[str] = (),
         skip: Container[int] = (),
     ) -> Iterator[Record]:
-        """Yield every row of the shard; one with another number of values as a failure."""
+        """Yield every row of the shard; a row with too few or too many values as a failure."""
         rows = ShardRows(
             shard=shard, columns=columns, kept=kept, id_column=self._id_column, skip=skip
         )
@@ -243,7 +244,7 @@ class _CsvSource:
             self._planned[name] = digest, stamp
 
     def _scan(self, name: str, max_rows: int | None = None) -> tuple[list[str], int, str]:
-        """The names of the columns, the number of rows, and a digest of what was read."""
+        """Return the column names, the number of rows, and a digest of the lines read."""
         digest = hashlib.sha256()
 
         def watched(file: Any) -> Iterator[str]:

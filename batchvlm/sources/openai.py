@@ -1,9 +1,9 @@
-"""OpenAI's batch files -> records: each line a chat request, as hosted batch APIs take it.
+"""Read OpenAI batch files: each line is a chat request, as hosted batch APIs accept it.
 
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
      "body": {"model": "any", "messages": [...], "max_tokens": 100, "temperature": 0.5}}
 
-A field that would change the answer and that this program does not know is that row's error.
+A request with an unsupported field that could change the answer becomes an error row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SETTINGS = {
     "logprobs": pa.bool_(),
     "frequency_penalty": pa.float64(),
     "presence_penalty": pa.float64(),
-    # What vLLM's server takes besides.
+    # Further fields that vLLM's server accepts.
     "top_k": pa.int64(),
     "min_p": pa.float64(),
     "repetition_penalty": pa.float64(),
@@ -56,7 +56,7 @@ _SAYS_NOTHING = {
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention"),
 }
-"""Fields of the body about who asks and at what price: none changes an answer."""
+"""Ignored fields of the body, about the user and billing: none changes an answer."""
 
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "stream": (False,),
@@ -76,20 +76,20 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "length_penalty": (1,),
     "use_beam_search": (False,),
 }
-"""Fields of the body that are not supported, and the values of each that ask for nothing."""
+"""Unsupported fields of the body, with the values that have no effect and are accepted."""
 
 _ENDPOINT = "/chat/completions"
 _LINE_FIELDS = {"custom_id", "method", "url", "body"}
 _MESSAGE_FIELDS = {"role", "content"}
 _ANY_OBJECT = '{"type": "object"}'
-"""What `response_format={"type": "json_object"}` promises."""
+"""The schema of `response_format={"type": "json_object"}`."""
 
 
 def open_openai(cfg: DataConfig) -> OpenAISource:
-    """Open the batch files that `data.path` names.
+    """Open the batch files of `data.path`.
 
     Raises:
-        InputError: no file is there, or one cannot be read.
+        InputError: no file is found.
     """
     listing = list_files(cfg.path, suffixes=SUFFIXES)
     return OpenAISource(
@@ -100,10 +100,11 @@ def open_openai(cfg: DataConfig) -> OpenAISource:
 
 
 class OpenAISource(JsonlSource):
-    """Files of chat requests as one input; each request's settings are columns.
+    """Files of chat requests as one input; the settings of requests are columns.
 
-    A setting that a request leaves open is null, so the run's own holds. `max_tokens` is
-    `max_completion_tokens` where a request says that; `json_schema` is that of `response_format`.
+    A setting that a request does not have is null, so that of the run applies. The column
+    `max_tokens` has `max_completion_tokens` if the request sets it; `json_schema` has the schema of
+    `response_format`, `structured_outputs` or `guided_json`.
     """
 
     @cached_property
@@ -111,7 +112,7 @@ class OpenAISource(JsonlSource):
         """The same columns for every batch file.
 
         Raises:
-            InputError: as `JsonlSource.schema` does, or the objects are no requests.
+            InputError: as for `JsonlSource.schema`, or no object has a key `body`.
         """
         found = super().schema
         if "body" not in found.names:
@@ -127,7 +128,7 @@ class OpenAISource(JsonlSource):
         message = message or why_unusable(request, line)
         if message:
             return next(rows.failed([row], f"the line is no usable JSON object: {message}"))
-        # A request that is refused keeps its name.
+        # A refused request keeps its `custom_id`.
         key = request.get("custom_id")
         is_key = isinstance(key, int | str) and not isinstance(key, bool) and key != ""
         try:
@@ -145,7 +146,7 @@ class OpenAISource(JsonlSource):
 
 
 class _RefusedError(ValueError):
-    """Why a request cannot be answered, in one line."""
+    """A request cannot be answered; the message is one line."""
 
 
 def _stored(name: str, value: Any) -> Any:
@@ -153,10 +154,10 @@ def _stored(name: str, value: Any) -> Any:
 
 
 def _read_request(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a request.
+    """Return the column values of a request.
 
     Raises:
-        _RefusedError: it asks for what is not supported, or is no chat request.
+        _RefusedError: the request is not a chat request or has an unsupported field.
     """
     given = {key: value for key, value in request.items() if value is not None}
     _refuse_unknown(given.keys() - _LINE_FIELDS, "the request")
@@ -179,7 +180,7 @@ def _read_request(request: Mapping[str, Any]) -> dict[str, Any]:
     for key in _SAYS_NOTHING:
         body.pop(key, None)
     for key, values in _NEUTRAL.items():
-        # As text: Python takes 0 and False for equal.
+        # Compared as text, because in Python 0 == False.
         if key in body and json.dumps(body[key]) in map(json.dumps, values):
             del body[key]
     _refuse_unknown(body, "body")
@@ -192,7 +193,7 @@ def _refuse_unknown(names: Iterable[str], where: str) -> None:
 
 
 def _read_messages(value: Any) -> Any:
-    """Chat messages as `batchvlm.messages` takes them; what it would pass over is refused."""
+    """Return chat messages for `batchvlm.messages`; fields that it would ignore are refused."""
     if not isinstance(value, list):
         raise _RefusedError("body.messages is no list")
     messages = []
@@ -200,16 +201,16 @@ def _read_messages(value: Any) -> Any:
         if isinstance(message, dict):
             message = {key: item for key, item in message.items() if item is not None}
             _refuse_unknown(message.keys() - _MESSAGE_FIELDS, f"body.messages[{i}]")
-            if message.get("role") == "developer":  # OpenAI's newer word for it
+            if message.get("role") == "developer":  # OpenAI's newer name of that role
                 message = {**message, "role": "system"}
         messages.append(message)
     return messages
 
 
 def _schema_of(body: dict[str, Any]) -> str | None:
-    """The JSON schema that a request asks for, as text, taken out of its body.
+    """Remove the JSON schema from a request's body and return it as text; None if it has none.
 
-    OpenAI writes it into `response_format`, vLLM also into `structured_outputs`, or `guided_json`.
+    OpenAI has it in `response_format`, vLLM also in `structured_outputs` or `guided_json`.
     """
     read = {
         "response_format": _in_response_format,

@@ -1,6 +1,6 @@
-"""Parquet files -> records, in memory bounded by a batch of rows, not by a row group.
+"""Read Parquet files, in memory bounded by a batch of rows, not by a row group.
 
-Folders named `key=value`, as Hive and Spark lay tables out, give their files columns of text.
+Folders named `key=value` (Hive and Spark partitions) become text columns of their files.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from batchvlm.sources.files import HAS_CHANGED, Listing, image_root_of, list_fil
 from batchvlm.sources.rows import ShardRows, one_line
 
 TAIL_BYTES = 1 << 16
-"""Read from a file's end at first; holds the footer of all but files with very many row groups."""
+"""Size of the first read from a file's end; only footers with very many row groups are larger."""
 BATCH_BYTES = 8 << 20
-"""Uncompressed size that a batch of rows aims at."""
+"""Target uncompressed size of a batch of rows."""
 MAX_BATCH_ROWS = 256
-"""Dictionary encoding can hide the size of a repeated image from `BATCH_BYTES`."""
+"""Limits batches whose uncompressed size dictionary encoding hides, as that of repeated images."""
 LOCAL_BUFFER_BYTES = 1 << 20
-"""One read of one column from a disk."""
+"""Size of one read of a column from a disk."""
 REMOTE_BUFFER_BYTES = 8 << 20
-"""One read of one column over a network, where a request costs more than its bytes."""
+"""Size of one read of a column over a network, where a request costs more than its bytes."""
 MAX_FOOTER_THREADS = 32
-"""Footers read at once."""
+"""Footers read concurrently."""
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-"""How a partitioned table names the folder of a null."""
+"""The value that names the partition of null in Hive."""
 
 log = logging.getLogger(__name__)
 
 
 def open_parquet(cfg: DataConfig) -> ParquetSource:
-    """Open what `data.path` names.
+    """Open the Parquet files of `data.path`.
 
     Raises:
-        InputError: no Parquet file is there, or the footer of one is corrupt.
+        InputError: no file is found, or the footer of one is corrupt.
     """
     listing = list_files(cfg.path, suffixes=(".parquet",))
     return ParquetSource(
@@ -64,9 +64,9 @@ def open_parquet(cfg: DataConfig) -> ParquetSource:
 class ParquetSource:
     """Parquet files as one input.
 
-    Rows are known by file and row in the file. The schema has the columns of all files, those of
-    the first one first. A column has the type of the first file that gives it one; integers, and
-    floats, have one that holds those of every file.
+    The schema has the columns of all files, those of the first file first. A column has the type of
+    the first file in which it is not of type null. Integer columns, and float columns, have a type
+    that holds the values of every file.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ParquetSource:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """The columns of all files."""
+        """The columns of all files; see the class."""
         schemas = list(dict.fromkeys(footer.schema for footer in self._footers.values()))
         types: dict[str, pa.DataType] = {}
         for field in chain.from_iterable(schemas):
@@ -92,11 +92,11 @@ class ParquetSource:
         return pa.schema(fields, metadata=schemas[0].metadata)
 
     def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
-        """The files by name, each with its row groups and the digest of size and footer.
+        """Return the files by name, each with its row groups and a digest of its size and footer.
 
         Raises:
-            InputError: a file lacks one of `columns`, or has a column as a type that does not
-                convert.
+            InputError: a file lacks one of `columns`, or has a column of a type that cannot be cast
+                to the input's.
         """
         for schema, name in {f.schema: name for name, f in self._footers.items()}.items():
             _check_columns(name, schema, self.schema, columns, kept)
@@ -121,7 +121,7 @@ class ParquetSource:
         kept: Sequence[str] = (),
         skip: Container[int] = (),
     ) -> Iterator[Record]:
-        """Yield every row of the shard; from a corrupt page to its row group's end as failures."""
+        """Yield every row of the shard; after a corrupt page, the rest of a row group fails."""
         rows = ShardRows(
             shard=shard, columns=columns, kept=kept, id_column=self._id_column, skip=skip
         )
@@ -147,13 +147,16 @@ class ParquetSource:
     def _read_group(
         self, rows: ShardRows, group: int, row: int, num_rows: int, *, shift: int
     ) -> Iterator[Record]:
-        """Yield the rows at offsets `row` to `row + num_rows`; plus `shift`, those in the group."""
+        """Yield the rows at offsets `row` to `row + num_rows` of the shard, all in one row group.
+
+        `shift` is added to an offset in the shard to get the row in the row group.
+        """
         wanted = rows.wanted(row, num_rows)
         row, end = wanted.start, wanted.stop
         message = ""
-        # A batch in which a bad page begins fails as a whole, so what it has before that page is
-        # read again row by row. Which rows fail is then a matter of the file alone, not of the
-        # shards and the order in which they are read.
+        # A batch fails as a whole if a bad page starts in it, so its rows before that page are read
+        # again one by one. So which rows fail depends on the file alone, not on the shards or the
+        # order in which they are read.
         for is_single in (False, True):
             if row >= end:
                 return
@@ -177,25 +180,25 @@ class ParquetSource:
             for name in stream.columns
             if name not in checked.stored and name in self.schema.names
         }
-        # A reader of its own: pyarrow's iterators over one file share their batch size.
+        # A separate reader for each stream: pyarrow's iterators over one share their batch size.
         with checked.open() as file:
-            # pyarrow takes "a.b" for the field b of a struct as well, and reads both.
+            # For "a.b", pyarrow also reads the field b of a struct a.
             for batch in file.iter_batches(
                 batch_size=num_rows, row_groups=[stream.group], columns=stored
             ):
-                # What was read while somebody wrote must not pass for the planned file's.
+                # Do not return data from a file that was overwritten during the read.
                 self._checked_file(stream.name)
                 for name, value in others.items():
                     batch = batch.append_column(name, pa.repeat(value, batch.num_rows))
                 yield batch
 
     def _checked_file(self, name: str) -> _File:
-        """The file, found to be the one that was planned.
+        """Return a file after checking that its footer is still that of the plan.
 
         Raises:
-            Exception: it is not, is not there or cannot be read.
+            Exception: the file has changed, does not exist or cannot be read.
         """
-        # Kept for the next shard, which is likely to be of the same file.
+        # The last file is kept, because the next shard is likely to be of the same one.
         if name not in self._footers:
             raise FileNotFoundError("no such file in the input")
         stamp = self._listing.stamp(name)
@@ -210,30 +213,30 @@ class ParquetSource:
 
 
 class _Stream(NamedTuple):
-    """What a forward reading goes through."""
+    """The key of a stream: some columns of a row group, read forwards."""
 
     name: str
     group: int
     columns: tuple[str, ...]
     is_single: bool
-    """In batches of one row."""
+    """Whether to read batches of one row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Footer:
-    """What the plan needs of a file's footer."""
+    """The data of a file's footer that planning needs."""
 
     file: InputFile
     schema: pa.Schema
-    """The columns that the file stores, then those of its folders."""
+    """The columns in the file, followed by its partition columns."""
     partition: Mapping[str, str | None]
-    """Those of its folders."""
+    """Name to value of each partition column."""
     is_signed: bool
-    """Whether the footer is followed by a signature: some columns are encrypted then."""
+    """Whether a signature follows the footer; some columns are then encrypted."""
 
 
 class _File:
-    """A Parquet file whose footer is known."""
+    """A Parquet file whose footer has been read."""
 
     def __init__(
         self, fs: Any, path: str, metadata: Any, footer: _Footer, stamp: tuple[int, ...]
@@ -251,19 +254,19 @@ class _File:
 
     @contextmanager
     def open(self) -> Iterator[Any]:
-        """The file for reading, as a `pyarrow.parquet.ParquetFile`."""
+        """Open the file as a `pyarrow.parquet.ParquetFile`."""
         with ExitStack() as stack:
             is_local = isinstance(self._fs, LocalFileSystem)
             source: Any = self._path
             if not is_local:
-                # Arrow reads ahead itself; a second buffer below would fetch everything twice.
+                # Arrow buffers reads itself; a second buffer would fetch everything twice.
                 source = stack.enter_context(self._fs.open(self._path, "rb", cache_type="none"))
             yield stack.enter_context(
                 pq.ParquetFile(
                     source,
                     metadata=self._metadata,
-                    # Pre-buffering holds all of a row group's compressed bytes, which are
-                    # gigabytes under default writers.
+                    # Pre-buffering keeps all compressed bytes of a row group in memory: gigabytes
+                    # with default writers.
                     pre_buffer=False,
                     buffer_size=LOCAL_BUFFER_BYTES if is_local else REMOTE_BUFFER_BYTES,
                     page_checksum_verification=True,
@@ -271,15 +274,15 @@ class _File:
             )
 
     def group_at(self, row: int) -> int | None:
-        """The row group that holds a row; None: the file ends before it."""
+        """Return the row group that holds a row; None if the file ends before it."""
         group = bisect_right(self.bounds, row) - 1
         return group if group < len(self.bounds) - 1 else None
 
     def batch_rows(self, group: int, columns: Sequence[str]) -> int:
-        """Rows of a batch of about `BATCH_BYTES`."""
+        """Return the number of rows in a batch of about `BATCH_BYTES`."""
         metadata, schema = self._metadata.row_group(group), self._metadata.schema
         size_bytes = metadata.total_byte_size
-        if not self._is_signed:  # pyarrow ends the process at the size of an encrypted column
+        if not self._is_signed:  # pyarrow aborts if asked for the size of an encrypted column
             size_bytes = sum(
                 metadata.column(i).total_uncompressed_size
                 for i in range(metadata.num_columns)
@@ -290,10 +293,10 @@ class _File:
 
 
 def _read_footers(listing: Listing) -> dict[str, _Footer]:
-    """The footers of all files by name.
+    """Read the footers of all files, by name.
 
     Raises:
-        InputError: a file is no Parquet file, or its footer is corrupt.
+        InputError: a file is not a Parquet file, or its footer is corrupt.
     """
     schemas: dict[pa.Schema, pa.Schema] = {}
 
@@ -306,7 +309,7 @@ def _read_footers(listing: Listing) -> dict[str, _Footer]:
                 f"data.path: {name} is no readable Parquet file: {one_line(error)}",
                 hint="write it again or take it out of the input; data=hf reads CSV and JSON files",
             ) from error
-        # Ten thousand files share one schema in memory.
+        # Files with equal schemas share one object: there may be ten thousand.
         return replace(footer, schema=schemas.setdefault(footer.schema, footer.schema))
 
     items = listing.paths.items()
@@ -315,7 +318,7 @@ def _read_footers(listing: Listing) -> dict[str, _Footer]:
 
 
 def _read_footer(fs: Any, name: str, path: str) -> tuple[_Footer, Any]:
-    """The footer of one file, read from its end, and pyarrow's metadata of it."""
+    """Read the footer of one file from its end; return it and pyarrow's metadata."""
     size_bytes = fs.size(path)
     tail = fs.cat_file(path, start=max(0, size_bytes - TAIL_BYTES), end=size_bytes)
     footer_bytes = 8 + int.from_bytes(tail[-8:-4], "little")
@@ -340,7 +343,7 @@ def _read_footer(fs: Any, name: str, path: str) -> tuple[_Footer, Any]:
 
 
 def _partition(name: str) -> dict[str, str | None]:
-    """What the folders of a file say by their names, `key=value`."""
+    """Return the partition columns of a file, from its folders named `key=value`."""
     pairs = [part.partition("=") for part in posixpath.dirname(name).split("/")]
     return {
         unquote(key): None if value == _NULL_PARTITION else unquote(value)
@@ -350,7 +353,7 @@ def _partition(name: str) -> dict[str, str | None]:
 
 
 def _common_type(known: pa.DataType, found: pa.DataType) -> pa.DataType:
-    """The type of a column of which one file has `known` and another one `found`."""
+    """Return the type for a column with type `known` so far and type `found` in another file."""
     if pa.types.is_null(known):
         return found
     kinds = (pa.types.is_integer, pa.types.is_floating)
@@ -363,17 +366,18 @@ def _common_type(known: pa.DataType, found: pa.DataType) -> pa.DataType:
 def _check_columns(
     name: str, schema: pa.Schema, wanted: pa.Schema, columns: Sequence[str], kept: Sequence[str]
 ) -> None:
-    """Refuse a file that cannot give the columns as the input's schema has them.
+    """Check that the columns of a file can be read with the types of the input's schema.
 
     Args:
-        name: the file.
-        schema: its columns.
-        wanted: the input's.
-        columns: what the file must have.
-        kept: what it may have.
+        name: the file's name.
+        schema: the file's schema.
+        wanted: the input's schema.
+        columns: columns that the file must have.
+        kept: columns that the file may lack.
 
     Raises:
-        InputError: it lacks one, or has one twice or as a type that does not convert.
+        InputError: the file lacks one of `columns`, has a column twice, or has one of a type that
+            cannot be cast.
     """
     for column in dict.fromkeys((*columns, *kept)):
         num_matches = len(schema.get_all_field_indices(column))

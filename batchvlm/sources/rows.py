@@ -1,4 +1,4 @@
-"""Rows -> records: their position, their key, their values or why there are none."""
+"""Make records of rows: their position, key, and values or failure."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from batchvlm.errors import ErrorType
 from batchvlm.records import Failure, Record, Shard
 
 MAX_ERROR_CHARS = 200
-"""Longest piece of another library's message that one of ours quotes."""
+"""Most characters of another library's message in an error message."""
 
 MAX_DEPTH = 128
-"""Levels of arrays and objects in a JSON value. What comes after reading walks values by recursion,
-which ends at some hundred levels, a few frames of Python each."""
+"""Levels of arrays and objects in a JSON value. Later stages walk values recursively, with a few
+Python frames for each level, and so would fail at several hundred levels."""
 
 
 def is_too_deep(value: Any) -> bool:
-    """Whether a value holds arrays and objects on more than `MAX_DEPTH` levels below its own."""
+    """Whether a value has more than `MAX_DEPTH` levels of arrays and objects below its own."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH + 1):
         inner = (v.values() if isinstance(v, dict) else v for v in level)
@@ -36,36 +36,37 @@ class ShardRows:
 
     shard: Shard
     columns: Sequence[str]
-    """Columns that `Record.values` holds."""
+    """Columns for `Record.values`."""
     kept: Sequence[str] = ()
-    """Columns that `Record.kept` holds."""
+    """Columns for `Record.kept`."""
     id_column: str | None
     skip: Container[int]
-    """Offsets in the shard that are left out."""
+    """Offsets in the shard of rows to leave out."""
 
     @property
     def columns_read(self) -> tuple[str, ...]:
-        """The columns for values, key and output, each once."""
+        """Columns for values, key and output, without duplicates."""
         return tuple(dict.fromkeys((*self.columns_of_values, *self.kept)))
 
     @property
     def columns_of_values(self) -> tuple[str, ...]:
-        """The columns for values and key."""
+        """Columns for values and key, without duplicates."""
         key = () if self.id_column is None else (self.id_column,)
         return tuple(dict.fromkeys((*self.columns, *key)))
 
     def wanted(self, first_row: int, num_rows: int) -> range:
-        """The range of offsets less what is skipped at its ends; reading may stop short of it."""
+        """Return the range of offsets without the skipped rows at its two ends."""
         rows = [r for r in range(first_row, first_row + num_rows) if r not in self.skip]
         return range(rows[0], rows[-1] + 1) if rows else range(0)
 
     def record(
         self, row: int, read: Mapping[str, Any], kept: Mapping[str, Any] | None = None
     ) -> Record:
-        """The record of a row whose `columns_read` are at hand; an absent column is null.
+        """Return the record of a row.
 
         Args:
-            kept: where the values to keep are others than those in `read`.
+            read: values of `columns_read`; a missing column is null.
+            kept: values for `Record.kept`; None to take them from `read`.
         """
         values = {name: read.get(name) for name in self.columns}
         if kept is None:
@@ -77,20 +78,20 @@ class ShardRows:
         return self._record(row, values, key, kept=kept)
 
     def failed(self, rows: Iterable[int], message: str) -> Iterator[Record]:
-        """Records of rows that cannot be read."""
+        """Yield records of rows that cannot be read."""
         for row in rows:
             if row not in self.skip:
                 yield self._record(row, {}, None, message)
 
     def from_arrow(self, batch: Any, first_row: int, schema: pa.Schema) -> Iterator[Record]:
-        """Records of the rows of a record batch or table.
+        """Yield records of the rows of a record batch or table.
 
-        Values are made one row at a time, because a batch of images is large.
+        Values are converted one row at a time, because a batch of images is large.
 
         Args:
-            batch: rows with at least the columns to read.
-            first_row: offset in the shard of the first of them.
-            schema: the input's schema; files that differ from it are converted.
+            batch: rows; in a batch that lacks one of `columns_read`, every row fails.
+            first_row: offset in the shard of the first row.
+            schema: the input's schema, to which columns of other types are cast.
         """
         columns = {name: _Column(batch, name, schema) for name in self.columns_read}
         values = self.columns_of_values
@@ -108,7 +109,7 @@ class ShardRows:
                     if name in self.kept:
                         kept[name] = column.kept(place)
                 except Exception as error:  # Arrow, Unicode, date and overflow errors
-                    # Not the error's own text, which may quote the value.
+                    # Without the error's message, which may quote the value.
                     kind = column.description[:MAX_ERROR_CHARS]
                     message = f"column {name!r} ({kind}): {type(error).__name__}"
             if message:
@@ -117,7 +118,7 @@ class ShardRows:
                 yield self.record(row, read, kept)
 
     def _key(self, read: Mapping[str, Any]) -> str | None:
-        """The row's own key; None where it has none, or one that is no text."""
+        """Return the row's key; None if it has none, or one that is not UTF-8."""
         value = None if self.id_column is None else read.get(self.id_column)
         if isinstance(value, bytes):
             try:
@@ -149,10 +150,10 @@ class ShardRows:
 
 
 class _Column:
-    """One column of a batch as the schema has it."""
+    """One column of a batch, cast to the type of the schema."""
 
     def __init__(self, batch: Any, name: str, schema: pa.Schema) -> None:
-        # Absent from this part of the input alone: its rows fail, one by one.
+        # None if only this part of the input lacks the column: each of its rows fails.
         self._values = batch.column(name) if name in batch.schema.names else None
         self._type = None
         self.description = "absent here"
@@ -166,7 +167,7 @@ class _Column:
             try:
                 self._values = self._values.cast(wanted)
             except (pa.ArrowException, ValueError):
-                # Some value does not convert: find out which, row by row.
+                # Some values cannot be cast: cast row by row, so that only their rows fail.
                 self._type = wanted
         self._is_exact = _is_exact(wanted)
 
@@ -177,11 +178,11 @@ class _Column:
         return (scalar if self._type is None else scalar.cast(self._type)).as_py()
 
     def kept(self, place: int) -> Any:
-        """The value for the output: as Python where that is exact, else an array of one row."""
+        """Return a Python value if that is exact, else an Arrow array of one row."""
         if self._values is None or self._is_exact:
             return self.value(place)
         try:
-            # Copied: a slice would hold the whole batch in memory.
+            # Copied, because a slice would keep the whole batch in memory.
             row = self._values.take(pa.array([place]))
         except pa.ArrowNotImplementedError:  # string_view
             row = self._values.slice(place, 1)
@@ -191,9 +192,9 @@ class _Column:
 
 
 def _is_exact(kind: pa.DataType) -> bool:
-    """Whether Python's values of a type become the same Arrow values again.
+    """Whether values of a type survive conversion to Python and back to Arrow.
 
-    Python's times end at microseconds and in the year 9999, its dicts have each name once.
+    Python's times have microseconds and end in the year 9999; its dicts have no duplicate keys.
     """
     if pa.types.is_dictionary(kind):
         return _is_exact(kind.value_type)
@@ -210,6 +211,6 @@ def _is_exact(kind: pa.DataType) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """What another library complains of, short enough for one line of ours."""
+    """Return another library's error as one line of limited length, with its type."""
     text = " ".join(str(error).split())[:MAX_ERROR_CHARS]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

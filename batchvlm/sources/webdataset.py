@@ -1,8 +1,8 @@
-"""WebDataset tar shards -> records: neighbouring members of one key are a row.
+"""Read WebDataset tar shards: adjacent members with the same key are a row.
 
 `a/001.jpg`, `a/001.json`, `a/001.seg.png` are the row `a/001` with the columns `jpg`, `json`,
-`seg.png`, and `image`, its first picture. Members are read where they lie; nothing is unpacked, and
-a member's name is never a path.
+`seg.png`, and `image`, its first image. Members are read in place: nothing is unpacked, and a
+member's name is never used as a path.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from batchvlm.sources.folder import IMAGE_SUFFIXES
 from batchvlm.sources.rows import MAX_DEPTH, ShardRows, is_too_deep, one_line
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
-"""Key and extension, as WebDataset divides them: at the first dot of the last part."""
+"""Key and extension, split as WebDataset does: at the first dot of the file name."""
 _TEXTS = {"txt", "text", "transcript", "caption", "prompt", "cls", "cls2", "html", "md", "csv"}
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _MAX_HEADER_BYTES = 1 << 20
-"""A longer name or extended header is no honest one's."""
+"""Limit for a member's name or extended header; only malformed archives exceed it."""
 _MAX_TEXT_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 16
 _INDEX_THREADS = 8
 
 
 def open_webdataset(cfg: DataConfig) -> WebDatasetSource:
-    """Open the tar files that `data.path` names.
+    """Open the tar files of `data.path`.
 
     Raises:
-        InputError: no file is there.
+        InputError: no file is found.
     """
     listing = list_files(cfg.path, suffixes=(".tar",))
     return WebDatasetSource(
@@ -56,25 +56,26 @@ def open_webdataset(cfg: DataConfig) -> WebDatasetSource:
 class _Member:
     name: str
     offset: int
-    """Of the first byte of its content."""
+    """Byte offset of its content in the archive."""
     size_bytes: int
     is_plain: bool
-    """A file, no link, device, or file with holes."""
+    """Whether it is a regular file: not a link, device or sparse file."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
     key: str
     members: dict[str, _Member]
-    """By extension, in lower case."""
+    """Members by extension, in lower case."""
     has_doubles: bool = False
+    """Whether two members have the same extension."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Index:
     rows: list[_Row]
     digest: str
-    """Of all names, sizes and times: what the headers say."""
+    """SHA-256 of the names, sizes and times in all headers."""
     stamp: tuple[int, ...]
 
 
@@ -84,7 +85,7 @@ class WebDatasetSource:
     Args:
         listing: the files.
         id_column, image_root: as in every source.
-        max_image_bytes: a picture is read no further than one byte beyond this.
+        max_image_bytes: at most one byte more than this is read of an image.
     """
 
     def __init__(
@@ -104,10 +105,10 @@ class WebDatasetSource:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """The key, the first picture, and the extensions of the first file that has rows.
+        """`__key__`, `image`, and the extensions in the first file that has rows.
 
         Raises:
-            InputError: a file cannot be read, or there are no rows.
+            InputError: a file cannot be read, or no file has rows.
         """
         for name in self._listing.paths:
             rows = self._index(name).rows
@@ -122,10 +123,10 @@ class WebDatasetSource:
         )
 
     def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]:
-        """The files by name, with the number of rows that their headers tell.
+        """Return the files by name, each with its number of rows by the tar headers.
 
         Raises:
-            InputError: a file cannot be read, or is no whole tar archive.
+            InputError: a file cannot be read, or is not a complete tar archive.
         """
 
         def about(name: str) -> InputFile:
@@ -147,7 +148,7 @@ class WebDatasetSource:
         kept: Sequence[str] = (),
         skip: Container[int] = (),
     ) -> Iterator[Record]:
-        """Yield every row of the shard; a member that cannot be read is its row's failure."""
+        """Yield every row of the shard; a row with a member that cannot be read as a failure."""
         rows = ShardRows(
             shard=shard, columns=columns, kept=kept, id_column=self._id_column, skip=skip
         )
@@ -167,7 +168,7 @@ class WebDatasetSource:
                         index = self._checked_index(name)
                     yield record
             return
-        # Each file system raises errors of its own.
+        # Each file system has its own errors.
         except Exception as error:
             message = str(error) if str(error) == HAS_CHANGED else one_line(error)
         yield from rows.failed(range(row, shard.num_rows), f"{name}: {message}")
@@ -225,13 +226,13 @@ class WebDatasetSource:
         )
 
     def _checked_index(self, name: str) -> _Index:
-        """The index of a file that is as it was planned.
+        """Return the index of a file after checking that it is still that of the plan.
 
         Raises:
-            ValueError: it is not.
+            ValueError: the file has changed.
         """
         if self._last is None or self._last[0] != name:
-            self._last = None  # one at a time in memory
+            self._last = None  # only one index in memory at a time
             self._last = name, self._index(name)
         index = self._last[1]
         if index.stamp != self._listing.stamp(name):
@@ -246,7 +247,7 @@ class WebDatasetSource:
             stamp = self._listing.stamp(name)
             with self._listing.fs.open(self._listing.paths[name], "rb") as file:
                 rows, digest = _scan(file)
-        except Exception as error:  # a damaged archive makes tarfile raise many kinds
+        except Exception as error:  # tarfile raises many types for a damaged archive
             raise InputError(
                 f"data.path: {name} is no whole tar archive: {one_line(error)}",
                 hint="fetch or write that file again; compressed ones have to be unpacked to .tar",
@@ -255,11 +256,11 @@ class WebDatasetSource:
 
 
 class _BadMemberError(ValueError):
-    """Why a row cannot be read, in one line."""
+    """A row cannot be read; the message is one line."""
 
 
 class _Headers:
-    """A file that gives out headers and nothing else of any size."""
+    """A file that refuses reads larger than a tar header may be."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -272,7 +273,7 @@ class _Headers:
 
 
 def _scan(file: BinaryIO) -> tuple[list[_Row], str]:
-    """The rows of an archive, by its headers alone."""
+    """Return the rows of an archive and a digest, from its headers alone."""
     digest = hashlib.sha256()
     rows: list[_Row] = []
     members: dict[str, _Member] = {}
@@ -282,11 +283,11 @@ def _scan(file: BinaryIO) -> tuple[list[_Row], str]:
     reader: Any = _Headers(file)
     with tarfile.open(fileobj=reader, mode="r:") as archive:
         while (found := archive.next()) is not None:
-            # A header can claim a size below zero, and lead back to itself.
+            # A malformed header can have a negative size and lead back to itself.
             if found.size < 0 or found.offset_data < end:
                 raise tarfile.ReadError("members overlap")
             end = found.offset_data
-            archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+            archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every member
             name = found.name
             digest.update(f"{name}\0{found.size}\0{found.mtime}\0".encode("utf-8", "replace"))
             match = _NAME.fullmatch(name)
@@ -300,7 +301,7 @@ def _scan(file: BinaryIO) -> tuple[list[_Row], str]:
             has_doubles |= extension in members
             is_plain = found.isreg() and not found.issparse()
             members[extension] = _Member(name, found.offset_data, found.size, is_plain)
-        # At a header that it cannot read, tarfile ends as if the archive did.
+        # tarfile treats an unreadable header as the end of the archive.
         file.seek(archive.offset)
         while block := file.read(_BLOCK_BYTES):
             if block.strip(b"\0"):
@@ -337,7 +338,7 @@ def _type_of(extension: str) -> pa.DataType:
 
 
 def _stored(value: Any) -> Any:
-    """A value as its column holds it: JSON as text."""
+    """Return a value as its column stores it: JSON as text."""
     is_image = isinstance(value, Mapping) and value.keys() == {"bytes", "path"}
     if value is None or is_image or isinstance(value, str | bytes):
         return value
