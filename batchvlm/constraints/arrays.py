@@ -1,4 +1,4 @@
-"""What a schema asks of arrays, as a grammar knows it."""
+"""Rewrite the array keywords of a JSON schema for grammars."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from batchvlm.constraints.rewrite import Rewriter
 
 _MAX_PLACES = 8
-"""Places at which something that an array must contain may be."""
+"""Positions that are tried for the item that `contains` requires."""
 _MAX_ORDERS = 80
+"""Arrays of distinct values that are written out for `uniqueItems`."""
 
 
 def rewrite(
@@ -24,7 +25,7 @@ def rewrite(
     parts: list[Schema],
     resolver: Any,
 ) -> None:
-    """Say what a schema asks of arrays."""
+    """Add the array keywords of `schema` to `own`, or to `parts` (schemas that also apply)."""
     first, rest = schema.get("prefixItems"), schema.get("items")
     if isinstance(rest, list):  # up to 2019-09
         first, rest = rest, schema.get("additionalItems")
@@ -69,7 +70,7 @@ def _contain(
         rewriter.leave_out("minContains")
     num_places = min(own.get("maxItems", _MAX_PLACES + 1), _MAX_PLACES)
     if own.get("maxItems", _MAX_PLACES + 1) > num_places:
-        rewriter.leave_out("contains")  # it may also lie further behind
+        rewriter.leave_out("contains")  # the item may also be at a later position
     places = [
         {
             "type": "array",
@@ -83,7 +84,7 @@ def _contain(
 
 
 def _differ(rewriter: Rewriter, own: dict[str, Any], parts: list[Schema]) -> None:
-    """Items that are all different: exact for few items, and for items of few values."""
+    """Rewrite `uniqueItems`: exact for at most one item and for items with few values."""
     most = own.get("maxItems")
     if most is not None and most <= 1:
         return
@@ -116,7 +117,7 @@ def _num_orders(num: int, length: int) -> int:
 
 
 def _no_arrays(own: Mapping[str, Any]) -> list[Schema]:
-    """What else a value may be, where the schema does not say that it is an array."""
+    """Return a schema for the types other than array that `own` allows; [] if there is none."""
     named = own.get("type")
     if named is None:
         return [{"type": ["object", "string", "number", "boolean", "null"]}]

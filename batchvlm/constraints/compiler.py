@@ -1,4 +1,4 @@
-"""Forms -> matchers, beside the engine: planned in another process, built in a thread, kept."""
+"""Compile forms to matchers off the engine's thread: planned in a process, built in a thread."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from batchvlm.records import Constraint, Form, FormKind
 log = logging.getLogger(__name__)
 
 MAX_PLAN_S = 180.0
-"""Planning one form may take this long, in seconds, on the slowest machine; the worker has a limit
-of its own, on computing time."""
+"""Wall-clock limit for planning one form, in seconds, also on slow machines. The worker itself
+limits its CPU time."""
 _MAX_KEPT = 2048
-"""Forms whose compiled grammars are kept."""
+"""Forms whose compiled grammars are cached."""
 
 
 class Planner:
-    """A worker process that plans, replaced where a form takes too long or too much memory."""
+    """A worker process that makes plans; replaced after a form took too much time or memory."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -44,12 +44,12 @@ class Planner:
         return self._ask([form.kind, form.text], timeout_s)
 
     def plan_by_xgrammar(self, form: Form, tokenizer: str, *, timeout_s: float) -> Plan:
-        """Plan a form for xgrammar: a JSON schema. Never raises on a form.
+        """Plan a JSON schema for xgrammar. Never raises on a form.
 
         Args:
-            form: what `plan` had no grammar for.
-            tokenizer: the same each time, as `Fallback.tokenizer_text` gives it.
-            timeout_s: seconds that it may take.
+            form: a form for which `plan` found no grammar.
+            tokenizer: from `Fallback.tokenizer_text`; the same in every call.
+            timeout_s: limit in seconds.
         """
         has_it = self._has_tokenizer and self._process is not None and self._process.poll() is None
         plan = self._ask([XGRAMMAR, form.text, *([] if has_it else [tokenizer])], timeout_s)
@@ -78,14 +78,14 @@ class Planner:
         return Plan(constraint=Constraint(constraint), grammar=grammar, notes=tuple(notes))
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the process."""
         if self._process is None:
             return
         process, self._process = self._process, None
         process.kill()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # it may hold bytes for a process that is gone
+                with contextlib.suppress(OSError):  # closing may flush to the dead process
                     pipe.close()
         process.wait()
 
@@ -95,7 +95,7 @@ class Planner:
             [sys.executable, "-m", "batchvlm.constraints.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # Rust prints there what it dies of
+            stderr=subprocess.DEVNULL,  # Rust prints panics there
             bufsize=0,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )
@@ -103,10 +103,10 @@ class Planner:
 
 
 def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
-    """A line of the process's output, or what there is of it when the process ends.
+    """Read a line of the process's output; an incomplete one if the process ends.
 
     Raises:
-        TimeoutError: none came in time.
+        TimeoutError: no complete line came in time.
     """
     assert process.stdout is not None
     until = time.monotonic() + timeout_s
@@ -127,23 +127,24 @@ def _none(*reasons: str, is_final: bool = False) -> Plan:
 
 
 class Compiled:
-    """A form's grammar, ready to be copied for a row."""
+    """The compiled grammar of a form."""
 
     def __init__(self, plan: Plan, matcher: Any | None) -> None:
         self.constraint = plan.constraint if matcher is not None else Constraint.NONE
         self.notes = plan.notes
         self.matcher = matcher
-        """An `LLMatcher` or `XgrammarMatcher` at its beginning; None: there is none."""
+        """An `LLMatcher` or `XgrammarMatcher` at its start, to be copied for each row; None if no
+        grammar was found."""
 
 
 class Compiler:
     """Compiles each form once, off the engine's thread.
 
     Args:
-        tokenizer: llguidance's own, of the model.
-        fallback: makes matchers of what llguidance has no grammar for; None: nothing does.
-        num_workers: forms compiled at a time.
-        max_plan_s: seconds that planning one may take.
+        tokenizer: the model's tokenizer as llguidance's.
+        fallback: used for forms for which llguidance has no grammar; None for no fallback.
+        num_workers: forms compiled concurrently.
+        max_plan_s: limit for planning one form, in seconds.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class Compiler:
         self._threads: list[threading.Thread] = []
 
     def compile(self, form: Form) -> Future[Compiled]:
-        """The form's grammar, now or later. Not for several threads."""
+        """Return a future of the form's grammar, from the cache if possible. Not thread-safe."""
         future = self._kept.get(form)
         if future is None:
             future = self._kept[form] = Future()
@@ -177,7 +178,7 @@ class Compiler:
         return future
 
     def close(self) -> None:
-        """End the worker processes; what was compiled stays."""
+        """End the worker processes; the cache stays."""
         for _ in self._threads:
             self._todo.put(None)
         for thread in self._threads:
@@ -191,8 +192,8 @@ class Compiler:
                 form, future = item
                 try:
                     future.set_result(self._compile(planner, form))
-                # Rows wait for it: whatever it was, a panic of Rust's code among others, they go on
-                # without a grammar.
+                # Rows wait for the result: after any error, a Rust panic among others, they
+                # continue without a grammar.
                 except BaseException as error:
                     log.exception("compiling a form failed")
                     future.set_result(Compiled(_none(type(error).__name__), None))
@@ -203,7 +204,7 @@ class Compiler:
         plan = planner.plan(form, timeout_s=self._max_plan_s)
         matcher: Any = None
         if plan.grammar is not None:
-            # The interpreter is free meanwhile.
+            # llguidance releases the GIL here.
             matcher = open_matcher(self._tokenizer, plan.grammar)
             if matcher.is_error():
                 reason = " ".join(matcher.get_error().split())[:200]
@@ -217,7 +218,7 @@ class Compiler:
     def _compile_by_xgrammar(
         self, planner: Planner, form: Form, plan: Plan
     ) -> tuple[Plan, XgrammarMatcher | None]:
-        """The last step before none; llguidance's plan where it leads nowhere."""
+        """Compile by xgrammar; return `plan` and None if xgrammar is not available."""
         if self._fallback is None or (tokenizer := self._fallback.tokenizer_text()) is None:
             return plan, None
         second = planner.plan_by_xgrammar(form, tokenizer, timeout_s=self._max_plan_s)

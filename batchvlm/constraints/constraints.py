@@ -1,4 +1,4 @@
-"""What an engine needs to hold its rows to their forms."""
+"""The interface between engines and grammars."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from batchvlm.records import Constraint, Form, Sample
 log = logging.getLogger(__name__)
 
 _MAX_ASIDE = 256
-"""Samples that wait for their grammars while others go on."""
+"""Most samples that wait for their grammars while others overtake them."""
 _POLL_S = 0.01
 
 
@@ -35,15 +35,15 @@ class _SampleStream(Protocol):
 
 
 class Constraints:
-    """Compiles the forms of a run's rows and gives each row its matcher.
+    """Compiles the forms of a run's rows and returns a matcher for each row.
 
     Args:
-        tokenizer: the model's, of transformers.
+        tokenizer: the model's tokenizer, from transformers.
         num_ids: width of the model's logits.
         eos_ids: ids that end an answer.
-        device: where the logits are.
-        form: the run's; a row's own comes first.
-        is_strict: fail rows whose form cannot be enforced to the letter.
+        device: device of the logits.
+        form: form of the run, for rows without their own.
+        is_strict: fail rows whose form cannot be enforced exactly.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Constraints:
             )
             self._compiler = Compiler(
                 engine_tokenizer,
-                # Rows that must be held to the letter are not held by it.
+                # Grammars of xgrammar are never exact.
                 fallback=None if is_strict else fallback,
                 num_workers=self._num_workers,
             )
@@ -85,35 +85,35 @@ class Constraints:
             num_threads=max(1, min(16, cores - 1)),
         )
         self.num_rows: dict[Constraint, int] = {}
-        """Rows begun, by how far they are held."""
+        """Number of rows begun, by constraint."""
 
     def start(self, rows: Sequence[RowMatcher | None]) -> None:
-        """Begin to fill the masks of the next tokens of these rows, in a thread."""
+        """Start to fill the masks of the next tokens of these rows, in a thread."""
         self._masks.start(rows)
 
     def take(self, rows: Sequence[RowMatcher | None]) -> Tensor | None:
-        """These masks, int32 [B, W] on the device; None where all tokens are free."""
+        """Return these masks, int32 [B, W] on the device; None if no row has a grammar."""
         return self._masks.take(rows)
 
     def stream(self, samples: Iterable[Sample]) -> Iterable[Sample]:
-        """The same samples, each once its grammar is compiled; others overtake it meanwhile."""
+        """Yield each sample as soon as its grammar is compiled; the order may change."""
         if self._compiler is None:
             return samples
         return _Stream(samples, self._future)
 
     def in_order(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """The same samples in the same order, their grammars under way."""
+        """Yield the samples in the same order; compiling their grammars has started."""
         for sample in samples:
             self._future(sample)
             yield sample
 
     def begin(self, sample: Sample) -> RowMatcher | None:
-        """A matcher for one row; None where it has no form.
+        """Return a matcher for one row; None if it has no form.
 
         Waits for the compiler, unless the sample came through `stream`.
 
         Raises:
-            RowError: the form must be enforced and cannot be.
+            RowError: `is_strict`, and the form cannot be enforced exactly.
         """
         future = self._future(sample)
         if future is None:
@@ -126,7 +126,7 @@ class Constraints:
         return self._held(row, compiled.notes)
 
     def close(self) -> None:
-        """End threads and processes; both start again when they are needed."""
+        """End the compiler's threads and processes; they start again when needed."""
         if self._compiler is not None:
             self._compiler.close()
 
@@ -147,7 +147,7 @@ class Constraints:
 
 
 class Unconstrained:
-    """What an engine has where no row is held to a form."""
+    """The same interface for runs in which no row has a form."""
 
     end_id: int | None = None
 
@@ -171,7 +171,7 @@ class Unconstrained:
 
 
 class _Stream:
-    """Samples whose grammars are there, in the order in which these come."""
+    """Samples in the order in which their grammars are compiled."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class _Stream:
             if self._ready:
                 yield self._ready.popleft()
             elif self._aside:
-                # Whichever comes first: a grammar, or another sample.
+                # Wait for a grammar, but look for another sample now and then.
                 wait([future for _, future in self._aside], _POLL_S, FIRST_COMPLETED)
             elif self._is_done:
                 return
@@ -201,12 +201,12 @@ class _Stream:
                 self._pull()
 
     def is_ready(self) -> bool:
-        """Whether the next sample, or the end, is there without waiting."""
+        """Whether the next sample, or the end, is available without waiting."""
         self._look()
         return bool(self._ready) or (self._is_done and not self._aside)
 
     def _look(self) -> None:
-        """Take in what has come meanwhile."""
+        """Collect samples whose grammars are done, and take further samples from the source."""
         still = []
         for sample, future in self._aside:
             if future.done():
@@ -237,14 +237,14 @@ class _Stream:
 def _engine_tokenizer(
     tokenizer: Any, num_ids: int, eos_ids: Sequence[int]
 ) -> tuple[Any | None, int]:
-    """llguidance's tokenizer, and how many ids it knows; None where it cannot read this one."""
+    """Return llguidance's tokenizer, None if it cannot read this one, and its number of ids."""
     from llguidance import hf
 
     start = time.perf_counter()
     num_known = max(num_ids, len(tokenizer))
     try:
         made = hf.from_tokenizer(tokenizer, n_vocab=num_known, eos_token=list(eos_ids) or None)
-    # It parses whatever a repository holds, and where it panics that is no Exception.
+    # It parses files of any repository, and a Rust panic is not an Exception.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
@@ -256,8 +256,8 @@ def _engine_tokenizer(
 
 
 def _spelled(tokenizer: Any, text: str) -> Sequence[int]:
-    """The ids of a text within an answer, all of them of text alone."""
-    # At the beginning of a text some tokenizers put a blank of their own.
+    """Return the ids of a text inside an answer, without special tokens; [] if unknown."""
+    # Some tokenizers add a space at the start of a text.
     lead, whole = (
         list(tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"])
         for t in ("\x02", f"\x02{text}")
@@ -266,13 +266,13 @@ def _spelled(tokenizer: Any, text: str) -> Sequence[int]:
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids that a tokenizer leaves out of text with `skip_special_tokens`."""
-    # Among those that were added may be some that no attribute of the tokenizer names.
+    """Return the ids that a tokenizer drops from text with `skip_special_tokens`."""
+    # `all_special_ids` can lack special tokens among the added ones.
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset(tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
 
 
 def banned_ids(tokenizer: Any, num_ids: int) -> list[int]:
-    """Special tokens and ids of no token, which a grammar could take for text."""
+    """Return the ids of special tokens and of no token, which a grammar could use as text."""
     known = set(tokenizer.get_vocab().values())
     return sorted(special_ids(tokenizer) | (set(range(num_ids)) - known))

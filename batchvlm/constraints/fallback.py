@@ -1,7 +1,7 @@
-"""xgrammar: what is held to a schema that llguidance refuses, where it is installed.
+"""xgrammar, if installed, for JSON schemas that llguidance refuses.
 
-It leaves out silently what it does not know, so its answers are held to less than lenient ones. Its
-matchers stand beside llguidance's under the same masks.
+It silently ignores unsupported keywords, so its grammars enforce less than llguidance's lenient
+ones. Its matchers and llguidance's fill the same masks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 _MAX_MASK_S = 1.0
-"""Computing time of one mask, in seconds; a row whose grammar needs more goes on without it."""
+"""CPU time for one mask, in seconds; a row whose grammar needs more continues without it."""
 _HINT = "pip install 'batchvlm[xgrammar]' for some of the schemas that llguidance refuses"
 
 
 class XgrammarMatcher:
-    """Where one row is in a grammar of xgrammar; has of `LLMatcher` what rows need.
+    """The state of one row in a grammar of xgrammar; has the methods of `LLMatcher` that are used.
 
     Args:
         compiled: xgrammar's `CompiledGrammar`.
@@ -40,31 +40,31 @@ class XgrammarMatcher:
         self._is_broken = False
 
     def deep_copy(self) -> XgrammarMatcher:
-        """Another one at the grammar's beginning."""
+        """Return a new matcher at the start of the grammar."""
         return XgrammarMatcher(self._compiled)
 
     def consume_token(self, token: int) -> bool:
-        """Take a token; False where it may not follow."""
+        """Consume a token; return False if the grammar does not allow it."""
         return bool(self._matcher.accept_token(token))
 
     def is_stopped(self) -> bool:
-        """Whether nothing may follow; only a mask would tell."""
+        """Whether nothing may follow. Always False: only a mask would show it."""
         return False
 
     def is_error(self) -> bool:
-        """Whether the grammar has broken off."""
+        """Whether the grammar has failed."""
         return self._is_broken
 
     def compute_ff_bytes(self) -> bytes:
-        """Text that must follow: none that is known without a mask."""
+        """Return the text that must follow. Always empty: only a mask would show it."""
         return b""
 
     def compute_ff_tokens(self) -> list[int]:
-        """The tokens of that."""
+        """Return the tokens of that text."""
         return []
 
     def mask(self) -> Tensor:
-        """The tokens that may follow, int32 [W]."""
+        """Return a mask of the tokens that may follow, int32 [W]."""
         words_1W = torch.full((1, self._num_words), -1, dtype=torch.int32)
         start_s = time.thread_time()
         try:
@@ -72,19 +72,19 @@ class XgrammarMatcher:
         except Exception as error:
             log.warning("xgrammar made no mask, a row goes on without: %s", error)
             self._is_broken = True
-        # It has no limit of its own, and a next mask of the row would hardly be cheaper.
+        # xgrammar has no time limit, and the row's next mask would hardly be cheaper.
         self._is_broken |= time.thread_time() - start_s > _MAX_MASK_S
         return words_1W[0]
 
 
 class Fallback:
-    """Knows a tokenizer as xgrammar does, once that is wanted.
+    """Converts a tokenizer to xgrammar's, on first use, and makes matchers.
 
     Args:
-        tokenizer: llguidance's, of the model.
+        tokenizer: the model's tokenizer as llguidance's.
         num_ids: width of the masks.
         eos_ids: ids that end an answer.
-        banned_ids: ids that no grammar means.
+        banned_ids: ids that are never allowed: special tokens, and ids of no token.
     """
 
     def __init__(
@@ -97,15 +97,15 @@ class Fallback:
         self._lock = threading.Lock()
 
     def tokenizer_text(self) -> str | None:
-        """The tokenizer for the process that compiles; None where xgrammar cannot be used.
+        """Return the tokenizer for the compiling process; None if xgrammar cannot be used.
 
-        Says so once. For several threads.
+        In that case it logs one warning. Thread-safe.
         """
         with self._lock:
             return self._text
 
     def matcher(self, grammar: str) -> XgrammarMatcher:
-        """A matcher at the beginning of a grammar that the other process compiled."""
+        """Return a matcher at the start of a grammar that the other process compiled."""
         import xgrammar
 
         with self._lock:
@@ -131,7 +131,7 @@ class Fallback:
 
         known = min(self._num_ids, self._tokenizer.vocab_size)
         texts = [
-            # Without text a token is special there, and never allowed.
+            # xgrammar treats a token without text as special and never allows it.
             b"" if i in self._no_text or i >= known else self._tokenizer.decode_bytes([i])
             for i in range(self._num_ids)
         ]
@@ -141,14 +141,14 @@ class Fallback:
 
 
 def compile_schema(schema: str, tokenizer: str) -> str:
-    """A JSON schema compiled by xgrammar, for `Fallback.matcher`.
+    """Compile a JSON schema by xgrammar, for `Fallback.matcher`.
 
     Args:
-        schema: as JSON.
-        tokenizer: as `Fallback.tokenizer_text` gives it.
+        schema: JSON text.
+        tokenizer: from `Fallback.tokenizer_text`.
 
     Raises:
-        RuntimeError: it refuses the schema.
+        RuntimeError: xgrammar refuses the schema.
     """
     import xgrammar
 
@@ -156,8 +156,8 @@ def compile_schema(schema: str, tokenizer: str) -> str:
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
     compiled = compiler.compile_json_schema(
         schema,
-        any_whitespace=False,  # a model that has nothing to say would go on with blanks
+        any_whitespace=False,  # else a model can generate white space up to its token limit
         separators=(",", ":"),
-        strict_mode=False,  # it forbids what the schema does not name
+        strict_mode=False,  # strict mode forbids undeclared properties and items
     )
     return str(compiled.serialize_json())

@@ -1,7 +1,7 @@
-"""Whether a grammar takes a given JSON value, in whichever order of keys it wants them.
+"""Check whether a grammar accepts a JSON value in some order of its keys.
 
-A grammar fixes the order of an object's keys, which JSON does not: declared ones first, as the
-schema lists them. Tests hold grammars against values of other people's.
+A grammar fixes the order of an object's keys, which JSON does not: declared keys come first, in the
+order of the schema. Tests use this to check grammars against example values.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _MAX_ORDERS = 8
 
 
 def accepts(matcher: Any, value: Any, schema: Any) -> bool:
-    """Whether some order of its keys leads a value through a grammar.
+    """Whether a grammar accepts a value in some order of its keys.
 
     Args:
-        matcher: an `LLMatcher` over bytes, at its beginning; left as it is.
+        matcher: an `LLMatcher` over bytes, at its start; not changed.
         value: any JSON value.
-        schema: the schema behind the grammar, for which order to try first.
+        schema: the schema of the grammar, which gives the orders to try first.
     """
     search = _Search(schema)
     if (end := search.first_after(matcher, value)) is not None and end.is_accepting():
@@ -36,7 +36,7 @@ class _Search:
         self._num_steps = 0
 
     def _note(self, schema: Any) -> None:
-        """Every list of properties that there is."""
+        """Collect every list of properties in a schema."""
         if isinstance(schema, dict):
             if isinstance(schema.get("properties"), dict):
                 self._listed.append(list(schema["properties"]))
@@ -47,9 +47,9 @@ class _Search:
                 self._note(part)
 
     def first_after(self, matcher: Any, value: Any) -> Any | None:
-        """The matcher after the value, in the first order that works for each object by itself.
+        """Return the matcher after the value, using for each object the first order that works.
 
-        Nothing is taken back, so that objects of many keys are done in no time.
+        There is no backtracking, so objects with many keys are fast.
         """
         self._num_steps += 1
         if isinstance(value, dict) and value:
@@ -69,7 +69,7 @@ class _Search:
         return _eat(matcher, "]")
 
     def _take(self, matcher: Any, members: dict[str, Any]) -> Any | None:
-        """The matcher after an object whose members come in this order."""
+        """Return the matcher after an object with its members in this order; None if refused."""
         for place, (name, value) in enumerate(members.items()):
             key = f"{',' if place else '{'}{json.dumps(name, ensure_ascii=False)}:"
             if (lead := _eat(matcher, key)) is None:
@@ -79,7 +79,7 @@ class _Search:
         return _eat(matcher, "}")
 
     def _orders(self, value: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """An object in the orders of the lists that share most with it, and in its own."""
+        """Yield an object in the orders of the most similar property lists, and in its own."""
         lists = sorted(self._listed, key=lambda names: len(names) - 2 * len(value.keys() & names))
         seen: set[tuple[str, ...]] = set()
         for names in [*lists[:_MAX_ORDERS], list(value)]:
@@ -90,7 +90,7 @@ class _Search:
                 yield {name: value[name] for name in ordered}
 
     def after(self, matcher: Any, value: Any) -> Iterator[Any]:
-        """Matchers that have taken the value, one for each order that works."""
+        """Yield the matcher after the value for each order that works."""
         self._num_steps += 1
         if isinstance(value, dict) and value:
             yield from self._members(matcher, value, self._in_order(value), "{")
@@ -100,7 +100,7 @@ class _Search:
             yield end
 
     def _in_order(self, value: dict[str, Any]) -> list[str]:
-        """An object's names as the list that shares most with them has them."""
+        """Return an object's names in the order of the most similar property list."""
         nearest = max(
             self._listed, key=lambda names: 2 * len(value.keys() & names) - len(names), default=[]
         )
@@ -136,7 +136,7 @@ class _Search:
 
 
 def _eat(matcher: Any, text: str) -> Any | None:
-    """The matcher after a text; None where it does not take it."""
+    """Return a copy of the matcher after a text; None if the grammar refuses the text."""
     tokens = list(text.encode("utf-8", "surrogatepass"))
     end = matcher.deep_copy()
     return end if end.try_consume_tokens(tokens) == len(tokens) else None

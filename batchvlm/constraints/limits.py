@@ -1,4 +1,4 @@
-"""Bounds, sizes and patterns of a rewritten schema that the compiler misreads or refuses."""
+"""Fix bounds, sizes and patterns of a rewritten schema that llguidance misreads or refuses."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from batchvlm.constraints.negate import Schema
 
 _MAX_INTEGER = 9_223_372_036_854_774_784
-"""The largest float within 64 bits: the compiler reads bounds as floats."""
+"""The largest float that fits into 64 bits: llguidance reads bounds as floats."""
 _MAX_EDGE = 1 << 40
-"""Up to here a whole number has neighbours that the compiler tells from it."""
+"""Up to this value, llguidance distinguishes a whole number from its neighbouring floats."""
 _LEAST = 1e-20
-"""What is next to 0: a number nearer to it is none that anybody writes."""
+"""Used as the neighbour of 0: nobody writes numbers closer to 0."""
 _EXCLUSIVE = (("exclusiveMinimum", "minimum", max, 1), ("exclusiveMaximum", "maximum", min, -1))
 _KINDS = {
     "string": ("pattern", "format", "minLength", "maxLength"),
@@ -24,10 +24,10 @@ _KINDS = {
 
 
 def settle_bounds(schema: Schema) -> None:
-    """Write bounds of numbers as the compiler reads them right.
+    """Change number bounds in place so that llguidance reads them correctly.
 
-    Above 0 and up to 0.5, say, it takes 0 in: a whole number that is excluded becomes its
-    neighbour, which is included. Integers of 64 bits lose the last thousand at the lower end.
+    For "above 0, up to 0.5" it also accepts 0, so an excluded whole number is replaced by its
+    neighbour, which is included. 64-bit integers lose about a thousand values at the lower end.
     """
     for node in _nodes(schema):
         types = node.get("type")
@@ -37,24 +37,25 @@ def settle_bounds(schema: Schema) -> None:
             continue
         for exclusive, inclusive, stricter, sign in _EXCLUSIVE:
             edge = node.get(exclusive)
-            # Away from 0 alone: below 2, its neighbour would make 1.9 a mere beginning.
+            # Only bounds that face away from 0: below 2, the neighbour 1.99... would make 1.9 an
+            # incomplete number.
             if edge is None or not 0 <= edge * sign < _MAX_EDGE or edge != int(edge):
                 continue
-            # It reads floats to the last place but one.
+            # llguidance ignores the last place of a float.
             near = edge + sign * (4 * math.ulp(edge) if edge else _LEAST)
             del node[exclusive]
             node[inclusive] = stricter(near, node.get(inclusive, near))
 
 
 def leave_out_refused(schema: Schema, is_refused: Callable[[Schema], bool]) -> set[str]:
-    """Take out each bound, size or pattern that the compiler refuses even alone.
+    """Remove each bound, size or pattern that llguidance refuses even alone.
 
     Args:
-        schema: rewritten; changed in place.
-        is_refused: whether the compiler refuses a schema.
+        schema: a rewritten schema; changed in place.
+        is_refused: whether llguidance refuses a schema.
 
     Returns:
-        The keywords that were taken out.
+        The removed keywords.
     """
     left_out: set[str] = set()
     for node in _nodes(schema):
@@ -68,7 +69,7 @@ def leave_out_refused(schema: Schema, is_refused: Callable[[Schema], bool]) -> s
 
 
 def _nodes(schema: Schema) -> Iterator[dict[str, Any]]:
-    """A schema and all that lie within it, without following references."""
+    """Yield a schema and all its subschemas, without following references."""
     stack = [schema]
     while stack:
         node = stack.pop()

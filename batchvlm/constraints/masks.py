@@ -1,4 +1,4 @@
-"""Which tokens each row may say next: one bit a token, filled while the model runs."""
+"""Token masks: one bit for each token that a row may generate next, filled while the model runs."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ log = logging.getLogger(__name__)
 
 _IS_FREE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 _ADDED = np.where(_IS_FREE, 0, -np.inf).astype(np.float32)
-"""What a byte of a mask adds to the scores of its eight tokens, [256, 8]."""
+"""Value to add to the scores of eight tokens for each byte of a mask, [256, 8]."""
 
 
 class RowMatcher:
-    """Where one row is in its grammar.
+    """The state of one row in its grammar.
 
     Args:
-        matcher: an `LLMatcher` or `XgrammarMatcher` of its own.
-        constraint: how far the grammar holds to the form.
+        matcher: the row's own `LLMatcher` or `XgrammarMatcher`; None for no grammar.
+        constraint: how strictly the grammar enforces the form.
         eos_ids: ids that end an answer.
-        banned_ids: ids that no grammar means: special tokens, and those of no token.
-        spell: text -> ids of text alone, also where it reads like a special token.
+        banned_ids: ids that are never allowed: special tokens, and ids of no token.
+        spell: returns the ids of a text without special tokens, even if it reads like one.
     """
 
     def __init__(
@@ -49,33 +49,33 @@ class RowMatcher:
         self._never = eos_ids | banned_ids
         self._spell = spell
         self._forced: Sequence[int] | None = None
-        """What comes next without a choice; None: not looked at since the last token."""
+        """The forced next tokens; None if not computed since the last token."""
         self.is_over = False
         """Whether the answer has ended."""
 
     @property
     def is_held(self) -> bool:
-        """Whether the grammar still decides what comes next."""
+        """Whether the row still has a grammar."""
         return self._matcher is not None
 
     @property
     def must_end(self) -> bool:
-        """Whether the answer is whole, and nothing but its end may follow."""
+        """Whether the answer is complete and only an end token may follow."""
         return self._matcher is not None and not self.is_over and self._matcher.is_stopped()
 
     @property
     def forced(self) -> Sequence[int]:
-        """The tokens that come next where the grammar leaves no choice of text; none elsewhere.
+        """The next tokens if the grammar allows only one text; else empty.
 
-        The grammar forces bytes, the tokens are those that the tokenizer makes of them, up to where
-        what follows could make it another token.
+        The grammar forces bytes. The tokens are those of the tokenizer for these bytes, up to the
+        point where the text that follows could change the token.
         """
         if self._forced is None:
             self._forced = self._find_forced()
         return self._forced
 
     def take_forced(self, max_tokens: int) -> Sequence[int]:
-        """Take the first of these tokens as if they had been chosen."""
+        """Commit at most `max_tokens` of the forced tokens and return them."""
         tokens = self.forced[:max_tokens]
         for token in tokens:
             self.commit(token)
@@ -85,11 +85,11 @@ class RowMatcher:
         if self._matcher is None or self.is_over:
             return []
         try:
-            # Bytes are cheap to ask for, and seldom forced.
+            # Forced bytes are cheap to compute, and rare.
             forced = self._matcher.compute_ff_bytes()
             tokens = self._matcher.compute_ff_tokens() if forced else []
             if tokens and tokens[0] in self._never:
-                # Text that reads like a control token, of which the engine makes that token.
+                # llguidance turns text that reads like a control token into that token.
                 tokens = list(self._spell(forced.decode(errors="ignore"))[:1])
                 tokens = tokens[: self._matcher.validate_tokens(tokens)]
         except BaseException as error:
@@ -101,7 +101,7 @@ class RowMatcher:
         return list(takewhile(lambda token: token not in self._never, tokens))
 
     def commit(self, token: int) -> None:
-        """Take the token that was chosen."""
+        """Advance the grammar by the token that was chosen."""
         if self._matcher is None or self.is_over:
             return
         forced, self._forced = self._forced, None
@@ -113,30 +113,30 @@ class RowMatcher:
             self.give_up()
 
     def give_up(self) -> None:
-        """Go on without the grammar, which has broken off; validation has the last word."""
+        """Continue without the grammar after it failed; validation still checks the answer."""
         self._matcher = None
         self.constraint = Constraint.NONE
 
     @property
     def engine(self) -> Any | None:
-        """The matcher that knows the next mask; None where none is needed."""
+        """The matcher that computes the next mask; None if the answer has ended."""
         return None if self.is_over else self._matcher
 
     def check(self) -> None:
-        """Give up where the grammar broke off while the mask was made."""
+        """Give up if the grammar failed while the mask was computed."""
         if self._matcher is not None and self._matcher.is_error():
             self.give_up()
 
 
 class Masks:
-    """Fills the masks of a step's rows in threads, and brings them to the device.
+    """Fills the masks of a step's rows in threads and copies them to the device.
 
     Args:
-        vocab_size: ids that the tokenizer's masks cover.
-        banned_ids: ids that no grammar means: special tokens, and those of no token.
+        vocab_size: number of ids in a mask.
+        banned_ids: ids that are never allowed: special tokens, and ids of no token.
         eos_ids: ids that end an answer.
-        device: where the logits are.
-        num_threads: rows filled at a time.
+        device: device of the logits.
+        num_threads: rows filled concurrently.
     """
 
     def __init__(
@@ -162,19 +162,19 @@ class Masks:
         self._open_W, self._end_W = _pack(is_open), _pack(is_end)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._filling: tuple[Sequence[RowMatcher | None], Future[Tensor]] | None = None
-        # Two, in turns: one may still be on its way to the device.
+        # Two buffers in turn: the copy of one to the device may still be running.
         self._buffers: list[Tensor | None] = [None, None]
         self._copied: list[Any] = [None, None]
         self._turn = 0
 
     def start(self, rows: Sequence[RowMatcher | None]) -> None:
-        """Begin to fill the masks of these rows, which have taken all their tokens."""
+        """Start to fill the masks of these rows; all their tokens must have been committed."""
         if any(row is not None and row.is_held for row in rows):
             rows = list(rows)
             self._filling = rows, self._thread.submit(self._fill, rows)
 
     def take(self, rows: Sequence[RowMatcher | None]) -> Tensor | None:
-        """The masks of these rows on the device, int32 [B, W]; None where all tokens are free."""
+        """Return the rows' masks on the device, int32 [B, W]; None if no row has a grammar."""
         filling, self._filling = self._filling, None
         if filling is None or filling[0] != list(rows):
             if not any(row is not None and row.is_held for row in rows):
@@ -194,7 +194,7 @@ class Masks:
         """End the thread."""
         self._thread.shutdown()
 
-    @torch.inference_mode()  # as in the engine, whose thread may have made the buffer
+    @torch.inference_mode()  # as in the engine, whose thread may have allocated the buffer
     def _fill(self, rows: Sequence[RowMatcher | None]) -> Tensor:
         mask_BW = self._buffer(len(rows))
         held, others = [], []
@@ -204,7 +204,7 @@ class Masks:
             elif (engine := row.engine) is None:
                 mask_BW[i] = self._end_W
             elif forced := row.forced:
-                # As the engine has it, but for text that reads like a control token.
+                # llguidance's own mask is wrong for text that reads like a control token.
                 mask_BW[i].zero_()
                 mask_BW[i, forced[0] // 32] = _word(forced[0] % 32)
             elif isinstance(engine, XgrammarMatcher):
@@ -221,7 +221,7 @@ class Masks:
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt | SystemExit):
                     raise
-                # Rust's code has panicked, and which row it was for it does not say.
+                # The Rust code has panicked and does not say for which row.
                 log.warning("masks could not be made, %d rows go on without: %s", len(held), error)
                 for _, i in held:
                     if (row := rows[i]) is not None:
@@ -231,7 +231,7 @@ class Masks:
             assert row is not None
             row.check()
             mask_BW[i] &= self._open_W
-            # It may want what no token says, or special ones alone.
+            # The grammar may require text that no token has, or special tokens only.
             if isinstance(engine, XgrammarMatcher) and not mask_BW[i].any():
                 row.give_up()
             if not row.is_held:
@@ -253,29 +253,29 @@ class Masks:
 
 
 def _word(bit: int) -> int:
-    """An int32 with one bit."""
+    """Return an int32 with one bit set."""
     return (1 << bit) if bit < 31 else -(1 << 31)
 
 
 def _pack(is_set: Tensor) -> Tensor:
-    """Bits [32 W] as int32 words [W]."""
+    """Pack bits [32 W] into int32 words [W]."""
     weights = (1 << torch.arange(32, dtype=torch.int64)).expand(len(is_set) // 32, -1)
     words = (is_set.view(-1, 32).long() * weights).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
 def apply_mask(scores_BV: Tensor, mask_BW: Tensor) -> Tensor:
-    """The scores with every token impossible whose bit is not set.
+    """Return the scores with -inf for every token whose bit is not set.
 
     Args:
         scores_BV: [B, V].
-        mask_BW: int32 [B, W] on the same device; bits beyond V are ignored, tokens beyond the
-            bits are impossible.
+        mask_BW: int32 [B, W] on the same device; bits beyond V are ignored, tokens beyond the mask
+            get -inf.
     """
     num_ids = scores_BV.shape[-1]
-    # Byte by byte: the bits of a word lie in its bytes in order (little-endian).
+    # By bytes: a word's bits are in its bytes in order (little-endian).
     if mask_BW.device.type == "cpu":
-        # Looked up and added: a quarter of the time of picking the bits out.
+        # A table lookup and an addition take a quarter of the time of extracting bits.
         bytes_BK = mask_BW.contiguous().numpy().view(np.uint8)
         added_BK8 = np.take(_ADDED, bytes_BK, axis=0)
         added_BV = torch.from_numpy(added_BK8.reshape(len(bytes_BK), -1))[:, :num_ids]

@@ -1,9 +1,8 @@
-"""References beside other keywords, laid open.
+"""Expand references that stand beside other keywords.
 
-The grammar's compiler cannot lay a definition over other keywords while it is still reading that
-definition. So what a reference stands for is written out wherever it meets other keywords, parts
-are laid over one another here, and each such place becomes a definition of its own, to which
-recursion can lead back.
+llguidance cannot merge a definition with other keywords while it is still compiling that
+definition. So the target of a reference is merged here with the keywords beside it. Each such place
+becomes a definition of its own, which recursive schemas can refer to.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ _NAMES = ("title", "description")
 
 
 class MergeError(ValueError):
-    """A definition that consists of itself, or parts that cannot be laid over one another."""
+    """A definition consists of itself, or expanding the schema exceeds a limit."""
 
 
 def open_references(schema: Schema) -> Schema:
-    """The same rewritten schema with no `$ref` beside, or within, keywords that are combined.
+    """Return the rewritten schema without `$ref` beside, or within, keywords that are combined.
 
     Raises:
-        MergeError: a definition consists of itself, or there is too much to write out.
+        MergeError: a definition consists of itself, or the expanded schema is too large.
     """
     return _Opener(schema).run()
 
 
 class _Parts:
-    """Schemas that hold together at one place."""
+    """Schemas that all apply at one place."""
 
     def __init__(self, parts: Sequence[Schema]) -> None:
         flat: dict[object, Schema] = {}
@@ -53,7 +52,7 @@ class _Opener:
         self._definitions = dict(schema.get("$defs", {}))
         self._opened: dict[str, Schema] = {}
         self._places: dict[frozenset[object], str] = {}
-        self._kept: list[Any] = []  # else an id could come back for another object
+        self._kept: list[Any] = []  # keeps objects alive, so that their ids are not reused
 
     def run(self) -> Schema:
         root = self._visit(self._root)
@@ -71,7 +70,7 @@ class _Opener:
         return {**root, "$defs": done} if done else root
 
     def _visit(self, schema: Schema) -> Schema:
-        """Write out what is combined at this place, as a definition of its own."""
+        """Replace a schema that combines parts by a reference to their merged definition."""
         if isinstance(schema, _Parts):
             together = schema
             if len(together.parts) == 1:
@@ -92,7 +91,7 @@ class _Opener:
         return {"$ref": f"#/$defs/{name}"}
 
     def _combine(self, parts: Sequence[Schema], under: tuple[str, ...]) -> Schema:
-        """Parts that hold together as one schema without a reference at this place."""
+        """Merge parts that all apply into one schema without a reference at its top level."""
         plain: list[dict[str, Any]] = []
         choices: list[tuple[str, list[Schema]]] = []
         todo = [(part, under) for part in reversed(parts)]
@@ -142,7 +141,7 @@ class _Opener:
         return {key: found} if found else False
 
     def _below(self, schema: Schema) -> Schema:
-        """Visit what lies within, past the alternatives and parts of this place."""
+        """Visit the subschemas below the alternatives and parts of this place."""
         if not isinstance(schema, dict):
             return schema
         seen = dict(schema)
@@ -163,7 +162,7 @@ class _Opener:
 
 
 def _lay(one: dict[str, Any], other: dict[str, Any]) -> Schema:
-    """Two schemas without references or alternatives, as one."""
+    """Merge two schemas without references or alternatives; False if no value fits both."""
     if not one or not other:
         return one or other
     one, other = dict(one), dict(other)
@@ -209,7 +208,7 @@ def _lay(one: dict[str, Any], other: dict[str, Any]) -> Schema:
 def _without_false(
     root: Schema, definitions: dict[str, Schema]
 ) -> tuple[Schema, dict[str, Schema]]:
-    """References to what no value fits, said at their places: the compiler refuses them."""
+    """Replace references to `false` schemas by `false`, because llguidance refuses them."""
     empty: set[str] = set()
     while True:
         found = {name for name, schema in definitions.items() if schema is False} - empty
@@ -261,7 +260,7 @@ def _is_reference(schema: Schema) -> bool:
 
 
 def _names_in(schema: Schema) -> set[str]:
-    """The definitions that a schema refers to."""
+    """Return the names of the definitions that a schema refers to."""
     names: set[str] = set()
     stack = [schema]
     while stack:
@@ -276,6 +275,6 @@ def _names_in(schema: Schema) -> set[str]:
 
 
 def _is_combined(schema: dict[str, Any]) -> bool:
-    """Whether several parts meet here, one of which may lead to a reference."""
+    """Whether a schema combines several parts, one of which may contain a reference."""
     said = {key for key in schema if key not in (*_NAMES, "$defs")}
     return bool(said & {"allOf", "anyOf", "oneOf", "$ref"}) and (len(said) > 1 or "allOf" in said)

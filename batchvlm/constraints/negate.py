@@ -1,8 +1,8 @@
-"""The exact opposite of a JSON schema, as far as it can be said without `not`.
+"""The complement of a JSON schema, where it can be expressed without `not`.
 
-Grammars know no complement of a schema, but most of what people write under `not`, `if`, `oneOf` or
-`dependencies` has one that is a schema again: a property that is forbidden, a number out of a
-range, a text that is none of some words.
+Grammars do not support complements, but most schemas that people write under `not`, `if`, `oneOf`
+or `dependencies` have a complement that is a schema again: a forbidden property, a number outside a
+range, a text other than some words.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import combinations
 from typing import Any
 
 Schema = Any
-"""A rewritten schema: what `rewrite.py` leaves, a bool or a dict."""
+"""A bool or a dict; mostly a schema that `rewrite.py` has rewritten."""
 
 TYPES = ("object", "array", "string", "number", "boolean", "null")
 _ASIDE = frozenset({"$schema", "$defs", "title", "description", "default", "examples", "$comment"})
@@ -23,29 +23,29 @@ _MAX_WORD_CHARS = 4096
 
 
 class NoOppositeError(Exception):
-    """The opposite of this schema cannot be said."""
+    """The complement of a schema cannot be expressed without `not`."""
 
 
 class Opposite:
-    """Finds opposites of rewritten schemas.
+    """Computes complements of rewritten schemas.
 
     Args:
-        resolve: what a `$ref` stands for; None where it is not known (yet).
-        is_inner: where the exact opposite cannot be said, say a part of it: what it takes is
-            refused by the schema, but not all that is refused is taken.
+        resolve: returns the target of a `$ref`; None if it is not known (yet).
+        is_inner: if the exact complement cannot be expressed, return a subset of it: the schema
+            refuses every value in the subset, but the subset lacks some values it refuses.
     """
 
     def __init__(self, resolve: Callable[[str], Schema | None], *, is_inner: bool) -> None:
         self._resolve = resolve
         self._is_inner = is_inner
         self.is_exact = True
-        """Whether all opposites so far were the whole."""
+        """Whether all complements so far were exact."""
 
     def of(self, schema: Schema, depth: int = 0) -> Schema:
-        """The schema that takes exactly the values that this one refuses.
+        """Return the schema that accepts exactly the values that this one refuses.
 
         Raises:
-            NoOppositeError: it cannot be said without `not`.
+            NoOppositeError: it cannot be expressed without `not`, and not `is_inner`.
         """
         if isinstance(schema, bool):
             return not schema
@@ -115,7 +115,7 @@ class Opposite:
 
 
 def any_of(branches: Sequence[Schema]) -> Schema:
-    """One of these holds."""
+    """Return a schema for values that fit at least one of these."""
     if not branches:
         return False
     if any(branch is True or branch == {} for branch in branches):
@@ -124,7 +124,7 @@ def any_of(branches: Sequence[Schema]) -> Schema:
 
 
 def all_of(parts: Sequence[Schema]) -> Schema:
-    """All of these hold."""
+    """Return a schema for values that fit all of these."""
     parts = [part for part in parts if part is not True and part != {}]
     if any(part is False for part in parts):
         return False
@@ -152,7 +152,7 @@ def _other_types(types: Iterable[str]) -> Schema:
 
 
 def _other_values(values: Sequence[Any]) -> list[Schema]:
-    """What is none of some values, type by type."""
+    """Return schemas for all other values, one or more for each type."""
     texts = [v for v in values if isinstance(v, str)]
     bools = [v for v in values if isinstance(v, bool)]
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
@@ -186,10 +186,10 @@ def _other_values(values: Sequence[Any]) -> list[Schema]:
 
 
 def words_pattern(words: Sequence[str], *, is_opposite: bool = False) -> str:
-    """A pattern for exactly these words, or for every text that is none of them.
+    """Return a pattern for exactly these words, or with `is_opposite` for every other text.
 
     Raises:
-        NoOppositeError: they are too long for a pattern.
+        NoOppositeError: the words are too long for the pattern of their complement.
     """
     if not is_opposite:
         return f"^(?:{'|'.join(map(re.escape, words))})$"
@@ -199,24 +199,29 @@ def words_pattern(words: Sequence[str], *, is_opposite: bool = False) -> str:
 
 
 def opposite_pattern(pattern: str) -> str:
-    """A pattern for the texts in which this one finds nothing.
+    """Return a pattern for the texts in which this one finds nothing.
 
     Raises:
-        NoOppositeError: it is more than the beginning, or the whole, of some plain words.
+        NoOppositeError: the pattern is not a list of plain words anchored at the start, or at both
+            ends.
     """
     found = re.fullmatch(r"\^(?:\((?:\?:)?([^()]+)\)|([^()|]+?))(\$?)", pattern)
     if not found:
         raise NoOppositeError("patterns have no opposite")
     words = [_plain(word) for word in (found[1] or found[2]).split("|")]
     if found[3]:
-        words += [f"{word}\n" for word in words]  # a `$` of Python's also stands before that
+        words += [f"{word}\n" for word in words]  # Python's `$` also matches before a final newline
     if sum(map(len, words)) > _MAX_WORD_CHARS:
         raise NoOppositeError("too many words")
     return f"^{_none_of(sorted(set(words)), is_prefix=not found[3])}$"
 
 
 def _plain(text: str) -> str:
-    """What a pattern without any operator stands for."""
+    """Return the text that a pattern without operators matches.
+
+    Raises:
+        NoOppositeError: the pattern has an operator.
+    """
     plain = re.sub(r"\\([^A-Za-z0-9])", r"\1", text)
     if re.search(r"[.*+?\[\]{}^$|\\]", re.sub(r"\\[^A-Za-z0-9]", "", text)):
         raise NoOppositeError("patterns have no opposite")
@@ -224,7 +229,7 @@ def _plain(text: str) -> str:
 
 
 def _none_of(words: Sequence[str], *, is_prefix: bool = False) -> str:
-    """What follows, so that the whole is none of the words (or begins with none)."""
+    """Return a pattern for texts other than the words, or (`is_prefix`) that start with none."""
     if is_prefix and "" in words:
         raise NoOppositeError("every text begins so")
     heads = sorted({word[0] for word in words if word})
@@ -234,7 +239,7 @@ def _none_of(words: Sequence[str], *, is_prefix: bool = False) -> str:
     for head in heads:
         tails = [word[1:] for word in words if word[:1] == head]
         if is_prefix and "" in tails:
-            continue  # whatever follows, it begins with a word
+            continue  # any continuation starts with a word
         branches.append(f"\\x{{{ord(head):x}}}{_none_of(tails, is_prefix=is_prefix)}")
     may_end = "" if "" in words else "?"
     return f"(?:{'|'.join(branches)}){may_end}"

@@ -1,4 +1,4 @@
-"""What a schema asks of objects, as a grammar knows it."""
+"""Rewrite the object keywords of a JSON schema for grammars."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from batchvlm.constraints.rewrite import Rewriter
 
 _MAX_SUBSETS = 64
-"""Sets of properties that are told apart to count them."""
+"""Subsets of the optional properties that are written out to count properties."""
 _MAX_LEAST = 48
+"""Most optional properties for which "at least one of them" is written out."""
 
 
 def rewrite(
@@ -25,7 +26,7 @@ def rewrite(
     parts: list[Schema],
     resolver: Any,
 ) -> None:
-    """Say what a schema asks of objects."""
+    """Add the object keywords of `schema` to `own`, or to `parts` (schemas that also apply)."""
     if "properties" in schema:
         own["properties"] = {
             name: rewriter.visit(part, resolver) for name, part in schema["properties"].items()
@@ -38,7 +39,7 @@ def rewrite(
         own["additionalProperties"] = rewriter.visit(schema["additionalProperties"], resolver)
     patterns = own.get("patternProperties", {})
     if own.get("properties") and len(patterns) == 1 and _takes_all(next(iter(patterns))):
-        # Every name that is not declared; the declared ones are laid over it already.
+        # The pattern applies to every undeclared name; declared ones are merged with it already.
         own["additionalProperties"] = own.pop("patternProperties").popitem()[1]
     if "propertyNames" in schema:
         _names(rewriter, schema["propertyNames"], own, resolver)
@@ -59,7 +60,7 @@ def _patterns(
             rewriter.leave_out("patternProperties")
         else:
             said[translated] = rewriter.visit(part, resolver)
-    # A declared property that a pattern matches has to fit both.
+    # A declared property whose name matches a pattern has to fit both schemas.
     properties = own.get("properties", {})
     for name in properties:
         for pattern in patterns:
@@ -70,7 +71,7 @@ def _patterns(
 
 
 def _takes_all(pattern: str) -> bool:
-    """Whether a pattern finds something in every name (that is no more than one line)."""
+    """Whether a pattern matches every name of one line."""
     return re.fullmatch(r"\^?(\.\*\$?|\[[^\]^]+\]\*)?", pattern) is not None
 
 
@@ -101,7 +102,7 @@ def _names(rewriter: Rewriter, names: Schema, own: dict[str, Any], resolver: Any
     elif set(rules) == {"anyOf"} and all(
         isinstance(b, dict) and set(b) <= {"type", "pattern"} for b in rules["anyOf"]
     ):
-        # The opposite of some words among them.
+        # The complement of a list of words is one of these.
         patterns = [b["pattern"] for b in rules["anyOf"] if "pattern" in b][:1]
     rest = own.get("additionalProperties", True)
     if patterns is None or len(patterns) > 1 or "patternProperties" in own:
@@ -116,7 +117,7 @@ def _names(rewriter: Rewriter, names: Schema, own: dict[str, Any], resolver: Any
     own["patternProperties"] = {patterns[0]: rest}
     own["additionalProperties"] = False
     if properties:
-        # A declared name that the pattern takes in would be asked of twice.
+        # A declared name that matches the pattern would be constrained twice.
         del own["patternProperties"][patterns[0]]
         if rest is not False:
             rewriter.leave_out("propertyNames")
@@ -154,7 +155,7 @@ def _unevaluated(
 
 
 def _flat(parts: Sequence[Schema], rewriter: Rewriter) -> Iterator[dict[str, Any] | None]:
-    """The plain schemas that hold together; None for one whose properties depend on the value."""
+    """Yield the schemas that always apply, and None if others depend on the value."""
     for part in parts:
         if isinstance(part, bool):
             continue
@@ -190,7 +191,11 @@ def _depend(
 def _count(
     rewriter: Rewriter, schema: Mapping[str, Any], own: dict[str, Any], parts: list[Schema]
 ) -> None:
-    """Bound the number of properties, as a grammar does where no declared one is optional."""
+    """Rewrite `minProperties` and `maxProperties`.
+
+    Grammars support them if no declared property is optional; otherwise sets of properties are
+    written out, up to limits.
+    """
     low = int(schema.get("minProperties", 0))
     high = int(schema["maxProperties"]) if "maxProperties" in schema else None
     properties = own.get("properties", {})

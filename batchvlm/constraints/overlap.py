@@ -1,4 +1,4 @@
-"""Whether two alternatives can hold of one value, as far as that is plain to see."""
+"""A conservative check whether two schemas are disjoint: no value fits both."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _TYPE_NAMES = {
 
 @dataclass(slots=True)
 class View:
-    """An object schema with its references and `allOf` laid over one another."""
+    """An object schema merged with its references and `allOf`."""
 
     properties: dict[str, Schema] = field(default_factory=dict)
     required: set[str] = field(default_factory=set)
     is_closed: bool = False
-    """Whether no other properties are allowed."""
+    """Whether undeclared properties are forbidden."""
     is_plain: bool = True
-    """Whether it says no more than this view, but for `type: object`."""
+    """Whether the view, with `type: object`, is the whole schema."""
 
 
 _VIEWED = frozenset(
@@ -42,7 +42,7 @@ _VIEWED = frozenset(
 
 
 def view(schema: Schema, resolve: Resolve, depth: int = 0) -> View | None:
-    """What a rewritten schema says of objects; None where that cannot be seen."""
+    """Return the view of a rewritten schema; None if it cannot be determined."""
     if not isinstance(schema, dict) or depth > _MAX_DEPTH:
         return None
     seen = View(is_plain=set(schema) <= _VIEWED)
@@ -86,12 +86,12 @@ def _lay(seen: View, other: View) -> None:
 def are_disjoint(
     one: Schema, other: Schema, own: Mapping[str, Any], resolve: Resolve, depth: int = 0
 ) -> bool:
-    """Whether it is plain that no value fits both.
+    """Whether it is certain that no value fits both; False if it is unknown.
 
     Args:
         one, other: rewritten schemas.
-        own: keywords beside both of them.
-        resolve: what a `$ref` stands for.
+        own: keywords that apply to both of them.
+        resolve: returns the target of a `$ref`.
     """
     if one is False or other is False:
         return True
@@ -138,7 +138,7 @@ def _meet(one: set[str] | None, other: set[str] | None) -> set[str] | None:
 
 
 def _values(schema: Schema, resolve: Resolve) -> set[str] | None:
-    """The values of an enumeration, as text that tells them apart."""
+    """Return the values of `enum` or `const` as text; None if the schema has neither."""
     for _ in range(_MAX_DEPTH):
         if not isinstance(schema, dict):
             return None
@@ -153,14 +153,14 @@ def _values(schema: Schema, resolve: Resolve) -> set[str] | None:
 
 
 def _text(value: Any) -> str:
-    # 1 and 1.0 are one number in JSON.
+    # 1 and 1.0 are the same number in JSON.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value, sort_keys=True)
 
 
 def types_of(schema: Schema, resolve: Resolve, depth: int = 0) -> set[str] | None:
-    """The types that a rewritten schema allows, `integer` as `number`; None: any."""
+    """Return the types that a rewritten schema allows, `integer` as `number`; None for any."""
     if not isinstance(schema, dict) or depth > _MAX_DEPTH:
         return None
     known: set[str] | None = None

@@ -1,7 +1,7 @@
-"""Form -> a grammar of llguidance, by the first way that works: strict, lenient, none.
+"""Find a grammar of llguidance for a form, by the first way that works: strict, lenient, none.
 
-Runs in a process of its own, under limits of time and memory: what a schema makes of it is nobody
-else's harm.
+Runs in a separate process with limits of time and memory, so that a hostile schema harms only
+itself.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from batchvlm.constraints.rewrite import Rewriter, UnsupportedSchemaError
 from batchvlm.constraints.strings import WORDS, translate
 from batchvlm.records import Constraint, Form, FormKind
 
-# Room for one space where people, and models, write one. Any white space, and a model that has
-# nothing to say goes on with blanks to the limit.
+# One optional space where people and models write one. With any white space allowed, a model can
+# generate white space up to its token limit.
 _COMPACT = {
     "whitespace_flexible": False,
     "item_separator": ",[ ]?",
     "key_separator": ":[ ]?",
 }
-# Two and five times llguidance's own, under which objects of more than 500 optional properties, and
-# open ones of 200, break off at their first key. A mask of such a row takes up to 50 ms.
+# Two and five times llguidance's defaults, with which objects of more than 500 optional properties,
+# or open ones of 200, fail at their first key. A mask of such a row takes up to 50 ms.
 _LIMITS = LLParserLimits(max_items_in_row=4_000, step_max_items=100_000, step_lexer_fuel=1_000_000)
 _APPROXIMATE = {"lenient": True, "coerce_one_of": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How a form will be held to."""
+    """How a form will be enforced."""
 
     constraint: Constraint
     grammar: str | None
-    """As the engine reads it; None: there is none."""
+    """Text for llguidance or xgrammar; None if there is no grammar."""
     notes: tuple[str, ...] = ()
-    """Why not better, a line each."""
+    """Reasons why the form is not enforced more strictly, one line each."""
     is_final: bool = False
-    """Whether planning was broken off, so that nothing else shall be tried."""
+    """Whether planning was killed, so that nothing else must be tried."""
 
 
 class _NoGrammarError(ValueError):
-    """The engine takes no grammar of this; the message says why."""
+    """llguidance refuses a grammar; the message says why."""
 
 
 def make_plan(form: Form) -> Plan:
-    """Find the strictest grammar that holds answers to a form. Never raises on a form."""
+    """Find the strictest grammar that enforces a form. Never raises on a form."""
     notes = []
     for constraint, name, write in _ways(form):
         try:
@@ -61,7 +61,7 @@ def make_plan(form: Form) -> Plan:
             return Plan(constraint=constraint, grammar=grammar, notes=tuple(notes))
         except (UnsupportedSchemaError, MergeError, _NoGrammarError) as error:
             notes.append(f"{name}: {' '.join(str(error).split())[:200]}")
-        # Whatever a schema is made of, it costs its own rows.
+        # An unforeseen schema must only fail its own rows.
         except (RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
             notes.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return Plan(constraint=Constraint.NONE, grammar=None, notes=tuple(notes))
@@ -122,7 +122,7 @@ def _is_refused(schema: Any) -> bool:
 
 
 def _json_grammar(schema: Any, **options: Any) -> str:
-    # Options of the schema's own would come before ours.
+    # Options in the schema itself would override these.
     schema = {k: v for k, v in schema.items() if k != "x-guidance"} if schema is not True else {}
     text = LLMatcher.grammar_from_json_schema(
         json.dumps(schema),
@@ -132,7 +132,7 @@ def _json_grammar(schema: Any, **options: Any) -> str:
 
 
 def choice_grammar(text: str) -> str:
-    """A grammar of the texts in a JSON list."""
+    """Return a grammar for the texts in a JSON list."""
     choices = [json.dumps(choice, ensure_ascii=False) for choice in json.loads(text)]
     return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {' | '.join(choices)}\n")
 
@@ -141,7 +141,7 @@ def _regex_grammar(pattern: str) -> str:
     translated = translate(pattern, WORDS)
     if translated is None:
         raise _NoGrammarError("the pattern looks around or refers to a group")
-    # Anchors say nothing where the whole answer must match.
+    # Anchors are redundant because the whole answer must match.
     body = translated.removeprefix("^")
     if body.endswith("$") and not body.endswith(r"\$"):
         body = body[:-1]
@@ -149,7 +149,7 @@ def _regex_grammar(pattern: str) -> str:
 
 
 def fits(form: Form, text: str) -> bool:
-    """Whether a text is of a form, as far as its grammar says; a form without one fits no text."""
+    """Whether the grammar of a form accepts a text; False if the form has no grammar."""
     grammar = _grammar_of(form)
     if grammar is None:
         return False
@@ -167,7 +167,7 @@ _tokenizer: LLTokenizer | None = None
 
 
 def byte_matcher(grammar: str) -> LLMatcher:
-    """A matcher of a grammar over bytes, for whoever has no tokenizer."""
+    """Return a matcher of a grammar over bytes, which needs no tokenizer."""
     global _tokenizer
     if _tokenizer is None:
         _tokenizer = LLTokenizer("byte")
@@ -175,11 +175,11 @@ def byte_matcher(grammar: str) -> LLMatcher:
 
 
 def open_matcher(tokenizer: Any, grammar: str) -> LLMatcher:
-    """A matcher of a grammar at its beginning; whether it is sound, `is_error` says.
+    """Return a matcher at the start of a grammar; `is_error` tells whether it is valid.
 
     Args:
-        tokenizer: llguidance's.
-        grammar: as a plan has it.
+        tokenizer: a tokenizer of llguidance.
+        grammar: from a plan.
     """
     return LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
 
@@ -188,7 +188,7 @@ def _checked(grammar: str) -> str:
     matcher = byte_matcher(grammar)
     if matcher.is_error():
         raise _NoGrammarError(matcher.get_error().split("\n\n")[0])
-    # The first mask builds what the grammar alone does not.
+    # Some errors only show when the first mask is computed.
     matcher.compute_bitmask()
     if matcher.is_error():
         raise _NoGrammarError(matcher.get_error().split("\n\n")[0])

@@ -1,10 +1,10 @@
-"""A JSON schema in the words that a grammar knows, meaning the same.
+"""Rewrite a JSON schema to an equivalent one with the keywords that grammars support.
 
-A grammar enforces types, properties, patterns, bounds and alternatives. The rest of JSON Schema is
-said in these words here where that is exact: conditions and dependencies become alternatives,
-`not` becomes the opposite, references become definitions of the schema itself, keywords of old
-drafts become those of 2020-12. What cannot be said so is either refused (`strict`) or left out by
-name (`lenient`), to be found by validation.
+A grammar enforces types, properties, patterns, bounds and alternatives. Other keywords are
+rewritten to these where that is exact: conditions and dependencies become alternatives, `not`
+becomes the complement, references become definitions of the schema itself, keywords of old drafts
+become those of 2020-12. Keywords that cannot be rewritten are refused (`strict`) or recorded and
+left to validation (`lenient`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from batchvlm.constraints.negate import NoOppositeError, Opposite, Schema, all_o
 from batchvlm.constraints.overlap import are_disjoint, view
 
 _MAX_NODES = 100_000
-"""Schemas within a schema, those that rewriting adds included."""
+"""Subschemas of a schema, including those that rewriting adds."""
 _ROOT = "urn:batchvlm:schema"
 _OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07")
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
 class UnsupportedSchemaError(ValueError):
-    """A schema that no grammar enforces exactly; the message names the keyword."""
+    """No grammar enforces a schema exactly; the message names the keyword."""
 
 
 class Rewriter:
@@ -42,9 +42,9 @@ class Rewriter:
 
     Args:
         schema: any JSON schema.
-        is_lenient: leave out what cannot be said, rather than raise.
-        splits_one_of: make the alternatives of `oneOf` exclude one another; else whoever compiles
-            the result has to see that they do.
+        is_lenient: leave out keywords that cannot be rewritten, rather than raise.
+        splits_one_of: make the alternatives of `oneOf` mutually exclusive; otherwise `oneOf` stays,
+            and llguidance has to check that they are.
     """
 
     def __init__(self, schema: Schema, *, is_lenient: bool, splits_one_of: bool) -> None:
@@ -62,15 +62,16 @@ class Rewriter:
         self._num_nodes = 0
         self._names: dict[int, str] = {}
         self._definitions: dict[str, Schema] = {}
-        self._kept: list[Any] = []  # else an id could come back for another object
+        self._kept: list[Any] = []  # keeps objects alive, so that their ids are not reused
         self.left_out: set[str] = set()
-        """Keywords that the result does not say."""
+        """Keywords that the result does not enforce."""
 
     def rewrite(self) -> Schema:
-        """The schema in the words of a grammar.
+        """Return the rewritten schema.
 
         Raises:
-            UnsupportedSchemaError: it cannot be said, or refers to something that is not there.
+            UnsupportedSchemaError: the schema cannot be rewritten, is invalid, has a `$ref` that
+                cannot be resolved, or fits no value.
         """
         try:
             result = self.visit(self._schema, self._resolver)
@@ -86,7 +87,7 @@ class Rewriter:
         return {**result, "$defs": self._definitions} if self._definitions else result
 
     def visit(self, schema: Schema, resolver: Any) -> Schema:
-        """Rewrite one schema within the whole."""
+        """Rewrite one subschema."""
         self.count()
         if isinstance(schema, bool):
             return schema
@@ -113,16 +114,20 @@ class Rewriter:
         return all_of([own, *parts])
 
     def count(self, num: int = 1) -> None:
-        """Note that the result has grown by so many schemas."""
+        """Count schemas that are added to the result.
+
+        Raises:
+            UnsupportedSchemaError: there are too many.
+        """
         self._num_nodes += num
         if self._num_nodes > _MAX_NODES:
             raise UnsupportedSchemaError(f"more than {_MAX_NODES} schemas within it")
 
     def leave_out(self, keyword: str) -> None:
-        """Say that a keyword cannot be said.
+        """Record that the result does not enforce a keyword.
 
         Raises:
-            UnsupportedSchemaError: nothing may be left out.
+            UnsupportedSchemaError: not `is_lenient`.
         """
         if not self._is_lenient:
             raise UnsupportedSchemaError(f"{keyword!r} cannot be enforced")
@@ -133,12 +138,12 @@ class Rewriter:
         return self._is_lenient
 
     def resolve(self, reference: str) -> Schema | None:
-        """What a rewritten `$ref` stands for; None while it is not known."""
+        """Return the target of a rewritten `$ref`; None while it is not known."""
         return self._definitions.get(reference.rpartition("/")[2])
 
     def target(self, schema: Schema) -> Schema:
-        """What a schema that is a `$ref` alone stands for; itself while that is unknown."""
-        for _ in self._definitions:  # two may lead to one another
+        """Follow a schema that is only a `$ref` as far as its targets are known."""
+        for _ in self._definitions:  # bounded, because references may form a cycle
             if not isinstance(schema, dict) or schema.keys() != {"$ref"}:
                 break
             found = self.resolve(schema["$ref"])
@@ -146,10 +151,13 @@ class Rewriter:
         return schema
 
     def opposite(self, schema: Schema, keyword: str) -> Schema | None:
-        """The opposite of a rewritten schema, or a part of it where some may be left out.
+        """Return the complement of a rewritten schema, or if lenient a subset of it.
 
         Returns:
-            None where nothing of it can be said.
+            None if lenient and no part of the complement can be expressed.
+
+        Raises:
+            UnsupportedSchemaError: not `is_lenient`, and the complement cannot be expressed.
         """
         finder = Opposite(self.resolve, is_inner=self._is_lenient)
         try:
@@ -255,7 +263,7 @@ class Rewriter:
         return any_of([branch for branch in split if branch is not False])
 
     def _relax(self, schema: Schema) -> None:
-        """Make `anyOf` of each `oneOf` whose alternatives differ, now that all are known."""
+        """Turn each `oneOf` with disjoint alternatives into `anyOf`, once all targets are known."""
         stack = [schema]
         while stack:
             item = stack.pop()
@@ -267,12 +275,17 @@ class Rewriter:
                     are_disjoint(one, other, {}, self.resolve)
                     for one, other in combinations(branches, 2)
                 ):
-                    # Alone in its schema: `visit` lays it beside the rest.
+                    # Overwrites no `anyOf`: `visit` puts `oneOf` into a schema of its own.
                     item["anyOf"] = item.pop("oneOf")
                 stack += [v for k, v in item.items() if k not in ("enum", "const")]
 
     def _apart(self, branch: Schema, other: Schema, own: Mapping[str, Any]) -> Schema | None:
-        """What a value of a closed object must be to fit no other one; None: see `opposite`."""
+        """Return a schema that separates a closed object from another one.
+
+        Returns:
+            What a value of `branch` must satisfy so that it does not fit `other`; None if only
+            the complement of `other` can be used.
+        """
         one, two = view(branch, self.resolve), view(other, self.resolve)
         if one is None or two is None or not one.is_closed or not two.is_closed:
             return None
@@ -300,5 +313,5 @@ class Rewriter:
 
 
 def _size(schema: Schema) -> int:
-    """Schemas within a schema, roughly, without following references."""
+    """Estimate the number of subschemas, without following references."""
     return 1 + len(json.dumps(schema)) // 32

@@ -1,4 +1,4 @@
-"""Patterns and formats, as a grammar knows them."""
+"""Rewrite the string keywords of a JSON schema, and regular expressions, for grammars."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _ENFORCED = frozenset(
         *("ipv4", "ipv6", "uuid", "uri"),
     }
 )
-"""Formats that the engine knows by name."""
-# Leap seconds are times to the grammar, and none to who checks them with a calendar.
+"""Formats that llguidance supports."""
+# llguidance accepts leap seconds, which validators refuse.
 _LEAPING = ("date-time", "time")
 _NO_LEAP = "^[^:]+:[0-9]{2}:[0-5]"
 _POINTER = "(?:/(?:[^~/]|~[01])*)*"
@@ -26,19 +26,20 @@ _URI_CHARS = r"(?:[A-Za-z0-9._~!$&'()*+,;=@-]|%[0-9A-Fa-f]{2})"
 _AS_PATTERNS = {
     "idn-email": r"^[^@\s]+@[^@\s]+$",
     "json-pointer": f"^{_POINTER}$",
-    # Zeros behind the first digit confuse who checks them.
+    # Validators misread zeros after the first digit.
     "relative-json-pointer": rf"^[1-9]{{0,7}}[0-9](?:#|{_POINTER})$",
     # Without the rare parts: an IP literal as host, a user, a colon in a relative path.
     "uri-reference": rf"^(?:[A-Za-z][A-Za-z0-9+.-]*:)?(?://{_URI_CHARS}*(?::[0-9]{{1,5}})?)?"
     rf"(?:/?{_URI_CHARS}+(?:/{_URI_CHARS}*)*|/)?(?:\?(?:{_URI_CHARS}|[/?])*)?"
     rf"(?:#(?:{_URI_CHARS}|[/?])*)?$",
 }
-# Python's classes take in the digits, letters and spaces of all alphabets; a grammar's take in
-# ASCII. A narrower class is safe, its complement is not, nor a place in a class that is negated.
+# Python's classes include the digits, letters and spaces of all scripts, llguidance's only ASCII. A
+# narrower class is safe; its complement is not, nor is its use in a negated class.
 _WHOLE = {"d": r"\p{Nd}", "w": r"\p{L}\p{N}_", "s": r"\p{White_Space}\x1c-\x1f"}
 _COMPLEMENTS = {name.upper(): f"[^{members}]" for name, members in _WHOLE.items()}
 WORDS = _COMPLEMENTS | {"w": f"[{_WHOLE['w']}]"}
-"""For answers that are no JSON: the engine's own takes in marks there that Python's does not."""
+"""Classes for answers that are not JSON, where llguidance's \\w includes marks that Python's does
+not."""
 _ENDS = {"A": "^", "Z": "$"}
 _TIMES = re.compile(r"\{(?!\})([0-9]*)(,?)([0-9]*)\}")
 
@@ -46,7 +47,7 @@ _TIMES = re.compile(r"\{(?!\})([0-9]*)(,?)([0-9]*)\}")
 def rewrite(
     rewriter: Rewriter, schema: Mapping[str, Any], own: dict[str, Any], parts: list[Schema]
 ) -> None:
-    """Say what a schema asks of texts."""
+    """Add the string keywords of `schema` to `own`, or to `parts` (schemas that also apply)."""
     for key in ("minLength", "maxLength"):
         if key in schema:
             own[key] = int(schema[key])
@@ -72,7 +73,7 @@ def _add_pattern(
 ) -> None:
     ahead = re.fullmatch(r"\^\(\?!((?:[^()\\]|\\.)*)\)(.*)", pattern, re.DOTALL)
     if ahead:
-        # Not to begin with some words, and the rest.
+        # "Does not start with some words", followed by the rest of the pattern.
         try:
             words, rest = ahead[1], ahead[2]
             is_whole = words.endswith("$")
@@ -90,11 +91,11 @@ def _add_pattern(
 
 
 def translate(pattern: str, classes: Mapping[str, str] = _COMPLEMENTS) -> str | None:
-    """A Python pattern as the grammar's engine reads it, where they differ; None: it cannot.
+    """Translate a Python pattern to llguidance's syntax; None if that cannot express it.
 
     Args:
-        pattern: as `re` takes it.
-        classes: letter behind a backslash -> the class in the engine's words.
+        pattern: a pattern of `re`.
+        classes: letter after a backslash -> the class in llguidance's syntax.
     """
     said: list[str] = []
     place, is_class, is_negated = 0, False, False
@@ -110,11 +111,11 @@ def translate(pattern: str, classes: Mapping[str, str] = _COMPLEMENTS) -> str | 
             elif following in _ENDS and not is_class:
                 said.append(_ENDS[following])
             elif following.isdigit() and following != "0":
-                return None  # refers to a group
+                return None  # a back-reference
             elif following in ("b", "B") and not is_class:
-                return None  # a word's edge
+                return None  # a word boundary
             elif following in ("<", ">"):
-                said.append(following)  # with the backslash a word's edge there
+                said.append(following)  # with the backslash, a word boundary in llguidance
             else:
                 said.append(f"\\{following}")
             continue
@@ -122,7 +123,7 @@ def translate(pattern: str, classes: Mapping[str, str] = _COMPLEMENTS) -> str | 
             if char == "]":
                 is_class = False
             elif char in "[&~":
-                char = f"\\{char}"  # nested classes and operators there
+                char = f"\\{char}"  # nested classes and operators in llguidance
             said.append(char)
             place += 1
             continue
@@ -135,7 +136,7 @@ def translate(pattern: str, classes: Mapping[str, str] = _COMPLEMENTS) -> str | 
                 said.append("^")
                 place += 1
             if pattern[place : place + 1] == "]":
-                said.append(r"\]")  # the first one is a character
+                said.append(r"\]")  # the first "]" is a literal
                 place += 1
             continue
         if char == "{":

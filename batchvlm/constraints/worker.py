@@ -1,8 +1,9 @@
 """Compiles grammars for another process, under limits: `python -m batchvlm.constraints.worker`.
 
-Reads one JSON line a form and answers with one: `[kind, text]` of a form, or `["xgrammar", schema]`
-for what that was nothing for, with a tokenizer behind it the first time. Ends with its input, so it
-never outlives whoever started it; signals to the whole process group are that one's to handle.
+Reads one JSON line for each form, `[kind, text]`, and writes one: `[constraint, grammar, notes]`.
+For a schema without a grammar of llguidance the line is `["xgrammar", schema]`, the first time with
+the tokenizer as a third item. The process ends with its input, so it never outlives its parent. It
+ignores signals, which its parent handles.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 MAX_MEMORY_BYTES = 3 << 30
-"""Address space of the process; most forms take a few megabytes."""
+"""Limit of the process's address space; most forms take a few megabytes."""
 MAX_GRAMMAR_CHARS = 1 << 25
-"""Of a grammar that xgrammar compiled, as it travels; most have thousands."""
+"""Limit of a serialized grammar of xgrammar; most have thousands of characters."""
 XGRAMMAR = "xgrammar"
-"""What stands for a form's kind where xgrammar is to compile it."""
+"""Stands in place of a form's kind for a schema that xgrammar compiles."""
 MAX_CPU_S = 20
-"""Of computing time for one form, in seconds: a busy machine makes none of them hostile."""
+"""Limit for one form, in seconds of CPU time, which does not depend on other load."""
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
 
 def _plan_by_xgrammar(schema: str, tokenizer: str) -> Plan:
     if "xgrammar" not in sys.modules:
-        # It imports torch, whose libraries count as memory of this process: with CUDA, gigabytes.
+        # It imports torch, whose libraries add to the address space: with CUDA, gigabytes.
         _limit_memory(None)
         importlib.import_module("xgrammar")
         _limit_memory(MAX_MEMORY_BYTES + _size_bytes())
@@ -69,7 +70,7 @@ def _plan_by_xgrammar(schema: str, tokenizer: str) -> Plan:
     constraint, grammar = Constraint.NONE, None
     try:
         compiled = compile_schema(schema, tokenizer)
-    # Whatever it refuses a schema with: an error of its C++ code.
+    # Any error of its C++ code.
     except Exception as error:
         note = f"xgrammar: {' '.join(str(error).split())[:200]}"
     else:
@@ -82,14 +83,14 @@ def _plan_by_xgrammar(schema: str, tokenizer: str) -> Plan:
 
 
 def _size_bytes() -> int:
-    """Address space of this process."""
+    """Return the size of this process's address space in bytes; 0 if it is unknown."""
     statm = Path("/proc/self/statm")
     num_pages = int(statm.read_text().split()[0]) if statm.exists() else 0
     return num_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _limit_memory(num_bytes: int | None) -> None:
-    """Set the limit of this process's memory; None: as far as the system lets it."""
+    """Set the limit of this process's address space; None for the system's hard limit."""
     if resource is not None:
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         if num_bytes is None or 0 <= most < num_bytes:
