@@ -1,16 +1,16 @@
-"""An output folder -> what a person sees of it: a page, a comparison, a dataset card.
+"""Reports on output folders: an HTML page, a comparison, a dataset card.
 
-outputs    an output folder as read back: run, parts, counts of its processes
-redact     settings without passwords
+outputs    reads an output folder: run, parts, counts of its processes
+redact     removes passwords from settings
 totals     one pass over every row: counts, distributions, frequent values, a sample
-time_line  counts over time, of all processes together
-inputs     the input behind sampled rows: prompts and thumbnails
-gallery    the sampled rows as the page shows them
+time_line  counts over time, summed over all processes
+inputs     reads prompts and thumbnails of sampled rows from the input
+gallery    the sampled rows as JSON for the page
 plots      distributions and curves as SVG
-page       the HTML file: templates, scripts, what the browser may do
-report     `batchvlm report`
-compare    two outputs, row by row
-differ     `batchvlm compare`
+page       the HTML file: templates, scripts, security policy
+report     the page of `batchvlm report`
+compare    compares two outputs row by row
+differ     the table and page of `batchvlm compare`
 card       README.md of the output folder
 commands   the command lines
 """

@@ -1,6 +1,6 @@
-"""README.md of the output folder: the dataset card that the Hub shows, and that people read.
+"""README.md of the output folder, which is also the dataset card on the Hub.
 
-The card may be published: no address in it holds a password, and no path leads into this machine.
+The card may be published, so it contains no passwords and no paths of this machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from batchvlm.report.redact import redact, redact_all
 log = logging.getLogger(__name__)
 
 _MAX_PARTS = 5000
-"""The card counts all rows: of more parts, the last process of a job would be at it for long."""
+"""With more parts a run writes no card at its end: counting all rows would take too long."""
 
 MARK = "<!-- Written by batchvlm, which writes it anew; without this line the file is yours. -->"
 _UNFINISHED = "The job was not finished when this was written"
@@ -75,14 +75,14 @@ MEANINGS = {
     "run_id": "process that wrote the row",
     "latency_s": "seconds from the start of the row's batch to its answer",
 }
-# What an answer depends on; paths of this machine are none of a reader's business.
+# Only settings that answers depend on; others may hold paths of this machine.
 _GROUPS = ("model", "generation")
 
 
 def write_first_card(folder: OutputFolder, run: RunFile, schema: pa.Schema) -> None:
-    """Write a card that counts no rows yet, unless one of this run is there.
+    """Write a card without row counts, unless the folder has one of this run or of a user.
 
-    By its header `load_dataset` reads `data` while the job is at work. Never in the way of the run.
+    With the card's header, `load_dataset` can read `data` while the job runs. Never raises.
     """
     path = folder.root / "README.md"
     try:
@@ -97,7 +97,10 @@ def write_first_card(folder: OutputFolder, run: RunFile, schema: pa.Schema) -> N
 
 
 def complete_card(folder: OutputFolder) -> None:
-    """Write the card that a kill after the last part left undone. Never in the way of the run."""
+    """Write the card if a finished job has none or an unfinished one. Never raises.
+
+    A process that is killed after it wrote the last part leaves a folder without a finished card.
+    """
     try:
         old = folder.read_bytes(folder.root / "README.md")
     except OutputError as error:
@@ -108,23 +111,23 @@ def complete_card(folder: OutputFolder) -> None:
 
 
 def write_finished_card(folder: OutputFolder) -> None:
-    """Write the card if every row of the job has its answer. Never in the way of the run."""
+    """Write the card if every shard is finished. Never raises."""
     try:
         output = open_output(folder.root)
         if len(output.run.plan) > _MAX_PARTS:
             log.info("%d parts: batchvlm report writes the dataset card", len(output.run.plan))
         elif len(folder.finished_shards(len(output.run.plan))) == len(output.run.plan):
             write_card(output)
-    # The answers are on disk: whatever goes wrong here must not make the run a failure.
+    # The answers are on disk, so an error here must not fail the run.
     except Exception as error:
         log.warning("no dataset card: %s", error)
 
 
 def write_card(output: Output) -> Path | None:
-    """Write README.md into the output folder.
+    """Write README.md into the output folder, unless it has one without `MARK`.
 
     Returns:
-        Its path; None where the folder has one that is not ours.
+        The path; None if nothing was written because the file is a user's.
 
     Raises:
         OutputError: a part cannot be read, or the folder cannot be written.
@@ -140,10 +143,11 @@ def write_card(output: Output) -> Path | None:
 
 
 def card(output: Output, *, features: Sequence[dict[str, Any]] | None = None) -> str:
-    """The card as Markdown with its YAML header.
+    """Return the card as Markdown with its YAML header.
 
     Args:
-        features: the columns as `datasets` writes them into a card; None: it finds out by itself.
+        features: the columns in the form of a card's `dataset_info`; None to leave them out, so
+            that `datasets` infers them.
     """
     cfg = job_config(output.run)
     statuses: Counter[str] = Counter()
@@ -206,7 +210,7 @@ def _header(
 
 def _input_name(cfg: JobConfig) -> str:
     path = cfg.data.path
-    # A Hub name or an address means the same everywhere; of a path only its end does.
+    # Hub names and URLs are valid everywhere; of a path, keep only the last component.
     is_public = "://" in path or (cfg.data.source.value == "hf" and not Path(path).exists())
     return redact(path) if is_public else PurePath(path).name
 
@@ -235,7 +239,7 @@ def _type_name(kind: pa.DataType) -> str:
 
 
 def _environment() -> Environment:
-    # Markdown: what comes from outside goes through `cell` or `fenced`.
+    # Autoescape is for HTML; templates pass external text through `cell`, `code` or `fenced`.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=StrictUndefined,
@@ -251,18 +255,18 @@ def _environment() -> Environment:
 
 
 def _cell(value: Any) -> str:
-    """Text for one line of Markdown or one cell of a table, in which nothing is markup."""
+    """Return text for a line of Markdown or a table cell, with all markup escaped."""
     text = " ".join(str(value).split())
     return re.sub(r"([\\`*_\[\]<>#!|~&$])", r"\\\1", text)
 
 
 def _code(value: Any) -> str:
-    """The same, as code: a backtick or a bar has no place there."""
+    """Return text as inline code, with backticks and bars replaced."""
     return f"`{' '.join(str(value).split()).translate({ord('`'): chr(39), ord('|'): '/'})}`"
 
 
 def _fenced(value: Any) -> str:
-    """Text as a code block, whatever fences it holds itself."""
+    """Return text as a code block with a fence longer than any in the text."""
     runs: Sequence[str] = re.findall(r"`+", str(value))
     fence = "`" * max(3, 1 + max(map(len, runs), default=0))
     return f"{fence}text\n{value}\n{fence}"

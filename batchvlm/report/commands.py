@@ -47,7 +47,7 @@ def report(argv: Sequence[str]) -> ExitCode:
         images=args.images,
         input_path=args.input,
     )
-    # Beside the output where that is a folder of this machine.
+    # Next to the output if that is on this machine.
     beside = output.folder.root if output.folder.is_local else Path()
     path = args.html or beside / "report.html"
     _write(path, page)
@@ -55,7 +55,7 @@ def report(argv: Sequence[str]) -> ExitCode:
     try:
         write_card(output)
     except OutputError as error:
-        # The page may be about a folder that one can only read.
+        # The folder may be read-only.
         log.warning("no dataset card: %s", error.message)
     return ExitCode.DONE
 
@@ -117,7 +117,7 @@ def _count(text: str) -> int:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # JSON may hold half a character, as in "\ud83d": it is shown as it is written.
+        # JSON may contain lone surrogates, such as "\ud83d"; they are shown as escapes.
         path.write_bytes(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise OutputError(

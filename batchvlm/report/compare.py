@@ -1,4 +1,4 @@
-"""Two outputs of one input, row by row: agreement, changes, errors, lengths."""
+"""Compare two outputs of one input row by row: agreement, changes, errors, lengths."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ OUTCOMES = (CHANGED, ONLY_A, ONLY_B, BOTH, SAME)
 
 @dataclass(kw_only=True)
 class Side:
-    """One of the two outputs, over the rows that both have."""
+    """Counts of one of the two outputs, over the rows that both have."""
 
     num_rows: int = 0
-    """Rows in finished shards, also those that the other one lacks."""
+    """Rows in finished shards, including those that the other output lacks."""
     errors: Counter[str] = field(default_factory=Counter)
     tokens: dict[str, TokenCounts] = field(
         default_factory=lambda: {name: TokenCounts() for name in TOKENS}
@@ -47,41 +47,41 @@ class Side:
 
 @dataclass(kw_only=True)
 class Comparison:
-    """What two outputs have in common, and what not."""
+    """The result of comparing two outputs."""
 
     is_by_id: bool
-    """Matched by `id`, since the inputs differ; else by `row_index`."""
+    """Whether rows are matched by `id`, because the inputs differ, rather than by `row_index`."""
     a: Side = field(default_factory=Side)
     b: Side = field(default_factory=Side)
     outcomes: Counter[str] = field(default_factory=Counter)
     drawn: dict[str, Draw] = field(default_factory=dict)
-    """Outcome -> rows of A drawn of it."""
+    """Outcome -> rows of A that were sampled from it."""
     fields: dict[str, list[int]] = field(default_factory=dict)
-    """JSON answers: dotted path -> in how many rows both agree, of how many."""
+    """For JSON answers: dotted path -> [rows in which both agree, rows]."""
     num_json_same: int = 0
     num_json: int = 0
-    """Rows of which both have a JSON answer."""
+    """Rows with a JSON answer in both outputs."""
     rows_b: dict[int, int] = field(default_factory=dict)
-    """Matched by id: row of A that was drawn -> row of B."""
+    """If matched by id: sampled row of A -> row of B."""
 
     @property
     def num_both(self) -> int:
-        """Rows that both outputs have."""
+        """Number of rows that both outputs have."""
         return self.outcomes.total()
 
     @property
     def num_answered(self) -> int:
-        """Rows that both have answered."""
+        """Number of rows that both outputs answered."""
         return self.outcomes[SAME] + self.outcomes[CHANGED]
 
 
 def compare(a: Output, b: Output, *, num_sampled: int, seed: int = 0) -> Comparison:
-    """Go through both outputs together, in memory bounded by a chunk of rows.
+    """Compare two outputs, in memory bounded by a chunk of rows.
 
-    Where the inputs differ, rows are matched by id, and those of B are held in memory.
+    If the inputs differ, rows are matched by id, and the rows of B are all held in memory.
 
     Raises:
-        InputError: no row is in both, or an id stands for several rows.
+        InputError: no row is in both, or several rows have the same id.
         OutputError: a part cannot be read.
     """
     found = Comparison(is_by_id=a.run.identity.get("input") != b.run.identity.get("input"))
@@ -98,7 +98,7 @@ def compare(a: Output, b: Output, *, num_sampled: int, seed: int = 0) -> Compari
 
 
 class _Reader:
-    """The rows of an output in the order of `row_index`, a range at a time."""
+    """Reads the rows of an output in the order of `row_index`, one range at a time."""
 
     def __init__(self, output: Output) -> None:
         self._batches = output.batches(_COLUMNS)
@@ -107,7 +107,7 @@ class _Reader:
         self.num_rows = 0
 
     def take(self, stop: int) -> pa.Table:
-        """The rows before `stop` that were not taken yet."""
+        """Return the rows before `stop` that were not returned yet."""
         tables = [self._rest]
         while not self._is_over and (tables[-1].num_rows == 0 or _last(tables[-1]) < stop):
             batch = next(self._batches, None)
@@ -218,12 +218,12 @@ def _has_same_answer(a: pa.Table, b: pa.Table) -> npt.NDArray[np.bool_]:
 
 
 def are_same(one: Sequence[str] | None, two: Sequence[str] | None) -> bool:
-    """Whether several answers to a row are the same; of one and several, only the first counts."""
+    """Whether two lists of answers are equal; True if one is None, so that it has one answer."""
     return one is None or two is None or one == two
 
 
 def _texts(table: pa.Table) -> Any:
-    """Every answer, those of a dialog's turns and of rows with several included."""
+    """Return every answer, including dialog turns and further answers to a row."""
     first = table["generated_text"]
     if "generated_texts" not in table.column_names:
         return first.drop_null()
@@ -248,16 +248,16 @@ def _add_json(found: Comparison, a: str, b: str) -> None:
 
 
 def paired_fields(a: str | None, b: str | None) -> list[tuple[str, str, str]]:
-    """Dotted path of each field, its value in A and in B.
+    """Return the dotted path of each field, with its values in A and in B as JSON text.
 
-    One that is not there is null: a typed answer has null for every property that it leaves out.
+    A missing field counts as null, because typed answers have null for absent properties.
     """
     one, two = _json_fields(a), _json_fields(b)
     return [(name, one.get(name, "null"), two.get(name, "null")) for name in one | two]
 
 
 def _json_fields(text: str | None) -> dict[str, str]:
-    """Dotted path of each field -> its value as JSON text; a list is one value, in its order."""
+    """Return dotted path -> value as JSON text; a list is one value, whose order counts."""
     try:
         value = None if text is None else json.loads(text)
     except (ValueError, RecursionError):
@@ -274,5 +274,5 @@ def _split(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
 
 
 def drawn_rows(found: Comparison, outcomes: Sequence[str] = OUTCOMES) -> list[int]:
-    """The rows of A that were drawn, of the outcomes that are asked for, ascending."""
+    """Return the sampled rows of A with these outcomes, ascending."""
     return sorted(row for outcome in outcomes for row in found.drawn[outcome].rows)

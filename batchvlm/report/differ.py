@@ -1,4 +1,4 @@
-"""A comparison for people: a table for the terminal, and the page with the changed rows."""
+"""Show a comparison: a table for the terminal, and an HTML page with the changed rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from batchvlm.report.redact import redact, redact_all
 from batchvlm.words import printable
 
 _MAX_WORDS = 1500
-"""Of both answers; longer ones are told apart by their common beginning and end alone."""
+"""Limit for both answers together; of longer ones only the common prefix and suffix are found."""
 _NUM_FIELDS = 20
 _SORTS = (
     ("difference", "how much differs"),
@@ -42,11 +42,11 @@ _SORTS = (
     ("tokens", "A's answer tokens"),
 )
 _SHOWN_SAME = 50
-"""Rows with the same answer on the page: there is little to see."""
+"""Most rows with the same answer on the page."""
 
 
 def table(a: Output, b: Output, found: Comparison) -> str:
-    """The comparison as lines of text."""
+    """Return the comparison as text for a terminal."""
     lines = [f"A  {a.folder}  {redact(a.model)}", f"B  {b.folder}  {redact(b.model)}", ""]
     if differing := _differences(a, b):
         lines += ["what differs between the runs", *(f"  {printable(x)}" for x in differing), ""]
@@ -61,7 +61,7 @@ def table(a: Output, b: Output, found: Comparison) -> str:
         )
     ranked = _ranked_fields(found)
     if ranked:
-        # Names of fields are the model's words: no control codes for the terminal.
+        # The model generates field names: remove control characters.
         names = [printable(name) for name, _, _ in ranked[:_NUM_FIELDS]]
         width = max(map(len, names))
         lines += ["", "agreement by field, lowest first"]
@@ -81,10 +81,10 @@ def table(a: Output, b: Output, found: Comparison) -> str:
 def page(
     a: Output, b: Output, found: Comparison, *, images: bool = True, input_path: str | None = None
 ) -> str:
-    """The comparison as HTML, with rows side by side.
+    """Return the comparison as HTML, with rows side by side.
 
     Raises:
-        BatchvlmError: the plots' library is missing, or a part cannot be read.
+        BatchvlmError: matplotlib is missing, or a part cannot be read.
     """
     check_library()
     same = drawn_rows(found, [SAME])[:_SHOWN_SAME]
@@ -138,12 +138,12 @@ def page(
 
 
 def _key(a: Output, b: Output, found: Comparison) -> str:
-    """What makes a row of A and a row of B one."""
+    """Describe the key by which rows of A and B are matched."""
     if not found.is_by_id:
         return "row_index"
     if all(output.run.settings["data"]["columns"].get("id") for output in (a, b)):
         return "id (the inputs differ)"
-    # A row that was taken out of one input moves all behind it to another place.
+    # Removing a row from one input changes this key for all rows after it.
     return "id (the inputs differ), which is a row's place in its file: data.columns.id was not set"
 
 
@@ -153,7 +153,7 @@ def _ranked_fields(found: Comparison) -> list[tuple[str, int, int]]:
 
 
 def sums(a: Output, b: Output, found: Comparison) -> list[list[str]]:
-    """What each output came to: name, A, B."""
+    """Return the sums of each output as rows of a table: name, A, B."""
 
     def per_answer(side: Side, total: int) -> str:
         return f"{total / max(1, side.num_answers):,.1f}"
@@ -183,7 +183,7 @@ def sums(a: Output, b: Output, found: Comparison) -> list[list[str]]:
 
 
 def _differences(a: Output, b: Output) -> list[str]:
-    """What the two runs' answers depend on, where it differs."""
+    """Return a line for each setting in which the identities of the two runs differ."""
     one, two = redact_all(dict(a.run.identity)), redact_all(dict(b.run.identity))
     names = {"model.name": (a.model, b.model)}
     lines = [f"{n}: {redact(x)!r} -> {redact(y)!r}" for n, (x, y) in names.items() if x != y]
@@ -230,7 +230,7 @@ def _entry(a: dict[str, Any], b: dict[str, Any], asked: Asked) -> dict[str, Any]
 
 
 def _answers(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[dict[str, Any]], float]:
-    """Each answer of A beside B's, of a dialog turn by turn, and how much differs."""
+    """Return the answers of A and B in pairs (a dialog's by turn), and their mean difference."""
     texts_a, texts_b = (row.get("generated_texts") or [row["generated_text"]] for row in (a, b))
     pairs = list(zip_longest(texts_a, texts_b))
     answers = []
@@ -277,7 +277,7 @@ def _outcome(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 def _field_rows(a: str | None, b: str | None) -> list[list[str]]:
     rows = [[name, cut(one), cut(two)] for name, one, two in paired_fields(a, b)]
-    # What differs first.
+    # Fields that differ come first.
     return sorted(rows, key=lambda row: row[1] == row[2])
 
 
@@ -285,11 +285,11 @@ Parts = list[tuple[int, str]]
 
 
 def changes(a: str, b: str) -> tuple[Parts, Parts, float]:
-    """Which words differ.
+    """Compare two texts word by word.
 
     Returns:
-        Of each text its pieces in order, with 1 where a piece is not in the other one; and how much
-        differs, from 0 (nothing) to 1 (everything).
+        The pieces of each text in order, each with 1 if it is only in that text, else 0; and the
+        difference, from 0 (equal) to 1 (nothing in common).
     """
     if a == b:
         return [(0, a)], [(0, b)], 0.0
@@ -312,7 +312,7 @@ def changes(a: str, b: str) -> tuple[Parts, Parts, float]:
 
 
 def _ends(a: Sequence[str], b: Sequence[str]) -> Iterator[tuple[str, int, int, int, int]]:
-    # Comparing all words with all others would take seconds for one row.
+    # Comparing every pair of words would take seconds for one row.
     short = min(len(a), len(b))
     head = next((i for i in range(short) if a[i] != b[i]), short)
     tail = next((i for i in range(short - head) if a[-1 - i] != b[-1 - i]), short - head)

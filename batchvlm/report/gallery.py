@@ -1,4 +1,4 @@
-"""Sampled rows as the page shows them: plain JSON values, nothing longer than a page can bear."""
+"""Sampled rows for the page's script: plain JSON values of limited length."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from batchvlm.report.totals import leaves
 from batchvlm.words import number_of
 
 MAX_CHARS = 20_000
-"""Of one text; a longer one is cut, and says so."""
+"""Limit of one text; a longer one is cut and ends with a note."""
 _MAX_FIELDS = 60
-# Opening these again might hang or kill this process too.
+# Opening the images of these rows again might hang or kill this process, too.
 _UNSAFE = {ErrorType.TIMEOUT, ErrorType.PREPROCESS}
 
 _COLUMNS = (
@@ -28,7 +28,7 @@ _COLUMNS = (
 
 
 def read_rows(output: Output, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """The output's columns of some rows.
+    """Read some rows of an output.
 
     Args:
         rows: row indices, ascending.
@@ -51,10 +51,10 @@ def read_rows(output: Output, rows: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def gallery(output: Output, rows: Sequence[int], inputs: Inputs, *, images: bool) -> list[Any]:
-    """The rows for the page's script, with what they asked.
+    """Return the rows for the page's script, with their prompts.
 
     Args:
-        images: whether thumbnails are made.
+        images: whether to make thumbnails.
     """
     found = read_rows(output, rows)
     asked = inputs.read(
@@ -96,7 +96,7 @@ def _entry(row: dict[str, Any], asked: Asked, images: bool) -> dict[str, Any]:
 
 
 def fields_of(parsed: str | None) -> list[list[str]]:
-    """Dotted path and value of each field of a JSON answer; a list's items are numbered."""
+    """Return the dotted path and value of each field of a JSON answer; list items are numbered."""
     if parsed is None:
         return []
     try:
@@ -113,7 +113,7 @@ def fields_of(parsed: str | None) -> list[list[str]]:
 
 
 def cut(text: str) -> str:
-    """The text, or its beginning and how long it is."""
+    """Return the text, or if it is too long its start and its length."""
     if len(text) <= MAX_CHARS:
         return text
     return f"{text[:MAX_CHARS]}\n[... {len(text):,} characters in all]"

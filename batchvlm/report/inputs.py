@@ -1,4 +1,4 @@
-"""The input behind sampled rows: the prompt that was asked, and thumbnails of its images."""
+"""Read sampled rows of the input again: their prompts and thumbnails of their images."""
 
 from __future__ import annotations
 
@@ -22,64 +22,60 @@ from batchvlm.report.redact import redact
 from batchvlm.sources import Source, open_source
 
 _THUMBNAIL_PIXELS = 224
-"""Longest side: sharp on a dense screen at half the size."""
+"""Longest side of a thumbnail, which is shown at half the size to be sharp on dense screens."""
 _MAX_THUMBNAILS = 4
-"""Of one row."""
+"""Most thumbnails of one row."""
 _MAX_PIXELS = (2 * _THUMBNAIL_PIXELS) ** 2
-"""A large JPEG is decoded at about this size, for a fraction of the work."""
+"""Large JPEGs are decoded at about this size, which is much faster."""
 _CHUNK_ROWS = 64
 _FORMAT = "WEBP" if features.check("webp") else "JPEG"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What one row asked."""
+    """The prompt and images of one row."""
 
     prompt: str | None = None
     thumbnails: Sequence[str] = ()
     """`data:` URIs."""
     num_images: int = 0
     note: str = ""
-    """Why something is missing; one line."""
+    """Why something is missing, in one line; "" if nothing is."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The input of a run, where it is still there.
-
-    Args:
-        path: takes the place of `data.path`.
-    """
+    """The input of a run, if it can still be read."""
 
     run: RunFile
     cfg: JobConfig
     problem: str = ""
-    """Why the input cannot be shown; one line."""
+    """Why the input cannot be shown, in one line; "" if it can."""
     _source: Source | None = None
     _prompts: PromptBuilder | None = field(default=None)
 
     def read(self, rows: Sequence[int], *, with_images: Sequence[bool]) -> Iterator[Asked]:
-        """What each of the rows asked, in the same order.
+        """Yield the prompt and images of each row, in the same order.
 
         Args:
             rows: row indices, ascending.
-            with_images: of each row, whether its images may be opened.
+            with_images: for each row, whether its images may be opened.
         """
         if self._source is None or self._prompts is None:
             yield from (Asked(note=self.problem) for _ in rows)
             return
         with ThreadPoolExecutor(4) as threads:
-            # A chunk's images are in memory at once, and no more.
+            # Only the images of one chunk are in memory at once.
             for start in range(0, len(rows), _CHUNK_ROWS):
                 records = [self._record(row) for row in rows[start : start + _CHUNK_ROWS]]
                 wanted = with_images[start : start + _CHUNK_ROWS]
                 yield from threads.map(self._ask, records, wanted)
 
     def _record(self, row: int) -> Record | str:
-        """The input's row, or why there is none."""
+        """Return the input's row, or why it cannot be read."""
         assert self._source is not None and self._prompts is not None
         shard = _shard_of(self.run.plan, row)
-        # A shard of one row: neighbours in a file are found by reading on.
+        # A shard of one row; the source reads on from one row to the next in a file.
         alone = replace(
             shard,
             first_row=shard.first_row + row - shard.first_row_index,
@@ -88,7 +84,7 @@ class Inputs:
         )
         try:
             return next(iter(self._source.read_shard(alone, list(self._prompts.needed_columns()))))
-        except Exception as error:  # each format and file system raises errors of its own
+        except Exception as error:  # each format and file system has its own errors
             return f"the input row cannot be read: {type(error).__name__}"
 
     def _ask(self, record: Record | str, is_wanted: bool) -> Asked:
@@ -136,10 +132,10 @@ class Inputs:
 
 
 def open_inputs(run: RunFile, cfg: JobConfig, *, path: str | None = None) -> Inputs:
-    """Open the input that a run has read. Never fails: an `Inputs` says what is the matter.
+    """Open the input that a run has read. Never raises: `Inputs.problem` has the error.
 
     Args:
-        path: where the input is now; None: where it was.
+        path: the input's present path, in place of `data.path`; None if it has not moved.
     """
     if path is not None:
         cfg = replace(cfg, data=replace(cfg.data, path=path))
@@ -149,7 +145,7 @@ def open_inputs(run: RunFile, cfg: JobConfig, *, path: str | None = None) -> Inp
         found = input_identity(source.files(list(prompts.needed_columns())))
     except BatchvlmError as error:
         return Inputs(run, cfg, f"the input is not there any more: {redact(error.message)}")
-    except Exception as error:  # each file system raises errors of its own
+    except Exception as error:  # each file system has its own errors
         return Inputs(run, cfg, f"the input cannot be opened: {type(error).__name__}")
     if found != run.identity.get("input"):
         return Inputs(run, cfg, f"{redact(cfg.data.path)} is not what the run has read any more")
@@ -165,7 +161,7 @@ def _shard_of(plan: Sequence[Shard], row: int) -> Shard:
 
 
 def _text_of(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The messages as text, image slots in brackets; roles where there are several."""
+    """Return messages as text, with numbered image slots; with roles if there are several."""
     parts: list[str] = []
     num_images = 0
     for message in messages:

@@ -1,4 +1,4 @@
-"""An output folder as read back: its run, its parts column by column, its processes' counts."""
+"""Read an output folder: its run, columns of its parts, and the counts of its processes."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _BATCH_ROWS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """A folder that a run has written, or is writing."""
+    """A folder that a run has written or is writing."""
 
     folder: OutputFolder
     run: RunFile
     parts: Sequence[Path]
-    """In input order."""
+    """The parts, in input order."""
     schema: pa.Schema
-    """Of the parts; empty where there is none yet."""
+    """Schema of the parts, with `parsed` as text; empty if there is no part yet."""
 
     @property
     def num_planned(self) -> int:
-        """Rows of the input."""
+        """Number of rows of the input."""
         return sum(shard.num_rows for shard in self.run.plan)
 
     @property
@@ -51,13 +51,14 @@ class Output:
         *,
         wants_group: Callable[[int, int], bool] = lambda low, high: True,
     ) -> Iterator[pa.RecordBatch]:
-        """The rows of every part in input order, a bounded number at a time.
+        """Yield the rows of every part in input order, in batches of bounded size.
 
-        Typed answers, `parsed`, come as JSON text.
+        Typed answers in `parsed` are converted to JSON text.
 
         Args:
-            columns: those that the parts lack are left out.
-            wants_group: lowest and highest `row_index` of a row group -> whether to read it.
+            columns: columns to read; those that the parts lack are left out.
+            wants_group: called with the lowest and highest `row_index` of a row group; returns
+                whether to read it.
 
         Raises:
             OutputError: a part cannot be read.
@@ -84,9 +85,9 @@ def open_output(root: str | Path) -> Output:
     """Open the folder that `output.dir` named.
 
     Raises:
-        InputError: no run has written it.
-        ConfigError: a newer release has.
-        OutputError: it cannot be read, or holds a part of another run.
+        InputError: the folder holds no run.
+        ConfigError: the run is of a newer release.
+        OutputError: the folder cannot be read, or holds a part of another plan.
     """
     folder = OutputFolder(root)
     run = open_run(folder)
@@ -132,7 +133,7 @@ def _row_range(group: Any) -> tuple[int, int]:
 
 
 def job_config(run: RunFile) -> JobConfig:
-    """The job's settings; those of another release have this one's defaults where they lack any."""
+    """Return the job's settings; those that its release lacked have this release's defaults."""
     return _build(JobConfig, run.settings)
 
 
@@ -156,7 +157,7 @@ def _build(cls: type[T], values: Mapping[str, Any]) -> T:
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """What one process of the job counted."""
+    """The counts of one process of the job."""
 
     name: str
     num_rows: int
@@ -168,7 +169,10 @@ class Process:
 
 
 def read_processes(folder: OutputFolder) -> list[Process]:
-    """The counts of every process, by name; of a killed one, those of its time line."""
+    """Return the counts of every process, sorted by name.
+
+    A killed process has those of the last line of its time line.
+    """
     found: dict[str, Mapping[str, Any]] = {}
     paths = [path for path, _ in folder.written(folder.metrics)]
     for path in paths:
@@ -186,7 +190,7 @@ def read_processes(folder: OutputFolder) -> list[Process]:
 
 
 def read_lines(folder: OutputFolder, path: Path) -> list[Mapping[str, Any]]:
-    """The whole lines of a time line; a torn one is left out."""
+    """Return the lines of a time line, without incomplete ones."""
     lines: list[Mapping[str, Any]] = []
     try:
         for line in (folder.read_bytes(path) or b"").splitlines():
@@ -202,7 +206,7 @@ def read_lines(folder: OutputFolder, path: Path) -> list[Mapping[str, Any]]:
 
 
 def number(counts: Mapping[str, Any], name: str) -> float:
-    """A count, 0 where it is missing or none."""
+    """Return a count; 0 if it is missing or not a number."""
     value = counts.get(name)
     return float(value) if isinstance(value, int | float) else 0.0
 

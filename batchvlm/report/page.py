@@ -1,8 +1,7 @@
-"""One HTML file that needs nothing else: styles, script and data within, and no way out.
+"""A self-contained HTML file with inline styles, script and data, which loads nothing.
 
-Everything that comes from the data is escaped by Jinja2 or travels as JSON, which the script only
-ever puts into the page as text. The policy in the head lets the browser run this script and no
-other, and load nothing from anywhere.
+All data is escaped by Jinja2, or embedded as JSON that the script inserts as text only. The content
+security policy in the head allows this script and no other, and no requests.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, **context: Any) -> str:
-    """Fill in a template of this folder."""
+    """Render a template with the page's style, script and security policy."""
     style, script = _asset("page.css"), _asset("page.js")
     policy = "; ".join(
         (
@@ -49,7 +48,7 @@ def render(template: str, **context: Any) -> str:
 
 
 def embed(value: Any) -> Markup:
-    """JSON for a `<script type="application/json">`, in which nothing ends the element."""
+    """Return JSON for a `<script type="application/json">` that cannot end the element."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     for char in "<>&":
         text = text.replace(char, f"\\u{ord(char):04x}")
@@ -81,7 +80,7 @@ def _environment() -> Environment:
 
 
 def share(part: float, whole: float) -> str:
-    """A percentage that is 0% or 100% only where it is exactly that."""
+    """Return a percentage; it is "0%" or "100%" only if that is exact, or if `whole` is 0."""
     if not whole:
         return "0%"
     value = 100 * part / whole

@@ -1,6 +1,7 @@
-"""Distributions and curves as inline SVG, drawn by matplotlib, coloured by the page.
+"""Distributions and curves as inline SVG, drawn by matplotlib.
 
-Text stays text, and colours are the page's own: one drawing serves light and dark.
+Text stays text, and colours are variables of the page's style sheet, so one drawing serves the
+light and the dark theme.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from batchvlm.report.totals import Latencies, TokenCounts
 
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
-# Stand-ins that matplotlib draws with; the page's style sheet knows what they are.
+# Placeholder colours for matplotlib, each replaced by a variable of the page's style sheet.
 _COLORS = {
     "#010101": "var(--ink-soft)",
     "#020202": "var(--grid)",
@@ -31,7 +32,7 @@ _COLORS = {
     "#050505": "var(--error)",
 }
 _INK, _GRID, _FIRST, _SECOND, _ERROR = _COLORS
-# Presentation attributes that a style attribute may become: the page allows no inline styles.
+# Properties that are moved from style attributes to SVG attributes: the page forbids inline styles.
 _KEPT = (
     *("fill", "stroke", "stroke-width", "opacity", "fill-opacity", "stroke-opacity"),
     *("stroke-dasharray", "stroke-dashoffset", "stroke-linejoin", "stroke-linecap"),
@@ -43,25 +44,25 @@ Floats = npt.NDArray[np.float64]
 
 
 class MissingLibraryError(BatchvlmError):
-    """The plots' library is not installed."""
+    """matplotlib is not installed."""
 
     exit_code = ExitCode.USAGE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A drawing, and the same as numbers."""
+    """A drawing and its data as a table."""
 
     title: str
     note: str
-    """A sentence on what it shows."""
+    """A sentence that explains the plot."""
     svg: Markup
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
 def check_library() -> None:
-    """Look whether the plots can be drawn.
+    """Check that plots can be drawn.
 
     Raises:
         MissingLibraryError: matplotlib is not installed.
@@ -76,7 +77,7 @@ def check_library() -> None:
 
 
 def curve_plots(line: TimeLine) -> list[Plot]:
-    """Rows, tokens and waits over the running time."""
+    """Plot rows, tokens and waiting over the running time."""
     scale, unit = _time_unit(line.active_s)
     edges = line.edges_s / scale
     centers = (edges[:-1] + edges[1:]) / 2
@@ -134,7 +135,7 @@ def curve_plots(line: TimeLine) -> list[Plot]:
 
 
 def token_plot(title: str, counts: TokenCounts) -> Plot:
-    """How many rows have how many tokens."""
+    """Plot the distribution of the number of tokens of a row."""
     high = counts.max
     cut = counts.quantile(0.995)
     num_above = 0
@@ -160,7 +161,7 @@ def token_plot(title: str, counts: TokenCounts) -> Plot:
 
 
 def latency_plot(latencies: Latencies) -> Plot:
-    """How many rows took how long."""
+    """Plot the distribution of latencies."""
     used = np.flatnonzero(latencies.counts)
     low, high = int(used[0]), int(used[-1]) + 1
     step = max(1, -(-(high - low) // _MAX_BINS))
@@ -180,7 +181,7 @@ def latency_plot(latencies: Latencies) -> Plot:
 
 
 def paired_plot(title: str, first: TokenCounts, second: TokenCounts) -> Plot:
-    """Two distributions of tokens over one another: A and B."""
+    """Plot two distributions of tokens, A and B, in one drawing."""
     low = min(int(np.flatnonzero(c.counts)[0]) for c in (first, second))
     high = max(c.quantile(0.995) for c in (first, second))
     step = max(1, -(-(high - low + 1) // _MAX_BINS))
@@ -267,7 +268,7 @@ def _draw(draw: Callable[[Any], None], title: str) -> Markup:
         "grid.linewidth": 0.8,
     }
     with matplotlib.rc_context(settings):
-        # In points: about as wide as a phone, so that text is as large there as on a desk.
+        # 5 x 2.7 inches: about as wide as a phone, so that text has the same size everywhere.
         figure = Figure(figsize=(5.0, 2.7), layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
@@ -286,7 +287,7 @@ def _draw(draw: Callable[[Any], None], title: str) -> Markup:
 
 
 def _adapt(svg: bytes, name: str) -> Markup:
-    """The drawing for a page: its ids unique there, its colours the page's, no inline styles."""
+    """Adapt a drawing to the page: unique ids, the page's colours, no inline styles."""
     ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
     root = ElementTree.fromstring(svg)
     for child in list(root):
@@ -310,14 +311,14 @@ def _adapt(svg: bytes, name: str) -> Markup:
                 element.set(key, colored.replace("url(#", f"url(#{name}-"))
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
-    # The drawing has its title and its numbers beside it.
+    # Screen readers get the title and the table instead.
     root.set("aria-hidden", "true")
     root.set("focusable", "false")
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def seconds(value_s: float) -> str:
-    """A time to three digits, in a unit that fits."""
+    """Return a time with three digits in ms, s, min or h."""
     if value_s < 1:
         return f"{1000 * value_s:.3g} ms"
     scale, unit = _time_unit(value_s)

@@ -1,11 +1,11 @@
-"""Settings without passwords: what is shown to people may be passed on."""
+"""Remove passwords from settings and texts that are shown, because reports may be published."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-# User and password, which may hold a slash; the query and the fragment, where signatures are.
+# User and password (which may contain a slash), query and fragment (which may hold signatures).
 _URL = re.compile(
     r"([A-Za-z][A-Za-z0-9+.-]*://)"
     r"(?:[^\s'\"/@:]*:[^\s'\"@]*@|[^\s'\"/?#@]*@)?"
@@ -16,12 +16,12 @@ _SECRET = re.compile(r"token$|secret|passw|credential|api_?key|access_?key|autho
 
 
 def redact(text: str) -> str:
-    """The text without the passwords and the signatures in its URLs, and without Hub tokens."""
+    """Return the text without user, password, query and fragment of URLs, and Hub tokens."""
     return _TOKEN.sub("hf_***", _URL.sub(r"\1\2", text))
 
 
 def redact_all(value: Any, name: str = "") -> Any:
-    """The same for every text in nested settings; one whose name says secret is hidden whole."""
+    """Redact every text in nested settings; replace the value of settings named like a secret."""
     match value:
         case str() if value and _SECRET.search(name):
             return "***"

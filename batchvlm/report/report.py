@@ -1,4 +1,4 @@
-"""`batchvlm report`: an output folder as one HTML page."""
+"""`batchvlm report`: one HTML page about an output folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from batchvlm.words import counted, number_of
 
 _NUM_VALUES = 10
 _FREQUENT = 0.005
-"""Share of the rows that an answer must have for a list of frequent answers."""
+"""Answers are only listed if the most frequent one has at least this share of them."""
 _TITLES = {
     "prompt_tokens": "Prompt tokens",
     "image_tokens": "Image tokens",
@@ -48,14 +48,14 @@ _SORTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ValueTable:
-    """The most frequent values of something."""
+    """A table of values with their counts or shares."""
 
     title: str
     note: str
     counts: Sequence[tuple[str, float]]
     num: float
     is_share: bool = False
-    """Told as percentages, not as counts."""
+    """Whether `counts` are shown as percentages of `num`."""
 
 
 def report(
@@ -67,17 +67,17 @@ def report(
     images: bool = True,
     input_path: str | None = None,
 ) -> str:
-    """The page, as HTML.
+    """Return the page as HTML.
 
     Args:
-        num_sampled: rows drawn of all.
-        num_failed: rows with an error that are shown at most.
-        seed: decides which rows are drawn.
-        images: whether thumbnails are made.
-        input_path: where the input is now; None: where it was.
+        num_sampled: number of rows to sample from all.
+        num_failed: number of rows to sample from those with an error.
+        seed: seed of the samples.
+        images: whether to make thumbnails.
+        input_path: the input's present path, in place of `data.path`; None if it has not moved.
 
     Raises:
-        BatchvlmError: the plots' library is missing, or a part cannot be read.
+        BatchvlmError: matplotlib is missing, or a part cannot be read.
     """
     check_library()
     cfg = job_config(output.run)
@@ -123,7 +123,7 @@ def report(
 
 
 def _prompt_of(cfg: JobConfig) -> tuple[str, str]:
-    """What was asked, with a heading for it."""
+    """Return a heading and the source of the prompts: a column or the template."""
     if cfg.data.columns.messages:
         return "Messages from column", cfg.data.columns.messages
     if cfg.data.columns.turns:
@@ -132,12 +132,12 @@ def _prompt_of(cfg: JobConfig) -> tuple[str, str]:
 
 
 def now() -> str:
-    """The time for people, in UTC."""
+    """Return the current time in UTC, to the minute."""
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def flat_settings(output: Output) -> list[tuple[str, str]]:
-    """Every setting with its dotted name, without passwords."""
+    """Return every setting with its dotted name; passwords are removed."""
     return list(_flat(redact_all(dict(output.run.settings)), ""))
 
 
@@ -202,7 +202,7 @@ def _facts(
 
 
 def _work(processes: Sequence[Process]) -> ValueTable | None:
-    """Where the time of the processes went."""
+    """Return how the processes' time is divided; None if no process has recorded any."""
     run_s = sum(p.run_s for p in processes)
     if not run_s:
         return None
@@ -250,7 +250,7 @@ def _answers(totals: Totals) -> Iterator[ValueTable]:
     for name, values in totals.fields.items():
         yield _value_table(name, values)
     answers = totals.answers
-    # Texts that hardly ever repeat say nothing as a list; JSON is told field by field.
+    # A list of texts that rarely repeat is useless; JSON answers are listed by field.
     top = answers.most_common(1)[0][1] if answers.counts else 0
     if not totals.fields and top >= max(2, _FREQUENT * answers.num):
         yield _value_table("Most frequent answers", answers)

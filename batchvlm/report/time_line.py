@@ -1,4 +1,4 @@
-"""Counts over time, of all processes together, from the lines that each of them left."""
+"""Rates over time, summed over all processes, from the time line that each of them wrote."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batchvlm.report.outputs import number, read_lines
 
 _MAX_BINS = 60
 _PAUSE_S = 120.0
-"""No process for longer than this: a pause between two runs, and not one loading a model."""
+"""A longer time without any process is a pause between two runs, not the loading of a model."""
 _NAMES = ("num_rows", "num_errors", "completion_tokens", "wait_s")
 
 Floats = npt.NDArray[np.float64]
@@ -22,21 +22,22 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class TimeLine:
-    """Rates over the time in which the job was running; pauses between two runs are cut out."""
+    """Rates over the running time of the job, which excludes pauses between runs."""
 
     edges_s: Floats
     """[N + 1] seconds of running time."""
     rows_per_s: Floats
-    """[N], of all processes."""
+    """[N], summed over all processes."""
     errors_per_s: Floats
     tokens_per_s: Floats
     wait_share: Floats
     """[N] share of the processes' time spent waiting for data, 0 to 1."""
     resumes_s: Sequence[float]
-    """Where the job went on after a pause, in running time."""
+    """The running times at which the job continued after a pause."""
     start_s: float
-    """Seconds since 1970."""
+    """Start in seconds since 1970."""
     end_s: float
+    """End in seconds since 1970."""
 
     @property
     def active_s(self) -> float:
@@ -44,22 +45,26 @@ class TimeLine:
 
 
 def read_time_line(folder: OutputFolder) -> TimeLine | None:
-    """The time line of a folder; None where no process left one, or none of any length."""
+    """Return the time line of a folder; None if no process wrote one of more than one line."""
     paths = [path for path, _ in folder.written(folder.metrics) if path.suffix == ".jsonl"]
     processes = [_counts(read_lines(folder, path)) for path in paths]
     return merge([process for process in processes if len(process) > 1])
 
 
 def _counts(lines: Sequence[Any]) -> Floats:
-    """[L, 5]: time, and the counts up to then."""
+    """Return an array [L, 5]: time and cumulative counts."""
     rows = [[number(line, "time_s"), *(number(line, name) for name in _NAMES)] for line in lines]
     table = np.array(rows, dtype=np.float64).reshape(-1, 1 + len(_NAMES))
-    # A clock that was set back would make rates negative.
+    # If the clock was set back, rates would be negative.
     return np.maximum.accumulate(table, axis=0)
 
 
 def merge(processes: Sequence[Floats]) -> TimeLine | None:
-    """Add up processes, each an array [L, 5] of times and growing counts."""
+    """Sum processes, each an array [L, 5] of times and cumulative counts.
+
+    Returns:
+        None if there are none, or if the running time is 0.
+    """
     if not processes:
         return None
     starts_s, active = _spans(processes)
@@ -91,9 +96,10 @@ def merge(processes: Sequence[Floats]) -> TimeLine | None:
 
 
 def _spans(processes: Sequence[Floats]) -> tuple[Floats, Floats]:
-    """Knots of wall-clock time, two for each span in which a process ran, and of running time.
+    """Return wall-clock times and the corresponding running times, for interpolation.
 
-    A process that hangs is running: the hours in which it got nowhere shall be seen.
+    There are two of each for every span in which a process ran. A process that hangs counts as
+    running, so that the lost hours are visible.
     """
     spans: list[list[float]] = []
     for first, last in sorted((process[0, 0], process[-1, 0]) for process in processes):

@@ -1,4 +1,4 @@
-"""One pass over every row of an output: counts, distributions, frequent values, a sample."""
+"""Count every row of an output in one pass: totals, distributions, frequent values, a sample."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from batchvlm.report.outputs import Output
 
 _MAX_VALUES = 5000
-"""Distinct values kept of one field, or of all answers."""
+"""Most distinct values that are counted for one field, or for all answers."""
 _MAX_FIELDS = 40
 _MAX_DEPTH = 8
 _MAX_VALUE_CHARS = 160
@@ -36,7 +36,7 @@ TOKENS = ("prompt_tokens", "image_tokens", "completion_tokens")
 
 
 class TokenCounts:
-    """How often each number of tokens came up, in memory bounded by the largest number."""
+    """A histogram of numbers of tokens; memory depends on the largest number."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(1, dtype=np.int64)
@@ -63,12 +63,12 @@ class TokenCounts:
         return len(self.counts) - 1
 
     def quantile(self, q: float) -> int:
-        """The smallest number that a share `q` of the rows does not exceed."""
+        """Return the smallest number that a share `q` of the rows does not exceed."""
         return int(np.searchsorted(np.cumsum(self.counts), max(1, q * self.num)))
 
 
 class Latencies:
-    """Seconds, counted in bins that are 6% wide."""
+    """A histogram of seconds, with bins that are 6% wide."""
 
     def __init__(self) -> None:
         self.edges_s = np.logspace(_LOG_LOW, _LOG_HIGH, (_LOG_HIGH - _LOG_LOW) * _PER_DECADE + 1)
@@ -83,21 +83,21 @@ class Latencies:
         return int(self.counts.sum())
 
     def quantile(self, q: float) -> float:
-        """Seconds that a share `q` of the rows does not exceed, to 6%."""
+        """Return the seconds that a share `q` of the rows does not exceed, to within 6%."""
         place = int(np.searchsorted(np.cumsum(self.counts), max(1, q * self.num)))
         return float(self.edges_s[min(place + 1, len(self.edges_s) - 1)])
 
 
 @dataclass
 class Values:
-    """Frequent values; those that first came up when it was full are counted together."""
+    """Counts of values; values that are new once `_MAX_VALUES` are known are counted together."""
 
     counts: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """By the beginning, which is shown, and a hash of the whole."""
+    """Counts by the start of the value, which is shown, and a hash if the value is longer."""
     num: int = 0
     num_others: int = 0
     numbers: int = 0
-    """How many are numbers, and of these: """
+    """How many values are numbers; the fields below are their sum, minimum and maximum."""
     total: float = 0.0
     low: float = float("inf")
     high: float = float("-inf")
@@ -117,7 +117,7 @@ class Values:
         self.low, self.high = min(self.low, value), max(self.high, value)
 
     def most_common(self, num: int) -> list[tuple[str, int]]:
-        """The beginnings of the most frequent values, and how often each value came up."""
+        """Return the starts of the most frequent values, with the count of each value."""
         return [(shown, count) for (shown, _), count in self.counts.most_common(num)]
 
     @property
@@ -126,7 +126,7 @@ class Values:
 
 
 class Draw:
-    """`size` row indices drawn at random of all that are shown to it, the same for one seed."""
+    """A random sample of at most `size` of the row indices added; the seed determines it."""
 
     def __init__(self, size: int, seed: int) -> None:
         self._size = size
@@ -135,7 +135,7 @@ class Draw:
         self._rows = np.zeros(0, dtype=np.int64)
 
     def add(self, rows: npt.NDArray[np.int64]) -> None:
-        """Keep the rows whose keys are smallest: a row's key is its own, whatever comes with it."""
+        """Keep the rows with the smallest keys; a key depends on the row and the seed alone."""
         keys = np.concatenate([self._keys, _mix(rows.astype(np.uint64) + self._salt)])
         rows = np.concatenate([self._rows, rows])
         if len(rows) > self._size:
@@ -157,7 +157,7 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(kw_only=True)
 class Totals:
-    """What all rows come to."""
+    """Counts over all rows; see `read_totals`."""
 
     sample: Draw
     failed: Draw
@@ -167,10 +167,10 @@ class Totals:
     num_retried: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    """Of each error type some ids with their messages, each message once."""
+    """For each error type some (id, message) pairs, each message once."""
     finish_reasons: Counter[str] = field(default_factory=Counter)
     constraints: Counter[str] = field(default_factory=Counter)
-    """How far answers were held to their form."""
+    """Rows by how strictly decoding enforced the form."""
     run_ids: set[str] = field(default_factory=set)
     tokens: dict[str, TokenCounts] = field(
         default_factory=lambda: {name: TokenCounts() for name in TOKENS}
@@ -178,7 +178,7 @@ class Totals:
     latencies: Latencies = field(default_factory=Latencies)
     answers: Values = field(default_factory=Values)
     fields: dict[str, Values] = field(default_factory=dict)
-    """JSON answers: dotted path -> its values."""
+    """For JSON answers: dotted path -> its values."""
     has_more_fields: bool = False
 
     @property
@@ -187,12 +187,12 @@ class Totals:
 
 
 def read_totals(output: Output, *, num_sampled: int, num_failed: int, seed: int) -> Totals:
-    """Go through the whole output once, in bounded memory.
+    """Read the whole output once, in bounded memory.
 
     Args:
-        num_sampled: rows drawn of all.
-        num_failed: rows drawn of those with an error.
-        seed: decides which; the same rows for the same seed.
+        num_sampled: number of rows to sample from all.
+        num_failed: number of rows to sample from those with an error.
+        seed: seed of both samples.
 
     Raises:
         OutputError: a part cannot be read.
@@ -219,7 +219,7 @@ def _add(totals: Totals, batch: Any) -> None:
         (totals.finish_reasons, "finish_reason"),
         (totals.constraints, "constraint"),
     ):
-        if name in batch.schema.names:  # not every task has the last
+        if name in batch.schema.names:  # only some tasks have `constraint`
             counts.update(dict(_value_counts(batch.column(name))))
     for name, tokens in totals.tokens.items():
         tokens.add(batch.column(name).drop_null().to_numpy(zero_copy_only=False))
@@ -259,7 +259,7 @@ def _add_fields(totals: Totals, text: str) -> None:
         values = totals.fields.setdefault(path, Values())
         values.add(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # JSON has integers beyond every float.
+        # JSON integers can be larger than any float.
         if is_number and abs(value) <= sys.float_info.max:
             values.add_number(value)
 
@@ -267,9 +267,9 @@ def _add_fields(totals: Totals, text: str) -> None:
 def leaves(
     value: Any, path: str = "", depth: int = 0, *, numbered: bool = False
 ) -> Iterator[tuple[str, Any]]:
-    """The values of a JSON document with their dotted paths.
+    """Yield the values of a JSON document with their dotted paths.
 
-    A list's items share one path, `a[]`, unless they are to be numbered: `a[0]`.
+    List items share one path, `a[]`, unless `numbered`: `a[0]`.
     """
     if depth < _MAX_DEPTH and isinstance(value, dict) and value:
         for name, item in value.items():
