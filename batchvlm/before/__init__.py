@@ -1,1 +1,1 @@
-"""What a person sees before a job: `batchvlm plan` and `batchvlm preview`."""
+"""Commands to run before a job: `batchvlm plan` and `batchvlm preview`."""

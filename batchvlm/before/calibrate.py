@@ -1,4 +1,4 @@
-"""A few real rows answered, to know how long all of them will take."""
+"""Measure speed by answering some rows, to estimate how long all of them will take."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from batchvlm.runtime.ranks import find_rank
 _WARM_UP_ROWS = 4
 _FIRST_ROWS = 16
 _ENOUGH_S = 8.0
-"""A trial that takes this long is the last; the next would have four times as many rows."""
+"""A trial of at least this many seconds is the last; the next would have four times the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What was measured, for one process on one device."""
+    """Measurements of the last and longest trial, for one process on one device."""
 
     row_indices: tuple[int, ...]
-    """Of the rows that were answered in the last and longest trial."""
+    """Indices of its rows that could be prepared."""
     load_s: float
+    """Seconds to load the model."""
     run_s: float
+    """Seconds in the engine."""
     run_cpu_s: float
-    """Of this process's threads, in these seconds."""
+    """CPU seconds of this process while in the engine."""
     prepare_s: float
     """Seconds of one core to prepare these rows."""
     prompt_tokens: int
     completion_tokens: int
-    """Of these rows: of every turn of a dialog, and of every answer."""
+    """Tokens of all answers to these rows and of all turns of dialogs."""
 
     @property
     def num_rows(self) -> int:
@@ -47,11 +49,11 @@ class Speed:
 
 
 def calibrate(job: Job, records: Sequence[Record], *, engine: Engine | None = None) -> Speed:
-    """Answer rows in trials of growing size, until one took long enough to be told by.
+    """Answer rows in trials of growing size, until one took at least `_ENOUGH_S`.
 
     Args:
-        records: rows that stand for all of them; the fewer that fail, the better.
-        engine: takes the place of the model that the configuration names.
+        records: rows that represent the input, ideally without failures.
+        engine: used in place of the model that the configuration names.
 
     Raises:
         InputError: none of the rows can be prepared.
@@ -64,7 +66,7 @@ def calibrate(job: Job, records: Sequence[Record], *, engine: Engine | None = No
     )
     load_s = time.perf_counter() - start_s
     num_rows = _FIRST_ROWS
-    # Rows of a trial shall be from all over the input.
+    # Shuffled, so that the rows of a trial are from the whole input.
     records = random.Random(0).sample(records, len(records))
     warm_up, _ = _prepare(preprocessor, records[:_WARM_UP_ROWS])
     if not warm_up:
@@ -83,7 +85,7 @@ def calibrate(job: Job, records: Sequence[Record], *, engine: Engine | None = No
 def _answer(
     preprocessor: Preprocessor, engine: Engine, records: Sequence[Record], *, load_s: float
 ) -> Speed:
-    """Answer rows, dialogs to their last turn."""
+    """Answer rows, including every turn of dialogs, and measure the time."""
     samples, prepare_s = _prepare(preprocessor, records)
     row_indices = tuple(sample.row_index for sample in samples)
     run_s = run_cpu_s = 0.0

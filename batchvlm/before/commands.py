@@ -10,7 +10,7 @@ from batchvlm.arguments import Parser
 from batchvlm.config import JobConfig
 
 Command = tuple[Callable[[JobConfig], None], list[str]]
-"""What to do with the settings, and the command line that makes them."""
+"""What to do with the job's settings, and the command line arguments that they are made from."""
 
 
 def plan(argv: Sequence[str]) -> Command:

@@ -1,4 +1,4 @@
-"""Rows of the input that stand for all of it."""
+"""Read sample rows that represent the input."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from batchvlm.records import Record, Shard
 
 _NUM_PLACES = 20
 _MAX_STREAMED = 1000
-"""Rows of a stream among which a preview draws."""
+"""Rows at the start of a stream from which a preview samples."""
 _MAX_S = 20.0
-"""Whatever the input lies on, a plan is there in seconds."""
+"""Limit for reading the rows of a plan, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Rows that were read."""
+    """Sample rows of the input."""
 
     records: Sequence[Record]
     num_rows: int
-    """Of the whole input."""
+    """Rows of the whole input."""
     num_places: int
-    """Stretches of neighbouring rows that they are from."""
+    """Number of ranges of adjacent rows that the records are from."""
 
     @property
     def is_all(self) -> bool:
@@ -36,10 +36,10 @@ class Drawn:
 
 
 def spread(plan: Sequence[Shard], num_rows: int) -> list[Shard]:
-    """Stretches of rows, evenly spread over the input, about `num_rows` in sum.
+    """Return ranges of rows that are evenly spread over the input, about `num_rows` in sum.
 
-    Where there are many shards a stretch begins where a shard does: a Parquet file is read from
-    the beginning of a row group.
+    If there are at least as many shards as ranges, ranges start at the start of a shard, because
+    Parquet files are read from the start of a row group.
     """
     total = sum(shard.num_rows for shard in plan)
     if total <= num_rows:
@@ -54,7 +54,7 @@ def spread(plan: Sequence[Shard], num_rows: int) -> list[Shard]:
         if len(plan) < num_places:
             first = min(at - shard.first_row_index, max(0, shard.num_rows - width))
         start = shard.first_row_index + first
-        if pieces:  # never into the one before
+        if pieces:  # ranges must not overlap
             start = max(start, pieces[-1].first_row_index + pieces[-1].num_rows)
         first = start - shard.first_row_index
         if first < shard.num_rows:
@@ -63,12 +63,12 @@ def spread(plan: Sequence[Shard], num_rows: int) -> list[Shard]:
 
 
 def shard_of(plan: Sequence[Shard], row_index: int) -> Shard:
-    """The shard that holds a row."""
+    """Return the shard that holds a row."""
     return plan[bisect_right(plan, row_index, key=lambda shard: shard.first_row_index) - 1]
 
 
 def piece_of(shard: Shard, first: int, num_rows: int) -> Shard:
-    """Rows `first` to `first + num_rows` of a shard, to be read like a shard."""
+    """Return rows `first` to `first + num_rows` of a shard as a shard."""
     return replace(
         shard,
         first_row=shard.first_row + first,
@@ -78,11 +78,11 @@ def piece_of(shard: Shard, first: int, num_rows: int) -> Shard:
 
 
 def draw_spread(job: Job, num_rows: int, *, clock: Callable[[], float] = time.monotonic) -> Drawn:
-    """Read rows that are spread over the input; fewer where reading takes too long."""
+    """Read rows that are spread over the input; fewer if reading takes longer than `_MAX_S`."""
     start_s = clock()
     records: list[Record] = []
     pieces = spread(_within_reach(job, num_rows), num_rows)
-    # From front, middle and end first: whenever time is up, all parts of the input had a turn.
+    # In bit-reversed order: whenever time is up, the ranges read cover the whole input.
     order = sorted(range(len(pieces)), key=lambda i: int(f"{i:032b}"[::-1], 2))
     num_places = 0
     for place in order:
@@ -99,14 +99,15 @@ def draw_spread(job: Job, num_rows: int, *, clock: Callable[[], float] = time.mo
 
 
 def look_at(cfg: JobConfig) -> Job:
-    """Check a job without a quarrel about what its output folder holds.
+    """Open and check a job, whatever run its output folder holds.
 
     Returns:
-        The job; `is_overwriting` where the folder holds the answers to another question, whatever
-        would become of them.
+        The job; `is_overwriting` if the folder holds a run with other settings, whatever
+        `output.on_mismatch` is.
 
     Raises:
-        BatchvlmError: as `open_job`; and the model is behind a server, which shows no processor.
+        BatchvlmError: as for `open_job`; or `engine=endpoint`, because a server does not provide
+            the model's processor.
     """
     if cfg.engine.name is EngineName.endpoint:
         raise ConfigError(
@@ -119,7 +120,7 @@ def look_at(cfg: JobConfig) -> Job:
 
 
 def _within_reach(job: Job, num_rows: int) -> Sequence[Shard]:
-    """The shards that can be read without all that lies before them: of a stream, the first."""
+    """Return all shards; for a stream, which is slow to skip, those of the first rows only."""
     plan = job.run.plan
     if not job.cfg.data.streaming:
         return plan
@@ -129,7 +130,7 @@ def _within_reach(job: Job, num_rows: int) -> Sequence[Shard]:
 
 
 def draw_random(job: Job, num_rows: int, *, seed: int) -> list[Record]:
-    """Read rows drawn at random; the same seed draws the same. Of a stream, of its beginning."""
+    """Read a random sample of rows; the seed determines it. For a stream, sample its start."""
     plan = _within_reach(job, _MAX_STREAMED)
     total = sum(shard.num_rows for shard in plan)
     chosen = sorted(random.Random(seed).sample(range(total), min(num_rows, total)))
@@ -142,7 +143,7 @@ def draw_random(job: Job, num_rows: int, *, seed: int) -> list[Record]:
 
 
 def _with_images(job: Job, records: list[Record]) -> list[Record]:
-    """The same rows with the images that they name by addresses, where these may be fetched."""
+    """Return the records with their remote images fetched, if `data.allow_remote` is set."""
     if not job.cfg.data.allow_remote:
         return records
     with job.open_fetcher() as fetcher:

@@ -1,4 +1,4 @@
-"""What a model takes of the memory, known before its weights are loaded."""
+"""Estimate the memory that a model needs without loading its weights."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ from batchvlm.runtime.ranks import find_rank
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """A model on a device."""
+    """The memory of a model on a device, and the engine that would run it."""
 
     class_name: str
     dtype: str
     num_params: int
     weight_bytes: int
     token_bytes: int
-    """Keys and values of one token, where all layers keep all of them."""
+    """Size of the keys and values of one token, if all layers keep all tokens."""
     device: str
     free_bytes: int
-    """Of the device, without the weights."""
+    """Free memory of the device before the weights are loaded."""
     engine: EngineName
     """`slots` or `generate`."""
     reason: str
-    """Why not over slots; empty where it is."""
+    """Why the engine is not `slots`; "" if it is."""
     num_slots: int
-    """Rows of the greatest length that there is memory for at once."""
+    """Number of rows of the greatest length whose cache fits into memory at once."""
 
 
 def foresee(cfg: JobConfig, *, row_tokens: int) -> Footprint:
-    """Look at a model without loading it.
+    """Estimate a model's memory without loading its weights.
 
     Args:
-        row_tokens: prompt and answer of the longest row.
+        row_tokens: tokens of prompt and answer of the longest row.
 
     Raises:
-        ModelError: neither engine, or not the one that was asked for, runs the model.
-        ConfigError: `engine.device` names a device that is not here.
+        ModelError: no engine, or not the one in the settings, can run the model.
+        ConfigError: `engine.device` names a device that does not exist.
     """
     model = load_skeleton(cfg.model)
     device = torch.device(find_rank(find_launch(), cfg.engine, cfg.runtime).device)
     weight_bytes = _weight_bytes(model, cfg.model)
     name, reason = name_engine(model, cfg, device=device)
-    # Of a model in several dtypes, keys and values have the language model's.
+    # In a model of several dtypes, keys and values have that of the language model.
     kept = model.get_input_embeddings().weight.dtype
     token_bytes = _token_bytes(model.config.get_text_config(decoder=True), kept)
     dtypes = {p.dtype: None for p in model.parameters() if p.is_floating_point()}
@@ -79,17 +79,17 @@ def foresee(cfg: JobConfig, *, row_tokens: int) -> Footprint:
 
 
 def _weight_bytes(model: Any, cfg: ModelConfig) -> int:
-    """Memory of the weights; of a model that is to be quantized, its config says so from then on.
+    """Return the bytes of the weights; if they will be quantized, also set this in model.config.
 
     Raises:
-        ModelError: the library that quantizes is not here, or a module to skip is not in the model.
+        ModelError: the quantization library is missing, or the model lacks a module to skip.
     """
     kind = cfg.quantization
     if kind is None:
         return sum(p.numel() * p.element_size() for p in model.parameters())
     check_installed(kind)
     skip = modules_to_skip(model, cfg.quantization_skip)
-    # Which engine runs it depends on this.
+    # The choice of the engine depends on this.
     model.config.quantization_config = quantization_config(kind, skip, dtype=model.dtype)
     return quantized_bytes(model, kind, skip)
 

@@ -1,4 +1,4 @@
-"""What a job will be, before it is one: rows, tokens, memory, time, and rows that cannot work."""
+"""Plan a job without running it: rows, tokens, memory, time, and rows that will fail."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from batchvlm.runtime.workers import default_num_workers
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """How long the rows that are left will take."""
+    """Estimated seconds for the remaining rows."""
 
     speed: Speed
     engine_s: float
-    """Of one process that never waits for data."""
+    """Time of one engine that never waits for data."""
     prepare_s: float
-    """Of the worker processes that prepare samples for it."""
+    """Time of the worker processes that prepare samples for it."""
     shared_s: float
-    """Of the cores, which do the work of both: on a CPU the engine leaves them little time."""
+    """Time of all cores for both kinds of work; on a CPU the engine uses most of it."""
 
     @property
     def total_s(self) -> float:
-        """From the start of one process to its end."""
+        """Seconds from the start of one process to its end."""
         return self.speed.load_s + max(self.engine_s, self.prepare_s, self.shared_s)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that `batchvlm plan` says."""
+    """The content of `batchvlm plan`."""
 
     job: Job
     num_rows: int
@@ -50,14 +50,15 @@ class Plan:
     num_mine: int
     """Rows of this task."""
     num_done: int
-    """Of these, those that a run would leave as they are."""
+    """Rows of this task that a run would not answer again."""
     drawn: Drawn
     counts: Sequence[RowCount]
-    """Of rows that can be answered."""
+    """Sampled rows that can be answered."""
     failed: Sequence[RowCount]
+    """Sampled rows that cannot be answered."""
     footprint: Footprint
     num_batches: int
-    """engine=generate: batches of the drawn rows."""
+    """Number of batches of the sampled rows with engine=generate; else 0."""
     padding_share: float
     """Share of the prompt positions that will be padding."""
     estimate: Estimate | None = None
@@ -68,14 +69,14 @@ class Plan:
 
 
 def make_plan(job: Job, *, num_sampled: int, with_speed: bool) -> Plan:
-    """Look at a job without computing it.
+    """Plan a job without running it.
 
     Args:
-        num_sampled: rows that are looked at.
-        with_speed: load the model and answer some rows.
+        num_sampled: number of rows to sample.
+        with_speed: whether to load the model and answer some rows.
 
     Raises:
-        BatchvlmError: the job cannot be done.
+        BatchvlmError: the job cannot run.
     """
     cfg, plan = job.cfg, job.run.plan
     counter = TokenCounter(job)
@@ -110,10 +111,7 @@ def make_plan(job: Job, *, num_sampled: int, with_speed: bool) -> Plan:
 
 
 def _num_done(job: Job, shards: Sequence[Shard]) -> int:
-    """Rows that earlier runs have answered, those in segments of unfinished shards too.
-
-    Those that are to be answered again (`retry.errors`) are not among them.
-    """
+    """Return the number of rows in parts and segments, less those that `retry.errors` repeats."""
     finished = job.folder.finished_shards(len(job.run.plan))
     begun = set(job.folder.shards_with_segments()) - finished
     num_rows = sum(
@@ -131,7 +129,7 @@ def _num_done(job: Job, shards: Sequence[Shard]) -> int:
 
 
 def _padding(counts: Sequence[RowCount], cfg: BatchingConfig) -> tuple[int, float]:
-    """Batches of `generate()`, and the share of their prompt positions that is padding."""
+    """Return the number of batches of `generate()` and the share of padding in their prompts."""
     samples = [
         Sample(
             row_index=row.row_index,
@@ -151,7 +149,7 @@ def _padding(counts: Sequence[RowCount], cfg: BatchingConfig) -> tuple[int, floa
 def _estimate(plan: Plan, speed: Speed) -> Estimate:
     num_looked_at = len(plan.counts) + len(plan.failed)
     num_answered = plan.num_todo * len(plan.counts) / num_looked_at
-    # By tokens: the rows of the trial may be longer or shorter than those of the whole sample.
+    # Scaled by tokens, because the trial's rows may differ in length from the whole sample.
     told = {row.row_index: row.prompt_tokens for row in plan.counts}
     answer = speed.completion_tokens / speed.num_rows
     a_row = float(np.mean(list(told.values()))) + answer

@@ -1,4 +1,4 @@
-"""A few rows answered in the terminal, one after the other, each token as it comes."""
+"""Answer a few rows in the terminal, one after the other, printing each token as it comes."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from batchvlm.words import printable
 
 _MAX_SCORES = 10
 _MAX_THUMBNAILS = 4
-"""Of one row."""
+"""Most thumbnails of one row."""
 _THUMBNAIL_PIXELS = 512 * 512
 _KEPT = "\n\t"
-"""Control characters of a text that a terminal shows."""
+"""Control characters that are printed."""
 _MIN_RUN = 4
-"""Of a token that is repeated this often, the prompt shows one and the number."""
+"""A long token that is repeated at least this often is printed once, with the number."""
 
 
 def preview(
     job: Job, *, num_rows: int, seed: int, with_images: bool, engine: Engine | None = None
 ) -> None:
-    """Answer rows drawn at random and print all about them.
+    """Answer a random sample of rows and print their prompts, answers and timings.
 
     Args:
-        seed: the same seed draws the same rows.
-        with_images: show thumbnails where the terminal can.
-        engine: takes the place of the model that the configuration names.
+        seed: seed of the sample.
+        with_images: whether to show thumbnails, if stdout is a terminal.
+        engine: used in place of the model that the configuration names.
 
     Raises:
-        BatchvlmError: the job cannot be done.
+        BatchvlmError: the job cannot run.
     """
     records = draw_random(job, num_rows, seed=seed)
     preprocessor = Preprocessor(job.preprocess_spec())
@@ -70,7 +70,7 @@ def _answer(
         print(f"{sample.error_type}: {printable(sample.message)}")
         return
     print(readable(sample.features["input_ids"][0].tolist(), tokenizer), end="", flush=True)
-    # One row at a time, so that answers do not mix.
+    # One row at a time, so that answers are not interleaved.
     streamer = _Streamer(tokenizer)
     if hasattr(engine, "on_token"):
         engine.on_token = streamer.push
@@ -105,7 +105,7 @@ def _facts(job: Job, outcome: Completion, sample: Sample, run_s: float) -> Itera
     yield f"{num_tokens:,} of answer in {run_s:.2f} s ({num_tokens / max(run_s, 1e-9):,.0f}/s)"
     limit = sample.generation.max_new_tokens
     name = f"generation.max_new_tokens={limit}"
-    if limit != job.cfg.generation.max_new_tokens:  # the row's own, or what the model leaves
+    if limit != job.cfg.generation.max_new_tokens:  # set by the row, or by the model's length
         name = f"{limit:,} tokens"
     ended = {"length": f"cut at its limit ({name})"}
     yield ended.get(str(outcome.finish_reason), f"ended by {outcome.finish_reason}")
@@ -116,7 +116,7 @@ def _show_images(job: Job, record: Record) -> None:
     if record.failure is not None:
         return
     prompts = PromptBuilder(task=cfg.task, columns=cfg.data.columns, generation=cfg.generation)
-    # What is wrong with a row is said once, where its sample is made.
+    # Errors of a row are printed once, when its sample is prepared.
     with suppress(RowError):
         for ref in prompts.build(record).images[:_MAX_THUMBNAILS]:
             print_thumbnail(
@@ -131,26 +131,26 @@ def _show_images(job: Job, record: Record) -> None:
 
 
 class _Streamer(TextStreamer):
-    """Prints an answer word by word, without what a terminal would take for orders."""
+    """Prints an answer word by word, without control characters."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)
         self.has_said = False
 
     def push(self, row_index: int, token: int) -> None:
-        """Take the next token."""
+        """Add the next token."""
         import torch
 
         self.put(torch.tensor([token]))  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print what is sure not to change any more."""
+        """Print text that further tokens cannot change."""
         self.has_said = self.has_said or bool(text)
         print(printable(text, keep=_KEPT), end="", flush=True)
 
 
 def readable(ids: Sequence[int], tokenizer: Any) -> str:
-    """A prompt as the model takes it, control tokens and all; long runs of a token are counted."""
+    """Return a prompt with its special tokens; long runs of a token are shown as a count."""
     pieces: list[str] = []
     text: list[int] = []
     for token, group in groupby(ids):

@@ -1,4 +1,4 @@
-"""A plan as text: a table, small histograms, and what will not work."""
+"""Show a plan as text: a table, small histograms, and rows that will fail."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ON_MISMATCH = {
 
 
 def table(plan: Plan) -> Iterator[str]:
-    """The lines of `batchvlm plan`."""
+    """Yield the lines of `batchvlm plan`."""
     yield from _job(plan)
     yield from _distributions(plan)
     yield from _memory(plan)
@@ -34,7 +34,7 @@ def table(plan: Plan) -> Iterator[str]:
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """The same for programs."""
+    """Return the plan as a JSON object."""
     footprint, estimate = plan.footprint, plan.estimate
     return {
         "num_rows": plan.num_rows,
@@ -139,7 +139,7 @@ def _distributions(plan: Plan) -> Iterator[str]:
 
 
 def histogram(values: Sequence[int]) -> Iterator[str]:
-    """Lines of bars: how many values lie in each of a few equal ranges of whole numbers."""
+    """Yield a bar for each of a few equal ranges, with the number of values in it."""
     low, high = min(values), max(values)
     width = -(-(high - low + 1) // _NUM_BINS)
     places = [(value - low) // width for value in values]
@@ -147,7 +147,7 @@ def histogram(values: Sequence[int]) -> Iterator[str]:
     digits = len(f"{high:,}")
     for place, count in enumerate(counts):
         first, last = low + place * width, min(low + (place + 1) * width - 1, high)
-        # A bar that is there at all is seen.
+        # A range with any values has a visible bar.
         bar = "█" * max(round(_BAR * count / max(counts)), count > 0)
         yield f"  {first:>{digits},} - {last:>{digits},}  {bar}{' ' if bar else ''}{count:,}"
 
@@ -222,7 +222,7 @@ def _failures(plan: Plan) -> Iterator[str]:
 
 
 def _by_kind(failed: Sequence[RowCount]) -> dict[str, list[RowCount]]:
-    """Rows by error type, the commonest first."""
+    """Return rows by error type, the most common type first."""
     kinds: defaultdict[str, list[RowCount]] = defaultdict(list)
     for row in failed:
         assert row.failure is not None

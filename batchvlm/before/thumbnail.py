@@ -1,4 +1,4 @@
-"""A picture in the terminal: as pixels where it can, else as coloured half blocks."""
+"""Show an image in the terminal: as pixels if supported, else as coloured half blocks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from PIL import Image
 
 _COLUMNS = 40
 _ROWS = 15
-"""Of half blocks, each two pixels high."""
+"""Rows of half blocks, each two pixels high."""
 
 
 def print_thumbnail(image: Image.Image) -> None:
-    """Print a picture to stdout, which is a terminal."""
+    """Print an image to stdout, which must be a terminal."""
     if not _print_pixels(image):
         print(half_blocks(image))
 
 
 def _print_pixels(image: Image.Image) -> bool:
-    """Print a picture to a terminal that draws pixels (kitty's protocol, sixel), if it does."""
+    """Print an image by kitty's protocol or sixel; return False if neither is supported."""
     if not sys.stdin.isatty():
-        return False  # nobody answers what the terminal can do
+        return False  # the terminal's answer to a query could not be read
     try:
         from rich.console import Console
         from textual_image.renderable import Image as Renderable
@@ -30,13 +30,13 @@ def _print_pixels(image: Image.Image) -> bool:
         if not issubclass(Renderable, SixelImage | TGPImage):
             return False
         Console().print(Renderable(image, width=_COLUMNS))
-    except Exception:  # not installed, or a terminal that answers nonsense
+    except Exception:  # not installed, or the terminal's answer is invalid
         return False
     return True
 
 
 def half_blocks(image: Image.Image, *, columns: int = _COLUMNS, rows: int = _ROWS) -> str:
-    """A picture as text: each character shows two pixels, one above the other, in 24-bit colour."""
+    """Return an image as text; each character shows two pixels, one above the other, in colour."""
     small = image.convert("RGB")
     small.thumbnail((columns, 2 * rows))
     width, height = small.size

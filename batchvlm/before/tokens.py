@@ -1,4 +1,4 @@
-"""How long a row's prompt will be, from its text and the headers of its images."""
+"""Count the tokens of a row's prompt from its text and the headers of its images."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from batchvlm.recent import KEY, RecentImageProcessor
 from batchvlm.records import Completion, Failure, FinishReason, Prompt, Record
 
 _CHECKED_ROWS = 3
-"""Rows with images that are counted in both ways before the quick one is trusted."""
+"""Rows with images for which the quick count must equal the processor's before it is used."""
 _RECENT_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowCount:
-    """What is known of one row."""
+    """Token counts and image sizes of one row."""
 
     row_index: int
     id: str
     failure: Failure | None = None
-    """Why it cannot be answered; the counts are then 0."""
+    """Why the row cannot be answered; the counts are then 0."""
     prompt_tokens: int = 0
-    """With image tokens; of a dialog, those of its last turn without the answers before."""
+    """Includes image tokens; for a dialog, those of the last turn without earlier answers."""
     image_tokens: int = 0
     sizes: tuple[tuple[int, int], ...] = ()
-    """(width, height) in pixels of its images, upright, as they are in the input."""
+    """(width, height) in pixels of its images in the input, after EXIF rotation."""
     max_new_tokens: int = 0
-    """Of all turns together."""
+    """Sum over all turns, limited by the model's length."""
 
 
 class TokenCounter:
     """Counts the tokens of prompts without decoding an image.
 
-    The processor is given blank images of the right sizes. Where it can tell tokens from sizes
-    alone, and does so rightly for the first rows, it is asked just that.
+    The processor is run on blank images of the same sizes. If it can also compute the number of
+    tokens from sizes alone, and this is right for the first rows, only that is used.
 
     Raises:
         ModelError: the processor cannot be loaded.
@@ -59,7 +59,7 @@ class TokenCounter:
         self._processor = load_processor(cfg.model)
         self._limits = load_limits(cfg.model)
         self._chat = ChatTemplate(self._processor)
-        # Blank images of one size are one image to it.
+        # Caches processed images; all blank images of one size have the same key.
         self._processor.image_processor = RecentImageProcessor(
             self._processor.image_processor, _RECENT_BYTES
         )
@@ -74,7 +74,7 @@ class TokenCounter:
             return self._count(record)
         except RowError as error:
             failure = Failure(error_type=error.error_type, message=error.message)
-        # A processor can raise anything on sizes that it did not expect.
+        # A processor can raise any error for an unusual size.
         except Exception as error:
             text = " ".join(str(error).split())[:200]
             failure = Failure(
@@ -122,7 +122,7 @@ class TokenCounter:
         exact = self._by_processor(prompt, sizes)
         try:
             self._is_quick = self._by_sizes(prompt, sizes) == exact
-        except Exception:  # not every processor can, and each says so in its own way
+        except Exception:  # processors that do not support it raise various errors
             self._is_quick = False
         return exact
 
