@@ -1,1 +1,1 @@
-"""Output folder -> the same answers in the shape that another tool reads."""
+"""Export the answers of an output folder in formats of other tools."""

@@ -1,4 +1,4 @@
-"""`batchvlm export OUT --to KIND`: a file beside this one for each kind."""
+"""The command line of `batchvlm export OUT --to KIND`; each kind has a module in this folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def export(argv: Sequence[str]) -> ExitCode:
         "--unfinished", action="store_true", help="openai: of a job that is not done, what is"
     )
     parser.add_argument("--public", action="store_true", help="hub: let everybody read it")
-    # Intermixed: REPO comes behind --to.
+    # Intermixed, because REPO follows --to.
     args = parser.parse_intermixed_args(argv)
     is_hub = args.to == "hub"
     if is_hub and (args.repo is None or args.path or args.unfinished):

@@ -1,8 +1,8 @@
-"""Answers as a dataset repository of the Hugging Face Hub: the parts as they are, and a card.
+"""Export an output as a dataset repository of the Hugging Face Hub: unchanged parts and a card.
 
-The parts go first, so many to a commit; the last commit brings the card and takes away what an
-earlier export left and this one has not. `datasets.load_dataset(REPO)` reads it with the features
-that the card names.
+The parts are uploaded first, up to `_FILES_PER_COMMIT` in a commit. The last commit adds the card
+and deletes Parquet files of earlier exports that this one does not have.
+`datasets.load_dataset(REPO)` reads the repository with the features in the card.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from batchvlm.report.outputs import Output
 log = logging.getLogger(__name__)
 
 _FILES_PER_COMMIT = 100
-"""The Hub advises 50 to 100: a commit of many more may time out there."""
+"""The Hub recommends 50 to 100, because larger commits may time out."""
 
 
 def push(output: Output, repo: str, *, is_private: bool = True) -> str:
-    """Send a finished job's parts and card to a dataset repository.
+    """Upload a finished job's parts and card to a dataset repository.
 
     Args:
-        output: of a finished job.
-        repo: `NAMESPACE/NAME`; made if it is not there. One that is there stays as public as it is.
+        output: output of a finished job.
+        repo: `NAMESPACE/NAME`; created if it does not exist.
+        is_private: visibility of a new repository; that of an existing one does not change.
 
     Returns:
-        The address of the dataset.
+        The URL of the dataset.
 
     Raises:
-        OutputError: the job is not finished; `datasets` has no type for a column; the Hub refuses
-            or cannot be reached.
+        OutputError: the job is not finished, `datasets` has no type for a column, or the Hub
+            refuses or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -81,7 +82,7 @@ def push(output: Output, repo: str, *, is_private: bool = True) -> str:
         )
     except BatchvlmError:
         raise
-    except Exception as error:  # the Hub's, the network's, a name that is none
+    except Exception as error:  # errors of the Hub or the network, or an invalid name
         raise OutputError(
             f"cannot export to {repo}: {_reason(error)}",
             hint="see to the name and to `hf auth whoami`, then export again: "
@@ -91,7 +92,7 @@ def push(output: Output, repo: str, *, is_private: bool = True) -> str:
 
 
 def _content(output: Output, path: Path) -> Any:
-    # A path where there is one: the Hub's client then sends only the pieces that it lacks.
+    # Given a path, the Hub's client uploads only the chunks that the Hub lacks.
     return str(path) if output.folder.is_local else output.folder.open(path)
 
 
@@ -101,10 +102,10 @@ def _reason(error: Exception) -> str:
 
 
 def _features(schema: pa.Schema) -> Sequence[dict[str, Any]]:
-    """The columns as `datasets` types them; pictures that were kept are its images.
+    """Return the columns as features of `datasets`; kept images have the feature `Image`.
 
     Raises:
-        OutputError: it has no type for a column that was kept.
+        OutputError: `datasets` has no type for a column.
     """
     from datasets import Features, Image, List
 

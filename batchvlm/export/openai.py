@@ -1,13 +1,13 @@
-"""Answers as an OpenAI batch output file: what hosted batch APIs and `vllm run-batch` write.
+"""Export answers as an OpenAI batch output file, as hosted batch APIs and `vllm run-batch` do.
 
-One line a row, in input order:
+The file has one line for each row, in input order:
 
     {"id": ..., "custom_id": ..., "response": {"status_code": 200, "request_id": ...,
      "body": {"choices": [{"message": {"content": ...}, "finish_reason": ...}], "usage": ...}},
      "error": null}
 
-A row without an answer has a status code of 400 or 500, and what is wrong with it in `error` and,
-as the API's own answers have it, in `response.body.error`.
+A row without an answer has status code 400 or 500. Its error is in `error` and, as in responses of
+the API, in `response.body.error`.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _COLUMNS = (
     *("prompt_tokens", "completion_tokens", "model"),
 )
 _OUR_FAULT = {ErrorType.TIMEOUT, ErrorType.PREPROCESS, ErrorType.OOM, ErrorType.ENGINE}
-"""Not the request's, so a server would answer with 500."""
+"""Errors that are not the request's fault, for which a server would return 500."""
 
 TokenText = Callable[[int], str]
 
 
 def write_answers(output: Output, path: Path) -> int:
-    """Write the answers of all finished shards; the file is there whole or not at all.
+    """Write the answers of all finished shards; the file is complete or not written at all.
 
     Returns:
         The number of lines.
 
     Raises:
         OutputError: a part cannot be read, or the file cannot be written.
-        ModelError: rows have logprobs, and the model's tokenizer cannot be loaded.
+        ModelError: rows have logprobs, but the model's tokenizer cannot be loaded.
     """
     num_lines = 0
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -55,7 +55,7 @@ def write_answers(output: Output, path: Path) -> int:
                     file.write(json.dumps(answer, ensure_ascii=False) + "\n")
                     num_lines += 1
                 file.flush()
-                # A rename can reach the disk before the bytes.
+                # Without fsync the rename can reach the disk before the bytes.
                 os.fsync(file.fileno())
             aside.replace(path)
         finally:
@@ -66,10 +66,10 @@ def write_answers(output: Output, path: Path) -> int:
 
 
 def answers(output: Output) -> Iterator[dict[str, Any]]:
-    """The line of every row of the finished shards, in input order.
+    """Yield the line of every row of the finished shards, in input order.
 
     Raises:
-        OutputError, ModelError: as `write_answers` says.
+        OutputError, ModelError: as for `write_answers`.
     """
     created = int(datetime.fromisoformat(output.run.created_at).timestamp())
     token_text: TokenText | None = None
@@ -78,7 +78,7 @@ def answers(output: Output) -> Iterator[dict[str, Any]]:
         for row in batch.to_pylist():
             if row.get("logprobs") is not None and token_text is None:
                 token_text = _tokens_of(output)
-            if is_dialog:  # whose answers are no choices; the last one is the row's
+            if is_dialog:  # the answers to turns are not choices; export the last one
                 row["generated_texts"] = row["finish_reasons"] = None
             name = f"{output.run.fingerprint}-{row['row_index']}"
             yield _line(row, name, created, token_text)
@@ -91,7 +91,7 @@ def _line(
     if row["status"] != Status.SUCCESS:
         error = {"code": row["error_type"], "message": row["error_message"]}
     if row["generated_text"] is not None:
-        # An answer that is no valid JSON is an answer: a server would give it out as well.
+        # An answer that is not valid JSON counts as an answer: a server would return it, too.
         code, body = 200, _completion(row, name, created, token_text)
     else:
         code = 500 if row["error_type"] in _OUR_FAULT else 400
@@ -136,7 +136,7 @@ def _completion(
 
 def _usage(num_prompt: int | None, num_answer: int | None) -> dict[str, int] | None:
     if num_prompt is None or num_answer is None:
-        return None  # a server that counts nothing answered
+        return None  # the server that answered did not report usage
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_answer,
@@ -146,7 +146,7 @@ def _usage(num_prompt: int | None, num_answer: int | None) -> dict[str, int] | N
 
 def _finish(reason: str) -> dict[str, Any]:
     if reason == FinishReason.REPETITION:
-        # A word that clients do not know; vLLM has a second field for its own words.
+        # Clients do not know this reason; like vLLM, put it into a second field.
         return {"finish_reason": FinishReason.LENGTH.value, "stop_reason": reason}
     return {"finish_reason": reason}
 
@@ -161,7 +161,11 @@ def _token(text: str, logprob: float) -> dict[str, Any]:
 
 
 def _tokens_of(output: Output) -> TokenText:
-    """What each token id of the run's model says."""
+    """Return a function from a token id of the run's model to its text.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     model = output.run.settings["model"]
@@ -171,7 +175,7 @@ def _tokens_of(output: Output) -> TokenText:
             revision=model["revision"],
             trust_remote_code=model["trust_remote_code"],
         )
-    except Exception as error:  # whatever a repository's files make of it
+    except Exception as error:  # files of a repository can cause any error
         raise ModelError(
             f"rows have logprobs, and the tokenizer of {model['path']} that names their tokens "
             f"cannot be loaded: {type(error).__name__}",

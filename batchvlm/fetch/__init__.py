@@ -1,6 +1,7 @@
-"""Images behind addresses: fetched ahead of the workers, where the configuration allows it.
+"""Fetch remote images ahead of the workers, if the configuration allows it.
 
-addresses.py  which addresses may be asked at all
-client.py     one address -> bytes: limits, redirects, retries
-ahead.py      records -> records with what their addresses gave, many at once
+addresses.py  decides which addresses may be requested
+client.py     fetches one address: limits, redirects, retries
+gate.py       limits connections and bytes in memory
+ahead.py      fetches the images of records, many at once
 """

@@ -1,8 +1,8 @@
-"""Which addresses a row may name: public ones on the web, and what the configuration names.
+"""Which addresses a row may name: those of the public web, and those that the configuration allows.
 
-A row's text is untrusted: it must not reach the machine that runs the job, its network, or a
-cloud's metadata service. What counts is the address that is connected to, whatever it is written
-like: names are resolved once, and the connection goes to the addresses that were looked at.
+Rows are untrusted: they must not reach the machine that runs the job, its network, or a cloud's
+metadata service. The check is on the IP address that is connected to, however it is written: a name
+is resolved once, and the client connects only to the addresses that were checked.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _WEB = ("http", "https")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-# Whatever stands there, one of the two programs that read an address may see another one.
+# Characters that two URL parsers may treat differently, so that they see different hosts.
 _ODD = re.compile(r"[\x00-\x20\x7f\\]")
 
 
 def forbidden(why: str) -> RowError:
-    """The error of a row that names an address which is not allowed."""
+    """Return the error for a row with an address that is not allowed."""
     return RowError(ErrorType.FORBIDDEN, f"an image's address {why}")
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """What `data.allow_hosts` allows besides the public web.
+    """The addresses that `data.allow_hosts` allows in addition to the public web.
 
     Args:
-        entries: names or addresses of hosts (`images.intra`, `10.0.0.5`, `[::1]`), and beginnings
+        entries: names or IP addresses of hosts (`images.intra`, `10.0.0.5`, `[::1]`), and prefixes
             of object-store addresses (`s3://bucket/folder`).
     """
 
     entries: Sequence[str] = ()
 
     def web(self, text: str) -> URL:
-        """An address on the web that may be asked, as far as its text tells.
+        """Parse and check a web address, as far as is possible without resolving its host.
 
         Raises:
-            RowError: it is not allowed (`forbidden`).
+            RowError: the address is not allowed (`forbidden`).
         """
         if _ODD.search(text):
             raise forbidden("holds white space or a backslash")
@@ -68,11 +68,11 @@ class Allowed:
         try:
             address = ipaddress.ip_address(host)
         except ValueError:
-            # A name, looked at once it is resolved; this machine's own needs no resolving.
+            # A host name: `CheckedResolver` checks it, except for names of this machine.
             name = host.lower().rstrip(".")
             is_own = name == "localhost" or name.endswith(".localhost")
-            # What connects may read 127.1, or 127.0.0.1 with a full stop behind it, as an address
-            # and ask no resolver for it.
+            # The client may treat 127.1, or 127.0.0.1 with a trailing dot, as an IP address and
+            # not resolve it.
             if ends_in_number(name) or "%" in name or (is_own and not self._has_host(host)):
                 raise forbidden("names this machine, or is written oddly") from None
             return url
@@ -80,10 +80,10 @@ class Allowed:
         return url
 
     def check(self, host: str, address: Address) -> None:
-        """See that a host may have an address.
+        """Check an IP address of a host.
 
         Raises:
-            RowError: it is not a public one, and the host is not allowed by name (`forbidden`).
+            RowError: the IP address is not public and the host is not in `entries` (`forbidden`).
         """
         if not is_public(address) and not self._has_host(host):
             raise forbidden("leads to a private or reserved network address")
@@ -94,14 +94,14 @@ class Allowed:
         return any(entry.lower().rstrip(".").strip("[]") == wanted for entry in hosts)
 
     def store(self, text: str) -> tuple[str, str]:
-        """The protocol and path of an object-store address that an entry allows.
+        """Return the protocol and path of an object-store address that an entry allows.
 
         Raises:
-            RowError: none does (`forbidden`).
+            RowError: no entry allows the address (`forbidden`).
         """
         protocol, _, path = text.partition("://")
         parts = unquote(path).split("/")
-        # "::" chains file systems; a glob or a dot segment could lead elsewhere.
+        # "::" chains file systems, and dot segments could lead out of an allowed folder.
         if "::" in text or _ODD.search(text) or {"..", "."} & set(parts):
             raise forbidden("is not written plainly")
         for entry in self.entries:
@@ -113,19 +113,19 @@ class Allowed:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is on the public network, also by way of an embedded IPv4 address."""
+    """Whether an IP address is public; for IPv4-mapped and NAT64 ones, the embedded address."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None or address in _NAT64:
             return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
         if address.sixtofour is not None or address.teredo is not None or address.is_site_local:
-            return False  # tunnels that nobody uses any more
+            return False  # obsolete tunnels
     return address.is_global and not (
         address.is_multicast or address.is_reserved or address.is_unspecified
     )
 
 
 class CheckedResolver(ThreadedResolver):
-    """Resolves names to addresses that were looked at; the client connects to no other."""
+    """Resolves names and checks the IP addresses; the client connects to no others."""
 
     def __init__(self, allowed: Allowed) -> None:
         super().__init__()
@@ -134,15 +134,15 @@ class CheckedResolver(ThreadedResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """Every address of a name.
+        """Return every IP address of a name.
 
         Raises:
-            OSError: there is none.
-            RowError: one of them is not allowed; a name may not mix them (`forbidden`).
+            OSError: the name has none.
+            RowError: any of them is not allowed (`forbidden`).
         """
         found = await self._lookup(host, port, family)
         for result in found:
-            # A scope behind a percent sign marks an address of the local link.
+            # Strip the scope of a link-local address, which follows a percent sign.
             self._allowed.check(host, ipaddress.ip_address(result["host"].partition("%")[0]))
         return found
 

@@ -1,4 +1,4 @@
-"""Records -> records with what their addresses gave: many fetched at once, ahead of the workers."""
+"""Fetch the remote images of records, many at once and ahead of the workers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from batchvlm.fetch.gate import Gate, Pass
 from batchvlm.records import Failure, Record, size_of_value
 
 _PATIENCE_S = 1.0
-"""A row that is fetched for longer is overtaken by rows that are ready."""
+"""A row whose images take longer than this is overtaken by rows that are ready."""
 _ROWS_PER_CONNECTION = 4
 _MAX_BYTES = 256 << 20
-"""Fetched and on their way to the workers; beyond, all but the oldest row's servers wait."""
+"""Limit for fetched bytes that no worker has yet; above it, only the oldest row is read from."""
 _CACHE_BYTES = 256 << 20
 
 Fetched = bytes | Failure
@@ -42,7 +42,7 @@ def _size_of(record: Record) -> int:
 
 @dataclass
 class _State:
-    """What only the event loop's thread touches."""
+    """State that only the thread of the event loop uses."""
 
     client: Client
     gate: Gate
@@ -52,15 +52,15 @@ class _State:
 
 
 class Fetcher:
-    """Fetches the images of records in a thread of its own; a context manager.
+    """Fetches the images of records in a separate thread; a context manager.
 
-    Order is kept, but for rows whose server takes long: these are overtaken. Memory is bounded: as
-    much as `max_bytes` of rows and again of what was fetched, one row beyond, and the cache.
+    Order is kept, except that rows whose server is slow are overtaken. Memory is bounded by
+    `max_bytes` of rows, `max_bytes` of fetched images, one more row, and `cache_bytes`.
 
     Args:
-        allowed: what may be asked besides the public web.
-        limits: time, size, attempts.
-        addresses_of: every address among a record's images.
+        allowed: addresses that are allowed in addition to the public web.
+        limits: limits of time, size and attempts.
+        addresses_of: returns every address among a record's images.
     """
 
     def __init__(
@@ -96,12 +96,13 @@ class Fetcher:
         self._loop.close()
 
     def ahead(self, records: Iterable[Record | None]) -> Iterator[Record | None]:
-        """Yield every record once, with `fetched`; reads on while images are on their way.
+        """Yield every record once, with `fetched`; read ahead while images are being fetched.
 
-        A None says that there is no record yet; it is passed on where nothing waits.
+        A None in `records` means that no record is available yet; it is yielded if no row is
+        waiting.
         """
         waiting: deque[_Row] = deque()
-        # Rows without an address wait behind others, and may bring images of their own.
+        # Counts rows without addresses too: they wait to keep the order, and may hold images.
         size_bytes = 0
         max_rows = _ROWS_PER_CONNECTION * self._limits.concurrency
         for record in records:
@@ -130,7 +131,7 @@ class Fetcher:
             yield self._next(waiting)
 
     def _next(self, waiting: deque[_Row]) -> Record:
-        """The oldest row, or where that takes long, one that is ready."""
+        """Wait for the oldest row; if that takes longer than `_PATIENCE_S`, for any row."""
         self._mark_oldest(waiting)
         oldest = waiting[0]
         left_s = _PATIENCE_S - (time.monotonic() - oldest.start_s)
@@ -157,7 +158,7 @@ class Fetcher:
             row.result.set_result({})
         return row
 
-    # Below, everything runs in the loop's thread.
+    # All methods below run in the thread of the event loop.
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -187,7 +188,7 @@ class Fetcher:
             return state.cache[address]
         task = state.under_way.get(address)
         if task is None:
-            # Rows that show the same image at the same time wait for one answer.
+            # Concurrent rows with the same address share one request.
             task = state.under_way[address] = asyncio.create_task(self._fetch_new(row, address))
             task.add_done_callback(lambda _: state.under_way.pop(address, None))
         return await asyncio.shield(task)
@@ -197,7 +198,7 @@ class Fetcher:
             data = await self._state.client.fetch(address, row.gate)
         except RowError as error:
             return Failure(error_type=error.error_type, message=error.message)
-        except Exception as error:  # a server can make a client raise what nobody expects
+        except Exception as error:  # a malformed response can make the client raise anything
             message = f"the image could not be fetched: {type(error).__name__}"
             return Failure(error_type=ErrorType.FETCH, message=message)
         self._remember(address, data)

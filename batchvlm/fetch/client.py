@@ -1,4 +1,4 @@
-"""One address -> its bytes: within time and size, redirects looked at, faults tried again."""
+"""Fetch one address within limits of time and size, with checked redirects and retries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from batchvlm.fetch.gate import Pass
 _CHUNK_BYTES = 1 << 16
 _MAX_REDIRECTS = 5
 _MAX_RETRY_AFTER_S = 60.0
-"""A server that asks for more patience than this gets none."""
+"""If a server asks for a longer wait, there is no retry."""
 _FIRST_BACKOFF_S = 0.5
 _REDIRECTS = {301, 302, 303, 307, 308}
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -32,33 +32,33 @@ _GONE = {404, 410}
 
 @dataclass(frozen=True, kw_only=True)
 class FetchLimits:
-    """How much an image's address may cost."""
+    """Limits for fetching images."""
 
     timeout_s: float
-    """For one attempt, from the connection to the last byte."""
+    """Limit for one attempt, from the connection to the last byte."""
     attempts: int
     concurrency: int
-    """Addresses asked at the same time; at most half of them of one host."""
+    """Concurrent requests; at most half of them go to one host."""
     max_image_bytes: int
-    """Read no further than one byte beyond this."""
+    """At most one byte more than this is read of an image."""
 
 
 class _FaultError(Exception):
-    """An attempt failed in a way that the next one may not."""
+    """An attempt failed, but the next one may succeed."""
 
     def __init__(self, reason: str, *, wait_s: float | None = None) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
-        """What the server asked for."""
+        """Seconds that the server asked to wait; None if it did not."""
 
 
 class Client:
     """Fetches images in one event loop; an async context manager.
 
     Args:
-        allowed: what may be asked besides the public web.
-        limits: time, size, attempts.
-        sleep, clock: how time passes between attempts.
+        allowed: addresses that are allowed in addition to the public web.
+        limits: limits of time, size and attempts.
+        sleep, clock: replaced in tests.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class Client:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(resolver=CheckedResolver(self._allowed), limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
-            # A proxy of the environment would connect on our behalf, where nothing is checked.
+            # A proxy from the environment would connect to addresses that are not checked.
             trust_env=False,
-            # Compressed, a small answer could hold any number of bytes; images are packed anyway.
+            # A small compressed response could expand without limit; images are compressed anyway.
             auto_decompress=False,
             headers={"User-Agent": f"batchvlm/{__version__}", "Accept-Encoding": "identity"},
             timeout=aiohttp.ClientTimeout(total=None),
@@ -91,7 +91,7 @@ class Client:
         await self._session.close()
 
     async def fetch(self, address: str, row: Pass) -> bytes:
-        """The bytes behind an address; of more than `max_image_bytes`, one too many.
+        """Return the content of an address, cut one byte after `max_image_bytes`.
 
         Raises:
             RowError: `forbidden`, `missing_image`, `too_large` or `fetch`.
@@ -109,7 +109,7 @@ class Client:
         fault = _FaultError("")
         for attempt in range(self._limits.attempts):
             if attempt and fault.wait_s is None:
-                # Half by chance: rows that failed together shall not come back together.
+                # Random jitter, so that rows that failed together do not retry together.
                 backoff_s = _FIRST_BACKOFF_S * 2 ** (attempt - 1)
                 await self._sleep(backoff_s * random.uniform(0.5, 1.5))
             await self._wait_for(host)
@@ -125,18 +125,18 @@ class Client:
         raise RowError(ErrorType.FETCH, f"the image could not be fetched: {fault}")
 
     async def _wait_for(self, host: str) -> None:
-        """Leave a host alone that has asked for it, for other rows' sake as well."""
+        """Wait until the `Retry-After` of a host has passed; it applies to all rows."""
         while (left_s := self._not_before.get(host, 0.0) - self._clock()) > 0:
             await self._sleep(left_s)
 
     async def _follow(self, url: URL, row: Pass) -> bytes:
-        """Ask an address, and where that leads to another one, that; each is looked at."""
+        """Request an address and follow redirects, checking each address."""
         limit_s = self._limits.timeout_s
         try:
             async with asyncio.timeout(limit_s) as deadline:
 
                 async def take_paused(num_bytes: int) -> None:
-                    # Time in which we do not read is not the server's.
+                    # Time spent waiting for room does not count against the server.
                     paused_s = await row.take(num_bytes)
                     when = deadline.when()
                     if paused_s and when is not None:
@@ -196,7 +196,7 @@ class Client:
             raise RowError(ErrorType.FETCH, "the image's object may not be read") from error
         except ImportError as error:
             raise RowError(ErrorType.FETCH, f"{protocol}:// needs a package: {error}") from error
-        except Exception as error:  # each file system raises errors of its own
+        except Exception as error:  # each file system has its own errors
             raise _FaultError(type(error).__name__) from error
         await row.take(len(data))
         return data
@@ -211,14 +211,14 @@ def _cat(protocol: str, path: str, num_bytes: int) -> Any:
     except (FileNotFoundError, PermissionError):
         raise
     except OSError:
-        # Of an object without a byte S3 sends none.
+        # S3 refuses a range of an empty object.
         if fs.size(path) == 0:
             return b""
         raise
 
 
 def _cat_of_hub(fs: Any, path: str, num_bytes: int) -> bytes:
-    """A file of a repository, without a listing of its folder, which may hold a million."""
+    """Read a file of a Hub repository without listing its folder, which may hold a million."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -238,7 +238,7 @@ def _cat_of_hub(fs: Any, path: str, num_bytes: int) -> bytes:
     headers = build_hf_headers(token=fs.token) | {"Range": f"bytes=0-{num_bytes - 1}"}
     response = http_backoff("GET", url, headers=headers, max_retries=0, follow_redirects=True)
     if response.status_code == 416:
-        return b""  # of a file without a byte none can be sent
+        return b""  # an empty file has no valid range
     try:
         hf_raise_for_status(response)
     except EntryNotFoundError as error:
@@ -247,7 +247,7 @@ def _cat_of_hub(fs: Any, path: str, num_bytes: int) -> bytes:
 
 
 def _retry_after_s(value: str | None) -> float | None:
-    """Seconds that a `Retry-After` asks for, as a number or as a date."""
+    """Return the seconds of a `Retry-After` header, a number or a date; None if it is invalid."""
     if value is None:
         return None
     if value.strip().isdecimal():

@@ -1,4 +1,4 @@
-"""How much is fetched at once, in connections and in bytes; the oldest row is never held up."""
+"""Limit concurrent connections and bytes in memory without ever blocking the oldest row."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 
 
 class Gate:
-    """Shared by all rows; used in one event loop.
+    """Counts that all rows share; used in one event loop.
 
     Args:
-        concurrency: connections at the same time; at most half of them to one host.
-        max_bytes: fetched and not yet let out.
+        concurrency: concurrent connections; at most half of them go to one host.
+        max_bytes: limit for bytes that were fetched and not yet given back.
     """
 
     def __init__(self, concurrency: int, max_bytes: int) -> None:
@@ -24,11 +24,11 @@ class Gate:
         self._changed = asyncio.Event()
 
     def changed(self) -> None:
-        """Let those who wait look again."""
+        """Wake the waiting tasks, so that they check their conditions again."""
         self._changed.set()
 
     async def until(self, is_free: Callable[[], bool]) -> float:
-        """Wait for a condition; gives the seconds that it took."""
+        """Wait for a condition; return the seconds waited."""
         if is_free():
             return 0.0
         start_s = time.monotonic()
@@ -39,10 +39,10 @@ class Gate:
 
 
 class Pass:
-    """One row's way through the gate.
+    """One row's share of the gate.
 
-    Whoever waits for room waits for older rows to be let out; so the oldest must wait for nobody,
-    or all would wait for ever.
+    Rows that wait for room wait for older rows to finish, so the oldest row never waits: otherwise
+    there could be a deadlock.
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -52,7 +52,7 @@ class Pass:
 
     @asynccontextmanager
     async def connection(self, host: str) -> AsyncIterator[None]:
-        """Hold a connection to a host."""
+        """Hold a connection to a host; wait until one is free."""
         gate, busy = self._gate, self._gate.by_host
         most_of_host = max(1, gate.concurrency // 2)
         await gate.until(
@@ -70,7 +70,7 @@ class Pass:
             gate.changed()
 
     async def take(self, num_bytes: int) -> float:
-        """Count bytes in once there is room for them; gives the seconds that this took."""
+        """Reserve bytes; wait until there is room. Return the seconds waited."""
         gate = self._gate
         waited_s = await gate.until(
             lambda: self.is_oldest or gate.held_bytes + num_bytes <= gate.max_bytes
@@ -80,7 +80,7 @@ class Pass:
         return waited_s
 
     def give_back(self, num_bytes: int) -> None:
-        """Count bytes out."""
+        """Release reserved bytes."""
         self._gate.held_bytes -= num_bytes
         self.held_bytes -= num_bytes
         self._gate.changed()

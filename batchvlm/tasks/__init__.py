@@ -1,7 +1,7 @@
-"""Completion -> what the task makes of it. A task knows text and schemas, no model and no file.
+"""Tasks: read the text of a completion, without access to models or files.
 
-To add a task: a module with a class that has `read`, its name in `config.TaskName`, a case below,
-and `conf/task/NAME.yaml`.
+To add a task, add a module with a class that has `read`, its name in `config.TaskName`, a case
+below, and `conf/task/NAME.yaml`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from batchvlm.records import Failure
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What a task reads from an answer."""
+    """The result of reading one answer."""
 
     parsed: str | None = None
     """The typed value as canonical JSON text."""
     json_valid: bool | None = None
-    """Whether the answer has the form that was asked for; None where the task asks for none."""
+    """Whether the answer has the required form; None if no form is required."""
     failure: Failure | None = None
     is_unfinished: bool = False
-    """Whether it is no JSON as far as it goes, and might have become some."""
+    """Whether the answer is not valid JSON but might be the start of it."""
 
 
 class Task(Protocol):
-    """What the pipeline needs of a task."""
+    """The interface of a task."""
 
     def read(
         self, text: str, *, json_schema: str | None, choices: Sequence[str] | None = None
@@ -37,17 +37,17 @@ class Task(Protocol):
 
         Args:
             text: the model's answer.
-            json_schema: the row's own schema as JSON text, where it brings one.
-            choices: the row's own choices, where it brings some.
+            json_schema: the row's own schema as JSON text; None if it has none.
+            choices: the row's own choices; None if it has none.
         """
         ...
 
 
 def open_task(cfg: TaskConfig) -> Task:
-    """The task that the configuration names.
+    """Return the task that the configuration names.
 
     Raises:
-        ConfigError: its schema cannot be read.
+        ConfigError: the form in `task.output` cannot be read.
     """
     from batchvlm.tasks.extract import Extract
     from batchvlm.tasks.free_text import FreeText

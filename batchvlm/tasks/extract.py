@@ -1,4 +1,4 @@
-"""Extraction: the answer is read in the form that was asked for, and validated."""
+"""Extraction: parse and validate answers that must have a form."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FENCE = "```"
 
 
 class Extract:
-    """Reads answers in the form that the row asks for, else the run: JSON, a choice, a pattern.
+    """Reads answers in the form of the row, else of the run: JSON, a choice, a pattern, a grammar.
 
-    An answer that is not whole is never repaired: no bracket is guessed.
+    Incomplete answers are never repaired: no bracket is guessed.
 
     Raises:
         ConfigError: the run's form cannot be read.
@@ -57,7 +57,7 @@ def _read_json(text: str, schema: str | None) -> Reading:
         value = json.loads(inner, parse_constant=_refuse_constant)
         parsed = _canonical(value)
     except json.JSONDecodeError as error:
-        # One of the texts of the library ends in "at": the place follows.
+        # One message of the library ends in "at".
         place = f"{error.msg.removesuffix(' at')} at character {text.find(inner) + error.pos + 1}"
         failed = _invalid(f"the answer is no JSON: {place}")
         return replace(failed, is_unfinished=error.msg != "Extra data")
@@ -71,7 +71,7 @@ def _read_json(text: str, schema: str | None) -> Reading:
 def _read_choice(text: str, choices: Sequence[str]) -> Reading:
     if text in choices:
         return _text(text)
-    # A model that is not guided ends its lines, and some tokenizers drop an answer's first blank.
+    # Unguided models may add a line end, and some tokenizers drop a leading space.
     same = {choice for choice in choices if choice.strip() == text.strip()}
     return _text(same.pop()) if len(same) == 1 else _invalid("the answer is none of the choices")
 
@@ -85,13 +85,13 @@ def _canonical(value: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        # Half a surrogate pair, which JSON can say and no text column can hold, stays escaped.
+        # Lone surrogates, which JSON can express but a text column cannot store, stay escaped.
         text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text
 
 
 def _without_fence(text: str) -> str:
-    # Many models wrap JSON in a Markdown code block, whatever the prompt says.
+    # Many models wrap JSON in a Markdown code block even if the prompt forbids it.
     text = text.strip()
     first, _, rest = text.partition("\n")
     if first.rstrip() in (_FENCE, f"{_FENCE}json", f"{_FENCE}JSON") and rest.endswith(_FENCE):

@@ -1,4 +1,4 @@
-"""Captioning and question answering: the answer is the text, or the JSON that the row asks for."""
+"""Captions, questions and dialogs: answers are free text, or JSON if the row has a schema."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from batchvlm.tasks.extract import Extract
 
 
 class FreeText:
-    """Takes an answer as it is; where the row brings a JSON schema, reads it as extract does."""
+    """Accepts any answer; if the row has a JSON schema, parses and validates it like `Extract`."""
 
     def __init__(self, cfg: TaskOutputConfig) -> None:
         self._extract = Extract(cfg)
@@ -18,7 +18,7 @@ class FreeText:
     def read(
         self, text: str, *, json_schema: str | None, choices: Sequence[str] | None = None
     ) -> Reading:
-        """Nothing to parse without a schema; see `Task.read`."""
+        """Read one answer; without a schema the reading is empty. See `Task.read`."""
         if json_schema is None:
             return Reading()
         return self._extract.read(text, json_schema=json_schema)
