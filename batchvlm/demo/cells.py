@@ -1,7 +1,7 @@
-"""A throw-away head that teaches the vision tower to see before there is any language.
+"""An auxiliary head that trains the vision tower before the language model; discarded afterwards.
 
-Every visual token says what stands in its cell of the 3x3 grid and which cell that is. From
-answers alone a model this small would take far longer to find out that pictures matter.
+From every visual token it predicts the object in the token's cell of the 3x3 grid and the cell's
+index. From answers alone, a model this small would take far longer to learn to use images.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from batchvlm.demo.world import COLOR_NAMES, NUM_CELLS, SHAPES, SIZES, Scene
 
 _NUM_CLASSES: Final = (len(SHAPES) + 1, len(COLOR_NAMES), len(SIZES), NUM_CELLS)
 _LOSS_WEIGHTS: Final = (1.0, 0.7, 0.4, 0.4)
-# Most cells are empty; without this the head would learn to say so and stop there.
+# Most cells are empty; without a lower weight the head would learn to predict only that.
 _EMPTY_WEIGHT: Final = 0.3
 _IGNORED: Final = -100
 
@@ -34,7 +34,7 @@ class CellHead(nn.Module):
         self.linear = nn.Linear(HIDDEN_SIZE, sum(_NUM_CLASSES))
 
     def forward(self, features_IVD: Tensor) -> tuple[Tensor, ...]:
-        """Four tensors of logits [I, G, K, N], from connector outputs [I, 36, D]."""
+        """Return four tensors of logits [I, G, K, N] from connector outputs [I, 36, D]."""
         cells_IGKD = gather_cells(self.norm(features_IVD))
         return torch.split(self.linear(cells_IGKD), list(_NUM_CLASSES), dim=-1)
 
@@ -48,26 +48,26 @@ def gather_cells(tokens_IVD: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class CellLoss:
-    """The head's loss and how often the majority of a cell's tokens is right."""
+    """The head's loss, and its accuracy with logits averaged over the tokens of a cell."""
 
     loss: Tensor
     """Scalar to minimize."""
 
     images: float
-    """Share of images of which every cell is right in all properties."""
+    """Share of images in which every property of every cell is correct."""
 
     shape: float
-    """Share of objects with the right shape."""
+    """Share of objects with the correct shape."""
 
     color: float
-    """Share of objects with the right color."""
+    """Share of objects with the correct color."""
 
     size: float
-    """Share of objects with the right size."""
+    """Share of objects with the correct size."""
 
 
 def cell_loss(head: CellHead, features_IVD: Tensor, scenes: Sequence[Scene]) -> CellLoss:
-    """Score visual tokens against the scenes they show."""
+    """Compute the loss and accuracy of the head on visual tokens of scenes."""
     logits_IGKN = [logits.float() for logits in head(features_IVD)]
     labels_IG = _labels(scenes)
     shape_weights = torch.ones(_NUM_CLASSES[0])
@@ -98,7 +98,7 @@ def cell_loss(head: CellHead, features_IVD: Tensor, scenes: Sequence[Scene]) -> 
 
 
 def _labels(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Classes of every cell, int64 [I, G]; color and size of an empty cell are ignored."""
+    """Return the classes of every cell, int64 [I, G]; ignored are color and size of empty cells."""
     shape_IG = torch.zeros(len(scenes), NUM_CELLS, dtype=torch.long)
     color_IG = torch.full_like(shape_IG, _IGNORED)
     size_IG = torch.full_like(shape_IG, _IGNORED)

@@ -1,7 +1,7 @@
 """Measure a model on the held-out set: `python -m batchvlm.demo.evaluate MODEL_DIR`.
 
-Plain transformers, without batchvlm's engine, so that it can serve as the engine's reference:
-greedy, float32, left-padded batches with one- and two-image prompts mixed.
+It uses transformers without batchvlm's engine, so that it can serve as a reference for the engine:
+greedy decoding in float32, in left-padded batches that mix prompts with one and two images.
 """
 
 import argparse
@@ -28,19 +28,19 @@ class Scores:
     """Answers to held-out questions."""
 
     items: list[HeldOutItem]
-    """What was asked."""
+    """The questions."""
 
     answers: list[str]
-    """What the model said."""
+    """The model's answers."""
 
     duration_s: float
-    """Preprocessing and generation, without loading."""
+    """Seconds of preprocessing and generation, without loading."""
 
     num_same_alone: int | None
-    """Answers that were the same in a batch of one; None where that was not tried."""
+    """Answers that were the same in a batch of one; None if that was not measured."""
 
     def kinds(self) -> dict[str, dict[str, float | int]]:
-        """Exact match and number of items of each kind."""
+        """Return exact match and number of items for each kind."""
         is_right: dict[str, list[bool]] = defaultdict(list)
         for item, answer in zip(self.items, self.answers, strict=True):
             is_right[item.kind].append(answer == item.answer)
@@ -51,12 +51,12 @@ class Scores:
         }
 
     def vqa_mean(self) -> float:
-        """Mean of exact match over the short kinds, two-image kinds included."""
+        """Return the mean of exact match over the short kinds, including two-image kinds."""
         scores = [s["exact_match"] for kind, s in self.kinds().items() if kind not in LONG_KINDS]
         return float(np.mean(scores))
 
     def table(self) -> str:
-        """The scores for people."""
+        """Return the scores as text."""
         lines = [f"{'kind':12} {'exact':>6} {'items':>6}"]
         for kind, score in self.kinds().items():
             lines.append(f"{kind:12} {score['exact_match']:6.3f} {score['num_items']:6}")
@@ -69,7 +69,7 @@ class Scores:
 
 
 class Answerer:
-    """A model and its processor, answering batches greedily."""
+    """A model and its processor; answers batches greedily."""
 
     def __init__(self, model_dir: Path) -> None:
         # Any, because their methods have no types.
@@ -113,10 +113,10 @@ def evaluate(
     """Answer the held-out set in shuffled batches.
 
     Args:
-        num_scenes: held-out scenes; each gives about twelve questions.
-        batch_size: prompts a batch.
-        seed: of the held-out set.
-        is_compared_alone: also answer each question in a batch of one.
+        num_scenes: number of held-out scenes, with about twelve questions each.
+        batch_size: prompts in a batch.
+        seed: seed of the held-out set.
+        is_compared_alone: whether to answer each question also in a batch of one.
     """
     items = held_out(num_scenes, seed)
     answerer = Answerer(model_dir)

@@ -1,7 +1,7 @@
-"""The demo model before training: tokenizer, processor, network and its first weights.
+"""The demo model before training: tokenizer, processor, network and initial weights.
 
-A native Idefics3 of 1.6 million parameters, so that the demo takes the same road through
-transformers as a model a thousand times its size.
+It is an Idefics3 of 1.6 million parameters, so that the demo runs the same code of transformers as
+a model a thousand times its size.
 """
 
 import math
@@ -36,7 +36,7 @@ END: Final = "<end_of_utterance>"
 FAKE: Final = "<fake_token_around_image>"
 IMAGE: Final = "<image>"
 GLOBAL: Final = "<global-img>"
-# First in the vocabulary, so the padding id is 0, which is where transformers looks for it.
+# First in the vocabulary, so that the padding id is 0, as transformers expects.
 SPECIAL_TOKENS: Final = (PAD, START, END, FAKE, IMAGE, GLOBAL)
 
 CHAT_TEMPLATE: Final = (
@@ -51,7 +51,7 @@ CHAT_TEMPLATE: Final = (
 
 
 def build_tokenizer(max_vocab_size: int = 768) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on the question templates; always the same one."""
+    """Train a byte-level BPE tokenizer on generated questions; the result is deterministic."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -65,7 +65,7 @@ def build_tokenizer(max_vocab_size: int = 768) -> PreTrainedTokenizerFast:
     fast_tokenizer: Any = PreTrainedTokenizerFast  # its constructor has no types
     wrapped: PreTrainedTokenizerFast = fast_tokenizer(
         tokenizer_object=tokenizer,
-        # A decoder continues from the last column: padding must not stand there.
+        # A decoder continues from the last column, so padding must not be there.
         padding_side="left",
         bos_token=START,
         eos_token=END,
@@ -77,9 +77,9 @@ def build_tokenizer(max_vocab_size: int = 768) -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> Idefics3Processor:
-    """Build the processor: any image becomes one 96 x 96 picture and 36 image tokens.
+    """Build the processor: any image becomes 96 x 96 pixels and 36 image tokens.
 
-    The PIL image processor is chosen because it needs no torchvision.
+    It uses the PIL image processor, which needs no torchvision.
     """
     image_processor = Idefics3ImageProcessorPil(
         size={"longest_edge": IMAGE_SIDE},
@@ -97,7 +97,7 @@ def build_processor() -> Idefics3Processor:
 
 
 def build_model(processor: Idefics3Processor, *, seed: int) -> Idefics3ForConditionalGeneration:
-    """Build the network with seeded first weights, in float32."""
+    """Build the network with seeded initial weights, in float32."""
     tokenizer: Any = processor.tokenizer
     pad_id, start_id, end_id = tokenizer.convert_tokens_to_ids([PAD, START, END])
     settings: dict[str, Any] = {
@@ -142,9 +142,9 @@ def build_model(processor: Idefics3Processor, *, seed: int) -> Idefics3ForCondit
 
 @torch.no_grad()
 def _initialize(model: nn.Module, seed: int) -> None:
-    """Draw weights at the scale that keeps activations even; the library's are far too small.
+    """Draw weights at a scale that keeps the variance of activations; the library's is too small.
 
-    Outputs of residual branches are drawn smaller, by the number of branches they add up with.
+    Output weights of residual branches are scaled down by the square root of their number.
     """
     generator = torch.Generator().manual_seed(seed)
     residual_outputs = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")
@@ -163,7 +163,7 @@ def _initialize(model: nn.Module, seed: int) -> None:
 
 
 def _sin_cos_positions(side: int, size: int) -> Tensor:
-    """Sine-cosine embeddings of a square grid in row-major order, float32 [side^2, size]."""
+    """Return sine-cosine embeddings of a square grid in row-major order, [side^2, size]."""
     quarter = size // 4
     frequencies = torch.exp(-math.log(100.0) * torch.arange(quarter) / quarter)
     angles = torch.arange(side)[:, None] * frequencies[None]

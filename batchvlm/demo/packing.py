@@ -1,8 +1,8 @@
-"""Training rows: one image prefix, and many independent conversations that all look at it.
+"""Training rows: an image prefix and many independent conversations about it.
 
-A row begins with the image tokens; each conversation after it is a segment. A block mask lets
-a segment see the prefix and itself, and positions restart after the prefix, so to the model
-every segment stands alone. One pass over the image thus serves about eight questions.
+A row starts with the image tokens; each conversation after them is a segment. A block mask lets a
+segment attend to the prefix and itself, and positions restart after the prefix, so segments do not
+affect each other. One pass over the image thus serves about eight questions.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,25 +29,25 @@ _ASSISTANT: Final = f"{END}\n{START}assistant\n"
 _NEXT_USER: Final = f"\n{_USER}"
 _ONE_IMAGE: Final = f"{FAKE}{GLOBAL}{IMAGE * NUM_IMAGE_TOKENS}{FAKE}"
 
-# Kinds that a small model finds hard are asked twice.
+# Kinds that are hard for a small model are listed twice.
 _ASKED: Final = (*questions.VQA_KINDS, "where", "count_x", "exists")
 _P_LONG: Final = {"caption": 0.5, "json": 0.55}
 _P_FOLLOW_UP: Final = 0.15
 _P_WHICH: Final = 0.65
 _QUESTIONS_PER_PAIR: Final = 10
-# Short answers have few tokens, each decided by looking; captions have many, mostly fluent.
+# Each token of a short answer depends on the image; most tokens of a caption do not.
 _VQA_WEIGHT: Final = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one row asks."""
+    """The images and questions of one row."""
 
     images: tuple[int, ...]
-    """Indices of the images of its prefix, within the batch."""
+    """Indices in the batch of the images of its prefix."""
 
     conversations: list[list[Question]]
-    """Turns of each conversation; those that do not fit are left out."""
+    """Turns of each conversation; conversations that do not fit into the row are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,22 +61,22 @@ class PackedBatch:
     """int64 [R, T], restarting after the prefix with each segment."""
 
     mask_R1TT: Tensor
-    """bool [R, 1, T, T], True where a token (third axis) may see another (fourth)."""
+    """bool [R, 1, T, T], True where a token (third axis) may attend to another (fourth)."""
 
     labels_RT: Tensor
-    """int64 [R, T], the next token where an answer is being said, else -100."""
+    """int64 [R, T], the next token if it is part of an answer, else -100."""
 
     weights_RT: Tensor
-    """float32 [R, T], each label's weight in the loss."""
+    """float32 [R, T], weight of each label in the loss."""
 
     turns_RT: Tensor
-    """int64 [R, T], which answer of the batch a label belongs to, else -1."""
+    """int64 [R, T], index of the answer in the batch that a label is part of, else -1."""
 
     kinds: list[str]
-    """The kind of each answer of the batch."""
+    """Kind of each answer in the batch."""
 
     images: list[int]
-    """Image of each prefix slot, in row order."""
+    """Index of the image in each prefix slot, in row order."""
 
 
 def draw_rows(scenes: Sequence[Scene], num_pairs: int, rng: Generator) -> list[Row]:
@@ -110,18 +110,18 @@ class Packer:
 
     def __init__(self, processor: Idefics3Processor) -> None:
         tokenizer: Any = processor.tokenizer
-        # Pieces may be tokenized apart because special tokens stand between them.
+        # Pieces can be tokenized separately because special tokens are between them.
         self.encode = cache(
             lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
         )
         self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
 
     def prefix(self, num_images: int) -> list[int]:
-        """Token ids of everything before the question."""
+        """Return the token ids of everything before the question."""
         return [*self.encode(_USER), *self.encode(_ONE_IMAGE) * num_images]
 
     def conversation(self, turns: Iterable[Question]) -> list[tuple[int, int]]:
-        """Token ids after the prefix, each with the turn whose answer it is part of, or -1."""
+        """Return the token ids after the prefix, each with the turn of its answer or -1."""
         tokens: list[tuple[int, int]] = []
         for turn, question in enumerate(turns):
             asked = (_NEXT_USER if turn else "") + question.text
@@ -154,8 +154,8 @@ class Packer:
                 ids_RT[r, start:end] = torch.tensor([token for token, _ in tokens])
                 positions_RT[r, start:end] = torch.arange(num_prefix, num_prefix + length)
                 segments_RT[r, start:end] = segment
-                # One to the left: a token is predicted where the one before it stands. What
-                # this overwrites is the previous segment's last token, which predicts nothing.
+                # Shifted to the left by one, because each token is predicted at the one before it.
+                # This overwrites only the last token of the previous segment, which has no label.
                 said = slice(start - 1, end - 1)
                 labels_RT[r, said] = torch.tensor(
                     [i if turn >= 0 else IGNORED for i, turn in tokens]
@@ -184,9 +184,9 @@ def _weight(turns: Sequence[Question], turn: int) -> float:
 
 
 def _block_mask(segments_RT: Tensor) -> Tensor:
-    """bool [R, T, T]: causal, to the prefix (segment 0) and the token's own segment."""
+    """Return a causal mask, bool [R, T, T], to the prefix (segment 0) and a token's own segment."""
     length = segments_RT.shape[1]
     causal_TT = torch.ones(length, length, dtype=torch.bool).tril()
     queries, keys = segments_RT[:, :, None], segments_RT[:, None, :]
-    # A padded cell sees itself and other padding, so no row of the softmax is empty.
+    # Padding attends to itself and other padding, so no row of the softmax is empty.
     return causal_TT & ((queries == keys) | (keys == 0))

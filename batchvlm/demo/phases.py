@@ -1,7 +1,7 @@
-"""The two phases of training: first to see, then to answer.
+"""The two phases of training.
 
-Phase A teaches the vision tower what stands where (`cells`). Phase B teaches the whole model
-to answer (`packing`), with phase A's loss beside it.
+Phase A trains the vision tower to recognize the object in each cell (`cells`). Phase B trains the
+whole model to answer questions (`packing`), with the loss of phase A added.
 """
 
 import math
@@ -27,22 +27,22 @@ _WARM_UP: Final = 0.03
 _FINAL_FACTOR: Final = 0.02
 _WEIGHT_DECAY: Final = 0.05
 _MAX_GRADIENT_NORM: Final = 1.0
-# AdamW's learning rate for what Muon cannot take: vectors, embeddings, the patch kernel.
+# Learning rate of AdamW for parameters that Muon cannot train: vectors, embeddings, patch kernel.
 _ADAMW_FACTOR: Final = 0.65
-# In phase B the vision tower has learned already.
+# Lower learning rate in phase B for the vision tower, which phase A has trained.
 _VISION_FACTOR: Final = 0.25
 _CELL_LOSS_FACTOR: Final = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides the trained weights."""
+    """All settings that determine the trained weights."""
 
     seed: int = 0
-    """Decides the pictures, the first weights and every draw."""
+    """Seed of the images, the initial weights and all sampling."""
 
     num_images: int = 48_000
-    """Pictures rendered once, before phase A."""
+    """Images rendered once, before phase A."""
 
     num_steps_a: int = 600
     """Steps of phase A."""
@@ -51,13 +51,13 @@ class TrainConfig:
     """Steps of phase B."""
 
     images_per_step_a: int = 64
-    """Images a step of phase A sees."""
+    """Images in a step of phase A."""
 
     images_per_step_b: int = 32
-    """Images a step of phase B sees, each with one row of questions."""
+    """Images in a step of phase B, each with one row of questions."""
 
     pairs_per_step: int = 10
-    """Two-image rows of a step of phase B, made of the same images."""
+    """Additional rows in a step of phase B with two of the same images each."""
 
     learning_rate: float = 4e-3
     """Peak learning rate of the matrices of the language model, and of phase A."""
@@ -65,26 +65,26 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What is trained."""
+    """The trained modules and the processor."""
 
     model: Idefics3ForConditionalGeneration
     head: CellHead
     processor: Idefics3Processor
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Every trained tensor by name; the head's begin with "head."."""
+        """Return every trained tensor with its name; those of the head start with "head."."""
         return [
             *self.model.named_parameters(),
             *((f"head.{name}", weight) for name, weight in self.head.named_parameters()),
         ]
 
     def vision_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Vision tower, connector and cell head."""
+        """Return the parameters of vision tower, connector and cell head."""
         parts = ("vision_model", "connector", "head.")
         return [(name, w) for name, w in self.parameters() if any(part in name for part in parts)]
 
     def see(self, pixels_ICHW: Tensor) -> Tensor:
-        """Visual tokens [I, V, D] of images."""
+        """Return the visual tokens [I, V, D] of images."""
         inner: Any = self.model.model
         features: Tensor = inner.vision_model(
             pixels_ICHW, patch_attention_mask=None
@@ -96,7 +96,11 @@ class Network:
 def train_vision(
     network: Network, pool: Pool, rng: Generator, cfg: TrainConfig
 ) -> Iterator[tuple[int, CellLoss]]:
-    """Phase A: vision tower and connector learn what stands in each cell; yields each step."""
+    """Phase A: train vision tower and connector to recognize the object in each cell.
+
+    Yields:
+        The number and loss of each step.
+    """
     named = network.vision_parameters()
     optimizers = _build_optimizers(named, cfg.learning_rate)
     for step in range(cfg.num_steps_a):
@@ -110,16 +114,16 @@ def train_vision(
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerLoss:
-    """What one step of phase B learned."""
+    """The losses and accuracy of one step of phase B."""
 
     answers: float
-    """Weighted loss of the answers, in nats a token."""
+    """Weighted loss of the answers, in nats per token."""
 
     cells: CellLoss
-    """The cell head's part."""
+    """Loss of the cell head."""
 
     is_right: list[tuple[str, bool]]
-    """Kind of each answer, and whether its every token was predicted, given the ones before."""
+    """Kind of each answer, and whether every token was predicted, given the correct prefix."""
 
 
 def train_answers(
@@ -130,11 +134,14 @@ def train_answers(
     state: dict[str, Any] | None,
     checkpoint: Callable[[int, list[Optimizer]], None],
 ) -> Iterator[tuple[int, AnswerLoss]]:
-    """Phase B: the whole model learns to answer; yields each step.
+    """Phase B: train the whole model to answer questions.
 
     Args:
-        state: what `checkpoint` saved, to continue from; None to begin.
-        checkpoint: called before each step with its number.
+        state: a saved state to continue from; None to start.
+        checkpoint: called before each step with its number and the optimizers.
+
+    Yields:
+        The number and losses of each step.
     """
     named = network.parameters()
     vision_names = {name for name, _ in network.vision_parameters()}
@@ -180,13 +187,13 @@ def train_answers(
 def _answer_logits(
     network: Network, batch: PackedBatch, features_IVD: Tensor, image_id: int
 ) -> Tensor:
-    """Logits [L, N] where an answer is being said."""
+    """Return the logits [L, N] at the positions with a label."""
     text_model: Any = network.model.model.text_model
     embedded_RTD = text_model.embed_tokens(batch.ids_RT)
     embedded_RTD = embedded_RTD.masked_scatter(
         (batch.ids_RT == image_id)[..., None], features_IVD[batch.images].to(embedded_RTD.dtype)
     )
-    # Eager attention adds its mask, so it wants numbers.
+    # Eager attention adds its mask to the scores, so the mask must be numeric.
     mask_R1TT = torch.zeros(batch.mask_R1TT.shape, dtype=torch.bfloat16)
     mask_R1TT.masked_fill_(~batch.mask_R1TT, -1e9)
     hidden_RTD = text_model(
@@ -202,7 +209,7 @@ def _answer_logits(
 def _build_optimizers(
     named: Iterable[tuple[str, nn.Parameter]], learning_rate: float
 ) -> list[Optimizer]:
-    """Muon for the matrices, AdamW for the rest."""
+    """Return Muon for the matrices and AdamW for the other parameters."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, weight in named:
@@ -226,7 +233,7 @@ def _build_optimizers(
 
 
 def _set_learning_rate(optimizers: Iterable[Optimizer], progress: float) -> None:
-    """Warm up, then fall along a cosine; `progress` from 0 to 1."""
+    """Set the learning rate: linear warm-up, then cosine decay; `progress` is from 0 to 1."""
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     factor = min(1.0, progress / _WARM_UP) * (_FINAL_FACTOR + (1 - _FINAL_FACTOR) * cosine)
     for optimizer in optimizers:

@@ -1,4 +1,4 @@
-"""Training pictures: rendered once in worker processes, varied each time they are used."""
+"""Training images: rendered once in worker processes, augmented each time they are used."""
 
 import multiprocessing
 from collections.abc import Sequence
@@ -26,20 +26,20 @@ _NUM_NOISES: Final = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Scenes and their pictures at the model's resolution."""
+    """Scenes and their images at the model's resolution."""
 
     scenes: list[Scene]
-    """One scene a picture."""
+    """The scene of each image."""
 
     pixels_IHWC: NDArray[np.uint8]
     """uint8 [I, 96, 96, 3]."""
 
     noises_NCHW: Tensor
-    """float32 [N, 3, 96, 96], standard normal; drawn once because drawing is slow."""
+    """float32 [N, 3, 96, 96], standard normal; sampled once because sampling is slow."""
 
 
 def build_pool(num_images: int, seed: int, *, num_processes: int = 2) -> Pool:
-    """Render pictures of random scenes; the same for any number of processes."""
+    """Render images of random scenes; they do not depend on the number of processes."""
     starts = range(0, num_images, _CHUNK)
     sizes = [min(_CHUNK, num_images - start) for start in starts]
     work = partial(_render_chunk, seed)
@@ -60,10 +60,10 @@ def build_pool(num_images: int, seed: int, *, num_processes: int = 2) -> Pool:
 
 
 def draw_images(pool: Pool, num_images: int, rng: Generator) -> tuple[Tensor, list[Scene]]:
-    """Draw different pictures and vary their contrast, brightness and noise.
+    """Sample distinct images and vary their contrast, brightness and noise.
 
     Returns:
-        pixels_ICHW: float32 [num_images, 3, 96, 96] in [-1, 1], as the processor gives them.
+        pixels_ICHW: float32 [num_images, 3, 96, 96] in [-1, 1], normalized as by the processor.
         Their scenes.
     """
     indices = rng.choice(len(pool.scenes), num_images, replace=False)
@@ -117,8 +117,8 @@ def _render_chunk(
 
 
 def _draw_picture(scene: Scene, rng: Generator) -> Image.Image:
-    """Render at the size the model sees, or larger, perhaps as JPEG, and shrink."""
-    if rng.random() < 0.35:  # cheap, and sharper than a shrunk one
+    """Render a scene at the model's size, or at a larger size, perhaps as JPEG, and shrink it."""
+    if rng.random() < 0.35:  # fast, and sharper than a shrunk image
         return world.render(scene, rng, IMAGE_SIDE, IMAGE_SIDE)
     width, height = world.draw_size(rng)
     oversample = 1 if rng.random() < 0.5 else 2

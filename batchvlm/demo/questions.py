@@ -1,8 +1,8 @@
-"""From scenes to questions with true answers.
+"""Generate questions with correct answers about scenes.
 
-A kind is a family of questions: `caption` and `json` want long answers, the VQA kinds a word
-or two, and the pair kinds are about two images. A kind that has no unambiguous question for a
-scene is left out for it.
+A kind is a family of questions. `caption` and `json` have long answers, the VQA kinds a word or
+two, and the pair kinds are about two images. A kind is skipped for scenes for which it has no
+unambiguous question.
 """
 
 import json
@@ -128,7 +128,7 @@ _PLACES: Final = (
     "at the bottom right",
 )
 
-# Streams of random numbers that never meet: the first word of each generator's seed.
+# Independent random streams: the first word of each generator's seed.
 TRAINING_STREAM: Final = 1
 HELD_OUT_STREAM: Final = 2
 SAMPLES_STREAM: Final = 3
@@ -137,16 +137,16 @@ CORPUS_STREAM: Final = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question with its one true answer."""
+    """A question with its only correct answer."""
 
     kind: str
     """One of `KINDS`."""
 
     text: str
-    """What is asked."""
+    """The question."""
 
     answer: str
-    """What a right model says, to the letter."""
+    """The answer, which a model must match exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,30 +154,30 @@ class HeldOutItem:
     """One question of the held-out set with its encoded images."""
 
     scene_index: int
-    """Which scene it asks about; of a pair, the second."""
+    """Index of its scene; of a pair, of the second one."""
 
     kind: str
     """One of `KINDS`."""
 
     question: str
-    """What is asked."""
+    """The question."""
 
     answer: str
-    """The true answer."""
+    """The correct answer."""
 
     images: tuple[bytes, ...]
     """One or two JPEG or PNG files."""
 
 
 def caption(scene: Scene) -> str:
-    """The true caption: every object in row-major order, in one sentence."""
+    """Return the correct caption: one sentence with every object in row-major order."""
     parts = [f"a {obj.size} {obj.color} {obj.shape} {_PLACES[obj.cell]}" for obj in scene.objects]
     text = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     return f"{text[0].upper()}{text[1:]}."
 
 
 def objects_json(scene: Scene) -> str:
-    """The true compact JSON: every object in row-major order, and their count."""
+    """Return the correct compact JSON: every object in row-major order, and their count."""
     objects = [
         {"shape": obj.shape, "color": obj.color, "size": obj.size, "position": obj.position}
         for obj in scene.objects
@@ -186,7 +186,7 @@ def objects_json(scene: Scene) -> str:
 
 
 def ask(scene: Scene, kind: str, rng: Generator) -> Question | None:
-    """Draw a question of one of the `SINGLE_KINDS`, or None where none is unambiguous."""
+    """Sample a question of one of the `SINGLE_KINDS`; None if the scene has no unambiguous one."""
     if kind == "caption":
         return Question(kind=kind, text=_pick(TEMPLATES[kind], rng), answer=caption(scene))
     if kind == "json":
@@ -200,7 +200,7 @@ def ask(scene: Scene, kind: str, rng: Generator) -> Question | None:
 
 
 def ask_pair(first: Scene, second: Scene, kind: str, rng: Generator) -> Question:
-    """Draw a question about two images: `more` or `which`."""
+    """Sample a question about two images, of kind `more` or `which`."""
     template = _pick(TEMPLATES[kind], rng)
     if kind == "more":
         num_first, num_second = len(first.objects), len(second.objects)
@@ -224,10 +224,10 @@ def ask_pair(first: Scene, second: Scene, kind: str, rng: Generator) -> Question
 
 
 def held_out(num_scenes: int, seed: int = 0) -> list[HeldOutItem]:
-    """The held-out set: every kind that fits each scene, and one question for each pair.
+    """Return the held-out set: for each scene every kind that fits, and one question for each pair.
 
-    Its random stream is its own, so training never sees its pictures. Consecutive scenes
-    make a pair; `more` and `which` take turns.
+    It has its own random stream, so training never uses its images. Consecutive scenes are a pair;
+    `more` and `which` alternate.
 
     Returns:
         Items in order of their scenes; the first n scenes are the same for any `num_scenes`.
@@ -238,7 +238,7 @@ def held_out(num_scenes: int, seed: int = 0) -> list[HeldOutItem]:
     for index in range(num_scenes):
         scene = world.draw_scene(rng)
         picture = world.render(scene, rng, *world.draw_size(rng))
-        # Two scenes each in turn, so that either kind of pair gets all mixtures of encodings.
+        # Alternate every two scenes, so that each kind of pair gets all mixtures of encodings.
         quality = int(rng.integers(75, 96))
         encoded = (
             world.encode_jpeg(picture, quality) if index // 2 % 2 else world.encode_png(picture)
@@ -265,7 +265,7 @@ def held_out(num_scenes: int, seed: int = 0) -> list[HeldOutItem]:
 
 
 def corpus(num_scenes: int = 3000) -> Iterator[str]:
-    """Yield questions and answers to train a tokenizer on, always the same."""
+    """Yield questions and answers to train a tokenizer on; they are always the same."""
     rng = np.random.default_rng([CORPUS_STREAM])
     for _ in range(num_scenes):
         scene, other = world.draw_scene(rng), world.draw_scene(rng)
@@ -278,7 +278,7 @@ def corpus(num_scenes: int = 3000) -> Iterator[str]:
 
 
 def _draw_vqa(scene: Scene, kind: str, rng: Generator) -> tuple[dict[str, str], str] | None:
-    """Draw what fills the template's slots, and the answer."""
+    """Sample the values of a template's slots, and the answer; None if none is unambiguous."""
     namings: tuple[tuple[str, ...], ...]
     match kind:
         case "count":
@@ -319,9 +319,9 @@ def _draw_vqa(scene: Scene, kind: str, rng: Generator) -> tuple[dict[str, str], 
 
 
 def _references(scene: Scene, namings: tuple[tuple[str, ...], ...]) -> list[tuple[str, Object]]:
-    """Noun phrases that fit exactly one object, each with it.
+    """Return noun phrases that fit exactly one object, each with that object.
 
-    A naming lists the properties said aloud, in the order in which English says them.
+    A naming lists the properties in the phrase, in their English order.
     """
     references = []
     for obj in scene.objects:
@@ -341,7 +341,7 @@ def _references(scene: Scene, namings: tuple[tuple[str, ...], ...]) -> list[tupl
 def _draw_subject(
     scene: Scene, rng: Generator, *, p_present: float, by_shape: bool | None = None
 ) -> tuple[str | None, str | None]:
-    """A shape or a color to ask for, taken from the scene with the probability given."""
+    """Sample a shape or a color to ask for; it is taken from the scene with `p_present`."""
     if by_shape is None:
         by_shape = rng.random() < 0.65
     is_present = rng.random() < p_present
@@ -351,7 +351,7 @@ def _draw_subject(
 
 
 def _draw_exists(scene: Scene, rng: Generator) -> tuple[str | None, str | None]:
-    """A shape, a color or both; near misses are common, so guessing does not pay."""
+    """Sample a shape, a color or both; near misses are common, so guessing scores badly."""
     if rng.random() < 0.4:
         obj = _pick(scene.objects, rng)
         shape, color = obj.shape, obj.color

@@ -1,8 +1,8 @@
 """Write the bundled samples: `python -m batchvlm.demo.samples`.
 
-Good rows carry a question with its true answer, the true caption and the true JSON. Between
-them stand rows that are broken the ways real datasets are; nothing is known of those, so their
-answers are null, and each must still yield exactly one output row.
+Good rows have a question with its correct answer, the correct caption and the correct JSON. Between
+them are rows that are broken as in real datasets. Their answers are null, and each must still yield
+exactly one output row.
 """
 
 import argparse
@@ -24,13 +24,12 @@ from batchvlm.demo.world import Scene
 
 NUM_GOOD_ROWS: Final = 24
 BOMB_SIDE: Final = 30_000
-# Several row groups even in a small file, as in a large one.
+# So that even this small file has several row groups.
 _ROWS_PER_GROUP: Final = 8
 _ROTATED_ROW: Final = 13
 _ORIENTATION_ROTATE_RIGHT: Final = 6
 
-# A column of this Arrow type, named an Image in the schema's metadata, is what the `datasets`
-# library writes and reads.
+# The `datasets` library stores images in this Arrow type, with the feature Image in the metadata.
 _SCHEMA: Final = pa.schema(
     {
         "id": pa.string(),
@@ -44,7 +43,7 @@ _SCHEMA: Final = pa.schema(
 
 
 def build_samples() -> pa.Table:
-    """Build the table: good rows and broken ones among them, always the same."""
+    """Build the table of good and broken rows; it is always the same."""
     rng = np.random.default_rng([SAMPLES_STREAM])
     broken = _broken_rows(rng)
     rows = []
@@ -68,7 +67,7 @@ def write_samples(path: Path) -> None:
         path,
         row_group_size=_ROWS_PER_GROUP,
         compression="none",  # the images are compressed already
-        write_statistics=False,  # they would hold whole images again
+        write_statistics=False,  # they would contain whole images again
     )
 
 
@@ -96,7 +95,7 @@ def _good_row(index: int, rng: Generator) -> dict[str, Any]:
 
 
 def _draw_question(scene: Scene, index: int, rng: Generator) -> Question:
-    """The kinds take turns; a kind that does not fit the scene leaves its turn to the next."""
+    """Sample a question; the kind depends on `index`, and kinds that do not fit are skipped."""
     for offset in range(len(VQA_KINDS)):
         question = questions.ask(scene, VQA_KINDS[(index + offset) % len(VQA_KINDS)], rng)
         if question is not None:
@@ -130,14 +129,14 @@ def _broken_rows(rng: Generator) -> list[dict[str, Any]]:
 
 
 def _encode_rotated(picture: Image.Image) -> bytes:
-    """A JPEG as a phone held upright saves it: pixels turned left, a tag to turn them right."""
+    """Encode a JPEG like a phone's: pixels rotated to the left, and an EXIF tag to undo that."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = _ORIENTATION_ROTATE_RIGHT
     return world.encode_jpeg(picture.transpose(Image.Transpose.ROTATE_90), 90, exif=exif)
 
 
 def _encode_bomb() -> bytes:
-    """A PNG of under 100 bytes whose header claims 900 million pixels."""
+    """Return a PNG of under 100 bytes whose header claims 900 million pixels."""
     header = struct.pack(">IIBBBBB", BOMB_SIDE, BOMB_SIDE, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")]
     encoded = b"\x89PNG\r\n\x1a\n"

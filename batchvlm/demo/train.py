@@ -1,11 +1,11 @@
-"""Train the demo model from nothing: `python -m batchvlm.demo.train --output DIR --seed 0`.
+"""Train the demo model from scratch: `python -m batchvlm.demo.train --output DIR --seed 0`.
 
-Both phases (`phases`) are counted in steps, never in minutes, so the seed and the step counts
-decide the result on any machine.
+The length of both phases (`phases`) is a number of steps, not a time, so the seed and the numbers
+of steps determine the result on any machine.
 
-Two cores with bfloat16 instructions take about 45 minutes. With glibc, `MALLOC_MMAP_MAX_=0
-MALLOC_TRIM_THRESHOLD_=100000000000` keeps freed memory for the next step: a third less time,
-but up to 16 GB of memory.
+Training takes about 45 minutes on two cores with bfloat16 instructions. With glibc,
+`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000` keeps freed memory for the next step: this
+takes a third less time, but up to 16 GB of memory.
 """
 
 import argparse
@@ -49,20 +49,20 @@ def train(
     log_every: int = 20,
     num_eval_scenes: int = 500,
 ) -> dict[str, Any]:
-    """Train, save to `output` and return what `training.json` there says.
+    """Train, save the model to `output` and return the content of `output/training.json`.
 
     Args:
-        output: folder for the model; `output/checkpoint` is written on the way.
-        is_resumed: continue from `output/checkpoint`, as though never interrupted.
+        output: folder for the model and for `checkpoint`.
+        is_resumed: continue from `output/checkpoint`; the result is that of an uninterrupted run.
         checkpoint_every: steps of phase B between checkpoints.
-        log_every: steps between lines of progress.
-        num_eval_scenes: held-out scenes to score in the end.
+        log_every: steps between progress lines.
+        num_eval_scenes: number of held-out scenes for the final evaluation.
     """
     started = time.monotonic()
     rng = np.random.default_rng([TRAINING_STREAM, cfg.seed, 2])
     processor = build_processor()
     model = build_model(processor, seed=cfg.seed)
-    # PyTorch's SDPA has a slow backward pass on CPU.
+    # The backward pass of PyTorch's SDPA is slow on CPU.
     model.set_attn_implementation("eager")
     network = Network(model=model, head=CellHead(), processor=processor)
     pool = build_pool(cfg.num_images, cfg.seed)
@@ -126,7 +126,7 @@ def _save_state(
     rng: Generator,
     progress: dict[str, Any],
 ) -> None:
-    """Save all that decides the steps to come."""
+    """Save everything that later steps depend on."""
     state = {
         **progress,
         "model": network.model.state_dict(),
@@ -140,7 +140,7 @@ def _save_state(
 
 
 def _load_state(path: Path, network: Network, rng: Generator) -> dict[str, Any]:
-    """Load it back into network and generator; the optimizers' part is for phase B to load."""
+    """Load a saved state into network and generator; phase B loads that of the optimizers."""
     state: dict[str, Any] = torch.load(path, weights_only=True)
     network.model.load_state_dict(state["model"])
     network.head.load_state_dict(state["head"])

@@ -1,7 +1,7 @@
-"""The little world: seeded scenes of one to four shapes, drawn with PIL.
+"""Random scenes of one to four shapes, rendered with PIL.
 
-A scene is decided by one generator and its picture by the same or another, so one scene has
-many pictures. Everything random comes from the generator passed in.
+A scene has many renderings: size, jitter, tilt and color are sampled by `render`. All randomness
+comes from the generators passed in.
 """
 
 import io
@@ -65,23 +65,23 @@ class Object:
 
     @property
     def position(self) -> str:
-        """The cell in words, one of `POSITIONS`."""
+        """The name of the cell, one of `POSITIONS`."""
         return POSITIONS[self.cell]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows, apart from jitter and noise."""
+    """The content of an image, without its variations."""
 
     objects: tuple[Object, ...]
-    """One to four objects in row-major order, at most one to a cell."""
+    """One to four objects in row-major order, at most one in each cell."""
 
     background: str
     """One of `BACKGROUNDS`."""
 
 
 def draw_scene(rng: Generator) -> Scene:
-    """Draw a scene: uniform in number, cells, shapes, colors and sizes."""
+    """Sample a scene, uniform in number of objects, cells, shapes, colors and sizes."""
     num_objects = int(rng.integers(1, MAX_OBJECTS + 1))
     cells = sorted(rng.choice(NUM_CELLS, num_objects, replace=False).tolist())
     objects = tuple(
@@ -97,7 +97,7 @@ def draw_scene(rng: Generator) -> Scene:
 
 
 def draw_size(rng: Generator) -> tuple[int, int]:
-    """Draw a picture's (width, height) in pixels: 128-288 each side, 40% not square."""
+    """Sample (width, height) in pixels: each side is 128 to 288, and 40% are not square."""
     if rng.random() >= 0.4:
         side = int(rng.integers(MIN_SIDE, MAX_SIDE + 1))
         return side, side
@@ -109,18 +109,18 @@ def draw_size(rng: Generator) -> tuple[int, int]:
 def render(
     scene: Scene, rng: Generator, width: int, height: int, *, oversample: int = 2
 ) -> Image.Image:
-    """Draw one picture of a scene.
+    """Render one image of a scene.
 
-    Objects are jittered inside their cells, tilted by up to 12 degrees and varied in color;
-    half of the backgrounds have a gentle gradient.
+    Objects are jittered inside their cells, tilted by up to 12 degrees and varied in color. Half of
+    the backgrounds have a slight gradient.
 
     Args:
-        width: pixels.
-        height: pixels.
-        oversample: edges are smoothed by drawing this many times larger.
+        width: width in pixels.
+        height: height in pixels.
+        oversample: factor of the size at which the scene is drawn, for smooth edges.
 
     Returns:
-        An RGB image of the size asked for.
+        An RGB image of the given size.
     """
     big_width, big_height = width * oversample, height * oversample
     image = _draw_background(scene.background, rng, big_width, big_height)
@@ -128,7 +128,7 @@ def render(
     cell_width, cell_height = big_width / 3, big_height / 3
     for obj in scene.objects:
         radius = min(big_width, big_height) * rng.uniform(*_DIAMETERS[obj.size]) / 2
-        # The margin keeps a tilted outline inside its cell, so a position is never in doubt.
+        # The margin keeps a tilted outline inside its cell, so that its position is unambiguous.
         slack_x = max(0.0, cell_width / 2 - radius * 1.08) * 0.9
         slack_y = max(0.0, cell_height / 2 - radius * 1.08) * 0.9
         center_x = (obj.cell % 3 + 0.5) * cell_width + rng.uniform(-slack_x, slack_x)
@@ -147,7 +147,7 @@ def render(
 
 
 def encode_jpeg(image: Image.Image, quality: int, *, exif: Image.Exif | None = None) -> bytes:
-    """Encode as JPEG; `quality` as PIL counts it (1-95)."""
+    """Encode as JPEG with PIL's `quality` (1-95)."""
     buffer = io.BytesIO()
     extra = {} if exif is None else {"exif": exif}
     image.save(buffer, "JPEG", quality=quality, **extra)
@@ -162,14 +162,14 @@ def encode_png(image: Image.Image) -> bytes:
 
 
 def decode(encoded: bytes) -> Image.Image:
-    """Decode an image file to RGB, as it stands (no EXIF orientation)."""
+    """Decode an image file to RGB, ignoring EXIF orientation."""
     return Image.open(io.BytesIO(encoded)).convert("RGB")
 
 
 def _draw_background(background: str, rng: Generator, width: int, height: int) -> Image.Image:
     low, high = (205, 256) if background == "light" else (8, 60)
     level = rng.integers(low, high, 3)
-    level = 0.6 * level.mean() + 0.4 * level  # mostly grey, so no object vanishes in it
+    level = 0.6 * level.mean() + 0.4 * level  # mostly grey, so that every object is visible
     if rng.random() < 0.5:
         return Image.new("RGB", (width, height), tuple(int(x) for x in level))
     slope = rng.uniform(-22, 22) * np.linspace(-1, 1, 16)
@@ -181,11 +181,11 @@ def _draw_background(background: str, rng: Generator, width: int, height: int) -
 def _outline(
     shape: str, center_x: float, center_y: float, radius: float, tilt: float
 ) -> list[tuple[float, float]]:
-    """Corners of a polygon around a center; `tilt` in radians, clockwise on the screen."""
+    """Return the corners of a shape around a center; `tilt` is in radians, clockwise on screen."""
     if shape == "cross":
         arm = _CROSS_ARM
         quarter = [(-arm, -1.0), (arm, -1.0), (arm, -arm)]
-        # Each quarter turn of (x, y) is (-y, x).
+        # A quarter turn maps (x, y) to (-y, x).
         corners = list(quarter)
         for _ in range(3):
             quarter = [(-y, x) for x, y in quarter]
@@ -202,7 +202,7 @@ def _outline(
             num_corners, radii, start, scale = 4, (1.0,), math.pi / 4, 1.12
         case "triangle":
             num_corners, radii, start, scale = 3, (1.0,), -math.pi / 2, 1.12
-            center_y += radius * 0.18  # a triangle's middle lies above its centroid
+            center_y += radius * 0.18  # the middle of a triangle is above its centroid
         case "star":
             num_corners, radii, start, scale = 10, (1.0, 0.42), -math.pi / 2, 1.1
         case _:
