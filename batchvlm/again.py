@@ -1,4 +1,4 @@
-"""Rows whose answers had not the form that was asked for, answered again in the same run."""
+"""Answer rows again in the same run if their answers do not have the required form."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dataclasses import replace
 from batchvlm.records import Completion, FinishReason, Sample
 
 _LEAST_TEMPERATURE = 0.5
-"""A greedy answer would be the same again."""
+"""Least temperature of another attempt, because a greedy answer would be the same again."""
 
 
 class Again:
-    """Keeps what it takes to answer rows again.
+    """Keeps the samples of rows that may be answered again.
 
     Args:
-        max_times: how often a row is answered again.
-        max_bytes: of samples that are kept; rows beyond are answered once.
+        max_times: maximum number of further answers to a row.
+        max_bytes: limit for all samples that are kept; rows above it are answered once.
     """
 
     def __init__(self, max_times: int, *, max_bytes: int) -> None:
@@ -30,13 +30,13 @@ class Again:
         self._waiting: deque[Sample] = deque()
 
     def keep(self, sample: Sample) -> None:
-        """Keep a sample while it is with the engine."""
+        """Keep a sample until `forget`, if there is room."""
         if self._max_times and self._size_bytes + sample.size_bytes <= self._max_bytes:
             self._kept[sample.row_index] = sample
             self._size_bytes += sample.size_bytes
 
     def again(self, row_index: int, completion: Completion) -> bool:
-        """Whether the row will be answered again, by other settings than led to this answer."""
+        """Queue the row to be answered again with changed settings; return whether it is."""
         times = self._times.get(row_index, 0)
         sample = self._kept.get(row_index)
         if sample is None or times >= self._max_times:
@@ -50,12 +50,12 @@ class Again:
         return True
 
     def take(self) -> Iterator[Sample]:
-        """Samples to be answered again, each once."""
+        """Yield the queued samples and remove them from the queue."""
         while self._waiting:
             yield self._waiting.popleft()
 
     def forget(self, row_index: int) -> int:
-        """Give up a row's sample; how often the row was answered, once at least."""
+        """Drop a row's sample; return the number of answers to the row, at least 1."""
         sample = self._kept.pop(row_index, None)
         if sample is not None:
             self._size_bytes -= sample.size_bytes
@@ -63,7 +63,7 @@ class Again:
 
 
 def _changed(sample: Sample, completion: Completion, times: int) -> Sample | None:
-    """The sample with more room, or else another seed; None where nothing would be different."""
+    """Return the sample with a higher token limit, or else with another seed."""
     settings = sample.generation
     if completion.finish_reason is FinishReason.LENGTH:
         most = 2 * settings.max_new_tokens

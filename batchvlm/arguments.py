@@ -1,4 +1,4 @@
-"""Flags of the commands: what is wrong with them is said in one line, as of settings."""
+"""The parser for flags of the commands, which reports errors in one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from batchvlm.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are errors like all others, without a page of usage."""
+    """A parser that raises `ConfigError` instead of printing a page of usage."""
 
     def error(self, message: str) -> NoReturn:
         """Raise `ConfigError`."""
@@ -18,10 +18,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def local_file(text: str) -> Path:
-    """The `type` of a flag that names a file to write.
+    """Parse a flag that names a local file to write.
 
     Raises:
-        ArgumentTypeError: it is an address, which would become a folder named `s3:`.
+        ArgumentTypeError: the value is a URL, which would become a folder named `s3:`.
     """
     if "://" in text:
         raise argparse.ArgumentTypeError(

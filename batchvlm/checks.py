@@ -1,6 +1,6 @@
-"""What types cannot say of settings: ranges, choices, and what goes with what.
+"""Check settings beyond their types: ranges, choices and combinations.
 
-Nothing here imports torch: a mistake costs a second.
+This module does not import torch, so mistakes show within a second.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/@]*:[^/@]*@")
 
 
 def image_columns(cfg: JobConfig) -> tuple[str, ...]:
-    """The image columns in slot order, whichever way they were written."""
+    """Return the image columns in slot order, as a tuple."""
     image = cfg.data.columns.image
     if image is None:
         return ()
@@ -43,14 +43,14 @@ def image_columns(cfg: JobConfig) -> tuple[str, ...]:
 
 
 def _may_be_reached(entry: str) -> bool:
-    """Whether an entry of `data.allow_hosts` is what some address can name: a host or a place."""
+    """Whether an entry of `data.allow_hosts` is a host or an object-store address."""
     protocol, separator, _ = entry.partition("://")
     if separator:
         return _WORD.fullmatch(protocol) is not None and protocol.lower() not in _WEB
     try:
         ipaddress.ip_address(re.sub(r"^\[(.*)\]$", r"\1", entry).rstrip("."))
     except ValueError:
-        # 127.1 is an address, written so that it is forbidden.
+        # IP addresses in other notations, such as 127.1, are never allowed.
         return bool(_HOST.fullmatch(entry)) and not ends_in_number(entry)
     return True
 
@@ -62,7 +62,7 @@ _HOST = re.compile(r"[\w\-]+(\.[\w\-]+)*\.?")
 
 
 def check_config(cfg: JobConfig) -> None:
-    """Refuse values out of range and settings that cannot go together.
+    """Check ranges, choices and combinations of settings.
 
     Raises:
         ConfigError: names the setting, its value, the limit and what to do.
@@ -86,7 +86,7 @@ def _between(setting: str, value: float, low: float, high: float) -> None:
 
 def _seconds(setting: str, value: float | None, low: float) -> None:
     _at_least(setting, value, low)
-    # Python's clocks refuse what is infinite in the middle of a run, in a thread of its own.
+    # An infinite timeout would raise in the middle of a run, in some thread.
     if value is not None and value > _MAX_S:
         raise ConfigError(f"{setting}={value} must be at most {_MAX_S:,} seconds")
 
@@ -201,7 +201,7 @@ def _check_choices(cfg: JobConfig) -> None:
 
 
 def _check_tracking(cfg: JobConfig) -> None:
-    """What trackers write needs a disk: to them, a URL is the name of a folder here."""
+    """Check that trackers write to a disk: they would treat a URL as the name of a local folder."""
     tracking = cfg.tracking
     for name in tracking.trackers:
         if name not in _TRACKERS:
@@ -225,7 +225,7 @@ def _check_tracking(cfg: JobConfig) -> None:
 
 
 def _check_demo(cfg: JobConfig) -> None:
-    """Another input or model than the demo's must not go under its name and by its settings."""
+    """Refuse another input or model together with the name and settings of the demo's."""
     data, model = cfg.data, cfg.model
     if data.name == _DEMO_DATA and data.path != str(demo.SAMPLES_PATH):
         raise ConfigError(
@@ -320,7 +320,7 @@ def _check_output(cfg: JobConfig) -> None:
         for name in ("json_schema_column", "choice_column")
         if getattr(output, name) is not None
     ]
-    # Rows may bring schemas with any task: some requests of a batch API do.
+    # Rows may have schemas with any task: some requests of a batch API do.
     for_extract = [*named, *(name for name in columns if "choice" in name)]
     if cfg.task.name is not TaskName.extract and for_extract:
         raise ConfigError(
@@ -360,7 +360,7 @@ _DECODING = (
 
 
 def _check_scores(cfg: JobConfig) -> None:
-    """Where choices are scored nothing is decoded, and what decoding heeds would mean nothing."""
+    """Check settings of scoring: it decodes nothing, so settings of decoding have no effect."""
     if not cfg.task.scores:
         return
     output, gen, defaults = cfg.task.output, cfg.generation, GenerationConfig()

@@ -1,4 +1,4 @@
-"""The command line: `batchvlm run` is a Hydra app; this file says what went wrong in one line."""
+"""The command line. `batchvlm run` is a Hydra app; errors are reported in one line."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _say(error)
             return run_app("run", overrides, program=f"batchvlm {name}", job=job)
         case ["-sc" | "--shell-completion", *_]:
-            # The script that Hydra installs asks the program itself, whatever command is typed.
+            # Hydra's completion script passes the whole line; Hydra expects it without a command.
             line = os.environ.get("COMP_LINE", "")
             for word in ("run", "plan", "preview"):
                 line = line.replace(f"batchvlm {word} ", "batchvlm ", 1)
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _without_debug(args: Sequence[str]) -> list[str]:
-    """The command line without `--debug`, which is noted."""
+    """Return the arguments without `--debug`; `_debug` records whether it was there."""
     _debug.is_on = "--debug" in args
     return [arg for arg in args if arg != "--debug"]
 
@@ -110,7 +110,7 @@ def _without_debug(args: Sequence[str]) -> list[str]:
 @dataclass
 class _Debug:
     is_on: bool = False
-    """Whether errors show where they happened."""
+    """Whether errors are printed with their traceback."""
 
 
 _debug = _Debug()
@@ -123,7 +123,7 @@ def _run_command(command: Callable[[Sequence[str]], ExitCode], argv: Sequence[st
     except BatchvlmError as error:
         return _say(error)
     except BrokenPipeError:
-        # Whoever reads along (`| head`) has seen enough.
+        # The reader of stdout (such as `head`) has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
     except KeyboardInterrupt:
@@ -143,29 +143,29 @@ def run_app(
 
     Args:
         config_name: run, caption, vqa or extract.
-        overrides: Hydra's command line; None takes the process's.
-        program: what Hydra calls it.
-        job: what is done with the settings; None: the job that they describe.
+        overrides: arguments for Hydra; None for those of the process.
+        program: the program's name for Hydra.
+        job: called with the settings; None to run the job.
     """
     _open_streams()
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Before torch loads its OpenMP: threads that have nothing to do wait some 20 us for more,
-        # then sleep. Those that spin on steal the cores of the workers.
+        # Must be set before torch loads OpenMP: idle threads then spin for some 20 us and sleep.
+        # With longer spinning they would take cores from the workers.
         os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="1000")
     if find_launch().world_size > 1:
-        # That rank 0 is gone is said in one line, not in pages of C++ frames.
+        # If rank 0 is gone, print one line rather than pages of C++ frames.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    # Their warnings are for programmers; what matters to a user is said by this program.
+    # Their warnings are for programmers; this program reports what matters to users.
     for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    # Hydra would print errors in its own words; this makes it raise them.
+    # Makes Hydra raise errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if overrides is None:
         sys.argv[1:] = _without_debug(sys.argv[1:])
     else:
         sys.argv = [program, *overrides]
     try:
-        catch_signals()  # one may come while the next is being caught
+        catch_signals()  # inside the try, because a signal may arrive during the call
         return _run_hydra(config_name, job or _run_job)
     except (Interrupted, KeyboardInterrupt):
         return _say_interrupted()
@@ -174,9 +174,9 @@ def run_app(
 
 
 def _open_streams() -> None:
-    """Let a process that was started without standard streams have some that lead nowhere.
+    """Open missing standard streams as /dev/null.
 
-    Else a file of the output would get the number of one, and what a library says would go into it.
+    Otherwise an output file could get descriptor 0, 1 or 2, and a library could print into it.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
@@ -204,7 +204,7 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
 
     def task(node: DictConfig) -> None:
         try:
-            register_schema()  # a launcher's job is a process that has not seen it
+            register_schema()  # a launcher may run this job in a new process
             if names_the_time(node) and (size := find_launch().world_size) > 1:
                 raise ConfigError(
                     f"output.dir names the time: each of the {size} processes of this launch would "
@@ -217,11 +217,11 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
         except BrokenPipeError as error:
             raise RuntimeError("a pipe within the job broke") from error
         except Exception as error:
-            # Not raised through Hydra: of a sweep, the other jobs shall still run.
+            # Not raised through Hydra, so that the other jobs of a sweep still run.
             codes.append(_say(error))
             if os.getpid() != pid:
-                # A launcher runs the job elsewhere, and would take it for done: Hydra carries this
-                # to the process that waits for it.
+                # In a launcher's process the job would count as done. Hydra passes this exception
+                # to the process that waits for the job.
                 raise BatchvlmError(f"a job of the sweep failed: {error}") from None
 
     _check_flags()
@@ -258,22 +258,22 @@ def _run_job(cfg: JobConfig) -> None:
 
 @contextmanager
 def _reader_may_leave() -> Iterator[None]:
-    """Let a job end quietly whose output nobody reads: `| head`, a terminal that was closed."""
+    """Ignore a closed pipe (`batchvlm run | head`) or terminal on stdout."""
     try:
         yield
         print(end="", flush=True)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise
-        # Python flushes once more at its end.
+        # Python flushes stdout again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_flags() -> None:
-    """Refuse flags that Hydra would answer with a page of usage.
+    """Check the flags, because Hydra would print a page of usage for a wrong one.
 
     Raises:
-        ConfigError: in one line.
+        ConfigError: a flag is unknown, or a setting follows a flag.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -302,14 +302,14 @@ def _say_interrupted() -> ExitCode:
 
 
 def _is_of_interruption(error: BaseException | None) -> bool:
-    """Whether it came up while an interruption went through somebody's clean-up (OmegaConf's)."""
+    """Whether an `Interrupted` is among the causes, as when a library wraps it in its own error."""
     while error is not None and not isinstance(error, Interrupted):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def _say(error: Exception) -> ExitCode:
-    """Say in one line what went wrong, and where if that was asked for."""
+    """Print an error in one line, with `--debug` also its traceback; return its exit code."""
     if _debug.is_on:
         traceback.print_exception(error)
     if isinstance(error, BatchvlmError):
@@ -319,7 +319,7 @@ def _say(error: Exception) -> ExitCode:
         return error.exit_code
     if not isinstance(error, OSError) and _is_of_interruption(error):
         return _say_interrupted()
-    # Nobody foresaw it: a mistake of this program, or of a library.
+    # An unexpected error: a bug of this program or of a library.
     text = " ".join(str(error).split())[:300]
     hint = "" if _debug.is_on else "; the same command with --debug shows where"
     _tell(f"batchvlm: error: {type(error).__name__}: {text}{hint}")
@@ -327,18 +327,18 @@ def _say(error: Exception) -> ExitCode:
 
 
 def _tell(text: str) -> None:
-    """Print to standard error, or nowhere if that is a terminal which was closed."""
+    """Print to stderr; nowhere if that is a closed terminal."""
     with suppress(OSError):
         print(text, file=sys.stderr)
 
 
 def _set_up_process(cfg: JobConfig) -> None:
-    # Again: of a sweep, the job before has left signals ignored.
+    # Again, because the previous job of a sweep left signals ignored.
     catch_signals()
     set_up_logging(as_json=cfg.runtime.log_json)
     for name in ("accelerate", "fsspec", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that lacks a letter of an answer must not end a finished run.
+        # A character that the terminal's encoding lacks must not fail a finished run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -1,4 +1,4 @@
-"""The commands that look after an output folder: `verify`, `status` and `compact`."""
+"""The command lines of `batchvlm verify`, `batchvlm status` and `batchvlm compact`."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def status(argv: Sequence[str]) -> ExitCode:
     while True:
         found = status(OutputFolder(args.out))
         if args.watch and sys.stdout.isatty():
-            print("\x1b[H\x1b[2J", end="")  # from the top of an empty screen
+            print("\x1b[H\x1b[2J", end="")  # clear the screen
         if args.json:
             silent = [asdict(worker) for worker in found.silent]
             shown = {"state": found.state} | vars(found) | {"silent": silent}
             print(json.dumps(shown), flush=True)
         else:
             _print_status(found)
-        # A retry is at work on a job whose rows are all there.
+        # Not `done`: a retry can run on a job whose rows are all answered.
         if not args.watch or found.state != "running":
             return ExitCode.DONE
         time.sleep(args.watch)

@@ -1,4 +1,4 @@
-"""`task.output` -> the form that every answer must have."""
+"""Read from `task.output` the form that every answer must have."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from batchvlm.records import Form, FormKind
 from batchvlm.schemas import InvalidSchemaError, check_references, compile_schema, read_schema
 
 _JSON_TYPES = ("integer", "number", "boolean", "string")
-"""Named types that are JSON as they stand; the others are patterns of `outlines.types`."""
+"""Named types that are JSON types; other names are patterns of `outlines.types`."""
 
 
 def run_form(cfg: TaskOutputConfig) -> Form | None:
-    """The form that the run asks of each answer; None where the rows alone bring one.
+    """Return the form that the run requires of each answer; None if it requires none.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the form cannot be read.
     """
     if cfg.json_schema is not None:
         schema = {"type": "object"} if cfg.json_schema == "any" else cfg.json_schema
@@ -44,10 +44,10 @@ def run_form(cfg: TaskOutputConfig) -> Form | None:
 
 
 def run_choices(cfg: TaskOutputConfig) -> tuple[str, ...] | None:
-    """The choices that every row has; None where the rows alone bring some.
+    """Return the choices of the run; None if only rows have choices.
 
     Raises:
-        ConfigError: the run asks for another form.
+        ConfigError: the run requires another form.
     """
     form = run_form(cfg)
     if form is None:
@@ -61,20 +61,20 @@ def run_choices(cfg: TaskOutputConfig) -> tuple[str, ...] | None:
 
 
 def has_form(cfg: TaskOutputConfig) -> bool:
-    """Whether the run, or its rows, ask for a form."""
+    """Whether the run requires a form or reads forms from rows."""
     columns = (cfg.json_schema_column, cfg.choice_column)
     return any(columns) or run_form(cfg) is not None
 
 
 def form_of_type(value: Any) -> Form:
-    """The form that an output type of outlines stands for.
+    """Return the form of an output type of outlines.
 
     Args:
         value: `JsonSchema`, `Choice`, `Regex`, `CFG` or another term of outlines, or what outlines
-            takes for one: a Pydantic model, dataclass, typed dict, `Literal`, `Enum`, `list[int]`.
+            converts: a Pydantic model, dataclass, typed dict, `Literal`, `Enum`, `list[int]`.
 
     Raises:
-        TypeError: outlines takes it for no type.
+        TypeError: outlines does not support the type.
     """
     from outlines.types import dsl
 
@@ -102,10 +102,10 @@ def _form_of(value: Any, setting: str) -> Form:
 
 @lru_cache(maxsize=32)
 def _sound(form: Form, setting: str) -> Form:
-    """The same form, once answers can be held against it.
+    """Check that answers can be validated against a form, and return it.
 
     Raises:
-        ConfigError: it is broken, so that no answer, or any, would be of it.
+        ConfigError: the form is invalid.
     """
     match form.kind:
         case FormKind.REGEX:
@@ -114,7 +114,7 @@ def _sound(form: Form, setting: str) -> Form:
             except (re.error, RecursionError, OverflowError) as error:
                 raise ConfigError(f"{setting} is no regular expression: {error}") from error
         case FormKind.GRAMMAR:
-            # Not above: llguidance is loaded where there is a grammar.
+            # Imported here so that llguidance is only loaded for grammars.
             from batchvlm.constraints.plan import make_plan
 
             plan = make_plan(form)
@@ -138,14 +138,14 @@ def _load(name: str) -> Any:
     module_name, _, path = name.partition(":")
     if not path:
         raise ConfigError(f"task.output.pydantic={name} must be written module:Class")
-    # As `python -m` would find it.
+    # Find modules in the working directory, like `python -m`.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module_name)
         for part in path.split("."):
             found = getattr(found, part)
-    # A module of the user's runs here.
+    # The user's module can raise anything.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ConfigError(f"task.output.pydantic={name} cannot be imported ({reason})") from error
@@ -184,5 +184,5 @@ def _named(name: str) -> Form:
 
 
 def _ascii_digits(pattern: str) -> str:
-    # A date in Devanagari digits is a date to `\d`, and to nobody who reads the column.
+    # `\d` also matches digits of other scripts, such as Devanagari.
     return pattern.replace(r"\d", "[0-9]")

@@ -1,7 +1,7 @@
-"""Inputs -> shards, decided by metadata alone.
+"""Plan the shards of an input from metadata alone.
 
-The plan is a function of the input and `rows_per_shard`, never of how many workers there are, so
-a job can go on with another number of GPUs. A smaller `max_rows` gives the start of the same plan.
+The plan depends on the input and `rows_per_shard`, not on the number of workers, so a job can be
+resumed with another number of GPUs. A smaller `max_rows` gives the start of the same plan.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from batchvlm.records import InputFile, Shard
 def plan_shards(
     files: Iterable[InputFile], *, rows_per_shard: int, max_rows: int | None
 ) -> list[Shard]:
-    """Cut the input into contiguous shards that together hold every row once, in order.
+    """Cut the input into contiguous shards that together contain every row once, in order.
 
     Args:
-        files: the input in its order; files without rows give no shard.
-        rows_per_shard: most rows of a shard, at least 1.
-        max_rows: take only the first rows of the whole input; None: all.
+        files: the files of the input, in order; files without rows get no shard.
+        rows_per_shard: maximum number of rows in a shard, at least 1.
+        max_rows: number of rows to take from the start of the input; None for all.
 
     Returns:
-        The shards in input order, none of them empty; an empty list where there are no rows.
+        The shards in input order, none of them empty; an empty list if there are no rows.
     """
     assert rows_per_shard >= 1, "settings.py checks the range"
     shards: list[Shard] = []
@@ -49,8 +49,8 @@ def plan_shards(
 def _cut(row_groups: Iterable[int], rows_per_shard: int) -> Iterator[tuple[int, int]]:
     """Yield (first row, number of rows) of each shard of one file.
 
-    Whole row groups are gathered while they fit, because part of one reads as slowly as all of it.
-    One that never fits is split evenly, so that no worker is left with a sliver.
+    Whole row groups are combined while they fit, because reading part of one takes as long as
+    reading all of it. A row group that exceeds a shard is split evenly, so that no shard is tiny.
     """
     first_row = num_rows = 0
     for group_rows in row_groups:

@@ -1,4 +1,4 @@
-"""What was made lately, kept in case the next row needs it again."""
+"""Caches of recent values, which the next rows may need again."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from PIL import Image
 V = TypeVar("V")
 
 KEY = "batchvlm_key"
-"""Under this name a picture's `info` says what it shows; copies of the picture say so too."""
+"""Key in an image's `info` with a digest of its content; copies of the image have it, too."""
 
 
 class Recent(Generic[V]):
-    """Values by key, the least recently used given up first.
+    """An LRU cache.
 
     Args:
-        max_bytes: of all values together; one larger than that is not kept.
+        max_bytes: limit for all values together; a larger value is not cached.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -27,7 +27,7 @@ class Recent(Generic[V]):
         self._kept: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], V], size_of: Callable[[V], int]) -> V:
-        """The value of a key, made where it is not kept; an error in making it is not kept."""
+        """Return the cached value of a key, or make and cache it; errors of `make` propagate."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key][0]
@@ -44,14 +44,14 @@ class Recent(Generic[V]):
 
 
 class RecentImageProcessor:
-    """A transformers image processor that remembers what it made of the latest pictures.
+    """A transformers image processor that caches its results for recent images.
 
-    Rows that ask about one image come behind one another in most datasets; resizing and cutting
-    it up for each of them would cost more than all else that is done for a row.
+    In most datasets, rows with the same image are adjacent. Resizing and splitting the image for
+    each of them would cost more than everything else that is done for a row.
 
     Args:
         inner: the image processor.
-        max_bytes: of all arrays that are kept.
+        max_bytes: limit for all arrays in the cache.
     """
 
     def __init__(self, inner: Any, max_bytes: int) -> None:
@@ -59,7 +59,7 @@ class RecentImageProcessor:
         self._recent: Recent[Any] = Recent(max_bytes)
 
     def __getattr__(self, name: str) -> Any:
-        # Without these two, unpickling would look for `_inner` before it is there.
+        # Otherwise unpickling would look up `_inner` before it is set, without end.
         if name.startswith("__") or name == "_inner":
             raise AttributeError(name)
         return getattr(self._inner, name)
@@ -73,12 +73,12 @@ class RecentImageProcessor:
             lambda: self._inner(images, **kwargs),
             lambda out: sum(getattr(value, "nbytes", 1024) for value in out.values()),
         )
-        # The processor takes entries out of what it gets.
+        # A copy, because the caller removes entries from the result.
         return type(made)(dict(made))
 
 
 def _shown(images: Any) -> Hashable | None:
-    """What pictures show, in the lists that they come in; None where one of them does not say."""
+    """Return the keys of images in the same nested lists; None if an image has no key."""
     if isinstance(images, Image.Image):
         key: Hashable | None = images.info.get(KEY)
         return key

@@ -1,4 +1,4 @@
-"""JSON schemas: read, checked, and compiled to validators that never leave the process."""
+"""Read, check and compile JSON schemas to validators, which never access the network."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from batchvlm.errors import ConfigError
 T = TypeVar("T")
 
 MAX_CHECK_S = 2.0
-"""Checking one answer may take this long, in seconds; most take a thousandth of one."""
+"""Limit for checking one answer, in seconds; most checks take a millisecond."""
 
 
 class InvalidSchemaError(ValueError):
-    """A text that is no JSON schema; the message says why in one line."""
+    """A text is not a JSON schema; the message says why in one line."""
 
 
 def read_schema(schema: str | dict[str, Any], setting: str) -> str:
-    """Read the run's schema from its setting, a file's path or the schema itself.
+    """Read the run's schema from its setting: the path of a file or the schema itself.
 
-    A `$ref` to a file beside it is followed, and what it leads to becomes part of the schema.
+    Files that a `$ref` names, relative to the schema's folder, become part of the schema.
 
     Returns:
-        The schema as JSON text, its keys in the order of the file: answers follow that.
+        The schema as JSON text. Its keys keep their order, which answers follow.
 
     Raises:
-        ConfigError: there is no such file, or it holds no JSON schema.
+        ConfigError: the file does not exist or does not hold a JSON schema.
     """
     folder = Path()
     value: Any = schema
     if isinstance(schema, str):
         try:
-            # Some editors put a mark first.
+            # Some editors write a byte order mark.
             text = Path(schema).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
@@ -74,7 +74,7 @@ def read_schema(schema: str | dict[str, Any], setting: str) -> str:
 
 
 class _Bundle:
-    """A schema with the files that it refers to, as one document."""
+    """Merges a schema and the files that it refers to into one document."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -103,7 +103,7 @@ class _Bundle:
             return f"{root}{pointer}" if not pointer or pointer.startswith("/") else reference
         path = (folder / name.removeprefix("file:")).resolve()
         if ":" in name.removeprefix("file:") or not path.is_file():
-            return reference  # an address; who validates says that it is not there
+            return reference  # not a file; `check_references` reports it
         if path not in self._keys:
             key = self._keys[path] = f"file-{len(self._keys)}-{path.name.replace('/', '-')}"
             try:
@@ -111,7 +111,7 @@ class _Bundle:
             except (OSError, ValueError, RecursionError) as error:
                 raise InvalidSchemaError(f"$ref leads to {path}, which is no JSON") from error
             if isinstance(part, dict):
-                # By these it would be a document of its own again.
+                # With these keys, its references would be resolved against itself.
                 part = {k: v for k, v in part.items() if k not in ("$id", "id", "$schema")}
             self._parts[key] = self._visit(part, path.parent, f"#/$defs/{key}")
         return f"#/$defs/{self._keys[path]}{pointer}"
@@ -119,10 +119,12 @@ class _Bundle:
 
 @lru_cache(maxsize=1024)
 def compile_schema(text: str) -> Validator:
-    """Compile a schema under its own draft, formats checked, `$ref` resolved within it alone.
+    """Compile a schema to a validator of its draft that checks formats.
+
+    A `$ref` is resolved only within the schema and the drafts' own schemas.
 
     Raises:
-        InvalidSchemaError: the text is no JSON, or no schema.
+        InvalidSchemaError: the text is not JSON, or not a schema.
     """
     try:
         schema = json.loads(text)
@@ -132,7 +134,7 @@ def compile_schema(text: str) -> Validator:
         raise InvalidSchemaError(f"the schema is a JSON {type(schema).__name__}, not an object")
     cls = validator_for(schema, default=Draft202012Validator)
     try:
-        if isinstance(schema, dict):  # true and false are schemas too, and always valid
+        if isinstance(schema, dict):  # true and false are always valid schemas
             cls.check_schema(schema)
     except (SchemaError, RecursionError) as error:
         place, reason = "", "nested too deeply"
@@ -142,17 +144,17 @@ def compile_schema(text: str) -> Validator:
         at = f" at {place[:200]}" if place else ""
         raise InvalidSchemaError(f"not a valid JSON schema{at}: {reason[:200]}") from error
     if isinstance(schema, dict):
-        # By its name a $ref to the whole would find the draft's own validator again.
+        # With "$schema", a $ref to the whole would use the draft's validator, not `_exact`.
         schema = {key: part for key, part in schema.items() if key != "$schema"}
-    # Of the drafts themselves alone: jsonschema would else fetch the address that a $ref names.
+    # With the registry of the drafts, jsonschema does not fetch URLs in a $ref.
     return _exact(cls)(schema, registry=REGISTRY, format_checker=cls.FORMAT_CHECKER)
 
 
 def check_references(text: str) -> None:
-    """See that each `$ref` of a valid schema leads somewhere.
+    """Check that each `$ref` of a valid schema can be resolved.
 
     Raises:
-        InvalidSchemaError: one does not, and no answer that meets it could be valid.
+        InvalidSchemaError: one cannot, so that answers that reach it could not be validated.
     """
     resource = Resource.from_contents(json.loads(text), default_specification=DRAFT202012)
     root: Any = REGISTRY.with_resource("", resource).resolver_with_root(resource)
@@ -167,7 +169,7 @@ def check_references(text: str) -> None:
         if isinstance(reference, str):
             try:
                 found = resolver.lookup(reference)
-            # Unresolvable, and what a pointer into a number or an odd address makes of it.
+            # Unresolvable, or another error for a pointer into a number or a malformed URL.
             except Exception as error:
                 raise InvalidSchemaError(f"$ref {reference[:200]!r} leads nowhere") from error
             target = Resource.from_contents(found.contents, default_specification=DRAFT202012)
@@ -176,7 +178,8 @@ def check_references(text: str) -> None:
 
 @lru_cache(maxsize=16)
 def _exact(cls: type[Validator]) -> type[Validator]:
-    """A draft's validator, where 0.07 is a multiple of 0.01: jsonschema's own divides floats."""
+    """Return a draft's validator with exact `multipleOf`: for jsonschema's own, which divides
+    floats, 0.07 is not a multiple of 0.01."""
     made: type[Validator] = extend(cls, {"multipleOf": _multiple_of})  # type: ignore[no-untyped-call]
     return made
 
@@ -185,7 +188,7 @@ def _multiple_of(validator: Any, step: Any, value: Any, schema: Any) -> Iterator
     if not validator.is_type(value, "number"):
         return
     try:
-        # A float's shortest text is the number that somebody wrote.
+        # The shortest text of a float is the decimal number as written.
         is_multiple = Fraction(repr(value)) % Fraction(repr(step)) == 0
     except (ValueError, ZeroDivisionError):  # infinite
         is_multiple = False
@@ -194,7 +197,7 @@ def _multiple_of(validator: Any, step: Any, value: Any, schema: Any) -> Iterator
 
 
 def why_no_match(text: str, pattern: str) -> str | None:
-    """One line on why a text does not match a pattern as a whole, or None where it does."""
+    """Return one line on why a whole text does not match a pattern; None if it does."""
     try:
         found = _within(MAX_CHECK_S, lambda: re.fullmatch(pattern, text))
     except _TooLongError:
@@ -205,10 +208,10 @@ def why_no_match(text: str, pattern: str) -> str | None:
 
 
 def why_invalid(value: Any, schema: str) -> str | None:
-    """One line on how a value breaks a schema, or None where it fits.
+    """Return one line on why a value is invalid under a schema; None if it is valid.
 
-    A schema that takes longer than `MAX_CHECK_S` counts as broken: a pattern like `^(a+)+$` on a
-    long text, or definitions that refer to one another, can take longer than anybody waits.
+    A check that takes longer than `MAX_CHECK_S` counts as a failure: a pattern like `^(a+)+$` on a
+    long text, or definitions that refer to each other, can take exponential time.
     """
     try:
         error = _within(MAX_CHECK_S, lambda: best_match(compile_schema(schema).iter_errors(value)))
@@ -216,25 +219,25 @@ def why_invalid(value: Any, schema: str) -> str | None:
         return f"the schema cannot be applied: it takes longer than {MAX_CHECK_S:g} s"
     except Unresolvable as unresolvable:
         return f"the schema refers to {unresolvable.ref!r}, which is not in it"
-    # A schema may hold a pattern that Python's re refuses, or recurse without end.
+    # A schema may have a pattern that Python's re refuses, or recurse infinitely.
     except Exception as broken:
         return f"the schema cannot be applied: {type(broken).__name__}"
     if error is None:
         return None
     reason = f"{error.json_path}: {' '.join(error.message.split())[:200]}"
-    # JSON can name a key by half a surrogate pair, which no text column can hold.
+    # JSON keys can contain lone surrogates, which a text column cannot store.
     return reason.encode("utf-8", "backslashreplace").decode()
 
 
 class _TooLongError(BaseException):
-    """Not an `Exception`, which a library might catch."""
+    """A check took too long. A BaseException, because libraries may catch `Exception`."""
 
 
 def _within(seconds: float, check: Callable[[], T]) -> T:
-    """Do a check; in the main thread, raise `_TooLongError` out of one that takes longer.
+    """Run a check; in the main thread, raise `_TooLongError` if it takes longer than `seconds`.
 
-    By the alarm clock of the process, which also interrupts Python's `re` in the middle of a match.
-    One that somebody else had set goes on afterwards.
+    It uses SIGALRM, which also interrupts Python's `re` during a match. A timer that was set before
+    is restored.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or not hasattr(signal, "setitimer"):
@@ -247,7 +250,7 @@ def _within(seconds: float, check: Callable[[], T]) -> T:
             raise _TooLongError
 
     before = signal.signal(signal.SIGALRM, ring)
-    # Again and again: one that rings while an object is being freed is lost.
+    # Repeated, because an exception that is raised while an object is being freed is lost.
     others, others_interval = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         try:
@@ -255,7 +258,7 @@ def _within(seconds: float, check: Callable[[], T]) -> T:
         finally:
             is_over = True
     finally:
-        is_over = True  # it may have rung just before the first time
+        is_over = True  # again, because the alarm may interrupt the first assignment
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         if others:

@@ -1,6 +1,6 @@
-"""From the command line to a checked `JobConfig`: what types cannot say is said here.
+"""Compose a checked `JobConfig` from the command line, and explain mistakes in one line.
 
-Nothing here loads a model, reads a row, or imports torch: a mistake costs a second.
+This module does not load a model, read a row or import torch, so mistakes show within a second.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from batchvlm.words import setting
 
 _ROOTS = tuple(f.name for f in fields(JobConfig))
 _OWN = {"data": "parquet", "model": "hub"}
-"""The option of a group that takes a path."""
+"""For each group, the option that takes a path of the user's."""
 
 
 def conf_dir() -> Path:
-    """The folder with the config groups: inside an installed package, beside it in a checkout."""
+    """Return the folder of config groups: in an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 
 
 def register_schema() -> None:
-    """Make `JobConfig` known to Hydra as `job_schema`, and the demo's files as resolvers."""
+    """Register `JobConfig` with Hydra as `job_schema`, and resolvers for the demo's files."""
     schema = OmegaConf.structured(JobConfig)
     _unlock(schema)
-    # The two places where any key is welcome: it is the processor's, or the server's.
+    # The two settings with arbitrary keys, which are the processor's or the server's.
     OmegaConf.set_struct(schema.model._get_node("processor_kwargs"), False)
     OmegaConf.set_struct(schema.engine.endpoint._get_node("extra_body"), False)
     ConfigStore.instance().store(name="job_schema", node=schema)
@@ -59,14 +59,14 @@ def register_schema() -> None:
     OmegaConf.register_new_resolver(
         "batchvlm.demo", lambda what: str(paths[what]), replace=True, use_cache=False
     )
-    # The demo's schema goes with the demo's images alone: nobody's scans shall be held against it.
-    # The demo's model knows its few questions to the letter.
+    # The demo's model only understands its questions verbatim, without further instructions.
     OmegaConf.register_new_resolver(
         "batchvlm.instructions_for",
         lambda path: "off" if path == str(demo.MODEL_DIR) else "auto",
         replace=True,
         use_cache=False,
     )
+    # The demo's schema is the default for the demo's images only.
     OmegaConf.register_new_resolver(
         "batchvlm.schema_of",
         lambda data: str(demo.SCHEMA_PATH) if data == "demo" else None,
@@ -76,8 +76,8 @@ def register_schema() -> None:
 
 
 def _unlock(node: DictConfig) -> None:
-    # OmegaConf marks nodes made from frozen dataclasses read-only; Hydra has yet to merge into
-    # them. `read_config` gives back frozen objects.
+    # OmegaConf makes nodes of frozen dataclasses read-only, but Hydra must merge into them.
+    # `read_config` returns frozen objects.
     OmegaConf.set_readonly(node, None)
     for key in node:
         if not OmegaConf.is_missing(node, key) and isinstance(
@@ -87,7 +87,7 @@ def _unlock(node: DictConfig) -> None:
 
 
 def compose(config_name: str = "run", overrides: Sequence[str] = ()) -> JobConfig:
-    """Compose and check a job as the command line does.
+    """Compose and check a job like the command line.
 
     Args:
         config_name: a primary config in `conf/`: run, caption, vqa or extract.
@@ -108,14 +108,18 @@ def compose(config_name: str = "run", overrides: Sequence[str] = ()) -> JobConfi
 
 
 def names_the_time(node: DictConfig) -> bool:
-    """Whether `output.dir` is another one in each process, as Hydra's `${now:%H-%M}` makes it."""
+    """Whether `output.dir` contains Hydra's `${now:...}`, so that it differs between processes."""
     written = OmegaConf.to_container(node, resolve=False)
     assert isinstance(written, dict)
     return "${now:" in str(written.get("output"))
 
 
 def read_config(node: DictConfig) -> JobConfig:
-    """Turn a composed node into the checked, frozen `JobConfig`."""
+    """Convert a composed node to a checked, frozen `JobConfig`.
+
+    Raises:
+        ConfigError: a setting is unknown, missing, of the wrong type, out of range or impossible.
+    """
     with flag_override(node, "struct", False):
         node.pop("hydra", None)
     try:
@@ -138,7 +142,8 @@ def read_config(node: DictConfig) -> JobConfig:
 
 
 _TEXTS = ("task.output.choice", "generation.stop")
-"""Lists of any values for OmegaConf, which would make "True" of true, and of YAML's yes."""
+"""Lists of text that are typed as lists of any values: OmegaConf would turn true, and YAML's yes,
+into the text "True"."""
 
 
 def _read_texts(node: DictConfig, key: str) -> None:
@@ -165,7 +170,7 @@ _PATHS = (
 
 
 def _at_home(node: DictConfig, key: str) -> None:
-    """A path that begins with `~` as a shell would have it: between quotes it leaves it alone."""
+    """Expand a leading `~` in a path, which a shell does not expand inside quotes."""
     path = OmegaConf.select(node, key)
     if isinstance(path, str) and path.startswith("~"):
         with read_write(node):
@@ -173,7 +178,7 @@ def _at_home(node: DictConfig, key: str) -> None:
 
 
 def _refuse_unknown(node: DictConfig, cls: type, prefix: str = "") -> None:
-    # Hydra's `+key=value` adds keys that no class knows.
+    # Hydra's `+key=value` can add keys that the classes do not have.
     known = {f.name: f for f in fields(cls)}
     for key in node:
         if key not in known:
@@ -184,16 +189,16 @@ def _refuse_unknown(node: DictConfig, cls: type, prefix: str = "") -> None:
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether Hydra or OmegaConf found something wrong with what the user asked for."""
+    """Whether an error of Hydra, OmegaConf or YAML is a mistake in the user's settings."""
     broken = HydraException | OmegaConfBaseException | YAMLError | UnicodeDecodeError
     return isinstance(error, broken) or (
-        # Hydra's word for `group=null`.
+        # Hydra's message for `group=null`.
         str(error).startswith("Config group override must be")
     )
 
 
 def explain(error: Exception) -> ConfigError:
-    """Say in one line what Hydra or OmegaConf found wrong."""
+    """Return an error that explains a mistake found by Hydra or OmegaConf in one line."""
     if isinstance(error, YAMLError | UnicodeDecodeError):
         return _broken_file(error)
     if isinstance(error, OverrideParseException):
@@ -234,10 +239,10 @@ def explain(error: Exception) -> ConfigError:
 
 
 def _unreadable(override: str) -> ConfigError:
-    """A value with a letter that Hydra gives a meaning, or knows only between quotes."""
+    """Explain an override that Hydra cannot parse, mostly for a character that must be quoted."""
     key, equals, value = override.partition("=")
     if not equals:
-        # What most people try first is the input's name alone.
+        # Many people first type only the input's path.
         own = setting("data.path", override)
         hint = f"an input is named by data=parquet {own}, say; --help tells more"
         return ConfigError(f"{override} is no setting, which is written key=value", hint=hint)
@@ -253,20 +258,20 @@ def _unreadable(override: str) -> ConfigError:
     elif key in _OWN:
         hint = f"write {key}={_OWN[key]} {setting(f'{key}.path', value)}"
     else:
-        if value[:1] in ("'", '"'):  # which nothing closes
+        if value[:1] in ("'", '"'):  # an unclosed quote
             value = value.strip(value[0])
         hint = f"write {setting(key, value)}"
     return ConfigError(f"cannot read the override {override}", hint=hint)
 
 
 def _list(key: str, items: str) -> str:
-    """A list as it is typed in a shell."""
+    """Return a list setting as typed in a shell."""
     quoted = ",".join(f'"{item.strip()}"' for item in items.split(","))
     return f"'{key}=[{quoted}]'" if "'" not in items else shlex.quote(f"{key}=[{quoted}]")
 
 
 def _ambiguous(override: str) -> ConfigError:
-    """A comma outside quotes, which only a sweep knows what to do with."""
+    """Explain an override with a comma outside quotes, which is only valid in a sweep."""
     key, _, value = override.partition("=")
     sweep = "several jobs (a sweep): put -m first"
     if key in _ROOTS:
@@ -310,7 +315,7 @@ def _dotted(cls: type, prefix: str = "") -> Iterable[str]:
 
 
 def _lists(cls: type, prefix: str = "") -> Iterable[str]:
-    """The settings that hold lists of texts."""
+    """Yield the settings that are lists of text."""
     types = get_type_hints(cls)
     for f in fields(cls):
         name = f"{prefix}{f.name}"
@@ -321,7 +326,7 @@ def _lists(cls: type, prefix: str = "") -> Iterable[str]:
 
 
 def to_plain(value: Any) -> Any:
-    """A config object as JSON-ready values: enums by name, dataclasses as dicts."""
+    """Convert a config object to JSON values: enums to their values, dataclasses to dicts."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):

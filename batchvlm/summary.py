@@ -1,4 +1,4 @@
-"""What a run did, in a few lines: counts, rates, some answers, and where the output lies."""
+"""Print a summary at the end of a run: counts, rates, some rows, and the output's path."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _NUM_ERRORS = 5
 
 
 def print_summary(summary: Summary) -> None:
-    """Print to stdout what a person wants to know at the end of a run.
+    """Print the summary of a run to stdout.
 
     Raises:
-        OutputError: a part among those shown cannot be read.
+        OutputError: one of the parts whose rows are shown cannot be read.
     """
     metrics = summary.metrics
     print()
@@ -96,7 +96,7 @@ def _print_rows(summary: Summary) -> None:
     if not rows:
         return
     print()
-    # Wide enough for the three dots of a shortened one.
+    # At least 4, so that a shortened id has room for its three dots.
     width = max(4, min(max(len(row["id"]) for row in answers + errors), 32))
     for row in answers:
         _print_row(row["id"], row["generated_text"], width)
@@ -126,7 +126,7 @@ def _print_row(name: str, text: str, width: int) -> None:
 
 
 def _shorten(text: str, width: int) -> str:
-    """One line of at most `width` characters."""
-    # What a model or a file says must not reach the terminal as control codes.
+    """Return text as one line of at most `width` characters."""
+    # Text of models and files must not send control characters to the terminal.
     line = " ".join(printable(text).split())
     return line if len(line) <= width else f"{line[: width - 3].rstrip()}..."

@@ -1,4 +1,4 @@
-"""A row's values -> text, by templates that let nothing of Python into a prompt."""
+"""Render prompt templates with a row's values, refusing values that are not text."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from batchvlm.errors import ConfigError, ErrorType, RowError
 
 
 class Template:
-    """A Jinja2 template over the row's columns, strict about unknown names, nulls and bytes.
+    """A Jinja2 template over a row's columns that refuses unknown names, nulls and bytes.
 
-    A column is written `{{ name }}`, or `{{ row["any name"] }}` where its name is no identifier.
+    A column is written `{{ name }}`, or `{{ row["any name"] }}` if its name is not an identifier.
 
     Args:
-        source: the template.
-        setting: the setting it comes from, for messages.
+        source: text of the template.
+        setting: name of its setting, for error messages.
+
+    Raises:
+        ConfigError: the template has a syntax error.
     """
 
     def __init__(self, source: str, setting: str) -> None:
         environment = _Environment(
             undefined=StrictUndefined, finalize=_refuse_python, keep_trailing_newline=True
         )
-        # Columns may have the names of Jinja2's own functions.
+        # Columns may have the names of Jinja2's global functions.
         environment.globals.clear()
         environment.tests["none"] = lambda value: value is None or isinstance(value, _Null)
         environment.policies["json.dumps_function"] = _dumps
@@ -42,13 +45,13 @@ class Template:
             self.columns |= frozenset(_columns_of_row(tree))
 
     def render(self, values: Mapping[str, Any]) -> str:
-        """Fill in one row's values.
+        """Render the template with one row's values.
 
         Raises:
-            RowError: a value is null or binary, or an expression fails on it (`prompt`).
+            RowError: a value in the text is null or binary, or an expression fails (`prompt`).
         """
         try:
-            # Other columns may hold images, which nobody needs looked through.
+            # Only columns of the template are searched for nulls: others may hold images.
             known = {
                 name: _shown(value) if value is None or name in self.columns else value
                 for name, value in values.items()
@@ -56,7 +59,7 @@ class Template:
             return self._template.render({**known, "row": _Row(known)})
         except RowError as error:
             raise RowError(error.error_type, f"{self.setting}: {error.message}") from error
-        # An expression over a row's values can raise anything that Python can.
+        # An expression over a row's values can raise any exception.
         except Exception as error:
             names = ", ".join(sorted(self.columns)) or "no column"
             raise RowError(
@@ -66,14 +69,14 @@ class Template:
 
 class _Environment(SandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """A mapping's own key first: `order.items` is what the order says, not Python's method."""
+        """Look up a mapping's keys before its attributes: `order.items` is a key, not a method."""
         if isinstance(obj, Mapping) and attribute in obj:
             return obj[attribute]
         return super().getattr(obj, attribute)
 
 
 class _Null:
-    """A null in a template: false, `is none`, and an error once it becomes text."""
+    """A null in a template: it is false and `is none`, and raises when it becomes text."""
 
     def __bool__(self) -> bool:
         return False
@@ -91,7 +94,7 @@ class _Null:
 
 
 class _Binary(bytes):
-    """Bytes in a template: an error once they become text."""
+    """Bytes in a template, which raise when they become text."""
 
     def __str__(self) -> str:
         raise RowError(
@@ -102,7 +105,7 @@ class _Binary(bytes):
 
 
 class _Row(dict[str, Any]):
-    """All columns of a row: an error once they become text."""
+    """All columns of a row; raises when the whole becomes text."""
 
     def __str__(self) -> str:
         raise RowError(ErrorType.PROMPT, "the whole row is no text; write {{ row.column }}")
@@ -111,7 +114,7 @@ class _Row(dict[str, Any]):
 
 
 def _shown(value: Any) -> Any:
-    """A value as a template sees it, its nulls and bytes marked on every level."""
+    """Return a value with nulls and bytes replaced by `_Null` and `_Binary`, at every level."""
     match value:
         case None:
             return _Null()
@@ -127,7 +130,11 @@ def _shown(value: Any) -> Any:
 
 
 def _refuse_python(value: Any) -> Any:
-    """What an expression comes to, before it becomes text."""
+    """Check the value of an expression before it becomes text.
+
+    Raises:
+        RowError: the value is null, bytes or a function.
+    """
     if value is None or isinstance(value, bytes):
         return str(_shown(value))
     if callable(value) and not isinstance(value, Undefined):
@@ -136,7 +143,7 @@ def _refuse_python(value: Any) -> Any:
 
 
 def _dumps(value: Any, **options: Any) -> str:
-    """JSON of a value, in which a null is one."""
+    """Return a value as JSON, with nested nulls as `null`."""
 
     def plain(item: Any) -> None:
         if not isinstance(item, _Null):
@@ -146,7 +153,7 @@ def _dumps(value: Any, **options: Any) -> str:
 
 
 def _columns_of_row(node: nodes.Node) -> Iterator[str]:
-    """The columns that are written `row.name`, where the template itself names nothing `row`."""
+    """Yield the columns in `row.name` and `row["name"]`, unless the template redefines `row`."""
     match node:
         case nodes.Getitem(node=nodes.Name(name="row"), arg=nodes.Const(value=name)):
             yield str(name)
