@@ -31,7 +31,7 @@ from batchvlm.output.disk import (
     output_error,
     sync_folder,
 )
-from batchvlm.output.exchange import exchange_data, given_up, restore_data
+from batchvlm.output.exchange import exchange_data, replaced_path, restore_data
 from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY, write_tables
 from batchvlm.output.verify import open_run, verify
@@ -70,9 +70,9 @@ def compact(
         )
     retried = folder.shards_with_segments(is_retry=True)
     # A killed process may have left an empty folder of segments.
-    if waiting := [index for index in retried if folder.list_segments(index, is_retry=True)]:
+    if pending := [index for index in retried if folder.list_segments(index, is_retry=True)]:
         raise OutputError(
-            f"{folder}: rows of {len(waiting)} shards were answered again and wait for a run",
+            f"{folder}: rows of {len(pending)} shards were answered again and wait for a run",
             hint="run the command with its retry.errors once more",
         )
     num_shards = len(run.plan)
@@ -110,7 +110,7 @@ def compact(
                 exchange_data(folder, aside)
         finally:
             # Nothing reads the folder that is aside now, whether it holds new or old parts.
-            for path in (aside, given_up(aside)):
+            for path in (aside, replaced_path(aside)):
                 with suppress(OSError):
                     shutil.rmtree(path)
     except (OSError, pa.ArrowException) as error:
@@ -126,8 +126,8 @@ def _check_nothing_else(folder: OutputFolder, parts: Sequence[Part]) -> None:
     Raises:
         OutputError: `data` holds another file or folder.
     """
-    ours = {part.path.name for part in parts}
-    if others := sorted(name for name in os.listdir(folder.data) if name not in ours):
+    part_names = {part.path.name for part in parts}
+    if others := sorted(name for name in os.listdir(folder.data) if name not in part_names):
         raise OutputError(
             f"{folder.data / others[0]} is no part of the output",
             hint="move it away: compact merges into a new folder, and deletes this one",
@@ -163,7 +163,7 @@ def _merge(
         for group in groups:
             first, last = group[0].first, group[-1].last
             path = aside / folder.part(first, num_shards, last).name
-            _put(folder, group, Part(first, last, path))
+            _write_part(folder, group, Part(first, last, path))
     except (OSError, OutputError) as error:
         if not is_full(error):
             raise
@@ -181,7 +181,7 @@ def _state(parts: Sequence[Part]) -> list[tuple[str, int, int]]:
     return [(p.path.name, (stat := p.path.stat()).st_ino, stat.st_mtime_ns) for p in parts]
 
 
-def _put(folder: OutputFolder, group: Sequence[Part], merged: Part) -> None:
+def _write_part(folder: OutputFolder, group: Sequence[Part], merged: Part) -> None:
     if len(group) == 1:
         try:
             os.link(group[0].path, merged.path)

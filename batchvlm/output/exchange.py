@@ -24,7 +24,7 @@ _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 def exchange_data(folder: OutputFolder, aside: Path) -> None:
     """Put `aside` in the place of `data`; the caller holds `folder.lock()`.
 
-    The old `data` is moved to `given_up(aside)`, which `restore_data` deletes.
+    The old `data` is moved to `replaced_path(aside)`, which `restore_data` deletes.
 
     Raises:
         OSError: the file system refuses; `data` is unchanged, or `restore_data` brings it back.
@@ -47,10 +47,10 @@ def exchange_data(folder: OutputFolder, aside: Path) -> None:
     sync_folder(folder.root)
     sync_folder(folder.inner)
     with suppress(OSError):
-        os.rename(old, given_up(aside))
+        os.rename(old, replaced_path(aside))
 
 
-def given_up(aside: Path) -> Path:
+def replaced_path(aside: Path) -> Path:
     """The path for old parts that merged ones have replaced; any process may delete it.
 
     The suffix tells it from a folder that another `compact` is about to put in place of `data`.
@@ -102,7 +102,7 @@ def _restore(folder: OutputFolder) -> None:
             aside = old.with_suffix("")
             if folder.data.exists() and not aside.exists():
                 # Killed after both renames: the old parts are not needed any more.
-                os.rename(old, given_up(aside))
+                os.rename(old, replaced_path(aside))
                 continue
             if folder.data.exists():
                 # Killed between the renames, and a late writer then made `data` again: its rows

@@ -54,7 +54,7 @@ class Part:
         return f"{self.first}" if len(self.shards) == 1 else f"{self.first}-{self.last}"
 
 
-class _IsThere(Exception):
+class _PartExists(Exception):
     """Another process has already written the part."""
 
 
@@ -239,9 +239,9 @@ class OutputFolder:
             paths = [self.part(index, num_shards) for index in among]
             try:
                 if not self._has_merged():
-                    there = self._files.exist(paths)
+                    exist = self._files.exist(paths)
                     return frozenset(
-                        i for i, is_there in zip(among, there, strict=True) if is_there
+                        i for i, is_there in zip(among, exist, strict=True) if is_there
                     )
             except OSError as error:
                 raise output_error("read", self.data, error) from error
@@ -344,13 +344,13 @@ class OutputFolder:
         def check() -> None:
             self.check_claim()
             if self.find_part(index, num_shards) is not None:
-                raise _IsThere
+                raise _PartExists
 
         try:
             # Writing may take any time. The lock keeps retries, compact and overwrites out between
             # the last check and the rename.
             return self._files.commit(write, final, replace=False, check=check, hold=self.lock)
-        except _IsThere:
+        except _PartExists:
             return False
         except OSError as error:
             raise output_error("write", final, error) from error

@@ -58,12 +58,12 @@ def finish_replacing(folder: OutputFolder) -> None:
     Raises:
         OutputError: the file system refuses.
     """
-    if not folder.is_local or not _left(folder):
+    if not folder.is_local or not _find_replaced(folder):
         return
     # A live `replace_run` holds the lock.
     with folder.lock():
         run_json = folder.read_bytes(folder.run_json)
-        for aside in _left(folder):
+        for aside in _find_replaced(folder):
             old = folder.read_bytes(aside / "run.json")
             if old is not None and old == run_json:
                 log.warning("%s was about to be overwritten: undone", folder.root)
@@ -74,7 +74,7 @@ def finish_replacing(folder: OutputFolder) -> None:
             _delete(aside)
 
 
-def _left(folder: OutputFolder) -> list[Path]:
+def _find_replaced(folder: OutputFolder) -> list[Path]:
     try:
         return sorted(folder.inner.glob(f"{_PREFIX}*"))
     except OSError as error:

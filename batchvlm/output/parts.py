@@ -42,13 +42,13 @@ def look_into_parts(folder: OutputFolder, run: RunFile, wanted: Collection[int])
     errors: Counter[str] = Counter()
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         for found in threads.map(
-            lambda part: _look_into(folder, run, part, wanted), _parts_of(folder, run, wanted)
+            lambda part: _check_part(folder, run, part, wanted), _parts_of(folder, run, wanted)
         ):
             errors.update(found)
     return errors
 
 
-def _look_into(
+def _check_part(
     folder: OutputFolder, run: RunFile, part: Part, wanted: Collection[int]
 ) -> Counter[str]:
     try:

@@ -68,7 +68,7 @@ def find_run(
             would be overwritten.
     """
     assert all(shard.index == index for index, shard in enumerate(plan))
-    ours = RunFile(
+    new = RunFile(
         format=_FORMAT,
         fingerprint=fingerprint(identity),
         identity=identity,
@@ -87,11 +87,11 @@ def find_run(
         # parts without the file cannot belong to a run that another process is starting right now.
         has_data = folder.has_foreign_data()
         run = read_run(folder)
-    if run is not None and overwrite and differs(run, ours):
+    if run is not None and overwrite and differs(run, new):
         folder.check_local("overwriting")
-        return _decode(_encode(ours), folder.address(folder.run_json))
+        return _decode(_encode(new), folder.address(folder.run_json))
     if run is not None:
-        _check_same(folder, run, ours)
+        _check_same(folder, run, new)
         folder.remove_leftovers(len(run.plan))
         return run
     if has_data:
@@ -101,7 +101,7 @@ def find_run(
             hint="name another output.dir",
         )
     # Encode and decode, so that a new run has the form of a stored one.
-    return _decode(_encode(ours), folder.address(folder.run_json))
+    return _decode(_encode(new), folder.address(folder.run_json))
 
 
 def save_run(folder: OutputFolder, run: RunFile, *, overwrite: bool = False) -> RunFile:
@@ -127,32 +127,32 @@ def save_run(folder: OutputFolder, run: RunFile, *, overwrite: bool = False) -> 
             if old is not None and differs(old, run):
                 replace_run(folder, text)
     folder.commit_file(lambda file: file.write(text), folder.run_json, replace=False)
-    stored = folder.read_bytes(folder.run_json)
-    if stored is None:
+    stored_text = folder.read_bytes(folder.run_json)
+    if stored_text is None:
         raise OutputError(f"{folder.address(folder.run_json)} vanished just after it was written")
-    there = _decode(stored, folder.address(folder.run_json))
-    _check_same(folder, there, run)
-    if there.plan != run.plan:
+    stored = _decode(stored_text, folder.address(folder.run_json))
+    _check_same(folder, stored, run)
+    if stored.plan != run.plan:
         raise OutputError(
             f"{folder}: another process has just started this job with another plan",
             hint="run the same command again to go on with that plan",
         )
-    folder.claim(stored)
-    return there
+    folder.claim(stored_text)
+    return stored
 
 
-def differs(there: RunFile, ours: RunFile) -> list[str]:
+def differs(stored: RunFile, new: RunFile) -> list[str]:
     """Return a line for each difference in identity or layout: two such runs share no folder."""
-    return differences(there.identity, ours.identity) + differences(there.layout, ours.layout)
+    return differences(stored.identity, new.identity) + differences(stored.layout, new.layout)
 
 
-def _check_same(folder: OutputFolder, there: RunFile, ours: RunFile) -> None:
-    if there.fingerprint == ours.fingerprint and (found := differs(there, ours)):
+def _check_same(folder: OutputFolder, stored: RunFile, new: RunFile) -> None:
+    if stored.fingerprint == new.fingerprint and (found := differs(stored, new)):
         raise FingerprintError(
             f"{folder} was begun with other settings: {'; '.join(found)}",
             hint="put them back, or name another output.dir",
         )
-    if found := differs(there, ours):
+    if found := differs(stored, new):
         raise FingerprintError(
             f"{folder} holds the answers to another question: {'; '.join(found)}",
             hint="put the settings back, name another output.dir, or set output.on_mismatch",

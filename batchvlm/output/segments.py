@@ -48,14 +48,14 @@ class Segment:
     """Size in memory."""
     groups: tuple[tuple[int, int], ...]
     """First and last row of each row group."""
-    again: Mapping[int, int]
+    retried: Mapping[int, int]
     """Attempts of each row that was tried more than once."""
     errors: Mapping[int, str]
     """Error type of each row that failed."""
 
     def attempts(self, row: int) -> int:
         """Return how often a row of this segment was tried."""
-        return self.again.get(row, 1)
+        return self.retried.get(row, 1)
 
 
 def write_segment(folder: OutputFolder, path: Path, table: pa.Table, shard: Shard) -> Segment:
@@ -67,9 +67,9 @@ def write_segment(folder: OutputFolder, path: Path, table: pa.Table, shard: Shar
     folder.commit_file(lambda file: write_tables([table], file, table.schema), path)
     offsets = _row_offsets(table, shard)
     step = group_rows(table.nbytes, table.num_rows)
-    again, errors = _outcomes(table, offsets)
+    retried, errors = _outcomes(table, offsets)
     return Segment(
-        again=again,
+        retried=retried,
         errors=errors,
         path=path,
         rows=frozenset(offsets.tolist()),
@@ -119,7 +119,7 @@ def read_segments(
     return segments
 
 
-def in_order(
+def merge_segments(
     folder: OutputFolder,
     segments: Sequence[Segment],
     pending: pa.Table,
@@ -144,15 +144,15 @@ def in_order(
         table = pa.concat_tables([*tables, pending])
         offsets = _row_offsets(table, shard)
         # lexsort is stable: with equal attempts the earlier segment stays first.
-        by_rank = np.lexsort((-table.column("attempts").to_numpy(), offsets))
-        rows, firsts = np.unique(offsets[by_rank], return_index=True)
-        places = by_rank[firsts][(start <= rows) & (rows < stop)]
+        by_attempts = np.lexsort((-table.column("attempts").to_numpy(), offsets))
+        rows, firsts = np.unique(offsets[by_attempts], return_index=True)
+        places = by_attempts[firsts][(start <= rows) & (rows < stop)]
         assert len(places) == stop - start, f"shard {shard.index} lacks rows in {start}:{stop}"
         yield _take(table, places)
 
 
-def newest(segments: Sequence[Segment]) -> dict[int, Segment]:
-    """Return for each row the segment that is used, by the rule of `in_order`."""
+def latest_segments(segments: Sequence[Segment]) -> dict[int, Segment]:
+    """Return for each row the segment that is used, by the rule of `merge_segments`."""
     found: dict[int, Segment] = {}
     for segment in segments:
         for row in segment.rows:
@@ -189,7 +189,7 @@ def read_segment(
                     raise UnreadableSegment(f"{key.decode()} is not that of this run and shard")
             rows: set[int] = set()
             groups = []
-            again: dict[int, int] = {}
+            retried: dict[int, int] = {}
             errors: dict[int, str] = {}
             size_bytes = 0
             for group in range(parquet.num_row_groups):
@@ -204,8 +204,8 @@ def read_segment(
                 if not all(0 <= row < shard.num_rows for row in offsets):
                     raise UnreadableSegment("it holds rows of another shard")
                 rows.update(offsets)
-                group_again, group_errors = _outcomes(table, places)
-                again |= group_again
+                group_retried, group_errors = _outcomes(table, places)
+                retried |= group_retried
                 errors |= group_errors
                 groups.append((min(offsets, default=0), max(offsets, default=-1)))
                 size_bytes += table.nbytes
@@ -216,7 +216,7 @@ def read_segment(
         rows=frozenset(rows),
         size_bytes=size_bytes,
         groups=tuple(groups),
-        again=again,
+        retried=retried,
         errors=errors,
     )
 
@@ -240,7 +240,7 @@ def _rows_of(table: pa.Table, shard: Shard) -> pa.Table:
     return table.slice(low, high - low)
 
 
-def around(
+def replace_rows(
     folder: OutputFolder, path: Path, shard: Shard, tables: Iterable[pa.Table]
 ) -> Iterator[pa.Table]:
     """Yield a merged part's rows, with those of one shard replaced by `tables`.

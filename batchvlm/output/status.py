@@ -98,14 +98,14 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> J
     whole = [part for part in parts if part not in damaged]
     finished = {index for part in whole for index in part.shards}
     in_parts = sum(run.plan[index].num_rows for index in finished)
-    in_segments = waiting = 0
+    in_segments = num_waiting = 0
     for index in folder.shards_with_segments():
         if index not in finished:
             rows = outcomes_in_segments(folder, index)
             in_segments += len(rows)
             errors.update(rows.values())
     for index in folder.shards_with_segments(is_retry=True):
-        waiting += len(outcomes_in_segments(folder, index, is_retry=True))
+        num_waiting += len(outcomes_in_segments(folder, index, is_retry=True))
     del errors[""]
     workers = _latest(folder, now_s())
     running = [worker for worker in workers if not worker.counts.get("is_over")]
@@ -118,7 +118,7 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> J
         num_shards=num_shards,
         num_finished=len(finished),
         damaged=[part.path.name for part in damaged],
-        num_waiting=waiting,
+        num_waiting=num_waiting,
         errors=errors,
         rows_per_s=sum(float(m.get("rows_per_s", 0)) for m in live),
         num_live=len(live),

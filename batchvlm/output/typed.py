@@ -219,7 +219,7 @@ class _Maker:
             types = frozenset(schema["type"])
         values = [schema["const"]] if "const" in schema else schema.get("enum")
         extra = schema.get("additionalProperties")
-        said = _Node(
+        merged = _Node(
             types=types,
             properties=schema.get("properties", {}),
             items=_items(schema),
@@ -243,17 +243,17 @@ class _Maker:
         for part in parts:
             below, seen = self._node(part, above)
             under = (*under, *seen[len(above) :])
-            said = _Node(
-                types=below.types if said.types is None else said.types,
-                properties=_laid(said.properties, below.properties),
-                items=below.items if said.items is None else said.items,
-                values=below.values if said.values is None else said.values,
-                format=said.format or below.format,
-                is_map=said.is_map or below.is_map,
-                choices=[*said.choices, *below.choices],
-                alternatives=[*said.alternatives, *below.alternatives],
+            merged = _Node(
+                types=below.types if merged.types is None else merged.types,
+                properties=_merge_properties(merged.properties, below.properties),
+                items=below.items if merged.items is None else merged.items,
+                values=below.values if merged.values is None else merged.values,
+                format=merged.format or below.format,
+                is_map=merged.is_map or below.is_map,
+                choices=[*merged.choices, *below.choices],
+                alternatives=[*merged.alternatives, *below.alternatives],
             )
-        return said, under
+        return merged, under
 
 
 def _is_typed(choice: Any) -> bool:
@@ -279,7 +279,7 @@ def _conditional(schema: Mapping[str, Any]) -> Sequence[Any]:
     ]
 
 
-def _laid(one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
+def _merge_properties(one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the properties of two schemas that both apply."""
     both = {name: {"allOf": [one[name], other[name]]} for name in one if name in other}
     return {**one, **other, **both}

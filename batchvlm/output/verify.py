@@ -93,14 +93,14 @@ def verify(folder: OutputFolder) -> Verdict:
         # Not `seen[rows] += 1`, which counts a row only once that is in `rows` twice.
         places, counts = np.unique(rows[is_ours], return_counts=True)
         seen[places] = np.minimum(seen[places] + counts, _MAX_COUNTED)
-    missing, double = np.flatnonzero(seen == 0), np.flatnonzero(seen > 1)
-    strange = np.unique(np.concatenate([*foreign, np.empty(0, np.int64)]))
-    waiting = np.intersect1d(missing, _rows_in_segments(folder, run) if len(missing) else [])
+    missing, repeated = np.flatnonzero(seen == 0), np.flatnonzero(seen > 1)
+    outside = np.unique(np.concatenate([*foreign, np.empty(0, np.int64)]))
+    unmerged = np.intersect1d(missing, _rows_in_segments(folder, run) if len(missing) else [])
     for word, found, more in (
-        ("missing", np.setdiff1d(missing, waiting), ""),
-        ("unfinished", waiting, "; they are in segments, the same command brings them into parts"),
-        ("double", double, _named(folder, readable, double)),
-        ("foreign", strange, _named(folder, readable, strange)),
+        ("missing", np.setdiff1d(missing, unmerged), ""),
+        ("unfinished", unmerged, "; they are in segments, the same command brings them into parts"),
+        ("double", repeated, _name_files(folder, readable, repeated)),
+        ("foreign", outside, _name_files(folder, readable, outside)),
     ):
         if len(found):
             verdict.faults.append(
@@ -123,7 +123,7 @@ def _rows_in_segments(folder: OutputFolder, run: RunFile) -> npt.NDArray[np.int6
     return np.concatenate(found)
 
 
-def _named(folder: OutputFolder, paths: Sequence[Path], rows: npt.NDArray[Any]) -> str:
+def _name_files(folder: OutputFolder, paths: Sequence[Path], rows: npt.NDArray[Any]) -> str:
     """Return "; in FILES" for the files that hold any of these rows; "" if none does."""
     names = []
     for path in paths if len(rows) else ():
@@ -152,10 +152,10 @@ def _read_part(
             table = parquet.read_row_group(group, columns=_COLUMNS)
             verdict.statuses.update(table["status"].to_pylist())
             verdict.errors.update(kind for kind in table["error_type"].to_pylist() if kind)
-            odd = set(table["fingerprint"].unique().to_pylist()) - {run.fingerprint}
-            if odd:
+            others = set(table["fingerprint"].unique().to_pylist()) - {run.fingerprint}
+            if others:
                 verdict.faults.append(
-                    f"fingerprint {path.name} holds rows of {sorted(odd, key=str)}"
+                    f"fingerprint {path.name} holds rows of {sorted(others, key=str)}"
                 )
             rows.append(table["row_index"].to_numpy())
     return np.concatenate([*rows, np.empty(0, np.int64)]).astype(np.int64)

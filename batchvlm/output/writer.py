@@ -21,11 +21,11 @@ from batchvlm.output.segments import (
     FINGERPRINT_KEY,
     Segment,
     UnreadableSegment,
-    around,
-    in_order,
-    newest,
+    latest_segments,
+    merge_segments,
     read_segment,
     read_segments,
+    replace_rows,
     with_marks,
     write_segment,
     write_tables,
@@ -214,7 +214,7 @@ class ShardWriter:
             if part is None:
                 raise _lost_segment(lost or UnreadableSegment(f"{self._part} was removed"))
         if self._is_retry or self.attempts:
-            while not self._renew():
+            while not self._update_part():
                 pass
         self._folder.remove_segments(self._shard.index)
         return part.path
@@ -248,7 +248,7 @@ class ShardWriter:
         self._segments = read_segments(
             self._folder, self._shard, self._schema, is_retry=self._is_retry
         )
-        rows = newest([*self._segments, *self._read_parts()])
+        rows = latest_segments([*self._segments, *self._read_parts()])
         for row, segment in rows.items():
             kind = segment.errors.get(row)
             if is_retried(self._retry, kind, segment.attempts(row)):
@@ -268,7 +268,7 @@ class ShardWriter:
         except UnreadableSegment as error:
             raise _damaged(part, error) from error
 
-    def _renew(self) -> bool:
+    def _update_part(self) -> bool:
         """Replace rows of the part by those that were answered again.
 
         Returns:
@@ -281,19 +281,19 @@ class ShardWriter:
             # of this writer's may already be in the part. Damaged ones are removed too: nothing can
             # read them, and their rows stay as the part has them.
             listed = set(self._folder.list_segments(self._shard.index, is_retry=True))
-            waiting = read_segments(self._folder, self._shard, self._schema, is_retry=True)
-            known = {segment.path for segment in waiting}
+            retried = read_segments(self._folder, self._shard, self._schema, is_retry=True)
+            known = {segment.path for segment in retried}
             for segment in self._segments:
                 if segment.path not in known and self._folder.exists(segment.path):
                     if self._is_retry:
                         raise _lost_segment(UnreadableSegment(str(segment.path)))
-                    waiting.append(segment)
-            rows = newest([*parts, *waiting])
+                    retried.append(segment)
+            rows = latest_segments([*parts, *retried])
             if self._pending or any(segment is not parts[0] for segment in rows.values()):
                 try:
-                    self._write_part([*waiting, *parts], into=parts[0].path)
+                    self._write_part([*retried, *parts], into=parts[0].path)
                 except UnreadableSegment as error:
-                    if all(self._folder.exists(segment.path) for segment in waiting):
+                    if all(self._folder.exists(segment.path) for segment in retried):
                         raise _lost_segment(error) from error
                     # The writer that finished the shard has just removed its segments.
                     return False
@@ -307,9 +307,9 @@ class ShardWriter:
             False if another process has just written a first part.
         """
         pending, schema = self._pending_table(), self._schema
-        tables = in_order(self._folder, segments, pending, self._shard, schema)
+        tables = merge_segments(self._folder, segments, pending, self._shard, schema)
         if into is not None and into != self._part:
-            tables = around(self._folder, into, self._shard, tables)
+            tables = replace_rows(self._folder, into, self._shard, tables)
             schema = schema.with_metadata(pq.read_schema(into).metadata)
 
         def write(file: BinaryIO) -> None:

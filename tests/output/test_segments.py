@@ -13,7 +13,7 @@ import pytest
 from batchvlm.output import segments as segments_module
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.schema import Provenance, output_schema, to_table
-from batchvlm.output.segments import in_order, read_segments, with_marks, write_segment
+from batchvlm.output.segments import merge_segments, read_segments, with_marks, write_segment
 from batchvlm.records import Shard
 
 from .make import PROVENANCE, SCHEMA, make_plan, make_result
@@ -62,7 +62,7 @@ def test_row_groups_are_what_the_index_says(
     assert read.groups == written.groups
     assert len(read.groups) == 8
     rest = rows_table([row for row in range(60) if row not in rows], marked())
-    tables = list(in_order(folder, [written], rest, SHARD, marked()))
+    tables = list(merge_segments(folder, [written], rest, SHARD, marked()))
     assert [table.num_rows for table in tables] == [4] * 15
     assert pa.concat_tables(tables).equals(rows_table(list(range(60)), marked()))
 
@@ -73,7 +73,7 @@ def test_of_two_attempts_at_a_row_the_first_by_name_counts(tmp_path: Path, order
     for name in order:
         put(folder, name, list(range(0 if name == "a" else 10, 60)), generated_text=name)
     found = read_segments(folder, SHARD, marked())
-    tables = list(in_order(folder, found, rows_table([], marked()), SHARD, marked()))
+    tables = list(merge_segments(folder, found, rows_table([], marked()), SHARD, marked()))
     assert pa.concat_tables(tables)["generated_text"].to_pylist() == ["a"] * 60
 
 
@@ -181,7 +181,7 @@ def test_kept_columns_of_any_type_come_through_segments(
     table = to_table(rows, schema, PROVENANCE)
     write_segment(folder, folder.segment(1, "a", 0), table.slice(0, 1), shard)
     found = read_segments(folder, shard, schema)
-    (result,) = in_order(folder, found, table.slice(1), shard, schema)
+    (result,) = merge_segments(folder, found, table.slice(1), shard, schema)
     assert result.schema.equals(schema)
     assert result["k"].to_pylist() == [value, None]
 
@@ -194,7 +194,7 @@ def test_large_rows_make_small_row_groups(tmp_path: Path, monkeypatch: pytest.Mo
         folder, folder.segment(1, "a", 0), rows_table(list(range(30)), marked(), kept=kept), SHARD
     )
     pending = rows_table(list(range(30, 60)), marked(), kept=kept)
-    tables = list(in_order(folder, [segment], pending, SHARD, marked()))
+    tables = list(merge_segments(folder, [segment], pending, SHARD, marked()))
     assert sum(table.num_rows for table in tables) == 60
     assert max(table.num_rows for table in tables) <= 5
 
@@ -210,5 +210,5 @@ def test_rows_are_ordered_also_where_pyarrow_cannot_take(
     folder = OutputFolder(tmp_path)
     write_segment(folder, folder.segment(1, "a", 0), every_other(table, 1), SHARD)
     found = read_segments(folder, SHARD, schema)
-    (result,) = in_order(folder, found, every_other(table, 0), SHARD, schema)
+    (result,) = merge_segments(folder, found, every_other(table, 0), SHARD, schema)
     assert result.equals(table)
