@@ -46,7 +46,7 @@ def rewrite(
     if "contains" in schema:
         _contain(rewriter, schema, own, parts, resolver)
     if schema.get("uniqueItems") is True:
-        _differ(rewriter, own, parts)
+        _unique(rewriter, own, parts)
 
 
 def _contain(
@@ -83,7 +83,7 @@ def _contain(
     parts.append(any_of([*_no_arrays(own), *places]))
 
 
-def _differ(rewriter: Rewriter, own: dict[str, Any], parts: list[Schema]) -> None:
+def _unique(rewriter: Rewriter, own: dict[str, Any], parts: list[Schema]) -> None:
     """Rewrite `uniqueItems`: exact for at most one item and for items with few values."""
     most = own.get("maxItems")
     if most is not None and most <= 1:

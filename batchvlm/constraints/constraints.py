@@ -56,7 +56,7 @@ class Constraints:
         form: Form | None,
         is_strict: bool = False,
     ) -> None:
-        self._spell = partial(_spelled, tokenizer)
+        self._spell = partial(_spell_text, tokenizer)
         self._form = form
         self._is_strict = is_strict
         self._eos_ids = frozenset(eos_ids)
@@ -119,18 +119,20 @@ class Constraints:
         if future is None:
             if self._form is None and sample.form is None:
                 return None
-            return self._held(RowMatcher(None, Constraint.NONE, self._eos_ids), ("no tokenizer",))
+            return self._checked(
+                RowMatcher(None, Constraint.NONE, self._eos_ids), ("no tokenizer",)
+            )
         compiled = future.result()
         matcher = None if compiled.matcher is None else compiled.matcher.deep_copy()
         row = RowMatcher(matcher, compiled.constraint, self._eos_ids, self._banned_ids, self._spell)
-        return self._held(row, compiled.notes)
+        return self._checked(row, compiled.notes)
 
     def close(self) -> None:
         """End the compiler's threads and processes; they start again when needed."""
         if self._compiler is not None:
             self._compiler.close()
 
-    def _held(self, row: RowMatcher, notes: Sequence[str]) -> RowMatcher:
+    def _checked(self, row: RowMatcher, notes: Sequence[str]) -> RowMatcher:
         if self._is_strict and row.constraint is not Constraint.STRICT:
             raise RowError(
                 ErrorType.PROMPT,
@@ -189,7 +191,7 @@ class _Stream:
 
     def __iter__(self) -> Iterator[Sample]:
         while True:
-            self._look()
+            self._collect()
             if self._ready:
                 yield self._ready.popleft()
             elif self._aside:
@@ -202,10 +204,10 @@ class _Stream:
 
     def is_ready(self) -> bool:
         """Whether the next sample, or the end, is available without waiting."""
-        self._look()
+        self._collect()
         return bool(self._ready) or (self._is_done and not self._aside)
 
-    def _look(self) -> None:
+    def _collect(self) -> None:
         """Collect samples whose grammars are done, and take further samples from the source."""
         still = []
         for sample, future in self._aside:
@@ -255,7 +257,7 @@ def _engine_tokenizer(
     return made, num_known
 
 
-def _spelled(tokenizer: Any, text: str) -> Sequence[int]:
+def _spell_text(tokenizer: Any, text: str) -> Sequence[int]:
     """Return the ids of a text inside an answer, without special tokens; [] if unknown."""
     # Some tokenizers add a space at the start of a text.
     lead, whole = (

@@ -60,23 +60,23 @@ class _Search:
                     return end
             return None
         if not isinstance(value, list) or not value:
-            return _eat(matcher, json.dumps(value, ensure_ascii=False))
+            return _consume(matcher, json.dumps(value, ensure_ascii=False))
         for place, item in enumerate(value):
-            if (lead := _eat(matcher, "," if place else "[")) is None:
+            if (lead := _consume(matcher, "," if place else "[")) is None:
                 return None
             if (matcher := self.first_after(lead, item)) is None:
                 return None
-        return _eat(matcher, "]")
+        return _consume(matcher, "]")
 
     def _take(self, matcher: Any, members: dict[str, Any]) -> Any | None:
         """Return the matcher after an object with its members in this order; None if refused."""
         for place, (name, value) in enumerate(members.items()):
             key = f"{',' if place else '{'}{json.dumps(name, ensure_ascii=False)}:"
-            if (lead := _eat(matcher, key)) is None:
+            if (lead := _consume(matcher, key)) is None:
                 return None
             if (matcher := self.first_after(lead, value)) is None:
                 return None
-        return _eat(matcher, "}")
+        return _consume(matcher, "}")
 
     def _orders(self, value: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield an object in the orders of the most similar property lists, and in its own."""
@@ -96,7 +96,7 @@ class _Search:
             yield from self._members(matcher, value, self._in_order(value), "{")
         elif isinstance(value, list) and value:
             yield from self._items(matcher, value, 0)
-        elif (end := _eat(matcher, json.dumps(value, ensure_ascii=False))) is not None:
+        elif (end := _consume(matcher, json.dumps(value, ensure_ascii=False))) is not None:
             yield end
 
     def _in_order(self, value: dict[str, Any]) -> list[str]:
@@ -111,13 +111,13 @@ class _Search:
         self, matcher: Any, value: dict[str, Any], names: list[str], lead: str
     ) -> Iterator[Any]:
         if not names:
-            if (end := _eat(matcher, "}")) is not None:
+            if (end := _consume(matcher, "}")) is not None:
                 yield end
             return
         for name in names:
             if self._num_steps > _MAX_STEPS:
                 return
-            key = _eat(matcher, f"{lead}{json.dumps(name, ensure_ascii=False)}:")
+            key = _consume(matcher, f"{lead}{json.dumps(name, ensure_ascii=False)}:")
             if key is None:
                 continue
             rest = [other for other in names if other != name]
@@ -126,16 +126,16 @@ class _Search:
 
     def _items(self, matcher: Any, items: list[Any], place: int) -> Iterator[Any]:
         if place == len(items):
-            if (end := _eat(matcher, "]")) is not None:
+            if (end := _consume(matcher, "]")) is not None:
                 yield end
             return
-        lead = _eat(matcher, "," if place else "[")
+        lead = _consume(matcher, "," if place else "[")
         if lead is not None:
             for end in self.after(lead, items[place]):
                 yield from self._items(end, items, place + 1)
 
 
-def _eat(matcher: Any, text: str) -> Any | None:
+def _consume(matcher: Any, text: str) -> Any | None:
     """Return a copy of the matcher after a text; None if the grammar refuses the text."""
     tokens = list(text.encode("utf-8", "surrogatepass"))
     end = matcher.deep_copy()

@@ -197,7 +197,7 @@ class Masks:
     @torch.inference_mode()  # as in the engine, whose thread may have allocated the buffer
     def _fill(self, rows: Sequence[RowMatcher | None]) -> Tensor:
         mask_BW = self._buffer(len(rows))
-        held, others = [], []
+        by_llguidance, by_xgrammar = [], []
         for i, row in enumerate(rows):
             if row is None or not row.is_held:
                 mask_BW[i].fill_(-1)
@@ -209,24 +209,26 @@ class Masks:
                 mask_BW[i, forced[0] // 32] = _word(forced[0] % 32)
             elif isinstance(engine, XgrammarMatcher):
                 mask_BW[i] = engine.mask()
-                others.append((engine, i))
+                by_xgrammar.append((engine, i))
             else:
-                held.append((engine, i))
-        if held:
+                by_llguidance.append((engine, i))
+        if by_llguidance:
             size_bytes = self._num_words * 4
             try:
                 self._executor.unsafe_compute_mask_ptr(
-                    held, mask_BW.data_ptr(), size_bytes, len(mask_BW)
+                    by_llguidance, mask_BW.data_ptr(), size_bytes, len(mask_BW)
                 )
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt | SystemExit):
                     raise
                 # The Rust code has panicked and does not say for which row.
-                log.warning("masks could not be made, %d rows go on without: %s", len(held), error)
-                for _, i in held:
+                log.warning(
+                    "masks could not be made, %d rows go on without: %s", len(by_llguidance), error
+                )
+                for _, i in by_llguidance:
                     if (row := rows[i]) is not None:
                         row.give_up()
-        for engine, i in [*held, *others]:
+        for engine, i in [*by_llguidance, *by_xgrammar]:
             row = rows[i]
             assert row is not None
             row.check()

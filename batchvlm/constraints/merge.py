@@ -72,22 +72,22 @@ class _Opener:
     def _visit(self, schema: Schema) -> Schema:
         """Replace a schema that combines parts by a reference to their merged definition."""
         if isinstance(schema, _Parts):
-            together = schema
-            if len(together.parts) == 1:
-                return self._visit(together.parts[0])
+            combined = schema
+            if len(combined.parts) == 1:
+                return self._visit(combined.parts[0])
         elif not isinstance(schema, dict) or _is_reference(schema):
             return schema
         elif not _is_combined(schema):
             return self._below(schema)
         else:
-            together = _Parts([schema])
-        name = self._places.get(together.key)
+            combined = _Parts([schema])
+        name = self._places.get(combined.key)
         if name is None:
             if len(self._places) >= _MAX_PLACES:
                 raise MergeError("too many references beside other keywords")
-            name = self._places[together.key] = f"m{len(self._places)}"
-            self._kept.append(together)
-            self._opened[name] = self._below(self._combine(together.parts, ()))
+            name = self._places[combined.key] = f"m{len(self._places)}"
+            self._kept.append(combined)
+            self._opened[name] = self._below(self._combine(combined.parts, ()))
         return {"$ref": f"#/$defs/{name}"}
 
     def _combine(self, parts: Sequence[Schema], under: tuple[str, ...]) -> Schema:
@@ -116,7 +116,7 @@ class _Opener:
             todo += [(inner, names) for inner in reversed(below)]
         base: Schema = {}
         for one in plain:
-            base = _lay(base, one)
+            base = _merge(base, one)
             if base is False:
                 return False
         if not choices:
@@ -161,22 +161,24 @@ class _Opener:
         return seen
 
 
-def _lay(one: dict[str, Any], other: dict[str, Any]) -> Schema:
+def _merge(one: dict[str, Any], other: dict[str, Any]) -> Schema:
     """Merge two schemas without references or alternatives; False if no value fits both."""
     if not one or not other:
         return one or other
     one, other = dict(one), dict(other)
-    laid: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     if "patternProperties" not in one and "patternProperties" not in other:
         names = [*one.get("properties", {}), *other.get("properties", {})]
-        properties = {n: _together(_said_of(n, one), _said_of(n, other)) for n in names}
+        properties = {
+            n: _conjunction(_property_schema(n, one), _property_schema(n, other)) for n in names
+        }
         if properties:
-            laid["properties"] = properties
-        rest = _together(
+            merged["properties"] = properties
+        rest = _conjunction(
             one.get("additionalProperties", True), other.get("additionalProperties", True)
         )
         if rest is not True:
-            laid["additionalProperties"] = rest
+            merged["additionalProperties"] = rest
         for part in (one, other):
             part.pop("properties", None)
             part.pop("additionalProperties", None)
@@ -185,24 +187,24 @@ def _lay(one: dict[str, Any], other: dict[str, Any]) -> Schema:
         values = [v for v in one.pop("enum") if json.dumps(v, sort_keys=True) in known]
         if not values:
             return False
-        laid["enum"] = values
+        merged["enum"] = values
     if "items" in one and "items" in other and not {"prefixItems"} & (one.keys() | other.keys()):
-        laid["items"] = _together(one.pop("items"), other.pop("items"))
+        merged["items"] = _conjunction(one.pop("items"), other.pop("items"))
     required = [*one.pop("required", []), *other.pop("required", [])]
     if required:
-        laid["required"] = list(dict.fromkeys(required))
+        merged["required"] = list(dict.fromkeys(required))
     for name in _NAMES:
         names_of = [part.pop(name) for part in (one, other) if name in part]
         if names_of:
-            laid[name] = names_of[0]
+            merged[name] = names_of[0]
     both = one.keys() & other.keys()
     same = {key for key in both if one[key] == other[key]}
     left = {key: other.pop(key) for key in both}
-    laid |= one | other
+    merged |= one | other
     differ = {key: value for key, value in left.items() if key not in same}
     if differ:
-        laid["allOf"] = [*laid.get("allOf", []), differ]
-    return laid
+        merged["allOf"] = [*merged.get("allOf", []), differ]
+    return merged
 
 
 def _without_false(
@@ -227,25 +229,25 @@ def _put_false(schema: Schema, empty: set[str]) -> Schema:
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.rpartition("/")[2] in empty:
         return False
-    said = {
+    keywords = {
         key: part if key in ("enum", "const") else _put_false(part, empty)
         for key, part in schema.items()
     }
     for key in _CHOICES:
-        if isinstance(said.get(key), list):
-            said[key] = [part for part in said[key] if part is not False]
-            if not said[key]:
+        if isinstance(keywords.get(key), list):
+            keywords[key] = [part for part in keywords[key] if part is not False]
+            if not keywords[key]:
                 return False
-    if isinstance(said.get("allOf"), list) and False in said["allOf"]:
+    if isinstance(keywords.get("allOf"), list) and False in keywords["allOf"]:
         return False
-    return said
+    return keywords
 
 
-def _said_of(name: str, schema: dict[str, Any]) -> Schema:
+def _property_schema(name: str, schema: dict[str, Any]) -> Schema:
     return schema.get("properties", {}).get(name, schema.get("additionalProperties", True))
 
 
-def _together(one: Schema, other: Schema) -> Schema:
+def _conjunction(one: Schema, other: Schema) -> Schema:
     if one is False or other is False:
         return False
     if one is True or one == {} or one is other:
@@ -276,5 +278,7 @@ def _names_in(schema: Schema) -> set[str]:
 
 def _is_combined(schema: dict[str, Any]) -> bool:
     """Whether a schema combines several parts, one of which may contain a reference."""
-    said = {key for key in schema if key not in (*_NAMES, "$defs")}
-    return bool(said & {"allOf", "anyOf", "oneOf", "$ref"}) and (len(said) > 1 or "allOf" in said)
+    keywords = {key for key in schema if key not in (*_NAMES, "$defs")}
+    return bool(keywords & {"allOf", "anyOf", "oneOf", "$ref"}) and (
+        len(keywords) > 1 or "allOf" in keywords
+    )

@@ -22,11 +22,11 @@ _MAX_DEPTH = 24
 _MAX_WORD_CHARS = 4096
 
 
-class NoOppositeError(Exception):
+class NoComplementError(Exception):
     """The complement of a schema cannot be expressed without `not`."""
 
 
-class Opposite:
+class Complement:
     """Computes complements of rewritten schemas.
 
     Args:
@@ -45,19 +45,19 @@ class Opposite:
         """Return the schema that accepts exactly the values that this one refuses.
 
         Raises:
-            NoOppositeError: it cannot be expressed without `not`, and not `is_inner`.
+            NoComplementError: it cannot be expressed without `not`, and not `is_inner`.
         """
         if isinstance(schema, bool):
             return not schema
         if depth > _MAX_DEPTH:
-            raise NoOppositeError("nested too deeply")
+            raise NoComplementError("nested too deeply")
         branches: list[Schema] = []
         for key, value in schema.items():
             if key in _ASIDE:
                 continue
             try:
                 branches += self._of_keyword(key, value, schema, depth + 1)
-            except NoOppositeError:
+            except NoComplementError:
                 if not self._is_inner:
                     raise
                 self.is_exact = False
@@ -75,9 +75,9 @@ class Opposite:
                 return [{"type": "object", "properties": {name: False}} for name in value]
             case "properties":
                 return [
-                    {"type": "object", "properties": {name: opposite}, "required": [name]}
+                    {"type": "object", "properties": {name: complement}, "required": [name]}
                     for name, part in value.items()
-                    if (opposite := self.of(part, depth)) is not False
+                    if (complement := self.of(part, depth)) is not False
                 ]
             case "minimum":
                 return [{"type": "number", "exclusiveMaximum": value}]
@@ -94,7 +94,7 @@ class Opposite:
                 kind, other = _SIZES[key]
                 return [{"type": kind, other: value + 1}]
             case "pattern":
-                return [{"type": "string", "pattern": opposite_pattern(value)}]
+                return [{"type": "string", "pattern": complement_pattern(value)}]
             case "anyOf":
                 return [all_of([self.of(part, depth) for part in value])]
             case "allOf":
@@ -105,13 +105,13 @@ class Opposite:
             case "$ref":
                 target = self._resolve(value)
                 if target is None:
-                    raise NoOppositeError("it refers to itself")
+                    raise NoComplementError("it refers to itself")
                 return [self.of(target, depth)]
             case "additionalProperties" if value is True or value == {}:
                 return []
             case "items" | "prefixItems" if schema.get("maxItems") == 0:
                 return []
-        raise NoOppositeError(f"the opposite of {key!r} is no schema")
+        raise NoComplementError(f"the complement of {key!r} is not a schema")
 
 
 def any_of(branches: Sequence[Schema]) -> Schema:
@@ -146,7 +146,7 @@ _SIZES = {
 def _other_types(types: Iterable[str]) -> Schema:
     named = set(types)
     if "integer" in named and "number" not in named:
-        raise NoOppositeError("numbers that are no integers are no type")
+        raise NoComplementError("numbers that are no integers are no type")
     left = [kind for kind in TYPES if kind not in named]
     return {"type": left} if left else False
 
@@ -158,7 +158,7 @@ def _other_values(values: Sequence[Any]) -> list[Schema]:
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     others = [v for v in values if isinstance(v, dict | list)]
     if any(others):
-        raise NoOppositeError("objects and arrays have no opposite")
+        raise NoComplementError("objects and arrays have no complement")
     branches: list[Schema] = []
     untouched = ["object" if {} not in others else "", "array" if [] not in others else ""]
     untouched += ["null" if None not in values else ""]
@@ -171,12 +171,12 @@ def _other_values(values: Sequence[Any]) -> list[Schema]:
     if left := [b for b in (True, False) if b not in bools]:
         branches.append({"enum": left})
     if texts:
-        branches.append({"type": "string", "pattern": words_pattern(texts, is_opposite=True)})
+        branches.append({"type": "string", "pattern": words_pattern(texts, is_complement=True)})
     else:
         branches.append({"type": "string"})
     edges = sorted(set(numbers))
     if not all(math.isfinite(edge) for edge in edges):
-        raise NoOppositeError("a number that is none")
+        raise NoComplementError("a number that is none")
     low: Any = None
     for edge in [*edges, None]:
         bounds = {"exclusiveMinimum": low, "exclusiveMaximum": edge}
@@ -185,34 +185,34 @@ def _other_values(values: Sequence[Any]) -> list[Schema]:
     return branches
 
 
-def words_pattern(words: Sequence[str], *, is_opposite: bool = False) -> str:
-    """Return a pattern for exactly these words, or with `is_opposite` for every other text.
+def words_pattern(words: Sequence[str], *, is_complement: bool = False) -> str:
+    """Return a pattern for exactly these words, or with `is_complement` for every other text.
 
     Raises:
-        NoOppositeError: the words are too long for the pattern of their complement.
+        NoComplementError: the words are too long for the pattern of their complement.
     """
-    if not is_opposite:
+    if not is_complement:
         return f"^(?:{'|'.join(map(re.escape, words))})$"
     if sum(map(len, words)) > _MAX_WORD_CHARS:
-        raise NoOppositeError("too many words")
+        raise NoComplementError("too many words")
     return f"^{_none_of(sorted(set(words)))}$"
 
 
-def opposite_pattern(pattern: str) -> str:
+def complement_pattern(pattern: str) -> str:
     """Return a pattern for the texts in which this one finds nothing.
 
     Raises:
-        NoOppositeError: the pattern is not a list of plain words anchored at the start, or at both
-            ends.
+        NoComplementError: the pattern is not a list of plain words, anchored at the start or at
+            both ends.
     """
     found = re.fullmatch(r"\^(?:\((?:\?:)?([^()]+)\)|([^()|]+?))(\$?)", pattern)
     if not found:
-        raise NoOppositeError("patterns have no opposite")
+        raise NoComplementError("patterns have no complement")
     words = [_plain(word) for word in (found[1] or found[2]).split("|")]
     if found[3]:
         words += [f"{word}\n" for word in words]  # Python's `$` also matches before a final newline
     if sum(map(len, words)) > _MAX_WORD_CHARS:
-        raise NoOppositeError("too many words")
+        raise NoComplementError("too many words")
     return f"^{_none_of(sorted(set(words)), is_prefix=not found[3])}$"
 
 
@@ -220,18 +220,18 @@ def _plain(text: str) -> str:
     """Return the text that a pattern without operators matches.
 
     Raises:
-        NoOppositeError: the pattern has an operator.
+        NoComplementError: the pattern has an operator.
     """
     plain = re.sub(r"\\([^A-Za-z0-9])", r"\1", text)
     if re.search(r"[.*+?\[\]{}^$|\\]", re.sub(r"\\[^A-Za-z0-9]", "", text)):
-        raise NoOppositeError("patterns have no opposite")
+        raise NoComplementError("patterns have no complement")
     return plain
 
 
 def _none_of(words: Sequence[str], *, is_prefix: bool = False) -> str:
     """Return a pattern for texts other than the words, or (`is_prefix`) that start with none."""
     if is_prefix and "" in words:
-        raise NoOppositeError("every text begins so")
+        raise NoComplementError("every text begins so")
     heads = sorted({word[0] for word in words if word})
     listed = "".join(f"\\x{{{ord(head):x}}}" for head in heads)
     anything = r"[\s\S]*"

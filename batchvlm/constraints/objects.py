@@ -53,21 +53,21 @@ def rewrite(
 def _patterns(
     rewriter: Rewriter, patterns: Mapping[str, Schema], own: dict[str, Any], resolver: Any
 ) -> None:
-    said: dict[str, Schema] = {}
+    by_pattern: dict[str, Schema] = {}
     for pattern, part in patterns.items():
         translated = translate(pattern)
         if translated is None:
             rewriter.leave_out("patternProperties")
         else:
-            said[translated] = rewriter.visit(part, resolver)
+            by_pattern[translated] = rewriter.visit(part, resolver)
     # A declared property whose name matches a pattern has to fit both schemas.
     properties = own.get("properties", {})
     for name in properties:
         for pattern in patterns:
             translated = translate(pattern)
-            if translated in said and _finds(pattern, name):
-                properties[name] = all_of([properties[name], said[translated]])
-    own["patternProperties"] = said
+            if translated in by_pattern and _finds(pattern, name):
+                properties[name] = all_of([properties[name], by_pattern[translated]])
+    own["patternProperties"] = by_pattern
 
 
 def _takes_all(pattern: str) -> bool:
@@ -184,8 +184,8 @@ def _depend(
         parts.append(any_of([missing, {"required": [name, *needed]}]))
     for name, part in schemas.items():
         missing = {"properties": {name: False}}
-        there = all_of([{"required": [name]}, rewriter.visit(part, resolver)])
-        parts.append(any_of([b for b in (missing, there) if b is not False]))
+        present = all_of([{"required": [name]}, rewriter.visit(part, resolver)])
+        parts.append(any_of([b for b in (missing, present) if b is not False]))
 
 
 def _count(
@@ -221,11 +221,11 @@ def _count(
             num_known = num + len(required)
             if (high is not None and num_known > high) or (not is_open and num_known < low):
                 continue
-            for there in combinations(optional, num):
-                absent = {name: False for name in optional if name not in there}
+            for present in combinations(optional, num):
+                absent = {name: False for name in optional if name not in present}
                 branch: dict[str, Any] = {"type": "object", "properties": absent}
-                if there:
-                    branch["required"] = list(there)
+                if present:
+                    branch["required"] = list(present)
                 if is_open:
                     branch |= bounds
                 branches.append(branch)

@@ -52,13 +52,13 @@ def view(schema: Schema, resolve: Resolve, depth: int = 0) -> View | None:
         below = view(target, resolve, depth + 1) if target is not None else None
         if below is None:
             return None
-        _lay(seen, below)
+        _merge_into(seen, below)
     for part in schema.get("allOf", []):
         below = view(part, resolve, depth + 1)
         if below is None:
             seen.is_plain = False
         else:
-            _lay(seen, below)
+            _merge_into(seen, below)
     for part in parts:
         own = View(
             properties=dict(part.get("properties", {})),
@@ -67,11 +67,11 @@ def view(schema: Schema, resolve: Resolve, depth: int = 0) -> View | None:
             and not part.get("patternProperties"),
             is_plain=part.get("additionalProperties", True) in (True, False),
         )
-        _lay(seen, own)
+        _merge_into(seen, own)
     return seen
 
 
-def _lay(seen: View, other: View) -> None:
+def _merge_into(seen: View, other: View) -> None:
     for name, part in other.properties.items():
         mine = seen.properties.get(name, True)
         if mine is True or mine == part:
@@ -113,7 +113,7 @@ def are_disjoint(
     values, against_values = _values(one, resolve), _values(other, resolve)
     if values is not None and against_values is not None:
         return not values & against_values
-    common = _meet(_meet(types, others), types_of(dict(own), resolve))
+    common = _intersect(_intersect(types, others), types_of(dict(own), resolve))
     if common != {"object"}:
         return False
     seen, against_seen = view(one, resolve), view(other, resolve)
@@ -131,7 +131,7 @@ def are_disjoint(
     return False
 
 
-def _meet(one: set[str] | None, other: set[str] | None) -> set[str] | None:
+def _intersect(one: set[str] | None, other: set[str] | None) -> set[str] | None:
     if one is None or other is None:
         return one if other is None else other
     return one & other
@@ -169,14 +169,14 @@ def types_of(schema: Schema, resolve: Resolve, depth: int = 0) -> set[str] | Non
         known = {named} if isinstance(named, str) else set(named)
         known = {"number" if kind == "integer" else kind for kind in known}
     if "$ref" in schema and (target := resolve(schema["$ref"])) is not None:
-        known = _meet(known, types_of(target, resolve, depth + 1))
+        known = _intersect(known, types_of(target, resolve, depth + 1))
     if "const" in schema or "enum" in schema:
         values = [schema["const"]] if "const" in schema else schema["enum"]
-        known = _meet(known, {_TYPE_NAMES[type(value)] for value in values})
+        known = _intersect(known, {_TYPE_NAMES[type(value)] for value in values})
     for part in schema.get("allOf", []):
-        known = _meet(known, types_of(part, resolve, depth + 1))
+        known = _intersect(known, types_of(part, resolve, depth + 1))
     for key in ("anyOf", "oneOf"):
         branches = [types_of(part, resolve, depth + 1) for part in schema.get(key, [])]
         if branches and all(types is not None for types in branches):
-            known = _meet(known, set().union(*(types for types in branches if types)))
+            known = _intersect(known, set().union(*(types for types in branches if types)))
     return known

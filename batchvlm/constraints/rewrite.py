@@ -23,7 +23,7 @@ from referencing.jsonschema import DRAFT202012, specification_with
 
 from batchvlm.constraints import arrays, objects, strings
 from batchvlm.constraints.limits import settle_bounds
-from batchvlm.constraints.negate import NoOppositeError, Opposite, Schema, all_of, any_of
+from batchvlm.constraints.negate import Complement, NoComplementError, Schema, all_of, any_of
 from batchvlm.constraints.overlap import are_disjoint, view
 
 _MAX_NODES = 100_000
@@ -150,7 +150,7 @@ class Rewriter:
             schema = schema if found is None else found
         return schema
 
-    def opposite(self, schema: Schema, keyword: str) -> Schema | None:
+    def complement(self, schema: Schema, keyword: str) -> Schema | None:
         """Return the complement of a rewritten schema, or if lenient a subset of it.
 
         Returns:
@@ -159,18 +159,18 @@ class Rewriter:
         Raises:
             UnsupportedSchemaError: not `is_lenient`, and the complement cannot be expressed.
         """
-        finder = Opposite(self.resolve, is_inner=self._is_lenient)
+        finder = Complement(self.resolve, is_inner=self._is_lenient)
         try:
-            opposite = finder.of(schema)
-        except NoOppositeError:
+            complement = finder.of(schema)
+        except NoComplementError:
             self.leave_out(keyword)
             return None
         if not finder.is_exact:
             self.leave_out(keyword)
-            if opposite is False:
+            if complement is False:
                 return None
-        self.count(_size(opposite))
-        return opposite
+        self.count(_size(complement))
+        return complement
 
     def _reference(self, reference: str, resolver: Any) -> Schema:
         try:
@@ -217,8 +217,8 @@ class Rewriter:
         if "oneOf" in schema:
             parts.append(self._one_of([self.visit(p, resolver) for p in schema["oneOf"]], own))
         if "not" in schema:
-            opposite = self.opposite(self.visit(schema["not"], resolver), "not")
-            parts.append(True if opposite is None else opposite)
+            complement = self.complement(self.visit(schema["not"], resolver), "not")
+            parts.append(True if complement is None else complement)
         if "if" in schema and ("then" in schema or "else" in schema):
             parts.append(self._condition(schema, resolver))
 
@@ -226,11 +226,11 @@ class Rewriter:
         condition = self.visit(schema["if"], resolver)
         then = self.visit(schema.get("then", True), resolver)
         otherwise = self.visit(schema.get("else", True), resolver)
-        opposite = self.opposite(condition, "if")
-        if opposite is None:
+        complement = self.complement(condition, "if")
+        if complement is None:
             return True
-        held = all_of([condition, then])
-        return any_of([b for b in (held, all_of([opposite, otherwise])) if b is not False])
+        if_true = all_of([condition, then])
+        return any_of([b for b in (if_true, all_of([complement, otherwise])) if b is not False])
 
     def _one_of(self, branches: Sequence[Schema], own: Mapping[str, Any]) -> Schema:
         branches = [branch for branch in branches if branch is not False]
@@ -245,21 +245,21 @@ class Rewriter:
                 return any_of(branches)
             return {"oneOf": list(branches)}
         split: list[Schema] = []
-        opposites: dict[int, Schema | None] = {}
+        complements: dict[int, Schema | None] = {}
         for i, branch in enumerate(branches):
-            alone = [branch]
+            parts = [branch]
             for j, other in enumerate(branches):
                 if j == i or are_disjoint(branch, other, own, self.resolve):
                     continue
-                apart = self._apart(branch, other, own)
-                if apart is None:
-                    if j not in opposites:
-                        opposites[j] = self.opposite(other, "oneOf")
-                    apart = opposites[j]
-                if apart is not None:
-                    alone.append(apart)
-                    self.count(_size(apart))
-            split.append(all_of(alone))
+                separation = self._separation(branch, other, own)
+                if separation is None:
+                    if j not in complements:
+                        complements[j] = self.complement(other, "oneOf")
+                    separation = complements[j]
+                if separation is not None:
+                    parts.append(separation)
+                    self.count(_size(separation))
+            split.append(all_of(parts))
         return any_of([branch for branch in split if branch is not False])
 
     def _relax(self, schema: Schema) -> None:
@@ -279,7 +279,7 @@ class Rewriter:
                     item["anyOf"] = item.pop("oneOf")
                 stack += [v for k, v in item.items() if k not in ("enum", "const")]
 
-    def _apart(self, branch: Schema, other: Schema, own: Mapping[str, Any]) -> Schema | None:
+    def _separation(self, branch: Schema, other: Schema, own: Mapping[str, Any]) -> Schema | None:
         """Return a schema that separates a closed object from another one.
 
         Returns:
@@ -295,18 +295,18 @@ class Rewriter:
             {"required": [name]} for name in one.properties if name not in two.properties
         ]
         ways += [{"properties": {name: False}} for name in two.required]
-        finder = Opposite(self.resolve, is_inner=self._is_lenient)
+        finder = Complement(self.resolve, is_inner=self._is_lenient)
         for name, part in two.properties.items():
             if name not in one.properties:
                 continue
             try:
-                opposite = finder.of(part)
-            except NoOppositeError:
+                complement = finder.of(part)
+            except NoComplementError:
                 if not self._is_lenient and part != one.properties[name]:
                     return None
                 continue
-            if opposite is not False:
-                ways.append({"properties": {name: opposite}, "required": [name]})
+            if complement is not False:
+                ways.append({"properties": {name: complement}, "required": [name]})
         if not finder.is_exact:
             self.leave_out("oneOf")
         return any_of(ways) if ways else None

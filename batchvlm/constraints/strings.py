@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from batchvlm.constraints.negate import NoOppositeError, Schema, opposite_pattern
+from batchvlm.constraints.negate import NoComplementError, Schema, complement_pattern
 
 if TYPE_CHECKING:
     from batchvlm.constraints.rewrite import Rewriter
@@ -77,11 +77,13 @@ def _add_pattern(
         try:
             words, rest = ahead[1], ahead[2]
             is_whole = words.endswith("$")
-            opposite = opposite_pattern(f"^(?:{words.removesuffix('$')}){'$' if is_whole else ''}")
-        except NoOppositeError:
+            complement = complement_pattern(
+                f"^(?:{words.removesuffix('$')}){'$' if is_whole else ''}"
+            )
+        except NoComplementError:
             rewriter.leave_out("pattern")
             return
-        parts.append({"pattern": opposite})
+        parts.append({"pattern": complement})
         pattern = f"^{rest}"
     translated = translate(pattern)
     if translated is None:
@@ -97,7 +99,7 @@ def translate(pattern: str, classes: Mapping[str, str] = _COMPLEMENTS) -> str | 
         pattern: a pattern of `re`.
         classes: letter after a backslash -> the class in llguidance's syntax.
     """
-    said: list[str] = []
+    pieces: list[str] = []
     place, is_class, is_negated = 0, False, False
     while place < len(pattern):
         char = pattern[place]
@@ -105,47 +107,47 @@ def translate(pattern: str, classes: Mapping[str, str] = _COMPLEMENTS) -> str | 
             following = pattern[place + 1 : place + 2]
             place += 2
             if is_class and is_negated and following in _WHOLE:
-                said.append(_WHOLE[following])
+                pieces.append(_WHOLE[following])
             elif following in classes:
-                said.append(classes[following])
+                pieces.append(classes[following])
             elif following in _ENDS and not is_class:
-                said.append(_ENDS[following])
+                pieces.append(_ENDS[following])
             elif following.isdigit() and following != "0":
                 return None  # a back-reference
             elif following in ("b", "B") and not is_class:
                 return None  # a word boundary
             elif following in ("<", ">"):
-                said.append(following)  # with the backslash, a word boundary in llguidance
+                pieces.append(following)  # with the backslash, a word boundary in llguidance
             else:
-                said.append(f"\\{following}")
+                pieces.append(f"\\{following}")
             continue
         if is_class:
             if char == "]":
                 is_class = False
             elif char in "[&~":
                 char = f"\\{char}"  # nested classes and operators in llguidance
-            said.append(char)
+            pieces.append(char)
             place += 1
             continue
         if char == "[":
             is_class = True
-            said.append("[")
+            pieces.append("[")
             place += 1
             is_negated = pattern[place : place + 1] == "^"
             if is_negated:
-                said.append("^")
+                pieces.append("^")
                 place += 1
             if pattern[place : place + 1] == "]":
-                said.append(r"\]")  # the first "]" is a literal
+                pieces.append(r"\]")  # the first "]" is a literal
                 place += 1
             continue
         if char == "{":
             times = _TIMES.match(pattern, place)
-            said.append(f"{{{times[1] or 0}{times[2]}{times[3]}}}" if times else r"\{")
+            pieces.append(f"{{{times[1] or 0}{times[2]}{times[3]}}}" if times else r"\{")
             place = times.end() if times else place + 1
             continue
         if pattern.startswith(("(?=", "(?!", "(?<=", "(?<!", "(?P=", "(?("), place):
             return None
-        said.append(char)
+        pieces.append(char)
         place += 1
-    return "".join(said)
+    return "".join(pieces)
