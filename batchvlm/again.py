@@ -27,7 +27,7 @@ class Again:
         self._size_bytes = 0
         self._kept: dict[int, Sample] = {}
         self._times: dict[int, int] = {}
-        self._waiting: deque[Sample] = deque()
+        self._queue: deque[Sample] = deque()
 
     def keep(self, sample: Sample) -> None:
         """Keep a sample until `forget`, if there is room."""
@@ -42,17 +42,15 @@ class Again:
         if sample is None or times >= self._max_times:
             return False
         changed = _changed(sample, completion, times)
-        if changed is None:
-            return False
         self._kept[row_index] = changed
         self._times[row_index] = times + 1
-        self._waiting.append(changed)
+        self._queue.append(changed)
         return True
 
     def take(self) -> Iterator[Sample]:
         """Yield the queued samples and remove them from the queue."""
-        while self._waiting:
-            yield self._waiting.popleft()
+        while self._queue:
+            yield self._queue.popleft()
 
     def forget(self, row_index: int) -> int:
         """Drop a row's sample; return the number of answers to the row, at least 1."""
@@ -62,15 +60,15 @@ class Again:
         return 1 + self._times.pop(row_index, 0)
 
 
-def _changed(sample: Sample, completion: Completion, times: int) -> Sample | None:
+def _changed(sample: Sample, completion: Completion, times: int) -> Sample:
     """Return the sample with a higher token limit, or else with another seed."""
     settings = sample.generation
     if completion.finish_reason is FinishReason.LENGTH:
-        most = 2 * settings.max_new_tokens
+        max_new_tokens = 2 * settings.max_new_tokens
         if sample.room is not None:
-            most = min(most, sample.room)
-        if most > settings.max_new_tokens:
-            return replace(sample, generation=replace(settings, max_new_tokens=most))
+            max_new_tokens = min(max_new_tokens, sample.room)
+        if max_new_tokens > settings.max_new_tokens:
+            return replace(sample, generation=replace(settings, max_new_tokens=max_new_tokens))
     digest = hashlib.blake2b(f"again:{settings.seed}:{times}".encode(), digest_size=8).digest()
     settings = replace(
         settings,

@@ -42,7 +42,7 @@ def image_columns(cfg: JobConfig) -> tuple[str, ...]:
     return (image,) if isinstance(image, str) else tuple(image)
 
 
-def _may_be_reached(entry: str) -> bool:
+def _is_host_entry(entry: str) -> bool:
     """Whether an entry of `data.allow_hosts` is a host or an object-store address."""
     protocol, separator, _ = entry.partition("://")
     if separator:
@@ -292,7 +292,7 @@ def _check_combinations(cfg: JobConfig) -> None:
             "data.allow_hosts names files of this machine", hint="data.image_root is for those"
         )
     for entry in cfg.data.allow_hosts:
-        if not _may_be_reached(entry):
+        if not _is_host_entry(entry):
             raise ConfigError(
                 f"data.allow_hosts: {entry!r} is no host",
                 hint="write the name alone, as images.intra, or a place, as s3://bucket/folder",

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 job, overrides = getattr(before, name)(rest)
             except ConfigError as error:
-                return _say(error)
+                return _report(error)
             return run_app("run", overrides, program=f"batchvlm {name}", job=job)
         case ["-sc" | "--shell-completion", *_]:
             # Hydra's completion script passes the whole line; Hydra expects it without a command.
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case _:
             near = difflib.get_close_matches(args[0], [*COMMANDS, "--help", "--version"], n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-            return _say(ConfigError(f"{args[0]} is no command", hint=hint))
+            return _report(ConfigError(f"{args[0]} is no command", hint=hint))
 
 
 def _without_debug(args: Sequence[str]) -> list[str]:
@@ -121,7 +121,7 @@ def _run_command(command: Callable[[Sequence[str]], ExitCode], argv: Sequence[st
     try:
         return int(command(argv))
     except BatchvlmError as error:
-        return _say(error)
+        return _report(error)
     except BrokenPipeError:
         # The reader of stdout (such as `head`) has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -129,7 +129,7 @@ def _run_command(command: Callable[[Sequence[str]], ExitCode], argv: Sequence[st
     except KeyboardInterrupt:
         return ExitCode.STOPPED
     except Exception as error:
-        return _say(error)
+        return _report(error)
 
 
 def run_app(
@@ -168,9 +168,9 @@ def run_app(
         catch_signals()  # inside the try, because a signal may arrive during the call
         return _run_hydra(config_name, job or _run_job)
     except (Interrupted, KeyboardInterrupt):
-        return _say_interrupted()
+        return _report_interrupted()
     except Exception as error:
-        return _say(error)
+        return _report(error)
 
 
 def _open_streams() -> None:
@@ -218,7 +218,7 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
             raise RuntimeError("a pipe within the job broke") from error
         except Exception as error:
             # Not raised through Hydra, so that the other jobs of a sweep still run.
-            codes.append(_say(error))
+            codes.append(_report(error))
             if os.getpid() != pid:
                 # In a launcher's process the job would count as done. Hydra passes this exception
                 # to the process that waits for the job.
@@ -228,7 +228,7 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
     register_schema()
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
     try:
-        with _reader_may_leave():
+        with _ignore_closed_stdout():
             app(task)()
     except Exception as error:
         if type(error).__module__.startswith("submitit."):
@@ -251,13 +251,13 @@ def _run_job(cfg: JobConfig) -> None:
         follow_job(cfg, replica)
         return
     summary = run_job(cfg)
-    with _reader_may_leave():
+    with _ignore_closed_stdout():
         print_summary(summary)
     ignore_signals()
 
 
 @contextmanager
-def _reader_may_leave() -> Iterator[None]:
+def _ignore_closed_stdout() -> Iterator[None]:
     """Ignore a closed pipe (`batchvlm run | head`) or terminal on stdout."""
     try:
         yield
@@ -296,37 +296,37 @@ def _check_flags() -> None:
     parser.parse_args()
 
 
-def _say_interrupted() -> ExitCode:
-    _tell("batchvlm: interrupted; run the same command again to go on")
+def _report_interrupted() -> ExitCode:
+    _print_error("batchvlm: interrupted; run the same command again to go on")
     return ExitCode.INTERRUPTED
 
 
-def _is_of_interruption(error: BaseException | None) -> bool:
+def _is_interruption(error: BaseException | None) -> bool:
     """Whether an `Interrupted` is among the causes, as when a library wraps it in its own error."""
     while error is not None and not isinstance(error, Interrupted):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
-def _say(error: Exception) -> ExitCode:
+def _report(error: Exception) -> ExitCode:
     """Print an error in one line, with `--debug` also its traceback; return its exit code."""
     if _debug.is_on:
         traceback.print_exception(error)
     if isinstance(error, BatchvlmError):
-        _tell(f"batchvlm: error: {error}")
+        _print_error(f"batchvlm: error: {error}")
         if isinstance(error, TooManyErrors):
-            _tell("\n".join(error.causes))
+            _print_error("\n".join(error.causes))
         return error.exit_code
-    if not isinstance(error, OSError) and _is_of_interruption(error):
-        return _say_interrupted()
+    if not isinstance(error, OSError) and _is_interruption(error):
+        return _report_interrupted()
     # An unexpected error: a bug of this program or of a library.
     text = " ".join(str(error).split())[:300]
     hint = "" if _debug.is_on else "; the same command with --debug shows where"
-    _tell(f"batchvlm: error: {type(error).__name__}: {text}{hint}")
+    _print_error(f"batchvlm: error: {type(error).__name__}: {text}{hint}")
     return ExitCode.FAILED
 
 
-def _tell(text: str) -> None:
+def _print_error(text: str) -> None:
     """Print to stderr; nowhere if that is a closed terminal."""
     with suppress(OSError):
         print(text, file=sys.stderr)

@@ -34,12 +34,12 @@ def run_form(cfg: TaskOutputConfig) -> Form | None:
     if cfg.choice is not None:
         return Form(FormKind.CHOICE, json.dumps(list(cfg.choice), ensure_ascii=False))
     if cfg.regex is not None:
-        return _sound(Form(FormKind.REGEX, cfg.regex), "task.output.regex")
+        return _check_form(Form(FormKind.REGEX, cfg.regex), "task.output.regex")
     if cfg.grammar is not None:
         form = Form(FormKind.GRAMMAR, _grammar(cfg.grammar))
-        return _sound(form, "task.output.grammar")
+        return _check_form(form, "task.output.grammar")
     if cfg.type is not None:
-        return _named(cfg.type)
+        return _named_form(cfg.type)
     return None
 
 
@@ -97,11 +97,11 @@ def _form_of(value: Any, setting: str) -> Form:
         form = form_of_type(value)
     except (TypeError, ValueError, NotImplementedError, RecursionError) as error:
         raise ConfigError(f"{setting} is no type of an answer: {error}") from error
-    return _sound(form, setting)
+    return _check_form(form, setting)
 
 
 @lru_cache(maxsize=32)
-def _sound(form: Form, setting: str) -> Form:
+def _check_form(form: Form, setting: str) -> Form:
     """Check that answers can be validated against a form, and return it.
 
     Raises:
@@ -165,7 +165,7 @@ def _grammar(text: str) -> str:
         ) from error
 
 
-def _named(name: str) -> Form:
+def _named_form(name: str) -> Form:
     if name in _JSON_TYPES:
         return Form(FormKind.JSON_SCHEMA, json.dumps({"type": name}))
     from outlines import types

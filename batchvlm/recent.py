@@ -65,11 +65,11 @@ class RecentImageProcessor:
         return getattr(self._inner, name)
 
     def __call__(self, images: Any = None, *args: Any, **kwargs: Any) -> Any:
-        shown = _shown(images)
-        if shown is None or args:
+        keys = _keys_of(images)
+        if keys is None or args:
             return self._inner(images, *args, **kwargs)
         made = self._recent.get(
-            (shown, repr(sorted(kwargs.items()))),
+            (keys, repr(sorted(kwargs.items()))),
             lambda: self._inner(images, **kwargs),
             lambda out: sum(getattr(value, "nbytes", 1024) for value in out.values()),
         )
@@ -77,12 +77,12 @@ class RecentImageProcessor:
         return type(made)(dict(made))
 
 
-def _shown(images: Any) -> Hashable | None:
+def _keys_of(images: Any) -> Hashable | None:
     """Return the keys of images in the same nested lists; None if an image has no key."""
     if isinstance(images, Image.Image):
         key: Hashable | None = images.info.get(KEY)
         return key
     if isinstance(images, Sequence) and not isinstance(images, str) and images:
-        parts = tuple(_shown(image) for image in images)
+        parts = tuple(_keys_of(image) for image in images)
         return None if None in parts else parts
     return None

@@ -36,7 +36,7 @@ from batchvlm.errors import ConfigError
 from batchvlm.words import setting
 
 _ROOTS = tuple(f.name for f in fields(JobConfig))
-_OWN = {"data": "parquet", "model": "hub"}
+_PATH_OPTIONS = {"data": "parquet", "model": "hub"}
 """For each group, the option that takes a path of the user's."""
 
 
@@ -132,7 +132,7 @@ def read_config(node: DictConfig) -> JobConfig:
         for key in _TEXTS:
             _read_texts(node, key)
         for key in _PATHS:
-            _at_home(node, key)
+            _expand_home(node, key)
         cfg = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise explain(error) from error
@@ -169,7 +169,7 @@ _PATHS = (
 )
 
 
-def _at_home(node: DictConfig, key: str) -> None:
+def _expand_home(node: DictConfig, key: str) -> None:
     """Expand a leading `~` in a path, which a shell does not expand inside quotes."""
     path = OmegaConf.select(node, key)
     if isinstance(path, str) and path.startswith("~"):
@@ -230,9 +230,11 @@ def explain(error: Exception) -> ConfigError:
         hint = f"there are {', '.join(options)}"
         if option := re.search(r"Could not find '((?:hydra/)?\w+)/([^']+)'", lines[0]):
             group, name = option.groups()
-            if group in _OWN:
-                own = setting(f"{group}.path", name)
-                hint += f"; one of your own is written {group}={_OWN[group]} {own}"
+            if group in _PATH_OPTIONS:
+                path_setting = setting(f"{group}.path", name)
+                hint += (
+                    f"; one of your own is written {group}={_PATH_OPTIONS[group]} {path_setting}"
+                )
             return ConfigError(f"{group}={name} is no option of {group}", hint=hint)
         return ConfigError(lines[0], hint=hint)
     return ConfigError(lines[0] if lines else type(error).__name__, hint="; ".join(lines[1:3]))
@@ -243,8 +245,8 @@ def _unreadable(override: str) -> ConfigError:
     key, equals, value = override.partition("=")
     if not equals:
         # Many people first type only the input's path.
-        own = setting("data.path", override)
-        hint = f"an input is named by data=parquet {own}, say; --help tells more"
+        path_setting = setting("data.path", override)
+        hint = f"an input is named by data=parquet {path_setting}, say; --help tells more"
         return ConfigError(f"{override} is no setting, which is written key=value", hint=hint)
     if not re.fullmatch(r"[\w.@/+~:-]+", key, re.ASCII):
         return ConfigError(f"{key} is no setting", hint="write key=value, as data.path=in.parquet")
@@ -255,8 +257,8 @@ def _unreadable(override: str) -> ConfigError:
         hint = f"write {_list(key, inner)}"
     elif starts and ends:
         hint = f"quote each text in it, and the whole: '{key}={{name: \"a text\"}}'"
-    elif key in _OWN:
-        hint = f"write {key}={_OWN[key]} {setting(f'{key}.path', value)}"
+    elif key in _PATH_OPTIONS:
+        hint = f"write {key}={_PATH_OPTIONS[key]} {setting(f'{key}.path', value)}"
     else:
         if value[:1] in ("'", '"'):  # an unclosed quote
             value = value.strip(value[0])

@@ -53,7 +53,7 @@ class Template:
         try:
             # Only columns of the template are searched for nulls: others may hold images.
             known = {
-                name: _shown(value) if value is None or name in self.columns else value
+                name: _marked(value) if value is None or name in self.columns else value
                 for name, value in values.items()
             }
             return self._template.render({**known, "row": _Row(known)})
@@ -113,7 +113,7 @@ class _Row(dict[str, Any]):
     __repr__ = __str__
 
 
-def _shown(value: Any) -> Any:
+def _marked(value: Any) -> Any:
     """Return a value with nulls and bytes replaced by `_Null` and `_Binary`, at every level."""
     match value:
         case None:
@@ -121,11 +121,11 @@ def _shown(value: Any) -> Any:
         case bytes() | bytearray() | memoryview():
             return _Binary(value)
         case dict():
-            return {_shown(key): _shown(item) for key, item in value.items()}
+            return {_marked(key): _marked(item) for key, item in value.items()}
         case list():
-            return [_shown(item) for item in value]
+            return [_marked(item) for item in value]
         case tuple():
-            return tuple(_shown(item) for item in value)
+            return tuple(_marked(item) for item in value)
     return value
 
 
@@ -136,7 +136,7 @@ def _refuse_python(value: Any) -> Any:
         RowError: the value is null, bytes or a function.
     """
     if value is None or isinstance(value, bytes):
-        return str(_shown(value))
+        return str(_marked(value))
     if callable(value) and not isinstance(value, Undefined):
         raise RowError(ErrorType.PROMPT, "a value is a function of Python's, and no text")
     return value

@@ -90,10 +90,10 @@ def _answer(
     row_indices = tuple(sample.row_index for sample in samples)
     run_s = run_cpu_s = 0.0
     prompt_tokens = completion_tokens = 0
-    asked = {record.row_index: record for record in records}
+    current = {record.row_index: record for record in records}
     while samples:
         prompt_tokens += sum(sample.prompt_tokens for sample in samples)
-        going_on = {sample.row_index for sample in samples if sample.turns_left}
+        unfinished = {sample.row_index for sample in samples if sample.turns_left}
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         outcomes = list(engine.run(samples))
         run_s += time.perf_counter() - start_s
@@ -103,10 +103,10 @@ def _answer(
             if not isinstance(outcome, Completion):
                 continue
             completion_tokens += sum(len(c.token_ids) for c in (outcome, *outcome.alternatives))
-            record = asked[row_index]
-            asked[row_index] = replace(record, said=(*record.said, outcome))
-            if row_index in going_on:
-                again.append(asked[row_index])
+            record = current[row_index]
+            current[row_index] = replace(record, said=(*record.said, outcome))
+            if row_index in unfinished:
+                again.append(current[row_index])
         samples, further_s = _prepare(preprocessor, again)
         prepare_s += further_s
     return Speed(

@@ -31,11 +31,11 @@ def plan(argv: Sequence[str]) -> Command:
     args, overrides = parser.parse_known_args(argv)
 
     def show(cfg: JobConfig) -> None:
-        from batchvlm.before.drawn import look_at
+        from batchvlm.before.drawn import inspect_job
         from batchvlm.before.plan import make_plan
         from batchvlm.before.table import as_dict, table
 
-        found = make_plan(look_at(cfg), num_sampled=args.sample, with_speed=args.calibrate)
+        found = make_plan(inspect_job(cfg), num_sampled=args.sample, with_speed=args.calibrate)
         print(json.dumps(as_dict(found)) if args.json else "\n".join(table(found)))
 
     return show, overrides
@@ -58,10 +58,10 @@ def preview(argv: Sequence[str]) -> Command:
     args, overrides = parser.parse_known_args(argv)
 
     def show(cfg: JobConfig) -> None:
-        from batchvlm.before.drawn import look_at
+        from batchvlm.before.drawn import inspect_job
         from batchvlm.before.preview import preview
 
-        preview(look_at(cfg), num_rows=args.n, seed=args.seed, with_images=args.images)
+        preview(inspect_job(cfg), num_rows=args.n, seed=args.seed, with_images=args.images)
 
     return show, overrides
 

@@ -48,11 +48,11 @@ def spread(plan: Sequence[Shard], num_rows: int) -> list[Shard]:
     width = -(-num_rows // num_places)
     pieces: list[Shard] = []
     for i in range(num_places):
-        at = i * total // num_places
-        shard = shard_of(plan, at)
+        row_index = i * total // num_places
+        shard = shard_of(plan, row_index)
         first = 0
         if len(plan) < num_places:
-            first = min(at - shard.first_row_index, max(0, shard.num_rows - width))
+            first = min(row_index - shard.first_row_index, max(0, shard.num_rows - width))
         start = shard.first_row_index + first
         if pieces:  # ranges must not overlap
             start = max(start, pieces[-1].first_row_index + pieces[-1].num_rows)
@@ -98,7 +98,7 @@ def draw_spread(job: Job, num_rows: int, *, clock: Callable[[], float] = time.mo
     )
 
 
-def look_at(cfg: JobConfig) -> Job:
+def inspect_job(cfg: JobConfig) -> Job:
     """Open and check a job, whatever run its output folder holds.
 
     Returns:
@@ -137,8 +137,8 @@ def draw_random(job: Job, num_rows: int, *, seed: int) -> list[Record]:
     records: list[Record] = []
     for row_index in chosen:
         shard = shard_of(plan, row_index)
-        alone = piece_of(shard, row_index - shard.first_row_index, 1)
-        records += job.source.read_shard(alone, job.prompt_columns)
+        single = piece_of(shard, row_index - shard.first_row_index, 1)
+        records += job.source.read_shard(single, job.prompt_columns)
     return _with_images(job, records)
 
 

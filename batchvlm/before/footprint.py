@@ -42,7 +42,7 @@ class Footprint:
     """Number of rows of the greatest length whose cache fits into memory at once."""
 
 
-def foresee(cfg: JobConfig, *, row_tokens: int) -> Footprint:
+def estimate_footprint(cfg: JobConfig, *, row_tokens: int) -> Footprint:
     """Estimate a model's memory without loading its weights.
 
     Args:

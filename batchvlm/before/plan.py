@@ -10,7 +10,7 @@ import numpy as np
 from batchvlm.batching import group_by_length
 from batchvlm.before.calibrate import Speed, calibrate
 from batchvlm.before.drawn import Drawn, draw_spread
-from batchvlm.before.footprint import Footprint, foresee
+from batchvlm.before.footprint import Footprint, estimate_footprint
 from batchvlm.before.tokens import RowCount, TokenCounter
 from batchvlm.config import BatchingConfig, EngineName
 from batchvlm.job import Job
@@ -81,10 +81,10 @@ def make_plan(job: Job, *, num_sampled: int, with_speed: bool) -> Plan:
     cfg, plan = job.cfg, job.run.plan
     counter = TokenCounter(job)
     drawn = draw_spread(job, num_sampled)
-    looked_at = [counter.count(record) for record in drawn.records]
-    counts = [row for row in looked_at if row.failure is None]
+    counted = [counter.count(record) for record in drawn.records]
+    counts = [row for row in counted if row.failure is None]
     longest = max((row.prompt_tokens + row.max_new_tokens for row in counts), default=1)
-    footprint = foresee(cfg, row_tokens=longest)
+    footprint = estimate_footprint(cfg, row_tokens=longest)
     num_batches, padding_share = 0, 0.0
     if footprint.engine is EngineName.generate:
         num_batches, padding_share = _padding(counts, cfg.batching)
@@ -98,15 +98,15 @@ def make_plan(job: Job, *, num_sampled: int, with_speed: bool) -> Plan:
         num_done=0 if job.is_overwriting else _num_done(job, mine),
         drawn=drawn,
         counts=counts,
-        failed=[row for row in looked_at if row.failure is not None],
+        failed=[row for row in counted if row.failure is not None],
         footprint=footprint,
         num_batches=num_batches,
         padding_share=padding_share,
     )
     if not with_speed:
         return found
-    good = {row.row_index for row in counts}
-    speed = calibrate(job, [record for record in drawn.records if record.row_index in good])
+    countable = {row.row_index for row in counts}
+    speed = calibrate(job, [record for record in drawn.records if record.row_index in countable])
     return replace(found, estimate=_estimate(found, speed))
 
 
@@ -147,16 +147,18 @@ def _padding(counts: Sequence[RowCount], cfg: BatchingConfig) -> tuple[int, floa
 
 
 def _estimate(plan: Plan, speed: Speed) -> Estimate:
-    num_looked_at = len(plan.counts) + len(plan.failed)
-    num_answered = plan.num_todo * len(plan.counts) / num_looked_at
+    num_counted = len(plan.counts) + len(plan.failed)
+    num_answered = plan.num_todo * len(plan.counts) / num_counted
     # Scaled by tokens, because the trial's rows may differ in length from the whole sample.
-    told = {row.row_index: row.prompt_tokens for row in plan.counts}
+    prompt_tokens = {row.row_index: row.prompt_tokens for row in plan.counts}
     answer = speed.completion_tokens / speed.num_rows
-    a_row = float(np.mean(list(told.values()))) + answer
-    a_tried_row = float(np.mean([told[index] for index in speed.row_indices])) + answer
+    tokens_per_row = float(np.mean(list(prompt_tokens.values()))) + answer
+    tokens_per_trial_row = (
+        float(np.mean([prompt_tokens[index] for index in speed.row_indices])) + answer
+    )
     workers = plan.job.cfg.runtime.num_workers
     num_workers = default_num_workers() if workers is None else workers
-    engine_s = num_answered * speed.run_s / speed.num_rows * a_row / a_tried_row
+    engine_s = num_answered * speed.run_s / speed.num_rows * tokens_per_row / tokens_per_trial_row
     prepare_core_s = plan.num_todo * speed.prepare_s / speed.num_rows
     engine_core_s = engine_s * speed.run_cpu_s / speed.run_s
     return Estimate(

@@ -81,7 +81,7 @@ def _answer(
     if isinstance(outcome, Failure):
         print(f"\n{outcome.error_type}: {printable(outcome.message)}")
         return
-    if not streamer.has_said:
+    if not streamer.has_text:
         print(printable(outcome.text))
     for place, other in enumerate(outcome.alternatives, start=2):
         print(f"\n[answer {place}] {printable(other.text, keep=_KEPT)}", end="")
@@ -135,7 +135,7 @@ class _Streamer(TextStreamer):
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)
-        self.has_said = False
+        self.has_text = False
 
     def push(self, row_index: int, token: int) -> None:
         """Add the next token."""
@@ -145,7 +145,7 @@ class _Streamer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print text that further tokens cannot change."""
-        self.has_said = self.has_said or bool(text)
+        self.has_text = self.has_text or bool(text)
         print(printable(text, keep=_KEPT), end="", flush=True)
 
 

@@ -76,8 +76,8 @@ def _job(plan: Plan) -> Iterator[str]:
             f"{runtime.task_id} of {runtime.num_tasks}: {number_of(plan.num_mine, 'row')}",
         )
     if job.is_overwriting:
-        there = read_run(job.folder)
-        is_same = there is not None and there.fingerprint == job.run.fingerprint
+        stored = read_run(job.folder)
+        is_same = stored is not None and stored.fingerprint == job.run.fingerprint
         state = (
             "was begun with other settings" if is_same else "holds the answers to another question"
         )

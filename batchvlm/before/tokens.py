@@ -87,7 +87,7 @@ class TokenCounter:
         prompt = self._prompts.build(record)
         num_turns = 1 + prompt.turns_left
         if prompt.turns_left:
-            said = (_nothing_said(record.row_index),) * prompt.turns_left
+            said = (_empty_completion(record.row_index),) * prompt.turns_left
             prompt = self._prompts.build(replace(record, said=said))
         sizes = [
             image_size(
@@ -135,14 +135,14 @@ class TokenCounter:
         tokenizer = self._processor.tokenizer
         text = self._chat.text(prompt.messages, sizes)
         num_text = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        told: Any = self._processor._get_num_multimodal_tokens(
+        counts: Any = self._processor._get_num_multimodal_tokens(
             image_sizes=[(height, width) for width, height in sizes]
         )
-        num_image = sum(told.num_image_tokens)
+        num_image = sum(counts.num_image_tokens)
         return num_text - len(sizes) + num_image, num_image
 
 
-def _nothing_said(row_index: int) -> Completion:
+def _empty_completion(row_index: int) -> Completion:
     return Completion(
         row_index=row_index,
         token_ids=(),

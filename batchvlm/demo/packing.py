@@ -124,8 +124,8 @@ class Packer:
         """Return the token ids after the prefix, each with the turn of its answer or -1."""
         tokens: list[tuple[int, int]] = []
         for turn, question in enumerate(turns):
-            asked = (_NEXT_USER if turn else "") + question.text
-            tokens += [(i, -1) for i in (*self.encode(asked), *self.encode(_ASSISTANT))]
+            text = (_NEXT_USER if turn else "") + question.text
+            tokens += [(i, -1) for i in (*self.encode(text), *self.encode(_ASSISTANT))]
             tokens += [(i, turn) for i in (*self.encode(question.answer), *self.encode(END))]
         return tokens
 
@@ -156,12 +156,12 @@ class Packer:
                 segments_RT[r, start:end] = segment
                 # Shifted to the left by one, because each token is predicted at the one before it.
                 # This overwrites only the last token of the previous segment, which has no label.
-                said = slice(start - 1, end - 1)
-                labels_RT[r, said] = torch.tensor(
+                answer = slice(start - 1, end - 1)
+                labels_RT[r, answer] = torch.tensor(
                     [i if turn >= 0 else IGNORED for i, turn in tokens]
                 )
-                weights_RT[r, said] = torch.tensor([_weight(turns, turn) for _, turn in tokens])
-                turns_RT[r, said] = torch.tensor(
+                weights_RT[r, answer] = torch.tensor([_weight(turns, turn) for _, turn in tokens])
+                turns_RT[r, answer] = torch.tensor(
                     [len(kinds) + turn if turn >= 0 else -1 for _, turn in tokens]
                 )
                 kinds += [question.kind for question in turns]

@@ -326,15 +326,15 @@ def _references(scene: Scene, namings: tuple[tuple[str, ...], ...]) -> list[tupl
     references = []
     for obj in scene.objects:
         for naming in namings:
-            said = [getattr(obj, name) for name in naming]
+            values = [getattr(obj, name) for name in naming]
             fitting = [
                 other
                 for other in scene.objects
-                if [getattr(other, name) for name in naming] == said
+                if [getattr(other, name) for name in naming] == values
             ]
             if len(fitting) == 1:
                 noun = [] if "shape" in naming else ["shape"]
-                references.append((" ".join(said + noun), obj))
+                references.append((" ".join(values + noun), obj))
     return references
 
 

@@ -29,7 +29,7 @@ _COLUMNS = (
     *("generated_texts", "finish_reason", "finish_reasons", "token_ids", "logprobs"),
     *("prompt_tokens", "completion_tokens", "model"),
 )
-_OUR_FAULT = {ErrorType.TIMEOUT, ErrorType.PREPROCESS, ErrorType.OOM, ErrorType.ENGINE}
+_SERVER_ERRORS = {ErrorType.TIMEOUT, ErrorType.PREPROCESS, ErrorType.OOM, ErrorType.ENGINE}
 """Errors that are not the request's fault, for which a server would return 500."""
 
 TokenText = Callable[[int], str]
@@ -94,7 +94,7 @@ def _line(
         # An answer that is not valid JSON counts as an answer: a server would return it, too.
         code, body = 200, _completion(row, name, created, token_text)
     else:
-        code = 500 if row["error_type"] in _OUR_FAULT else 400
+        code = 500 if row["error_type"] in _SERVER_ERRORS else 400
         kind = "server_error" if code == 500 else "invalid_request_error"
         body = {"error": {**(error or {}), "type": kind, "param": None}}
     return {

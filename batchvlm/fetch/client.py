@@ -26,8 +26,8 @@ _MAX_RETRY_AFTER_S = 60.0
 """If a server asks for a longer wait, there is no retry."""
 _FIRST_BACKOFF_S = 0.5
 _REDIRECTS = {301, 302, 303, 307, 308}
-_TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
-_GONE = {404, 410}
+_RETRIED_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+_MISSING_STATUSES = {404, 410}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +164,9 @@ class Client:
         self, response: aiohttp.ClientResponse, take: Callable[[int], Awaitable[None]]
     ) -> bytes:
         status, most = response.status, self._limits.max_image_bytes
-        if status in _GONE:
+        if status in _MISSING_STATUSES:
             raise RowError(ErrorType.MISSING_IMAGE, f"the image's server says {status}")
-        if status in _TRY_AGAIN:
+        if status in _RETRIED_STATUSES:
             wait_s = _retry_after_s(response.headers.get("Retry-After"))
             raise _FaultError(f"its server says {status}", wait_s=wait_s)
         if status != 200:

@@ -228,8 +228,8 @@ def _texts(table: pa.Table) -> Any:
     if "generated_texts" not in table.column_names:
         return first.drop_null()
     several = table["generated_texts"]
-    alone = first.filter(pc.is_null(several)).drop_null()
-    return pa.chunked_array([*pc.list_flatten(several).chunks, *alone.chunks], pa.string())
+    single = first.filter(pc.is_null(several)).drop_null()
+    return pa.chunked_array([*pc.list_flatten(several).chunks, *single.chunks], pa.string())
 
 
 def _is_error(table: pa.Table) -> npt.NDArray[np.bool_]:

@@ -95,8 +95,8 @@ def page(
     inputs = open_inputs(a.run, job_config(a.run), path=input_path)
     asked = inputs.read(chosen, with_images=[images] * len(chosen))
     rows = [
-        _entry(row, rows_b[other], said)
-        for row, other, said in zip(rows_a, others, asked, strict=True)
+        _entry(row, rows_b[other], prompt)
+        for row, other, prompt in zip(rows_a, others, asked, strict=True)
     ]
     notices = [f"Prompts and images are not shown, since {inputs.problem}."] * bool(inputs.problem)
     if found.is_by_id:
@@ -295,7 +295,7 @@ def changes(a: str, b: str) -> tuple[Parts, Parts, float]:
         return [(0, a)], [(0, b)], 0.0
     one, two = re.findall(r"\w+|\s+|[^\w\s]", a), re.findall(r"\w+|\s+|[^\w\s]", b)
     if len(one) + len(two) > _MAX_WORDS:
-        steps: Any = _ends(one, two)
+        steps: Any = _common_ends(one, two)
     else:
         steps = SequenceMatcher(None, one, two, autojunk=False).get_opcodes()
     parts_a: Parts = []
@@ -311,7 +311,7 @@ def changes(a: str, b: str) -> tuple[Parts, Parts, float]:
     return parts_a, parts_b, 1 - 2 * num_same / max(1, len(one) + len(two))
 
 
-def _ends(a: Sequence[str], b: Sequence[str]) -> Iterator[tuple[str, int, int, int, int]]:
+def _common_ends(a: Sequence[str], b: Sequence[str]) -> Iterator[tuple[str, int, int, int, int]]:
     # Comparing every pair of words would take seconds for one row.
     short = min(len(a), len(b))
     head = next((i for i in range(short) if a[i] != b[i]), short)

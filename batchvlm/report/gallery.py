@@ -61,7 +61,7 @@ def gallery(output: Output, rows: Sequence[int], inputs: Inputs, *, images: bool
         [row["row_index"] for row in found],
         with_images=[images and row["error_type"] not in _UNSAFE for row in found],
     )
-    return [_entry(row, said, images) for row, said in zip(found, asked, strict=True)]
+    return [_entry(row, prompt, images) for row, prompt in zip(found, asked, strict=True)]
 
 
 def _entry(row: dict[str, Any], asked: Asked, images: bool) -> dict[str, Any]:

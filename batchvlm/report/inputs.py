@@ -76,14 +76,14 @@ class Inputs:
         assert self._source is not None and self._prompts is not None
         shard = _shard_of(self.run.plan, row)
         # A shard of one row; the source reads on from one row to the next in a file.
-        alone = replace(
+        single = replace(
             shard,
             first_row=shard.first_row + row - shard.first_row_index,
             num_rows=1,
             first_row_index=row,
         )
         try:
-            return next(iter(self._source.read_shard(alone, list(self._prompts.needed_columns()))))
+            return next(iter(self._source.read_shard(single, list(self._prompts.needed_columns()))))
         except Exception as error:  # each format and file system has its own errors
             return f"the input row cannot be read: {type(error).__name__}"
 
@@ -169,6 +169,6 @@ def _text_of(messages: Sequence[Mapping[str, Any]]) -> str:
         for item in message["content"]:
             num_images += item["type"] == "image"
             texts.append(f"[image {num_images}]" if item["type"] == "image" else item["text"])
-        said = "\n".join(texts)
-        parts.append(f"{message['role']}: {said}" if len(messages) > 1 else said)
+        text = "\n".join(texts)
+        parts.append(f"{message['role']}: {text}" if len(messages) > 1 else text)
     return "\n\n".join(parts)

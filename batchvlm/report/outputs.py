@@ -63,7 +63,7 @@ class Output:
         Raises:
             OutputError: a part cannot be read.
         """
-        there = [name for name in columns if name in self.schema.names]
+        present = [name for name in columns if name in self.schema.names]
         for path in self.parts:
             try:
                 with self.folder.open(path) as file:
@@ -74,7 +74,7 @@ class Output:
                         if wants_group(*_row_range(parquet.metadata.row_group(group)))
                     ]
                     batches = parquet.iter_batches(
-                        batch_size=_BATCH_ROWS, row_groups=groups, columns=there
+                        batch_size=_BATCH_ROWS, row_groups=groups, columns=present
                     )
                     yield from map(_with_parsed_as_text, batches)
             except (OSError, pa.ArrowException) as error:

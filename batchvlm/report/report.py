@@ -91,7 +91,7 @@ def report(
     distributions = list(_distributions(totals))
     errors = [(kind, count, _examples(totals, kind)) for kind, count in totals.errors.most_common()]
     answers = list(_answers(totals))
-    work = _work(processes)
+    work = _time_shares(processes)
     prompt_label, prompt = _prompt_of(cfg)
     sections = [("summary", "Summary", True), ("speed", "Speed", bool(curves or work))]
     sections += [("lengths", "Tokens and latency", bool(distributions))]
@@ -201,7 +201,7 @@ def _facts(
         yield "Repeat themselves", share(repeated, totals.num_rows), f"{repeated:,} answers"
 
 
-def _work(processes: Sequence[Process]) -> ValueTable | None:
+def _time_shares(processes: Sequence[Process]) -> ValueTable | None:
     """Return how the processes' time is divided; None if no process has recorded any."""
     run_s = sum(p.run_s for p in processes)
     if not run_s:

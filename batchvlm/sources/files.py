@@ -65,19 +65,21 @@ def list_files(path: str, *, suffixes: tuple[str, ...]) -> Listing:
             Iceberg table.
     """
     try:
-        fs, place = url_to_fs(path)
-        if fs.isfile(place):
-            return listing_of(fs, [place])
-        if fs.isdir(place):
-            root = place
+        fs, fs_path = url_to_fs(path)
+        if fs.isfile(fs_path):
+            return listing_of(fs, [fs_path])
+        if fs.isdir(fs_path):
+            root = fs_path
             # Writers leave `_SUCCESS`, `_metadata` and hidden incomplete files beside the data.
-            listed = fs.find(place)
+            listed = fs.find(fs_path)
             _refuse_table(path, [posixpath.relpath(p, root) for p in listed])
             found = [p for p in listed if p.lower().endswith(suffixes)]
-        elif "*" in place or "?" in place or "[" in place:
-            root = _fixed_prefix(place)
+        elif "*" in fs_path or "?" in fs_path or "[" in fs_path:
+            root = _fixed_prefix(fs_path)
             # A linked file has type "link".
-            found = [p for p, i in fs.glob(place, detail=True).items() if i["type"] != "directory"]
+            found = [
+                p for p, i in fs.glob(fs_path, detail=True).items() if i["type"] != "directory"
+            ]
         else:
             raise InputError(
                 f"data.path: no such file or folder: {path}",

@@ -52,13 +52,13 @@ _SCHEMA = pa.schema(
     ]
 )
 
-_SAYS_NOTHING = {
+_IGNORED_FIELDS = {
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention"),
 }
 """Ignored fields of the body, about the user and billing: none changes an answer."""
 
-_NEUTRAL: Mapping[str, Sequence[Any]] = {
+_UNSUPPORTED_FIELDS: Mapping[str, Sequence[Any]] = {
     "stream": (False,),
     "stream_options": ({},),
     "top_logprobs": (0,),
@@ -177,9 +177,9 @@ def _read_request(request: Mapping[str, Any]) -> dict[str, Any]:
         raise _RefusedError("body.model is no text")
     read["messages"] = _read_messages(body.pop("messages", None))
     read["json_schema"] = _schema_of(body)
-    for key in _SAYS_NOTHING:
+    for key in _IGNORED_FIELDS:
         body.pop(key, None)
-    for key, values in _NEUTRAL.items():
+    for key, values in _UNSUPPORTED_FIELDS.items():
         # Compared as text, because in Python 0 == False.
         if key in body and json.dumps(body[key]) in map(json.dumps, values):
             del body[key]

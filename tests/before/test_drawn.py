@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchvlm.before.drawn import draw_random, draw_spread, look_at, shard_of, spread
+from batchvlm.before.drawn import draw_random, draw_spread, inspect_job, shard_of, spread
 from batchvlm.errors import ConfigError
 from batchvlm.job import Job, open_job
 from batchvlm.records import Shard
@@ -89,4 +89,4 @@ def test_a_model_behind_a_server_shows_no_processor() -> None:
         ],
     )
     with pytest.raises(ConfigError, match="engine=endpoint leaves elsewhere"):
-        look_at(cfg)
+        inspect_job(cfg)

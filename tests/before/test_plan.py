@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from batchvlm.before.commands import plan as plan_command
-from batchvlm.before.footprint import foresee
+from batchvlm.before.footprint import estimate_footprint
 from batchvlm.before.plan import Plan, make_plan
 from batchvlm.before.table import histogram, table
 from batchvlm.before.tokens import TokenCounter
@@ -114,7 +114,7 @@ def test_a_quantized_model_takes_what_it_takes_once_it_is_loaded(
     kind: str, size_bytes: int, engine: EngineName
 ) -> None:
     pytest.importorskip("bitsandbytes" if kind.startswith("bnb") else "optimum.quanto")
-    found = foresee(compose("run", [f"model.quantization={kind}"]), row_tokens=100)
+    found = estimate_footprint(compose("run", [f"model.quantization={kind}"]), row_tokens=100)
     # The bytes are those of the weights and their scales in a loaded model.
     assert found.weight_bytes == pytest.approx(size_bytes, rel=0.01)
     assert (found.dtype, found.engine) == (f"float32 and {kind}", engine)

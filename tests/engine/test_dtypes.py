@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from batchvlm import demo
-from batchvlm.before.footprint import foresee
+from batchvlm.before.footprint import estimate_footprint
 from batchvlm.config import ImageBackend, ModelConfig
 from batchvlm.demo.questions import held_out
 from batchvlm.engine.generate import GenerateEngine
@@ -94,7 +94,10 @@ def test_which_engine_and_how_many_bytes() -> None:
     cfg = compose("run", [mixed, "model.image_backend=pil"])
     assert cfg.model.image_backend is ImageBackend.pil
     assert isinstance(select_engine(cfg, device="cpu"), GenerateEngine)
-    found, plain = foresee(cfg, row_tokens=100), foresee(compose("run"), row_tokens=100)
+    found, plain = (
+        estimate_footprint(cfg, row_tokens=100),
+        estimate_footprint(compose("run"), row_tokens=100),
+    )
     assert plain.weight_bytes / 2 < found.weight_bytes < plain.weight_bytes
     assert (plain.dtype, set(found.dtype.split(" and "))) == ("float32", {"float32", "bfloat16"})
     assert found.token_bytes == plain.token_bytes / 2
