@@ -184,7 +184,7 @@ def _check_choices(cfg: JobConfig) -> None:
             raise ConfigError(f"{key} is empty", hint=meaning)
         if value is not None and _PASSWORD.match(value):
             raise ConfigError(
-                f"{key} is a URL with a password, which the output would keep for ever",
+                f"{key} is a URL with a password, which the output would store",
                 hint="leave credentials to the environment, as the place's own tools find them",
             )
     for name in cfg.retry.errors:

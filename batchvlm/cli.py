@@ -287,7 +287,7 @@ def _check_flags() -> None:
             if "." in what or "=" in what:
                 hint = f"settings have no dashes: {what.lstrip('-')}"
         else:
-            message = f"{what} stands behind a flag, other settings before it"
+            message = f"{what} follows a flag, other settings precede it"
             hint = "write the flags after all settings"
         raise ConfigError(message, hint=hint)
 

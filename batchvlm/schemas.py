@@ -171,7 +171,7 @@ def check_references(text: str) -> None:
                 found = resolver.lookup(reference)
             # Unresolvable, or another error for a pointer into a number or a malformed URL.
             except Exception as error:
-                raise InvalidSchemaError(f"$ref {reference[:200]!r} leads nowhere") from error
+                raise InvalidSchemaError(f"$ref {reference[:200]!r} cannot be resolved") from error
             target = Resource.from_contents(found.contents, default_specification=DRAFT202012)
             left.append((target, found.resolver))
 

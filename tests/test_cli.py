@@ -113,7 +113,7 @@ def test_a_mistake_is_one_line_and_exit_2(tmp_path: Path, args: list[str], messa
     [
         (["--output.dir=x"], "--output.dir=x is no flag; settings have no dashes: output.dir=x"),
         (["a=b", "--foo", "--bar"], "--foo is no flag; batchvlm run --help lists the flags"),
-        (["a=b", "--cfg", "job", "c=d", "e=f"], "c=d stands behind a flag, other settings before"),
+        (["a=b", "--cfg", "job", "c=d", "e=f"], "c=d follows a flag, other settings precede"),
         (["--cfg", "nope"], "argument --cfg/-c: invalid choice: 'nope'"),
         (["--config-dir"], "argument --config-dir/-cd: expected one argument"),
     ],

@@ -176,7 +176,7 @@ class Rewriter:
         try:
             found = resolver.lookup(reference)
         except (Unresolvable, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UnsupportedSchemaError(f"$ref {reference!r} leads nowhere") from error
+            raise UnsupportedSchemaError(f"$ref {reference!r} cannot be resolved") from error
         contents = found.contents
         if isinstance(contents, bool):
             return contents

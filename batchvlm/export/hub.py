@@ -85,7 +85,7 @@ def push(output: Output, repo: str, *, is_private: bool = True) -> str:
     except Exception as error:  # errors of the Hub or the network, or an invalid name
         raise OutputError(
             f"cannot export to {repo}: {_reason(error)}",
-            hint="see to the name and to `hf auth whoami`, then export again: "
+            hint="check the name and `hf auth whoami`, then export again: "
             "what is there is not sent again",
         ) from error
     return str(address)

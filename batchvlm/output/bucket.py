@@ -104,7 +104,7 @@ class Bucket:
         except OSError as error:
             raise ConfigError(
                 f"output.dir={self.address(root)} cannot be reached: {error.strerror or error}",
-                hint="see to the address, the credentials and the network",
+                hint="check the address, the credentials and the network",
             ) from error
         if not is_there and self._protocol != "memory":
             raise ConfigError(

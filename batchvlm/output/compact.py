@@ -177,7 +177,7 @@ def _merge(
 
 
 def _state(parts: Sequence[Part]) -> list[tuple[str, int, int]]:
-    """Name, inode and mtime of each part: a retry, which replaces a part, changes them."""
+    """Return name, inode and mtime of each part; a retry, which replaces a part, changes them."""
     return [(p.path.name, (stat := p.path.stat()).st_ino, stat.st_mtime_ns) for p in parts]
 
 

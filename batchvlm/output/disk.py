@@ -55,7 +55,7 @@ class Disk:
         if code or not os.access(path, os.W_OK | os.X_OK):
             raise ConfigError(
                 f"output.dir={root} cannot be written: {os.strerror(code or errno.EACCES)}",
-                hint="see to the folder, or name another output.dir",
+                hint="check the folder, or name another output.dir",
             )
 
     @contextmanager
@@ -237,5 +237,5 @@ def output_error(action: str, path: Path, error: OSError) -> OutputError:
     if is_full(error):
         hint = "make room and run the same command again: finished rows are kept"
     else:
-        hint = "see to the folder, or name another output.dir"
+        hint = "check the folder, or name another output.dir"
     return OutputError(f"cannot {action} {path}: {error.strerror or error}", hint=hint)

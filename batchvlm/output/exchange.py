@@ -51,7 +51,7 @@ def exchange_data(folder: OutputFolder, aside: Path) -> None:
 
 
 def replaced_path(aside: Path) -> Path:
-    """The path for old parts that merged ones have replaced; any process may delete it.
+    """Return the path for old parts that merged ones have replaced; any process may delete it.
 
     The suffix tells it from a folder that another `compact` is about to put in place of `data`.
     """

@@ -96,7 +96,7 @@ class OutputFolder:
         return self._files.address(path)
 
     def __str__(self) -> str:
-        """The address of the folder."""
+        """Return the address of the folder."""
         return self.address(self.root)
 
     def check_local(self, what: str) -> None:

@@ -238,7 +238,7 @@ class _Maker:
             try:
                 parts.append(self._resolver.lookup(reference).contents)
             except (Unresolvable, ValueError) as error:
-                raise _NoTypeError(f"$ref {reference} leads nowhere") from error
+                raise _NoTypeError(f"$ref {reference} cannot be resolved") from error
         above = under
         for part in parts:
             below, seen = self._node(part, above)

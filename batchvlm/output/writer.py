@@ -55,7 +55,7 @@ def needs_retry(folder: OutputFolder, part: Path, shard: Shard, retry: RetryConf
         with folder.open(part) as file:
             table = pq.ParquetFile(file).read(columns=["row_index", "error_type", "attempts"])
     except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"cannot read {part}: {error}", hint="see to the file") from error
+        raise OutputError(f"cannot read {part}: {error}", hint="check the file") from error
     # A merged part holds rows of other shards too.
     first, stop = shard.first_row_index, shard.first_row_index + shard.num_rows
     return any(
