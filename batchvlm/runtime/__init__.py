@@ -1,1 +1,1 @@
-"""Processes, devices, queues and clocks: what the stages run on."""
+"""Launch detection, device assignment, worker processes, queues, clocks and progress reporting."""

@@ -1,13 +1,13 @@
-"""What the ranks of a launch share: the number of the next shard, and how far each of them is.
+"""State shared by the ranks of a launch: the next shard to claim, and each rank's progress.
 
-Both live in a store of torch.distributed: the launcher's own (torchrun, accelerate), else one that
-rank 0 serves. There is no process group, so nobody waits for anybody: a rank that dies leaves the
-shards that it had claimed to the next run, a rank that comes late claims what is left.
+Both are kept in a torch.distributed store. The launcher serves it (torchrun, accelerate), or else
+rank 0 does. There is no process group, so no rank waits for another: the shards that a dead rank
+had claimed are left to the next run, and a rank that starts late claims from what remains.
 
-Where nobody says on which machine rank 0 is, there is no store, and each rank takes every
-`world_size`-th shard. A store that does not answer is given up: from then on each rank takes every
-`world_size`-th of the shards behind its last one, whoever else had claimed them. Two writers of one
-shard waste work and nothing else.
+If the host of rank 0 is unknown, there is no store, and each rank takes every `world_size`-th
+shard. If the store stops answering, a rank gives it up and takes every `world_size`-th of the
+shards after its last one, even if another rank has claimed them. Two writers of one shard waste
+work but do no other harm.
 """
 
 from __future__ import annotations
@@ -34,41 +34,42 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _CONNECT_S = 120.0
-"""How long a rank waits for rank 0 to serve the store: libraries load slowly on a busy disk."""
+"""How long a rank waits for rank 0 to serve the store. Libraries load slowly from a busy disk."""
 _ANSWER_S = 30.0
-"""A store that takes longer is not there any more: its machine may have gone without a word."""
+"""Timeout of a store request. A machine that fails may leave its connections open."""
 _SILENT_S = 30.0
-"""A rank that has said nothing for so long is dead, or cut off."""
+"""A rank without a heartbeat for this long is dead or unreachable."""
 TALK_EVERY_S = 1.0
-"""How often ranks say how far they are."""
+"""Seconds between two heartbeats of a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How far one rank is."""
+    """The progress of one rank, sent as its heartbeat."""
 
     num_rows: int = 0
     num_found: int = 0
-    """Rows that earlier runs had finished, in shards that were not."""
+    """Rows that earlier runs finished in shards that were still incomplete."""
     num_errors: int = 0
     completion_tokens: int = 0
     num_told: int = 0
-    """How often it has said so: a rank at a long row, or loading its model, is alive as well."""
+    """Number of heartbeats. It changes even while a rank loads its model or is busy with a long
+    row."""
     is_over: bool = False
 
 
 class StoreLost(Exception):
-    """The store does not answer; the reason as text."""
+    """The store does not answer. The message is the reason."""
 
 
 class Peers:
-    """The other ranks of a launch, as far as this one knows them. For any thread.
+    """Claims shards and exchanges progress with the other ranks of a launch. Thread-safe.
 
     Args:
-        launch: which of them this process is.
-        key: names the job within the launch, the same on all ranks.
-        connect: gives the store. Called once, in the thread that needs it first.
-        clock: seconds; by default those for which this process runs.
+        launch: the launch, and this process's rank in it.
+        key: names the job within the launch; the same on all ranks.
+        connect: opens the store. Called once, by the thread that makes the first claim.
+        clock: seconds; by default a `RunningClock`.
     """
 
     def __init__(
@@ -90,10 +91,10 @@ class Peers:
         self._num_told = 0
         self._is_over = False
         self.is_lost = False
-        """Whether shards are taken without the store, and some may be left to the next run."""
+        """Whether the store was given up. Some shards may then be left to the next run."""
 
     def claim(self, num_shards: int) -> Iterator[int]:
-        """Yield places among `num_shards`, each to one rank alone as long as the store answers."""
+        """Yield indices below `num_shards`. As long as the store answers, no two ranks get one."""
         last = -1
         rank, world_size = self._launch.rank, self._launch.world_size
         if not self._has_store:
@@ -118,7 +119,7 @@ class Peers:
 
     @contextmanager
     def exchange(self, metrics: Metrics) -> Iterator[None]:
-        """Say every second how far this rank is, and hear it of the others; in the end, say so."""
+        """Send and read heartbeats every second; on exit, send one that says the rank is done."""
 
         def talk() -> None:
             self.tell(metrics)
@@ -132,7 +133,7 @@ class Peers:
                 self.tell(metrics)
 
     def tell(self, metrics: Metrics) -> None:
-        """Say how far this rank is."""
+        """Write this rank's heartbeat to the store."""
         self._num_told += 1
         counts = Counts(
             num_told=self._num_told,
@@ -146,22 +147,22 @@ class Peers:
         self._mention(lambda store: store.set(key, json.dumps(asdict(counts))))
 
     def hear(self) -> None:
-        """As rank 0, hear how far the others are."""
+        """On rank 0, read the heartbeats of the others; on other ranks, do nothing."""
         if self._launch.rank == 0:
             self._mention(self._hear_all)
 
     def heard(self) -> list[Counts]:
-        """How far each other rank was when it last said so, dead ones included."""
+        """Return the last counts of each other rank that was heard, dead ones included."""
         with self._lock:
             return [counts for counts, _ in self._heard.values()]
 
     def see_off(self, wait: Callable[[], object]) -> None:
-        """As rank 0, stay until the others are done: they need the store, and a bar to be seen in.
+        """On rank 0, wait until the others are done: it serves their store and shows their rows.
 
-        One that has said nothing for half a minute is not waited for.
+        A rank without a heartbeat for 30 seconds is not waited for. Other ranks return at once.
 
         Args:
-            wait: called again and again; takes a while.
+            wait: called between two checks; it should block for a moment.
         """
         while self._launch.rank == 0 and not self.is_lost:
             self.hear()
@@ -194,8 +195,8 @@ class Peers:
                     self._heard[rank] = (counts, self._clock())
 
     def _mention(self, call: Callable[[Any], object]) -> None:
-        """Ask for what the run can do without, of a store that is there already."""
-        # Not the one to connect: that may take long.
+        """Make an optional request, if the store is connected; ignore a failure."""
+        # Does not connect, which may take long.
         with self._lock:
             store = None if self.is_lost else self._store
         if store is not None:
@@ -208,13 +209,13 @@ class Peers:
             raise StoreLost("it did not answer before")
         try:
             return _Answer(call).within(limit_s)
-        except Exception as error:  # torch's own, the network's, a JSON that is none
+        except Exception as error:  # torch's exceptions, network errors, invalid JSON
             self.is_lost = True
             raise StoreLost(" ".join(str(error).split())[:200]) from error
 
 
 class _Answer(Generic[T]):
-    """A call in a thread of its own, which may never come back."""
+    """Runs a call that may never return in a thread of its own."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = call
@@ -240,12 +241,12 @@ class _Answer(Generic[T]):
 def claim_shards(
     mine: Sequence[Shard], is_todo: Callable[[Shard], bool], peers: Peers | None
 ) -> Iterator[Shard]:
-    """The shards that this rank computes, each claimed when it is asked for.
+    """Return an iterator over the shards for this rank, each claimed when it is reached.
 
     Args:
-        mine: the shards of this task, the same list on all of its ranks.
-        is_todo: whether a shard has rows to compute.
-        peers: None: there are no other ranks.
+        mine: the shards of this task; the same list on all of its ranks.
+        is_todo: whether a shard has rows left to compute.
+        peers: claims the shards; None if there are no other ranks.
     """
     places = range(len(mine)) if peers is None else peers.claim(len(mine))
     return (mine[place] for place in places if is_todo(mine[place]))
@@ -253,10 +254,10 @@ def claim_shards(
 
 @cache
 def open_store(launch: Launch) -> Any:
-    """The store of a launch, for as long as this process lives.
+    """Connect to the store of a launch, or serve it. Cached for the life of the process.
 
     Raises:
-        RuntimeError: nobody serves it.
+        RuntimeError: no process serves the store.
     """
     assert launch.host is not None
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -269,7 +270,7 @@ def open_store(launch: Launch) -> Any:
         wait_for_workers=False,
         timeout=timedelta(seconds=_CONNECT_S),
     )
-    # Somebody else's store may listen there, where rank 0 could not: then nobody is our host.
+    # If rank 0 could not bind the port, another job's store may listen there. It lacks this key.
     key = f"batchvlm/{launch.id}/host"
     if is_server or launch.has_store:
         store.set(key, "here")

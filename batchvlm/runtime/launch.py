@@ -1,6 +1,6 @@
-"""Which process of a launch this is, by the variables of torchrun, accelerate, srun or MPI.
+"""Rank and world size of this process, from the variables of torchrun, accelerate, srun or MPI.
 
-Nothing here waits for another process: a rank that never comes holds nobody up.
+Nothing here waits for another process, so a rank that never starts does not block the others.
 """
 
 from __future__ import annotations
@@ -13,52 +13,55 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 _MPIRUN_NAMES = (
-    # Open MPI, then MPICH and Intel MPI: rank, ranks, and both on this machine.
+    # Open MPI, then MPICH and Intel MPI: rank, world size, local rank, local world size.
     tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000
-"""Below the range from which Linux gives ports to outgoing connections."""
+"""Below the range of ephemeral ports on Linux."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """A process among those that one command started."""
+    """One process among those that a launcher started together."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    """Place among the ranks of this machine."""
+    """Rank among the processes of this machine."""
     local_world_size: int = 1
     id: str = ""
-    """The same for all ranks of a launch, another one after a restart."""
+    """The same for all ranks of a launch; a restart has a new one."""
     host: str | None = None
-    """Where the launch's store is; None: nobody said."""
+    """Host of the launch's store; None if unknown."""
     port: int = 0
     has_store: bool = False
-    """Whether the launcher itself serves the store; else rank 0 does."""
+    """Whether the launcher serves the store; otherwise rank 0 does."""
 
 
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
-    """Read which rank this is from what the launcher left in the environment.
+    """Read this process's rank from the environment variables that the launcher sets.
 
-    torchrun's variables (accelerate launch sets the same) and mpirun's come before those of a SLURM
-    step: both are started in one, and mpirun starts a step of its own with a task a node. A process
-    that nobody launched is alone.
+    The variables of torchrun (accelerate launch sets the same) and mpirun take precedence over
+    those of a SLURM step: both may run within one, and mpirun starts its own step with one task per
+    node. Without a launcher, the process is rank 0 of 1.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _torch(environ)
     for names in _MPIRUN_NAMES:
         if all(name in environ for name in names):
             return _mpi(environ, *(_number(environ, name, 0) for name in names))
-    # Only srun sets the step: in a batch script SLURM_NTASKS counts tasks that nobody started.
+    # Only srun sets the step. In a batch script, SLURM_NTASKS counts tasks that were not started.
     if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
         return _slurm(environ)
     return Launch()
 
 
 def num_cores(environ: Mapping[str, str] = os.environ) -> int:
-    """Cores that are this rank's: ranks of one machine share them, unless each has its own."""
+    """Return the number of cores for this rank.
+
+    Ranks of one machine share its cores evenly, unless SLURM binds each task to its own.
+    """
     all_cores = os.cpu_count() or 1
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else all_cores
     launch = find_launch(environ)
@@ -70,24 +73,25 @@ def num_cores(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def num_allocated_gpus(environ: Mapping[str, str] = os.environ) -> int:
-    """GPUs of this machine that are the SLURM step's, all its tasks together; 0: it does not say.
+    """Return how many GPUs of this machine the SLURM step has, over all its tasks; 0 if unknown.
 
-    A task may see its own alone.
+    A task may see fewer of them: only its own.
     """
     return _number(environ, "SLURM_GPUS_ON_NODE", 0) if "SLURM_STEP_ID" in environ else 0
 
 
 def this_place(environ: Mapping[str, str] = os.environ) -> str:
-    """Where somebody has to look for this process: its machine, and its SLURM job if it has one."""
+    """Return the host name of this process, followed by its SLURM job if it has one."""
     host = environ.get("SLURMD_NODENAME") or socket.gethostname()
     job = slurm_job(environ)
     return f"{host}, job {job}" if job else host
 
 
 def slurm_job(environ: Mapping[str, str] = os.environ) -> str:
-    """What SLURM's commands call the job that this process is of; empty: of none.
+    """Return the id of this process's job as SLURM's commands take it; empty without a job.
 
-    The last element of an array has the number of the whole array as its SLURM_JOB_ID.
+    For an array task this is ARRAY_INDEX: the last task of an array has the id of the whole array
+    as its SLURM_JOB_ID.
     """
     array, element = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{element}" if array and element else environ.get("SLURM_JOB_ID", "")
@@ -143,12 +147,12 @@ def _mpi(
 
 
 def _port_of(id: str) -> int:
-    """Two launches on one machine shall not want the same port."""
+    """Derive a port from the launch id, so that launches on one machine rarely share a port."""
     return _FIRST_PORT + zlib.crc32(id.encode()) % _NUM_PORTS
 
 
 def first_host(nodes: str) -> str | None:
-    """The first name of a SLURM node list: `rack[2,7-9]n[01-04],login` -> `rack2n01`."""
+    """Return the first host of a SLURM node list: `rack[2,7-9]n[01-04],login` -> `rack2n01`."""
     name = re.sub(r"\[([^\]\-,]+)[^\]]*\]", r"\1", nodes)
     return name.partition(",")[0] or None
 

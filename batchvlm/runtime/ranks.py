@@ -1,4 +1,4 @@
-"""The device that is this rank's, and the shards that are its task's."""
+"""The device of this rank, and the shards of its task."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """One process of a launch (`accelerate launch`, torchrun, srun, or alone)."""
+    """One process of a launch (`accelerate launch`, torchrun, srun), or a process without one."""
 
     index: int = 0
     world_size: int = 1
     device: str = "cpu"
     num_gpus: int | None = None
-    """GPUs, from `device` on, over which it spreads its model; None: it sees to that itself."""
+    """Number of GPUs, starting at `device`, over which the rank spreads its model. None if it uses
+    one device, or spreads the model over all GPUs that it sees."""
 
 
 def find_rank(
@@ -31,14 +32,14 @@ def find_rank(
     runtime: RuntimeConfig,
     model: ModelConfig | None = None,
 ) -> Rank:
-    """Find the device that belongs to this rank, or the first of several.
+    """Select the device of this rank, or the first of several, and set it as current.
 
     Args:
-        model: whether it is spread over several GPUs; None: it is not.
+        model: says whether the model is spread over several GPUs; None if it is not.
 
     Raises:
-        ConfigError: `engine.device` names a device that is not here, or the GPUs do not suffice for
-            the ranks of this machine.
+        ConfigError: `engine.device` names a missing device, or this machine has too few GPUs for
+            its ranks.
     """
     import torch
 
@@ -70,7 +71,7 @@ def find_rank(
                     )
                 gpus = gpus_of(launch, count, model, num_allocated=num_allocated_gpus())
                 first, num_gpus = gpus[0], len(gpus)
-            # SLURM may show each task its own GPU alone, which is number 0 to it.
+            # SLURM may show each task only its own GPU, which then has index 0.
             device = f"{kind}:{first}"
             if not number:
                 torch.accelerator.set_device_index(first)
@@ -86,7 +87,7 @@ def find_rank(
 
 
 def _is_one_of_several(launch: Launch, model: ModelConfig) -> bool:
-    """Whether a model is spread over some of the GPUs here, and others may be another rank's."""
+    """Whether the model is spread over some of this machine's GPUs, not simply over all of them."""
     is_told = launch.world_size > 1 or model.gpus_per_replica is not None
     return model.device_map is not None and is_told
 
@@ -102,21 +103,21 @@ def _check_one_each(launch: Launch, num_visible: int) -> None:
 
 
 def gpus_of(launch: Launch, num_visible: int, model: ModelConfig, *, num_allocated: int) -> range:
-    """The GPUs over which a rank spreads its model: neighbours, and no other rank's.
+    """Return the GPUs over which a rank spreads its model: contiguous, and not shared.
 
     Args:
         num_visible: GPUs that this process sees.
-        num_allocated: GPUs of this machine that its ranks have together; 0: not known.
+        num_allocated: GPUs of this machine over all its ranks; 0 if unknown.
 
     Returns:
-        Their numbers, as this process counts them.
+        Device indices as this process sees them.
 
     Raises:
-        ConfigError: they are too few, or do not divide.
+        ConfigError: there are too few GPUs, or they do not divide evenly among the ranks.
     """
     asked, num_ranks = model.gpus_per_replica, launch.local_world_size
     if num_allocated > num_visible:
-        # SLURM has given each task its own, which the task counts from 0.
+        # SLURM shows each task only its own GPUs, with indices from 0.
         num_ranks = 1
     if asked is None and num_visible % num_ranks:
         divisors = [str(n) for n in range(1, num_visible + 1) if num_visible % n == 0]
@@ -145,7 +146,7 @@ def gpus_of(launch: Launch, num_visible: int, model: ModelConfig, *, num_allocat
 
 
 def memory_of(device: str) -> tuple[int, int] | None:
-    """Bytes in use on an accelerator, by whomever, and bytes there are; None of a CPU."""
+    """Return the used bytes of a CUDA device, by all processes, and its total bytes; else None."""
     import torch
 
     if not device.startswith("cuda"):
@@ -155,5 +156,5 @@ def memory_of(device: str) -> tuple[int, int] | None:
 
 
 def shards_of_task(plan: Sequence[Shard], runtime: RuntimeConfig) -> list[Shard]:
-    """The shards of one slice of the job, which its ranks divide among themselves."""
+    """Return the shards of this task, which its ranks divide among themselves."""
     return [s for s in plan if s.index % runtime.num_tasks == runtime.task_id]

@@ -1,7 +1,8 @@
-"""Several processes of a machine that hold one model together: who leads, and how they talk.
+"""Replicas: groups of processes on one machine that share one model by tensor parallelism.
 
-One of them leads: it claims shards, prepares rows and writes. The others follow it, step by step of
-the model. They are connected by Unix sockets, so that each knows at once when another one ends.
+The first process of a replica is its leader: it claims shards, prepares rows and writes. The others
+are followers: they run the same model steps. Leader and followers are connected by Unix sockets, so
+each learns at once when another one ends.
 """
 
 from __future__ import annotations
@@ -31,30 +32,31 @@ from batchvlm.runtime.launch import Launch
 from batchvlm.runtime.signals import interrupted_at_s
 
 _CONNECT_S = 150.0
-"""How long those of a replica wait for one another: libraries load slowly on a busy disk."""
+"""How long the processes of a replica wait to connect. Libraries load slowly from a busy disk."""
 _NOTICE_S = 10.0
-"""After another one has ended, a process that is still busy so long waits for it for ever."""
+"""A process still in a model step this long after another one ended is taken to be stuck in it."""
 
 _meetings = itertools.count()
-"""A process may do several jobs; those of a launch do the same ones in the same order."""
+"""Makes the store key unique per job. A process may run several jobs, and all processes of a launch
+run the same jobs in the same order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:
-    """Neighbours among the ranks of a machine, and this process among them."""
+    """The replica of this process: `size` consecutive ranks of one machine."""
 
     launch: Launch
-    """All ranks."""
+    """The whole launch, with all its ranks."""
     size: int
 
     @property
     def index(self) -> int:
-        """Place among the replicas of the launch."""
+        """Index of this replica in the launch."""
         return self.launch.rank // self.size
 
     @property
     def rank(self) -> int:
-        """Place in the replica; 0 leads."""
+        """Rank within the replica; 0 is the leader."""
         return self.launch.rank % self.size
 
     @property
@@ -63,7 +65,7 @@ class Replica:
 
     @property
     def leaders(self) -> Launch:
-        """Those that lead, as if they were all there are."""
+        """A launch that consists of the leaders only."""
         return replace(
             self.launch,
             rank=self.index,
@@ -73,15 +75,16 @@ class Replica:
         )
 
     def open_store(self, _: Launch | None = None) -> Any:
-        """The store of the whole launch."""
+        """Return the store of the whole launch."""
         return open_store(self.launch)
 
 
 def find_replica(launch: Launch, model: ModelConfig) -> Replica | None:
-    """Find the processes with which this one holds its model; None: it holds a model alone.
+    """Return the replica of this process; None if `model.tp_plan` is not set.
 
     Raises:
-        ConfigError: the processes do not divide, or there is no launch.
+        ConfigError: a replica would have one process, the processes do not divide into replicas,
+            the ranks of a machine are not consecutive, or the host of rank 0 is unknown.
     """
     if model.tp_plan is None:
         return None
@@ -113,29 +116,30 @@ def find_replica(launch: Launch, model: ModelConfig) -> Replica | None:
 
 @dataclass(eq=False)
 class _Heard:
-    """What came from another process, until somebody takes it up."""
+    """A message from another process, or the end of its connection."""
 
     message: Any = None
     is_end: bool = False
-    """Whether it is that nothing more will come."""
+    """Whether the connection has ended."""
     is_noticed: threading.Event = field(default_factory=threading.Event)
+    """Set when the main thread has taken the message."""
 
 
 class Followers:
-    """The processes that follow this one; a context manager.
+    """The leader's connections to its followers; a context manager.
 
-    Entering it waits for them; leaving it tells them that all is done.
+    Entering waits until all followers are connected. Exiting tells them that the job is done.
 
     Args:
-        replica: this process leads it.
+        replica: the replica that this process leads.
     """
 
     def __init__(self, replica: Replica) -> None:
         self.rank, self.size = replica.rank, replica.size
         self.on_loss: Callable[[str], object] = _end
-        """Ends this process where it waits for one that has ended."""
+        """Called when a follower ended or failed and this process is stuck waiting for it."""
         self.replica = replica
-        # A short name, for a socket's address is; only this user may enter it.
+        # Under /tmp, because a socket's path must be short. mkdtemp gives access to this user only.
         self.folder = Path(tempfile.mkdtemp(prefix="batchvlm-", dir="/tmp"))
         self._connections: dict[int, Connection] = {}
         self._heard: dict[int, SimpleQueue[_Heard]] = {}
@@ -169,7 +173,7 @@ class Followers:
             server.listen(self.size)
             try:
                 self.replica.open_store().set(_key(self.replica), address)
-            except RuntimeError as error:  # torch's own among them
+            except RuntimeError as error:  # includes torch.distributed's errors
                 reason = " ".join(str(error).split())[:200]
                 raise ReplicaError(f"the store of the launch cannot be had: {reason}") from error
             while len(self._connections) < self.size - 1:
@@ -199,16 +203,16 @@ class Followers:
             self._heard[rank].put(heard)
             if not (is_end or heard.message is not None) or heard.is_noticed.wait(_NOTICE_S):
                 continue
-            # Whoever was told to stop is on its way, and has a watchdog of its own.
+            # After a signal this process is already stopping, under its watchdog.
             if not self._is_left and interrupted_at_s() is None:
-                shutil.rmtree(self.folder, ignore_errors=True)  # nothing is left behind this
+                shutil.rmtree(self.folder, ignore_errors=True)  # `on_loss` exits without clean-up
                 self.on_loss(_loss(rank, heard))
 
     def send(self, message: object) -> None:
-        """Tell all of them the same.
+        """Send a message to all followers.
 
         Raises:
-            ReplicaError: one has ended.
+            ReplicaError: a follower has ended.
         """
         for rank, connection in self._connections.items():
             try:
@@ -217,10 +221,13 @@ class Followers:
                 raise ReplicaError(_loss(rank, _Heard(is_end=True))) from error
 
     def gather(self, limit_s: float) -> str | None:
-        """Wait until each of them has done what it was told; gives what went wrong with one.
+        """Wait for an answer from every follower.
+
+        Returns:
+            The first error message among them; None if all succeeded.
 
         Raises:
-            ReplicaError: one has ended, or does not answer.
+            ReplicaError: a follower has ended, or did not answer within `limit_s` seconds.
         """
         end_s = time.monotonic() + limit_s
         texts = []
@@ -240,10 +247,10 @@ class Followers:
 
 
 class Leader:
-    """The process that this one follows; a context manager.
+    """A follower's connection to its leader; a context manager.
 
     Args:
-        replica: this process does not lead it.
+        replica: the replica, of which this process is a follower.
     """
 
     def __init__(self, replica: Replica) -> None:
@@ -273,7 +280,7 @@ class Leader:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Seen by the other side at once, whatever this process still has to do.
+        # The leader sees this at once, however long this process takes to exit.
         with suppress(OSError):
             self._peer.shutdown(socket.SHUT_RDWR)
 
@@ -284,18 +291,18 @@ class Leader:
             is_end = heard.is_end or heard.message is None
             self._heard.put(heard)
         if heard.is_end:
-            shutil.rmtree(self.folder, ignore_errors=True)  # the leader cannot any more
+            shutil.rmtree(self.folder, ignore_errors=True)  # the leader can no longer do it
         if not heard.is_noticed.wait(_NOTICE_S) and interrupted_at_s() is None:
-            # In the middle of a step, whose other half will not come.
+            # The main thread is stuck in a model step whose peer is gone.
             if heard.is_end:
                 _end("the process that leads this one has ended")
             os._exit(ExitCode.DONE)
 
     def receive(self) -> Any:
-        """What the leader says next; None: all is done.
+        """Wait for the leader's next message; None means that the job is done.
 
         Raises:
-            ReplicaError: it has ended.
+            ReplicaError: the leader has ended.
         """
         heard = self._heard.get()
         heard.is_noticed.set()
@@ -304,8 +311,8 @@ class Leader:
         return heard.message
 
     def answer(self, text: str | None) -> None:
-        """Say that what was told is done, or what went wrong."""
-        with suppress(OSError):  # `receive` says that nobody is there
+        """Send the outcome of the last message: None for success, else the error message."""
+        with suppress(OSError):  # the next `receive` raises if the leader is gone
             self._connection.send(text)
 
 

@@ -1,4 +1,4 @@
-"""Signals that ask the process to stop: the first one flushes, a second Ctrl-C does not wait."""
+"""Signals that stop the process: the first one flushes, a second Ctrl-C exits at once."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from types import FrameType
 
 from batchvlm.errors import ExitCode
 
-# What SLURM sends before the time is up (`--signal=USR1@120`), what it sends then, and Ctrl-C.
+# SIGUSR1 is SLURM's warning before the time limit (`--signal=USR1@120`), SIGTERM follows at the
+# limit. SIGINT is Ctrl-C, and SIGHUP a closed terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 _interrupted_at_s: float | None = None
 _pipe: tuple[int, int] | None = None
-"""Each signal's number goes through it at once: a handler waits until the main thread is at Python,
-which a call into a library may keep it from."""
+"""Wakeup pipe, to which each signal's number is written at once. A Python handler runs only when
+the main thread executes Python code, which a library call may delay."""
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to stop. Not an `Exception`: no row may swallow it."""
+    """A signal asked the process to stop. Not an `Exception`, so that no row's handler catches
+    it."""
 
 
 def catch_signals() -> None:
-    """From here on raise `Interrupted` in the main thread, wherever it is, on the first signal."""
+    """Install handlers that raise `Interrupted` in the main thread on the first stop signal."""
     global _interrupted_at_s, _pipe
     _interrupted_at_s = None
     for end in _pipe or ():
@@ -35,8 +37,8 @@ def catch_signals() -> None:
         os.set_blocking(end, False)
     signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
     for number in STOP_SIGNALS:
-        # Started by nohup, a process outlives its terminal. The job scripts have it ignore others
-        # until it can handle them.
+        # Under nohup, SIGHUP stays ignored. The job scripts make the process ignore other signals
+        # until it installs these handlers.
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
@@ -44,15 +46,16 @@ def catch_signals() -> None:
 
 
 def ignore_signals() -> None:
-    """All is written: a signal from here on would only be raised in somebody's clean-up."""
+    """Ignore stop signals once everything is written: they would only interrupt clean-up."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def interrupted_at_s() -> float | None:
-    """When the first signal came, by the monotonic clock; None where none did.
+    """Return the monotonic time of the first stop signal; None if there was none.
 
-    One that the main thread could not handle yet comes when somebody asks.
+    A signal whose handler has not run yet is found in the wakeup pipe and gets the time of this
+    call.
     """
     global _interrupted_at_s
     if _interrupted_at_s is None and _pipe is not None:
@@ -63,8 +66,8 @@ def interrupted_at_s() -> float | None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    # A launcher that passes a Ctrl-C on sends SIGTERM too: it must not stop the flush. A second
-    # Ctrl-C does.
+    # A launcher that forwards a Ctrl-C also sends SIGTERM, which must not stop the flush. A second
+    # Ctrl-C does stop it.
     global _interrupted_at_s
     _interrupted_at_s = time.monotonic()
     for other in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
@@ -74,15 +77,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _suspend(number: int, frame: FrameType | None) -> None:
-    # Ctrl-Z, and what SLURM says before it suspends a job. The watchdog's last resort, which cannot
-    # tell how long the process was stopped, would end it as soon as it goes on.
+    # SIGTSTP comes from Ctrl-Z, and from SLURM before it suspends a job. The faulthandler timeout
+    # of the watchdog counts suspended time, and would end the process when it resumes.
     faulthandler.cancel_dump_traceback_later()
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> None:
-    # Every file is whole or not there, so nothing needs to be put right. Workers see that their
-    # parent is gone.
+    # Files are written atomically, so no clean-up is needed. Workers end with their parent.
     with suppress(OSError):
         os.write(
             2,

@@ -1,4 +1,4 @@
-"""How long a SLURM job still has: rows that cannot be brought to disk in time are not begun."""
+"""Time limit of a SLURM job: shortly before it, no further rows are started."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from collections.abc import Callable, Mapping
 from batchvlm.runtime.launch import slurm_job
 
 _MAX_SHARE = 0.25
-"""Of the time that is left at the start: a short job must get on as well."""
+"""The margin is at most this fraction of the time left at the start, so that a short job still
+makes progress."""
 _ASK_S = 10.0
 _LEFT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
-"""What squeue says: days, hours, minutes, seconds."""
+"""squeue's format: days, hours, minutes, seconds."""
 
 
 class Deadline:
-    """When no further row is begun.
+    """The time after which no further row is started.
 
     Args:
-        margin_s: `runtime.walltime_margin_s`; 0: there is no deadline.
-        environ: newer releases of SLURM put the end of the job there, in seconds since 1970; a
-            requeued job has a new one. Others are asked by `squeue`.
+        margin_s: `runtime.walltime_margin_s`; with 0 there is no deadline.
+        environ: newer releases of SLURM set SLURM_JOB_END_TIME, in seconds since 1970, anew for a
+            requeued job. For older ones `squeue` is called.
         clock: seconds since 1970.
     """
 
@@ -40,17 +41,17 @@ class Deadline:
         if left_s is not None:
             self._begin_until_s = clock() + left_s - min(margin_s, _MAX_SHARE * left_s)
         self.has_come = False
-        """Whether somebody was told that it is too late."""
+        """Whether `is_near` has returned True."""
 
     def is_near(self) -> bool:
-        """Whether it is too late to begin anything."""
+        """Whether the deadline has passed. Once True, it stays True."""
         if self._begin_until_s is not None and self._clock() >= self._begin_until_s:
             self.has_come = True
         return self.has_come
 
 
 def _left_s(environ: Mapping[str, str], now_s: float) -> float | None:
-    """Seconds that the job still has; None where there is no job, or no end."""
+    """Return the seconds left to the job; None without a job or a time limit."""
     end = environ.get("SLURM_JOB_END_TIME", "")
     if end.isdecimal():
         return max(0.0, int(end) - now_s)
@@ -66,7 +67,7 @@ def _left_s(environ: Mapping[str, str], now_s: float) -> float | None:
 
 
 def read_time_left(text: str) -> float | None:
-    """Seconds of squeue's `1-02:03:04`, `2:03:04` or `3:04`; None of words like `UNLIMITED`."""
+    """Parse squeue's `1-02:03:04`, `2:03:04` or `3:04` into seconds; None for `UNLIMITED` etc."""
     match = _LEFT.fullmatch(text)
     if match is None:
         return None
