@@ -1,4 +1,4 @@
-"""The seconds that count where something may take so long and no longer."""
+"""A clock for timeouts that does not count the time for which the process is suspended."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable
 
 _MAX_STEP_S = 5.0
-"""Of the time between two looks no more counts; whoever uses the clock looks far more often."""
+"""The most that counts between two readings. Callers read the clock far more often than this."""
 
 
 class RunningClock:
-    """Seconds for which this process ran, as far as somebody looked; for any thread.
+    """Returns the seconds for which this process has run. Thread-safe.
 
-    Those for which it was stopped do not count (Ctrl-Z, SLURM's suspend, a laptop that sleeps):
-    nothing got on, and nothing hung. Nor does it follow a clock that is set.
+    Time for which the process was stopped does not count (Ctrl-Z, SLURM's suspend, a sleeping
+    laptop): it made no progress then, but did not hang either. Setting the system time has no
+    effect. At most 5 seconds count between two readings.
 
     Args:
         clock: seconds, monotonic.

@@ -1,4 +1,4 @@
-"""Log lines on stderr: for people, or as JSON objects for programs."""
+"""Log lines on stderr, as text or as JSON objects."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import logging
 from datetime import UTC, datetime
 
 DATA = "data"
-"""Under this name a log record may carry numbers (`extra={DATA: {...}}`)."""
+"""Key of a log record's machine-readable fields (`extra={DATA: {...}}`)."""
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object a line: `time` (ISO 8601, UTC), `level`, `logger`, `message`, and its data."""
+    """Formats a record as one JSON object.
+
+    Its keys are `time` (ISO 8601, UTC), `level`, `logger`, `message`, and those of `DATA`.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Return the record as one line of JSON."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -27,7 +30,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logging(*, as_json: bool) -> None:
-    """Let the program's log lines go to stderr; a second call may change their form."""
+    """Send log lines to stderr. A second call may change their format."""
     handler = logging.StreamHandler()
     if as_json:
         handler.setFormatter(JsonFormatter())
@@ -39,7 +42,7 @@ def set_up_logging(*, as_json: bool) -> None:
     for ours in [h for h in root.handlers if getattr(h, "is_ours", False)]:
         root.removeHandler(ours)
     if root.handlers:
-        return  # whoever embeds the program has a way of logging
+        return  # a program that embeds this one has set up logging itself
     handler.is_ours = True  # type: ignore[attr-defined]
     root.addHandler(handler)
     root.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""What a run counts: rows, tokens, errors, and where the time went."""
+"""Counters of a run: rows, tokens, errors, and the time spent in each stage."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ log = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 10.0
 _FIRST_LINE_S = 0.5
-"""Soon at first, so that a run of seconds has a curve too."""
+"""Shorter at first, so that a run of a few seconds has several lines too."""
 
 
 @dataclass(kw_only=True)
 class Metrics:
-    """Counts of one process; written to `_batchvlm/metrics/` and shown in the summary."""
+    """Counters of one process, written to `_batchvlm/metrics/` and shown in the summary."""
 
     num_rows: int = 0
     num_found: int = 0
-    """Rows that earlier runs had finished."""
+    """Rows that earlier runs finished."""
     found_errors: Counter[str] = field(default_factory=Counter)
-    """Error types of these."""
+    """Error types among these rows."""
     num_success: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
-    """Of each error type the first row that had it, and its message."""
+    """Error type -> the id and message of the first row with it."""
     finish_reasons: Counter[str] = field(default_factory=Counter)
     num_prepared: int = 0
-    """Rows that are ready for the engine or have failed before it."""
+    """Rows that are ready for the engine or failed in preprocessing."""
     prepared_tokens: int = 0
-    """Prompt tokens of these."""
+    """Prompt tokens of these rows."""
     prompt_tokens: int = 0
-    """Of rows that are done, as all that follow."""
+    """Prompt tokens of finished rows. All counters below are of finished rows too."""
     constraints: Counter[str] = field(default_factory=Counter)
-    """Rows by how far their answers were held to the form that was asked for."""
+    """Rows by how strictly their answers were constrained to the requested form."""
     image_tokens: int = 0
     completion_tokens: int = 0
     start_s: float = 0.0
     """Seconds until the model was ready."""
     wait_s: float = 0.0
-    """Seconds that the engine waited for samples."""
+    """Seconds for which the engine waited for samples."""
     run_s: float = 0.0
-    """Seconds from the ready model to the last row."""
+    """Seconds from when the model was ready to the last row."""
     engine: EngineStats = field(default_factory=EngineStats)
 
     @property
@@ -58,26 +58,26 @@ class Metrics:
 
     @property
     def wait_share(self) -> float:
-        """Share of the running time that the engine waited for samples."""
+        """Fraction of `run_s` for which the engine waited for samples."""
         return self.wait_s / self.run_s if self.run_s else 0.0
 
     def count_prepared(self, prompt_tokens: int, *, is_again: bool = False) -> None:
-        """Count a row that is ready for the engine, or has failed before it (0 tokens).
+        """Count a row that is ready for the engine, or failed in preprocessing (0 tokens).
 
         Args:
-            is_again: it was counted before: a further turn of a dialog.
+            is_again: whether the row was counted before, as for a later turn of a dialog.
         """
         self.num_prepared += not is_again
         self.prepared_tokens += prompt_tokens
 
     def share_done(self, num_todo: int) -> float:
-        """How much of the work is done, between 0 and 1, by tokens rather than rows.
+        """Estimate the fraction of the work that is done, between 0 and 1, in tokens.
 
-        Rows are answered longest first, so that the rows done stand for more than their number.
-        What is prepared comes in input order: its mean stands for the rows that nobody has seen.
+        Rows are answered longest first, so the finished rows are more than their share of the work.
+        Rows are prepared in input order, so their mean stands for the rows that were not read yet.
 
         Args:
-            num_todo: rows that are done or to be done by this process.
+            num_todo: rows that this process has finished or has yet to finish.
         """
         num_answered = max(self.num_success, 1)
         answer = self._token_cost() * self.completion_tokens / num_answered
@@ -85,7 +85,7 @@ class Metrics:
         num_prepared = max(self.num_prepared, self.num_rows, 1)
         under_way = self.prepared_tokens - self.prompt_tokens
         mean = self.prepared_tokens / num_prepared
-        # Of the rows that are still to come, as many fail as of those that are done.
+        # The remaining rows are assumed to fail as often as the finished ones.
         answer *= self.num_success / max(self.num_rows, 1)
         left = max(under_way, 0) + (num_prepared - self.num_rows) * answer
         left += max(num_todo - num_prepared, 0) * (mean + answer)
@@ -94,7 +94,7 @@ class Metrics:
         return done / (done + left)
 
     def _token_cost(self) -> float:
-        """What a token of an answer costs, in tokens of a prompt."""
+        """Cost of a completion token relative to a prompt token, by the times measured so far."""
         prompt_s = self.engine.vision_s + self.engine.prefill_s
         if not (prompt_s and self.engine.decode_s and self.engine.prompt_tokens):
             return 1.0
@@ -103,7 +103,7 @@ class Metrics:
         return min(max(an_answer_token / a_prompt_token, 1 / 16), 64.0)
 
     def count_result(self, result: Result) -> None:
-        """Count one row."""
+        """Count a finished row."""
         self.num_rows += 1
         self.num_success += result.status is Status.SUCCESS
         if result.failure is not None:
@@ -119,7 +119,7 @@ class Metrics:
         self.image_tokens += result.image_tokens or 0
 
     def causes(self) -> list[str]:
-        """A line for each error type, the commonest first: how many, and one example."""
+        """Return a line per error type, most frequent first, with its count and one example."""
         width = max(map(len, self.errors), default=0)
         return [
             f"{count:>8,}  {kind:<{width}}  {self.examples[kind]}"
@@ -127,7 +127,7 @@ class Metrics:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: every count, and the rates that follow from them."""
+        """Return all counters, and the rates computed from them, as JSON-serializable values."""
         per_s = 1 / self.run_s if self.run_s else 0.0
         return {
             **{
@@ -143,15 +143,15 @@ class Metrics:
 
 
 class TimeLine:
-    """Counts as they grow: a JSON line each ten seconds, or each tenth of a shorter run.
+    """Writes the counters over time: a JSON line every 10 seconds, more often at first.
 
-    Each line counts from the start of the process: one that is lost, or torn by a kill, costs no
-    row.
+    The interval is a tenth of the time so far, between 0.5 and 10 seconds. Every line holds totals
+    since the start of the process, so a line lost or torn by a kill loses no counts.
 
     Args:
-        metrics: what is counted elsewhere.
-        append: takes one line, complete with its end.
-        clock: seconds since 1970, so that lines of several machines have one axis.
+        metrics: the counters, updated elsewhere.
+        append: appends one line, its newline included.
+        clock: seconds since 1970, so that lines of several machines share one time axis.
     """
 
     def __init__(
@@ -169,14 +169,14 @@ class TimeLine:
         self.write()
 
     def tick(self) -> None:
-        """Write a line if it is time."""
+        """Write a line if one is due."""
         now_s = self._clock()
         every_s = max(_FIRST_LINE_S, min(_LINE_EVERY_S, 0.1 * (now_s - self._start_s)))
         if now_s - self._last_s >= every_s:
             self.write()
 
     def write(self) -> None:
-        """Write a line; a file system that refuses is named once, and the run goes on."""
+        """Write a line. If that fails, warn once and write no more; the run continues."""
         self._last_s = self._clock()
         metrics = self._metrics
         line = {

@@ -1,8 +1,8 @@
-"""Pipes between processes through which large arrays go without being copied on the way.
+"""Pipes between processes that transfer large arrays without intermediate copies.
 
-A pipe of multiprocessing makes one string of bytes of an object and copies it several times on
-either side, with Python's lock held. Here the arrays of an object follow behind it: they are
-written from where they lie, and read to where they will.
+A multiprocessing pipe pickles an object into one byte string, which it copies several times on both
+sides while it holds the GIL. Here the large arrays of an object are sent after its pickle, out of
+band: written from their own memory, and read into their final memory.
 """
 
 from __future__ import annotations
@@ -21,23 +21,21 @@ from typing import Any
 import numpy as np
 
 _LARGE_BYTES = 1 << 16
-"""An array of fewer bytes goes within the object: that is one read less."""
+"""A smaller array is sent within the pickle, which saves a read."""
 _PIPE_BYTES = 1 << 20
-"""What Linux grants without asking: a reader who waits for Python's lock does so less often."""
+"""Linux's default limit for an unprivileged user. A larger pipe needs fewer reads, and after each
+the reader waits for the GIL."""
 _NUM = struct.Struct("!Q")
 
 
 class ArrayConnection(Connection):
-    """One end of a pipe; it sends and receives objects with large arrays.
-
-    Both ends must be of this class.
-    """
+    """One end of a pipe for objects with large arrays. Both ends must be of this class."""
 
     def send(self, obj: Any) -> None:
         """Send an object.
 
         Raises:
-            PicklingError, TypeError, AttributeError: it cannot be sent; nothing of it was.
+            PicklingError, TypeError, AttributeError: it cannot be pickled; nothing was sent.
         """
         arrays: list[memoryview] = []
 
@@ -57,18 +55,18 @@ class ArrayConnection(Connection):
                 view = view[os.write(self.fileno(), view) :]
 
     def recv(self) -> Any:
-        """Receive an object; its arrays may be written to.
+        """Receive an object. Its arrays are writable.
 
         Raises:
             EOFError: the other end is closed.
-            OSError: it was closed in the middle of an object.
+            OSError: the other end was closed in the middle of an object.
         """
         message = memoryview(self.recv_bytes())
         (num,) = _NUM.unpack_from(message)
         arrays = []
         for i in range(1, num + 1):
             (size,) = _NUM.unpack_from(message, i * _NUM.size)
-            # Not a bytearray, which would be filled with zeros first.
+            # Not a bytearray, which would be zero-filled first.
             arrays.append(np.empty(size, np.uint8))
             view = arrays[-1].data
             while view:
@@ -80,9 +78,9 @@ class ArrayConnection(Connection):
 
 
 def array_pipe() -> tuple[ArrayConnection, ArrayConnection]:
-    """A pipe: the end to read from, and the one to write to."""
+    """Return the reading and the writing end of a new pipe."""
     reader, writer = os.pipe()
-    # Not everywhere, nor for a user whose pipes hold much already: it is slower then, no more.
+    # Fails outside Linux, or above the user's limit on pipe memory. The pipe is slower then.
     with suppress(AttributeError, OSError):
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     return ArrayConnection(reader, writable=False), ArrayConnection(writer, readable=False)

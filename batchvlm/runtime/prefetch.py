@@ -1,4 +1,4 @@
-"""Runs an iterator ahead in a thread, bounded by items and by bytes."""
+"""Prefetching from an iterator in a thread, bounded by items and by bytes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Generic, Self, TypeVar
 T = TypeVar("T")
 
 _LEAVE_S = 2.0
-"""How long leaving waits for the item that the thread is at."""
+"""How long `__exit__` waits for the thread to finish its current item."""
 
 
 class Prefetcher(Generic[T]):
-    """Pulls items from `source` in a thread while the caller is busy with earlier ones.
+    """Pulls items from `source` in a thread while the caller processes earlier ones.
 
-    An error in the source reaches the caller at the place where it happened. A context manager:
-    leaving it stops the thread.
+    An error of the source is raised to the caller after the items before it. A context manager:
+    exiting it stops the thread.
 
     Args:
         source: iterated in the thread.
-        max_items: items kept ready at most.
-        max_bytes: bytes kept ready at most; one item is always let in.
-        size_of: bytes of an item.
+        max_items: maximum number of buffered items.
+        max_bytes: maximum total size of buffered items; an empty buffer accepts any item.
+        size_of: returns the bytes of an item.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Prefetcher(Generic[T]):
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
         self.wait_s = 0.0
-        """Seconds that the caller has waited for items so far."""
+        """Seconds for which the caller has waited for items so far."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -64,16 +64,16 @@ class Prefetcher(Generic[T]):
             self._is_stopped = True
             self._ready.clear()
             self._changed.notify_all()
-        # A thread that is still reading when the interpreter goes can crash it. One that waits for
-        # a worker ends when the pool does.
+        # A thread that still reads when the interpreter exits can crash it. One that waits for a
+        # worker ends with the pool.
         self._thread.join(timeout=_LEAVE_S)
 
     def is_ready(self) -> bool:
-        """Whether the next item, or the end, is there without waiting."""
+        """Whether the caller can get the next item, or the end, without waiting."""
         return bool(self._ready) or self._is_done
 
     def wake(self) -> None:
-        """Let a caller who waits look at its `until` again."""
+        """Make a waiting caller evaluate its `until` again."""
         with self._changed:
             self._changed.notify_all()
 
@@ -81,7 +81,7 @@ class Prefetcher(Generic[T]):
         return self.items()
 
     def items(self, until: Callable[[], bool] = lambda: False) -> Iterator[T]:
-        """The items, up to the end, or to where none is ready and `until` holds."""
+        """Yield items until the source ends, or until none is ready and `until()` is true."""
         while True:
             start = time.perf_counter()
             with self._changed:

@@ -1,4 +1,4 @@
-"""One line that says how far the run is: a bar in a terminal, log lines elsewhere."""
+"""Progress of a run: a bar in a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fm
 
 
 class Counts(Protocol):
-    """How far another rank is."""
+    """The progress of another rank."""
 
     @property
     def num_rows(self) -> int: ...
@@ -39,7 +39,7 @@ class Counts(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class _Look:
-    """The counts of all ranks at one instant."""
+    """Counts over all ranks at one moment."""
 
     num_done: int
     rows_per_s: float
@@ -47,24 +47,24 @@ class _Look:
     completion_tokens: int
     num_errors: int
     left_s: float | None
-    """None: nothing is done yet that would tell."""
+    """None before any work is done."""
 
 
 class Progress:
     """Shows rows, rows/s, output tokens/s, errors, waits, memory and the time left.
 
-    The time left follows from the work done since the model was ready, counted in tokens: rows
+    The time left is extrapolated from the work done since the model was ready, in tokens. Rows
     that earlier runs finished, and the time to load the model, do not count.
 
     Args:
-        metrics: what is counted elsewhere and shown here; `num_found` may grow on the way, since
+        metrics: the counters, updated elsewhere. `num_found` may grow during the run, because
             segments are found shard by shard.
-        total: rows that this process owes, together with the others.
-        log_every_s: seconds between lines where stderr is no terminal.
-        others: how far the other ranks of a launch are.
-        is_shown: of several ranks one shows all.
-        has_bar: draw a bar where stderr is a terminal.
-        memory: bytes in use on the accelerator and bytes there are; None without one.
+        total: rows that this process and the other ranks have to finish together.
+        log_every_s: seconds between log lines if stderr is not a terminal.
+        others: returns the progress of the other ranks of the launch.
+        is_shown: whether this rank shows the progress; one rank shows that of all.
+        has_bar: whether to draw a bar if stderr is a terminal.
+        memory: returns used and total bytes of the accelerator; None without one.
         clock: seconds, monotonic.
     """
 
@@ -91,7 +91,7 @@ class Progress:
         self._num_told = -1
         self._bar = None
         if is_shown and has_bar and sys.stderr.isatty():
-            # smoothing=0: batches come in bursts, longest first; only the mean rate is honest.
+            # smoothing=0: batches finish in bursts, longest first, so only the mean rate is useful.
             self._bar = tqdm(
                 total=total,
                 initial=metrics.num_found,
@@ -115,18 +115,18 @@ class Progress:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until the last row, as far as can be told; None: not yet."""
+        """Estimated seconds until the last row; None before any work is done."""
         return self._look(self._clock()).left_s
 
     def advance(self) -> None:
-        """Show that one more row is done, here or at another rank."""
+        """Update the bar, or log a line if one is due. Called after each finished row."""
         if not self._is_shown:
             return
         now = self._clock()
         every_s = self._log_every_s if self._bar is None else self._bar.mininterval
         mine = self._metrics
         is_due = now - self._last_line >= every_s
-        # Cheap to ask for each row: the other ranks are looked at when a line is due.
+        # Called for each row, so it must be cheap: other ranks are read only when a line is due.
         if not is_due and mine.num_found + mine.num_rows < self._total and self._others is tuple:
             if self._bar is not None:
                 self._bar.initial = mine.num_found
@@ -169,7 +169,7 @@ class Progress:
         num_found = mine.num_found + sum(counts.num_found for counts in others)
         tokens = mine.completion_tokens + sum(counts.completion_tokens for counts in others)
         elapsed_s = max(now - self._start, 1e-9)
-        # Of the others only rows are known: theirs are taken to be like ours.
+        # Only the row counts of other ranks are known; their rows are assumed to cost the same.
         share = mine.share_done(self._total - num_found) * num_rows / max(mine.num_rows, 1)
         num_done = num_found + num_rows
         share = 1.0 if num_done >= self._total else min(share, 1.0)

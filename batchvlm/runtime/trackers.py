@@ -1,6 +1,6 @@
-"""Counts of a running job for TensorBoard, Weights & Biases and Prometheus.
+"""Exports the counters of a running job to TensorBoard, Weights & Biases and Prometheus.
 
-None of them may end a run: one that fails is named once and left alone from then on.
+A tracker that fails during a run does not end it: it is disabled with one warning.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from batchvlm.runtime.metrics import Metrics
 log = logging.getLogger(__name__)
 
 _EXTRAS = {"tensorboard": "metrics", "wandb": "wandb"}
-"""What pip installs each tracker's package by."""
+"""Tracker -> the extra of this package that installs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Which process of which job the counts are of."""
+    """Identifies the process and the job that the counters belong to."""
 
     output: str
-    """The output folder's name."""
+    """Name of the output folder."""
     task_id: int = 0
     rank: int = 0
     is_one_of_many: bool = False
@@ -42,18 +42,18 @@ class Place:
 
 
 class Trackers:
-    """Hands the counts on from time to time; a context manager that does so once more at its end.
+    """Writes the counters to all trackers periodically, and once more on exit of the context.
 
     Args:
-        cfg: which trackers.
-        metrics: what is counted elsewhere.
-        place: which process this is.
-        folder: for what trackers write, unless `cfg.dir` is set.
-        settings: the job's, for trackers that show them.
+        cfg: names the trackers.
+        metrics: the counters, updated elsewhere.
+        place: identifies this process.
+        folder: where trackers write their files, unless `cfg.dir` is set.
+        settings: settings of the job, for trackers that show them.
         clock: seconds, monotonic.
 
     Raises:
-        ConfigError: a tracker refuses to start.
+        ConfigError: a tracker does not start.
     """
 
     def __init__(
@@ -98,24 +98,24 @@ class Trackers:
                 tracker.finish()
 
     def tick(self) -> None:
-        """Hand the counts on if it is time."""
+        """Write the counters if `every_s` seconds have passed since the last time."""
         if self._writers and self._clock() - self._last_s >= self._cfg.every_s:
             self.write()
 
     def write(self) -> None:
-        """Hand the counts on."""
+        """Write the counters to all trackers."""
         self._last_s = self._clock()
         for name, write in list(self._writers.items()):
             try:
                 write()
-            except Exception as error:  # whatever a library or its server raises
+            except Exception as error:  # a library or its server may raise anything
                 del self._writers[name]
                 text = " ".join(str(error).split())[:200]
                 log.warning("the run goes on without %s: %s: %s", name, type(error).__name__, text)
 
 
 def numbers(metrics: Metrics) -> dict[str, float]:
-    """What trackers plot."""
+    """Return the values that trackers plot, by name."""
     per_s = 1 / metrics.run_s if metrics.run_s else 0.0
     return {
         "rows": metrics.num_rows,
@@ -131,12 +131,12 @@ def numbers(metrics: Metrics) -> dict[str, float]:
 
 
 def prepare_trackers(cfg: TrackingConfig) -> None:
-    """Look whether what the settings name is there; before a model is loaded for nothing.
+    """Check that the packages of the configured trackers are installed, before a model is loaded.
 
-    To be called before there are threads: for a moment the environment is empty.
+    Call it before any thread starts: it clears the environment for a moment.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: a package is missing.
     """
     for name in cfg.trackers:
         if find_spec(name) is None:
@@ -153,8 +153,8 @@ def prepare_trackers(cfg: TrackingConfig) -> None:
         from accelerate import PartialState
         from accelerate.utils import clear_environment
 
-        # accelerate's trackers ask for its state. Each process has one of its own: that of a launch
-        # would wait until every rank is there.
+        # accelerate's trackers need its state. Each process creates one of its own: that of a
+        # launch would wait for every rank.
         with clear_environment():
             PartialState(cpu=True)
 
@@ -163,7 +163,7 @@ def _open_tracker(name: str, cfg: TrackingConfig, place: Place, folder: Path) ->
     from accelerate import tracking
 
     kinds = {"tensorboard": tracking.TensorBoardTracker, "wandb": tracking.WandBTracker}
-    # accelerate's trackers write in the main process alone; here each has counts of its own.
+    # accelerate's trackers write in the main process only; here each process has its own counters.
     kind = type(kinds[name].__name__, (kinds[name],), {"main_process_only": False})
     title = f"{place.output}/{place.name}"
     try:
@@ -174,7 +174,7 @@ def _open_tracker(name: str, cfg: TrackingConfig, place: Place, folder: Path) ->
             tracker = kind(title, logging_dir=str(folder))
         if hasattr(tracker, "start"):
             tracker.start()
-    except Exception as error:  # a login that is missing, a folder that cannot be written
+    except Exception as error:  # such as a missing login, or a folder that is not writable
         text = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"tracking.trackers: {name} does not start: {type(error).__name__}: {text}",
@@ -184,7 +184,7 @@ def _open_tracker(name: str, cfg: TrackingConfig, place: Place, folder: Path) ->
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings as trackers take them: dotted names, and nothing but numbers and text."""
+    """Flatten nested settings to dotted names; values other than numbers become text."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
@@ -215,13 +215,13 @@ def _prometheus(file: str, metrics: Metrics, place: Place) -> Callable[[], objec
 
 @dataclass(frozen=True, eq=False)
 class _Collector:
-    """The counts as prometheus-client asks for them."""
+    """Provides the counters to prometheus-client."""
 
     metrics: Metrics
     place: Place
 
     def collect(self) -> Iterator[Any]:
-        """Every metric family."""
+        """Yield all metric families."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         metrics = self.metrics

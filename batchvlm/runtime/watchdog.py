@@ -1,4 +1,4 @@
-"""Ends a process that does not get on, with its finished rows on disk."""
+"""Ends a process that makes no progress, after a flush of its finished rows."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from batchvlm.runtime.signals import interrupted_at_s
 
 _LOOK_EVERY_S = 0.5
 _LEAVE_S = 2.0
-"""How long leaving waits for the call that a thread is at."""
+"""How long `__exit__` waits for a call in progress."""
 _LAST_RESORT_S = 60.0
 
 
 class Ticker:
-    """Calls something every so often in a thread of its own, while its context lasts."""
+    """Calls `action` every `every_s` seconds in a thread, until the context exits."""
 
     def __init__(self, action: Callable[[], None], *, every_s: float, name: str) -> None:
         self._action = action
@@ -41,8 +41,8 @@ class Ticker:
         traceback: TracebackType | None,
     ) -> None:
         self._is_left.set()
-        # A thread that is within a library when the interpreter goes can crash it. Not waited for
-        # longer: it may be at a disk that does not answer.
+        # A thread within a library call when the interpreter exits can crash it. The wait is short,
+        # because the call may hang on a disk that does not respond.
         self._thread.join(timeout=_LEAVE_S)
 
     def _run(self) -> None:
@@ -51,18 +51,18 @@ class Ticker:
 
 
 class Watchdog(Ticker):
-    """Flushes and exits where the main thread no longer can.
+    """Flushes and exits when the main thread no longer can.
 
-    Two cases: no row was finished for `stall_timeout_s`, or a signal came and the run is still not
-    at its end after `grace_s`. The exit code is 75, for a rerun goes on from the flushed rows.
+    It does so in two cases: no row was finished for `stall_timeout_s`, or the run is not over
+    `grace_s` after a signal. The exit code is 75, because a rerun resumes from the flushed rows.
 
-    A library that hangs with Python's lock held stops this thread too. For that case the C level
-    of `faulthandler` stands by: it prints the stacks and exits with 1, without a flush.
+    A library that hangs while it holds the GIL blocks this thread too. In that case `faulthandler`,
+    whose timer runs in C, prints the stacks and exits with code 1, without a flush.
 
     Args:
-        stall_timeout_s: None: wait forever.
-        grace_s: from a signal to the exit.
-        clock: seconds; by default those of this process alone, looked at all the time.
+        stall_timeout_s: seconds; None waits forever.
+        grace_s: seconds from a signal to the exit.
+        clock: seconds; by default a `RunningClock`.
         exit: ends the process.
     """
 
@@ -76,7 +76,7 @@ class Watchdog(Ticker):
     ) -> None:
         super().__init__(self._look, every_s=min(_LOOK_EVERY_S, grace_s), name="watchdog")
         self.flush: Callable[[], None] = lambda: None
-        """Brings finished rows to disk; tried for at most `grace_s`."""
+        """Writes finished rows to disk; given at most `grace_s`."""
         self._stall_timeout_s = stall_timeout_s
         self._grace_s = grace_s
         self._clock = clock or RunningClock()
@@ -93,7 +93,7 @@ class Watchdog(Ticker):
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self) -> None:
-        """Say that the run got on. Before the first time, nothing counts as a stall."""
+        """Record progress. Stalls are detected only after the first call."""
         self._beat_at_s = self._clock()
 
     def _look(self) -> None:
@@ -117,7 +117,7 @@ class Watchdog(Ticker):
         """Flush and exit with 75.
 
         Args:
-            with_stacks: say first where every thread is.
+            with_stacks: print the stack of every thread first.
         """
         is_flushed = threading.Event()
 
@@ -125,7 +125,7 @@ class Watchdog(Ticker):
             self.flush()
             is_flushed.set()
 
-        # Not in this thread: the disk may be what hangs.
+        # In another thread, because the disk may be what hangs.
         thread = threading.Thread(target=flush, name="last-flush", daemon=True)
         try:
             if (file := sys.__stderr__) is not None and with_stacks:

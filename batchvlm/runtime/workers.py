@@ -1,6 +1,6 @@
-"""Records -> samples in worker processes, in order, a bounded number under way.
+"""Records -> samples in worker processes, in order, with a bounded number in flight.
 
-A worker that hangs or dies costs the row it was at; the pool replaces it and goes on.
+A worker that hangs or dies fails only the row it was preparing; the pool replaces the worker.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from batchvlm.runtime.pipes import array_pipe
 # Enough that a worker never waits for the next record, few enough to bound memory.
 _UNDER_WAY_PER_WORKER = 16
 _PAUSE_S = 0.02
-"""Between two looks whether there is a record."""
+"""Seconds between two polls for a record."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TERMINATED = {signal.SIGTERM, -signal.SIGTERM}
-"""Exit codes of a worker that somebody told to end, by Pebble's handler and without it."""
+"""Exit codes of a worker that got SIGTERM, with Pebble's handler and without it."""
 _MAX_BREAKS = 3
-"""How often in a row the pool may break before any row is prepared."""
+"""How many times in a row the pool may break without preparing a row."""
 
 _UnderWay = deque[tuple[Record, ProcessFuture[Sample | Failure] | None]]
 log = logging.getLogger(__name__)
@@ -51,23 +51,24 @@ _preprocessor: Preprocessor | None = None
 
 
 def default_num_workers() -> int:
-    """One worker for every core but the engine's own, 16 at most; ranks share the cores."""
+    """Return one worker per core of this rank, less one core for the engine; between 1 and 16."""
     return max(1, min(16, num_cores() - 1))
 
 
 class _WorkerStopped(Exception):
-    """A worker was told to end, as SLURM tells all processes of a job: no row is at fault."""
+    """A worker got SIGTERM, which SLURM sends to all processes of a job: the row is not at
+    fault."""
 
 
 class WorkerPool:
-    """Prepares records; a context manager that leaves no process behind.
+    """Prepares records in worker processes, which end with the context.
 
-    Entering it starts the processes; they are ready some seconds later.
+    Entering starts the processes; they are ready some seconds later.
 
     Args:
-        spec: what the workers prepare for.
-        num_workers: processes; 0 prepares in the calling thread, without a time limit.
-        timeout_s: seconds that one record may take.
+        spec: settings of the workers' `Preprocessor`.
+        num_workers: number of processes; 0 prepares in the calling thread, without a timeout.
+        timeout_s: timeout of one record, in seconds.
     """
 
     def __init__(self, spec: PreprocessSpec, *, num_workers: int, timeout_s: float) -> None:
@@ -78,9 +79,9 @@ class WorkerPool:
         self._local = Preprocessor(spec) if num_workers == 0 else None
         self._pool: ProcessPool | None = None
         self._context: _PoolContext | None = None
-        # Signals interrupt the main thread: a pool that is half started cannot be stopped, and its
-        # processes would find nobody. And the kernel ends them with the thread that started them,
-        # so this one lasts as long as they do.
+        # Signals interrupt the main thread, and a pool that is half started cannot be stopped, so
+        # the pool is started in a thread of its own. PR_SET_PDEATHSIG ends the workers with the
+        # thread that started them, so the thread lives as long as they do.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="starter")
         self._num_breaks = 0
         self._has_prepared = False
@@ -96,7 +97,7 @@ class WorkerPool:
         return self
 
     def _open_pool(self) -> None:
-        # Not forked: the parent has threads, which a fork would leave in the middle of a lock.
+        # Not forked: the parent has threads, and a fork could copy a lock that one of them holds.
         self._context = _PoolContext()
         self._pool = ProcessPool(
             max_workers=self._num_workers,
@@ -106,12 +107,13 @@ class WorkerPool:
         )
         manager = self._pool._pool_manager
         manager.task_manager = _TimedTasks(manager.task_manager.task_done_callback)
-        # The pool starts its processes with the first task: let them load their libraries.
+        # The pool starts its processes with the first task. Start them now, so that they load
+        # their libraries early.
         try:
             with _deaf_children():
                 self._pool.schedule(_do_nothing)
         except OSError as error:
-            # Their locks lie in /dev/shm, whatever the error makes one think of.
+            # The locks are in /dev/shm; the error may be about its space.
             raise BatchvlmError(
                 f"worker processes cannot be started: {error.strerror}",
                 hint="see to the room in /dev/shm and the limits on processes and open files, or "
@@ -125,7 +127,7 @@ class WorkerPool:
         traceback: TracebackType | None,
     ) -> None:
         self._is_left = True
-        self._starter.submit(lambda: None).result()  # whatever it was starting is there
+        self._starter.submit(lambda: None).result()  # waits for a pool that is being started
         if self._pool is not None:
             self._pool.stop()  # type: ignore[no-untyped-call]
             self._pool.join()
@@ -136,7 +138,8 @@ class WorkerPool:
     ) -> Iterator[tuple[Record, Sample | Failure]]:
         """Yield every record with its sample or failure, in the order of the records.
 
-        A None says that there is no record yet: what is under way goes on its way meanwhile.
+        A None in `records` means that no record is available yet; the oldest record in flight is
+        then waited for and yielded.
         """
         under_way: _UnderWay = deque()
         for record in records:
@@ -160,10 +163,10 @@ class WorkerPool:
         try:
             return self._pool.schedule(_prepare, args=(record,), timeout=self._timeout_s)
         except RuntimeError:
-            return None  # the pool is broken, as its oldest task is about to say
+            return None  # the pool is broken; its oldest task raises BrokenProcessPool
 
     def _oldest(self, under_way: _UnderWay) -> tuple[Record, Sample | Failure]:
-        """Take the oldest record's outcome; where the pool broke, start all over in a new one."""
+        """Wait for the oldest record; if the pool broke, reschedule all in a new one."""
         record, future = under_way[0]
         while True:
             try:
@@ -190,7 +193,7 @@ class WorkerPool:
             return record, outcome
 
     def _mend(self, error: BrokenProcessPool, under_way: _UnderWay) -> None:
-        # A worker that died between two rows, or before its first: no row is at fault.
+        # A worker died between two rows, or before its first: no row is at fault.
         assert self._pool is not None
         if self._is_left:
             raise error
@@ -228,7 +231,7 @@ class WorkerPool:
             )
         except CancelledError:
             raise
-        except Exception as error:  # the record or the sample could not cross the process border
+        except Exception as error:  # the record or the sample could not be pickled
             text = " ".join(str(error).split())[:200]
             return Failure(
                 error_type=ErrorType.PREPROCESS, message=f"{type(error).__name__}: {text}"
@@ -236,10 +239,10 @@ class WorkerPool:
 
 
 class _TimedTasks(TaskManager):
-    """Pebble's tasks, whose limit counts the seconds for which this process runs.
+    """Pebble's tasks with timeouts by `RunningClock`.
 
-    Pebble reads the time of day: a job that was suspended, or a clock that was set, would fail each
-    row that a worker was at.
+    Pebble uses the system time: after a suspended job, or a change of the system time, every row in
+    a worker would time out.
     """
 
     def __init__(self, task_done_callback: Callable[[], object]) -> None:
@@ -252,17 +255,17 @@ class _TimedTasks(TaskManager):
             task.timestamp = self._clock()
 
     def timeout(self, task: Task) -> bool:  # type: ignore[override]
-        """Whether a task has taken too long. Pebble asks all the time."""
+        """Whether a task has exceeded its timeout. Pebble polls this."""
         if task.timeout is None or not task.started:
             return False
         return self._clock() - task.timestamp > task.timeout
 
 
 class _PoolContext(SpawnContext):
-    """Spawns processes, talks to them by pipes for arrays, and keeps the locks it made for them.
+    """Spawns processes, with array pipes, and keeps a reference to the locks made for them.
 
-    Pebble drops its locks before it stops its processes: one that is still loading would not find
-    them any more and print a traceback.
+    Pebble drops its locks before it stops its processes. A process that is still loading would not
+    find them and print a traceback.
     """
 
     def __init__(self) -> None:
@@ -280,13 +283,14 @@ class _PoolContext(SpawnContext):
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Keep a terminal's signals from processes, and threads, that are started here.
+    """Block SIGINT and SIGHUP in the processes and threads that are started in this context.
 
-    It sends Ctrl-C, and its own end, to all. One that is loading its libraries would print a
-    traceback; the parent, whose threads from before still take them, tells them when to stop.
+    A terminal sends Ctrl-C and its hangup to all its processes. One that is loading its libraries
+    would print a traceback. The parent's earlier threads still receive the signals, and the parent
+    stops the workers.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    # Started now: it would let Ctrl-C through again when it starts in between.
+    # Started before SIGINT is blocked: starting it later would unblock SIGINT.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -305,22 +309,23 @@ def _start_worker(spec: PreprocessSpec, parent: int) -> None:
     try:
         _preprocessor = Preprocessor(spec)
     except BatchvlmError:
-        # The engine loads the same processor and says it in one line; Pebble would print all of it.
+        # The engine loads the same processor and reports the error in one line. Pebble would print
+        # a traceback.
         os._exit(1)
 
 
 def _leave_with(parent: int) -> None:
-    """Make this process end when its parent does: one that is killed cannot stop its workers."""
-    # Meant for the parent alone: SLURM sends it to every process of a step.
+    """Make this process end with its parent, which cannot stop its workers if it is killed."""
+    # SLURM sends SIGUSR1 to every process of a step; only the parent handles it.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if sys.platform == "linux":
-        # The kernel sees to it, even where a decoder hangs with Python's lock held.
+        # The kernel does this even if a decoder hangs while it holds the GIL.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
 def _watch(parent: int) -> None:
-    # Where the kernel does not, and for a parent that died before it was asked.
+    # For systems without PR_SET_PDEATHSIG, and for a parent that died before the call.
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
