@@ -1,4 +1,4 @@
-"""PEFT adapters (LoRA and its kind): loaded with the model, merged into it where that is exact."""
+"""PEFT adapters such as LoRA: loaded with the model, and merged into unquantized weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _MAGNITUDE = ".lora_magnitude_vector"
 
 
 def pin_adapter(cfg: ModelConfig) -> ModelConfig:
-    """The same adapter by the commit that its branch or tag points to now; a folder as it is.
+    """Return settings with the adapter's revision resolved to a commit; a local folder has none.
 
     Raises:
-        ModelError: there is no such adapter.
+        ModelError: the adapter does not exist.
     """
     if cfg.adapter is None:
         return cfg
@@ -49,12 +49,13 @@ def pin_adapter(cfg: ModelConfig) -> ModelConfig:
 
 
 def apply_adapter(model: Any, cfg: ModelConfig) -> None:
-    """Load the adapter into the model; into weights that are not quantized it is merged.
+    """Load the adapter into the model, and merge it into the layers that are not quantized.
 
-    Merged, it costs nothing at any token; into few bits it would be rounded away.
+    A merged adapter costs no time in decoding. Quantized layers keep the adapter separate, because
+    merging would round it away.
 
     Raises:
-        ModelError: PEFT is not installed, or the adapter is another model's or not whole.
+        ModelError: PEFT is not installed, or the adapter is incomplete or for another model.
     """
     if importlib.util.find_spec("peft") is None:
         raise ModelError(
@@ -64,7 +65,7 @@ def apply_adapter(model: Any, cfg: ModelConfig) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     with _explained(cfg):
-        # Of another shape: not there, as what is missing.
+        # A weight of another shape is reported and then refused like a missing one.
         found = model.load_adapter(**_read(cfg), ignore_mismatched_sizes=True)
     _check_whole(found, cfg)
     layers = [(p, m) for p, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
@@ -79,14 +80,14 @@ def apply_adapter(model: Any, cfg: ModelConfig) -> None:
 
 
 def _read(cfg: ModelConfig) -> dict[str, Any]:
-    """An adapter as `load_adapter` takes it."""
+    """Return an adapter's config and weights as arguments of `load_adapter`."""
     import peft
 
     assert cfg.adapter is not None
     named = {"revision": cfg.adapter_revision, "subfolder": cfg.adapter_subfolder}
     where: dict[str, Any] = {key: value for key, value in named.items() if value}
     weights = peft.load_peft_weights(cfg.adapter, device="cpu", **where)
-    # DoRA's: transformers does not find them by the names that PEFT saves them by.
+    # DoRA's magnitudes: transformers expects another name than the one PEFT saves.
     names = {name: f"{name}.weight" for name in weights if name.endswith(_MAGNITUDE)}
     return {
         "peft_config": peft.PeftConfig.from_pretrained(cfg.adapter, **where),
@@ -95,13 +96,13 @@ def _read(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _check_whole(found: Any, cfg: ModelConfig) -> None:
-    """Refuse an adapter of which a part would be drawn at random.
+    """Refuse an adapter that lacks weights, which would be initialized at random.
 
     Args:
-        found: which weights were there, as `load_adapter` says.
+        found: the loading info that `load_adapter` returns.
 
     Raises:
-        ModelError: some were not.
+        ModelError: weights are missing or have another shape.
     """
     misshaped = (name for name, *_ in found.mismatched_keys)
     if missing := sorted({*found.missing_keys, *misshaped}):
@@ -119,7 +120,7 @@ def _check_whole(found: Any, cfg: ModelConfig) -> None:
 
 @contextlib.contextmanager
 def _explained(cfg: ModelConfig) -> Iterator[None]:
-    """Turn whatever goes wrong with an adapter into one line that names it."""
+    """Turn any exception into a `ModelError` of one line that names the adapter."""
     try:
         yield
     except Exception as error:

@@ -1,7 +1,7 @@
-"""A dtype for each part of a model, such as images in float32 before a language model in bfloat16.
+"""A dtype per part of a model, such as float32 for the vision tower and bfloat16 for the rest.
 
-transformers takes such a mapping and sets one dtype for all modules, so it is done here: a part is
-cast once it has loaded, and what comes into it is cast on the way.
+transformers accepts such a mapping but sets one dtype for all modules. Here each part is cast after
+loading, and a forward pre-hook casts its inputs.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor, nn
 from batchvlm.errors import ModelError
 
 REST = "rest"
-"""Names what belongs to no part that is named; transformers writes an empty text."""
+"""Key for everything outside the named parts; transformers uses an empty string."""
 
 
 def saved_dtype(config: Any) -> torch.dtype:
-    """The dtype that a model's config says its weights were saved in; float32 where it does not."""
+    """Return the dtype in which the weights were saved, by the config; float32 if it has none."""
     text = config.get_text_config(decoder=True)
     saved = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
     return getattr(torch, saved) if isinstance(saved, str) else saved
 
 
 def part_dtypes(setting: Mapping[str, str], config: Any) -> dict[str, torch.dtype]:
-    """What `model.dtype` asks of each part that a model has.
+    """Resolve `model.dtype` to a torch dtype per part.
 
     Args:
-        setting: names of the config's sub-configs, and `rest`, -> `auto` or a dtype's name.
-        config: the model's.
+        setting: name of a sub-config, or `rest` -> `auto` or the name of a dtype.
+        config: config of the model.
 
     Returns:
-        The named sub-configs and, always, `rest`.
+        The dtypes of the named sub-configs and, always, of `rest`.
 
     Raises:
         ModelError: the model has no such part.
@@ -53,12 +53,12 @@ def part_dtypes(setting: Mapping[str, str], config: Any) -> dict[str, torch.dtyp
 
 
 def widest(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
-    """The dtype that holds the numbers of all the others."""
+    """Return the dtype to which all of these promote."""
     return reduce(torch.promote_types, dtypes.values())
 
 
 def cast_parts(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Cast each part of a model, and from now on the numbers that come into it.
+    """Cast the weights of each part of a model, and hook its modules to cast their inputs.
 
     Args:
         model: a transformers model in the widest of these dtypes.
@@ -73,7 +73,7 @@ def cast_parts(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
     head = model.get_output_embeddings()
     if head is not None and "text_config" in dtypes:
         own[id(head)] = dtypes["text_config"]
-    # What a checkpoint holds: the angles of rotary positions stay as precise as they are.
+    # Only what a checkpoint holds is cast: rotary frequencies, for one, keep their precision.
     is_saved = model.state_dict().keys()
     saved = {*model.named_parameters(), *model.named_buffers()}
     left = {id(weight): weight for name, weight in saved if name in is_saved}
@@ -81,7 +81,7 @@ def cast_parts(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
         for weight in (*module.parameters(), *module.buffers()):
             _cast(left.pop(id(weight), None), dtype)
         module.register_forward_pre_hook(_CastInputs(dtype), with_kwargs=True)
-    # Of no module below, such as the row that ends a line of an image's patches.
+    # Weights of the model itself or of a parent module, such as LLaVA-NeXT's `image_newline`.
     for weight in left.values():
         _cast(weight, dtypes[REST])
 
@@ -94,7 +94,7 @@ def _cast(weight: Tensor | None, dtype: torch.dtype) -> None:
 def _tops(
     module: nn.Module, own: Mapping[int, torch.dtype], rest: torch.dtype
 ) -> Iterator[tuple[nn.Module, torch.dtype]]:
-    """The largest modules that are of one dtype throughout."""
+    """Yield the largest submodules of uniform dtype, with that dtype."""
     for child in module.children():
         if id(child) in own:
             yield child, own[id(child)]
@@ -105,7 +105,7 @@ def _tops(
 
 
 class _CastInputs:
-    """A module's forward pre-hook."""
+    """A forward pre-hook that casts floating-point inputs to one dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -116,7 +116,7 @@ class _CastInputs:
     def _cast(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(self._dtype) if value.is_floating_point() else value
-        # Exactly these: a cache of keys and values is not to be copied.
+        # Exact types only: a KV cache, which may be a subclass, must not be copied.
         if type(value) is dict:
             return {key: self._cast(inner) for key, inner in value.items()}
         if type(value) in (list, tuple):

@@ -1,4 +1,4 @@
-"""A process that holds a part of a model whose other parts, and the job, are another process's."""
+"""The job of a follower: a process that holds a shard of the model and serves a leader."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from batchvlm.runtime.watchdog import Watchdog
 
 
 def follower_of(cfg: JobConfig) -> Replica | None:
-    """The replica in which this process follows another one; None: the job is its own.
+    """Return the replica in which this process is a follower; None if it leads or has no replica.
 
     Raises:
-        ConfigError: the processes of the launch do not divide into replicas.
+        ConfigError: as `find_replica`.
     """
     replica = find_replica(find_launch(), cfg.model)
     return replica if replica is not None and replica.rank else None
 
 
 def follow_job(cfg: JobConfig, replica: Replica) -> None:
-    """Do each step of the model with the process that leads this one, until it is done.
+    """Run every model step together with the leader, until the job is done.
 
     Raises:
-        ReplicaError: it has ended.
-        ConfigError: `engine.device` names a device that is not here, or what the leader refuses.
+        ReplicaError: the leader has ended.
+        ConfigError: `engine.device` names a missing device, or a setting that the leader refuses.
     """
-    prepare_trackers(cfg.tracking)  # where the leader ends before it can be met
-    # No row is its own, so a stall is the leader's to notice.
+    # The leader fails on a missing tracker before it connects, so the follower checks it too.
+    prepare_trackers(cfg.tracking)
+    # A follower finishes no rows of its own; the leader's watchdog detects stalls.
     watchdog = Watchdog(stall_timeout_s=None, grace_s=cfg.runtime.grace_s)
     with watchdog, Leader(replica) as leader:
         rank = find_rank(replica.launch, cfg.engine, cfg.runtime, cfg.model)

@@ -1,7 +1,7 @@
-"""Hub name or folder -> processor and model, as transformers loads them.
+"""Loads a processor and a model from a Hub name or a folder, by transformers.
 
-The one place that knows how loading breaks: a torchvision that is installed and does not import,
-processors that insist on a video processor, model code from a stranger's repository.
+All workarounds for loading are here: a torchvision that is installed but fails to import,
+processors that require a video processor, and remote code.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ log = logging.getLogger(__name__)
 
 
 for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-    # transformers imports them where they are installed, and they tell programmers, in every
-    # process, which of their kernels are not for this machine.
+    # transformers imports these if they are installed. On import, every process would log which of
+    # their kernels do not support this machine.
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 @cache
 def has_torchvision() -> bool:
-    """Whether torchvision is installed and imports; one that does not is hidden.
+    """Whether torchvision is installed and imports. If it fails to import, it is hidden.
 
-    transformers judges by presence alone, so a torchvision built for another torch (a CUDA build
-    beside a CPU torch) would take every processor down with it. Call before transformers loads.
+    transformers only checks whether it is installed, so with a torchvision built for another torch
+    (a CUDA build beside a CPU torch) no processor would load. Call before transformers is imported.
     """
     if importlib.util.find_spec("torchvision") is None:
         return False
@@ -51,17 +51,17 @@ def has_torchvision() -> bool:
         log.warning("torchvision is installed and does not import (%s); using PIL instead", error)
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        # None makes both find_spec and import answer as if it were not installed.
+        # With None, find_spec and import behave as if it were not installed.
         sys.modules["torchvision"] = None  # type: ignore[assignment]
         return False
     return True
 
 
 def resolve_backend(backend: ImageBackend) -> ImageBackend:
-    """Decide between torchvision and PIL where the setting leaves it open.
+    """Resolve `auto` to torchvision if it works, else to PIL.
 
     Raises:
-        ModelError: torchvision is asked for and does not work here.
+        ModelError: the setting is torchvision, which is not installed or does not import.
     """
     if backend is ImageBackend.auto:
         return ImageBackend.torchvision if has_torchvision() else ImageBackend.pil
@@ -76,19 +76,19 @@ def resolve_backend(backend: ImageBackend) -> ImageBackend:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLimits:
-    """What a model's config says about the prompts it can take."""
+    """A model's limits on prompts, from its config."""
 
     max_positions: int | None
-    """Tokens of prompt and answer together; None where the config does not say."""
+    """Context length: tokens of prompt and completion together. None if the config has none."""
     image_token_id: int | None
     patch_size: int | None
-    """Pixels a side of a vision patch, where one number says it."""
+    """Side of a vision patch in pixels; None if the config has no single number."""
     is_encoder_decoder: bool = False
-    """Whether prompt and answer have positions of their own each."""
+    """Whether prompt and completion are counted separately against `max_positions`."""
 
 
 def load_limits(cfg: ModelConfig) -> ModelLimits:
-    """Read a model's limits from its config, without its weights."""
+    """Read a model's limits from its config, without loading weights."""
     from transformers import AutoConfig
 
     with explained(cfg, "config"):
@@ -112,10 +112,10 @@ def load_processor(cfg: ModelConfig) -> Any:
     """Load the processor (image processor, tokenizer, chat template) of a model.
 
     Returns:
-        A transformers `ProcessorMixin`, padding on the left, with one chat template at most.
+        A transformers `ProcessorMixin` that pads on the left and has at most one chat template.
 
     Raises:
-        ModelError: there is no such model, or its processor needs something that is not here.
+        ModelError: the model does not exist, or its processor cannot be loaded here.
     """
     backend = resolve_backend(cfg.image_backend)
     from transformers import AutoProcessor
@@ -134,7 +134,7 @@ def load_processor(cfg: ModelConfig) -> Any:
 
 
 def _default_template(processor: Any) -> str | None:
-    """The chat template that is rendered where none is named; None where there is none at all."""
+    """Return the processor's only or default chat template; None if it has none."""
     found: Any = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
     if isinstance(found, dict) and "default" not in found:
         raise ModelError(
@@ -146,10 +146,10 @@ def _default_template(processor: Any) -> str | None:
 
 
 def load_model(cfg: ModelConfig, *, device: str) -> Any:
-    """Load a model's weights onto a device, ready to answer.
+    """Load a model onto a device, in eval mode: quantized, cast and with its adapter as configured.
 
     Raises:
-        ModelError: there is no such model, its class is unknown, or its code is not trusted.
+        ModelError: the model does not exist, or cannot be loaded with these settings.
     """
     has_torchvision()
     import torch
@@ -171,7 +171,7 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
         if isinstance(cfg.dtype, dict):
             config = AutoConfig.from_pretrained(cfg.path, **_hub_kwargs(cfg))
             dtypes = part_dtypes(cfg.dtype, config)
-            # No part may lose what it is to keep.
+            # Loaded in the widest dtype, so that no part loses precision before it is cast.
             kwargs["dtype"] = widest(dtypes)
         else:
             kwargs["dtype"] = cfg.dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
@@ -185,7 +185,7 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
         if cfg.device_map is not None:
             kwargs |= spread(cfg, device)
         elif cfg.quantization is not None:
-            # Quantized on the way in; some cannot be moved afterwards.
+            # Weights are quantized while they load, and some kinds cannot be moved afterwards.
             kwargs["device_map"] = {"": device}
         if cfg.tp_plan is not None:
             from transformers.distributed.configuration_utils import DistributedConfig
@@ -215,14 +215,14 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
 
 
 def spread(cfg: ModelConfig, device: str) -> dict[str, Any]:
-    """Where `from_pretrained` puts a model that one GPU does not hold.
+    """Return the arguments of `from_pretrained` that place a model on several GPUs.
 
     Args:
-        cfg: `gpus_per_replica` of them are this process's; None: all.
+        cfg: this process uses `gpus_per_replica` GPUs; None: all.
         device: the first of them.
 
     Raises:
-        ModelError: a mapping names one that is not among them, or they have too little memory.
+        ModelError: a mapping names a GPU outside the replica, or its free memory does not suffice.
     """
     import torch
 
@@ -232,8 +232,8 @@ def spread(cfg: ModelConfig, device: str) -> dict[str, Any]:
     if isinstance(cfg.device_map, dict):
         places = {module: _place(where, first, size) for module, where in cfg.device_map.items()}
         return {"device_map": places}
-    # Of others' GPUs not even the free memory is asked for, which would take some of it. Not the
-    # host's either: each replica would count on all of it.
+    # Querying the free memory of a GPU allocates memory on it, so other replicas' GPUs are not
+    # queried. Host memory is left out, because each replica would count on all of it.
     room = {gpu: torch.accelerator.get_memory_info(gpu)[0] for gpu in range(first, first + size)}
     if cfg.quantization is None:
         needed = sum(p.numel() * p.element_size() for p in load_skeleton(cfg).parameters())
@@ -253,7 +253,7 @@ def _too_large(cfg: ModelConfig, why: str = "layers are too large for what is fr
 
 
 def _place(where: Any, first: int, size: int) -> Any:
-    """A device of a mapping, which counts the GPUs of its own replica from 0."""
+    """Translate a device of `model.device_map`, which counts from the replica's first GPU."""
     kind, _, number = str(where).partition(":")
     number = kind if kind.isdecimal() else number
     if not number.isdecimal():
@@ -267,10 +267,10 @@ def _place(where: Any, first: int, size: int) -> Any:
 
 
 def _check_divisible(cfg: ModelConfig) -> None:
-    """Refuse a model that does not divide among the processes of a replica.
+    """Refuse a model that cannot be divided among the processes of a replica.
 
     Raises:
-        ModelError: transformers does not know how to divide it, or not by so many.
+        ModelError: transformers has no plan for it, or its number of heads is not divisible.
     """
     model, size = load_skeleton(cfg), cfg.gpus_per_replica or 1
     if not model.tp_plan:
@@ -290,10 +290,10 @@ def _check_divisible(cfg: ModelConfig) -> None:
 
 
 def _check_whole(model: Any, missing: Sequence[str], cfg: ModelConfig) -> None:
-    """Refuse a model that would speak with weights drawn at random.
+    """Refuse a model whose language model has randomly initialized weights.
 
-    transformers draws what a checkpoint lacks and says so in a report for programmers. Of the
-    vision part, something that no answer needs is often missing.
+    transformers initializes weights that a checkpoint lacks at random and logs them. Checkpoints
+    often lack weights of the vision tower that no answer needs, so those only cause a warning.
 
     Raises:
         ModelError: weights of the language model are missing.
@@ -318,7 +318,7 @@ def _check_whole(model: Any, missing: Sequence[str], cfg: ModelConfig) -> None:
 
 
 def _by_class(cfg: ModelConfig, make: Callable[[Any], Any]) -> Any:
-    """Make a model with the first of transformers' auto classes that knows its kind.
+    """Create a model with the first of transformers' auto classes that supports its config.
 
     Raises:
         ValueError: none does.
@@ -332,7 +332,7 @@ def _by_class(cfg: ModelConfig, make: Callable[[Any], Any]) -> Any:
 
     autos: list[Any] = [AutoModelForImageTextToText, AutoModelForMultimodalLM]
     if cfg.trust_remote_code:
-        # Code of a repository's own names itself by these, too.
+        # Remote code may register itself under these as well.
         autos += [AutoModelForCausalLM, AutoModel]
     for auto in autos:
         try:
@@ -345,10 +345,10 @@ def _by_class(cfg: ModelConfig, make: Callable[[Any], Any]) -> Any:
 
 
 def load_skeleton(cfg: ModelConfig) -> Any:
-    """A model of the right class and shapes without weights: on the device `meta`.
+    """Create the model on the meta device: its class, shapes and dtypes, without weights.
 
     Raises:
-        ModelError: as `load_model`, as far as the config tells.
+        ModelError: the errors of `load_model` that follow from the config.
     """
     has_torchvision()
     import torch
@@ -377,12 +377,12 @@ def _hub_kwargs(cfg: ModelConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
-    """Turn whatever loading raises into one line that names the model."""
+    """Turn any exception into a `ModelError` of one line that names the model and `part`."""
     try:
         yield
     except BatchvlmError:
         raise
-    # The libraries' own kinds among them: safetensors' derives from nothing but Exception.
+    # Libraries raise their own types: safetensors' error derives directly from Exception.
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
@@ -406,11 +406,11 @@ def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _video_apart() -> Iterator[None]:
-    """Keep what concerns images alone from breaking on video processors."""
+    """Load a processor without failing on its video processor, which is never used here."""
     if has_torchvision():
         from transformers.video_processing_utils import BaseVideoProcessor
 
-        # transformers 5.17 and 5.18 hand the image backend on to them, who raise.
+        # transformers 5.17 and 5.18 pass the image backend on to video processors, which raise.
         with _replaced(BaseVideoProcessor, "from_dict") as from_dict:
 
             def without_backend(cls: type, values: Any, /, **kwargs: Any) -> Any:
@@ -422,8 +422,8 @@ def _video_apart() -> Iterator[None]:
         return
     from transformers import ProcessorMixin
 
-    # They exist for torchvision alone, and processors of Qwen-VL's kind refuse to load without
-    # theirs. No row here is a video, so leave it out where it could not be loaded.
+    # Video processors need torchvision, and processors like Qwen-VL's do not load without theirs.
+    # No row here is a video, so the video processor is left out.
     with _replaced(ProcessorMixin, "get_attributes") as get_attributes:
 
         def without_video(cls: type) -> list[str]:
@@ -435,7 +435,7 @@ def _video_apart() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced(owner: type, name: str) -> Iterator[Any]:
-    """Give a class method's function, and set the class method back at the end."""
+    """Yield the function of a class method, and restore the class method on exit."""
     original = inspect.getattr_static(owner, name)
     try:
         yield original.__func__

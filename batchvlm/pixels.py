@@ -1,9 +1,9 @@
-"""Pixel values as bytes on their way to a GPU, and back into what the processor would have made.
+"""Pixel values sent to the GPU as uint8, and rescaled and normalized there.
 
-A processor's last step turns every byte of an image into a number by a table, one for each colour.
-Done on the GPU rather than in the worker, it makes samples a quarter of the size. The table is read
-off the processor's own output, so that the numbers are the same to the last bit; a processor whose
-output no such table explains, because it pads on the way, keeps its numbers.
+The last step of an image processor (rescale and normalize) maps each byte to a float by a lookup
+table per colour channel. Running it on the GPU instead of in the worker makes samples a quarter of
+the size. The table is measured from the processor's own output, so the values are bit-identical. A
+processor whose output is not a table lookup, for example because it pads, keeps its floats.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from torch import Tensor
 
 from batchvlm.records import Array, PixelTable
 
-# Shape legend: C colours.
+# Shape legend: C colour channels.
 
 _NUM_COLOURS = 3
-# Wide, tall, small and large: what pads or tiles by shape shows at one of them.
+# Wide, tall, small and large: a processor that pads or tiles by shape does so for one of them.
 _SHAPES = ((256, 192), (96, 320), (40, 40), (700, 500))
 _NUM_BANDS = 16
 _STEPS = ("do_rescale", "do_normalize")
 
 
 def to_numbers(table: PixelTable, pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """What bytes stand for, computed where they are: uint8 of any shape -> the same shape."""
+    """Look up pixel values on the device of `pixels`: uint8 of any shape -> `dtype`, same shape."""
     values_C256 = torch.from_numpy(table.values_C256).to(dtype)
     if pixels.is_cuda:
-        # From memory that is not pinned the copy would wait for the device.
+        # A copy from pageable memory would synchronize with the device.
         values_C256 = values_C256.pin_memory().to(pixels.device, non_blocking=True)
     if table.is_patched:
         parts = pixels.view(*pixels.shape[:-1], _NUM_COLOURS, -1).movedim(-2, 0)
     else:
         parts = pixels.movedim(-3, 0)
-    # Colour by colour: indices take four bytes a pixel.
+    # One channel at a time: the int32 indices take four bytes per pixel.
     colours = [values_C256[c][part.int()] for c, part in enumerate(parts)]
     return torch.stack(colours, dim=-2 if table.is_patched else -3).view(pixels.shape)
 
 
 def find_table(image_processor: Any) -> PixelTable | None:
-    """Read the table off an image processor; None where its output is not explained by one.
+    """Measure the lookup table of an image processor; None if its output is not a table lookup.
 
     Args:
-        image_processor: a transformers image processor; it is left as it was.
+        image_processor: a transformers image processor; not modified.
     """
     if not all(getattr(image_processor, step, False) is True for step in _STEPS):
         return None
@@ -58,7 +58,7 @@ def find_table(image_processor: Any) -> PixelTable | None:
             skipped = dict.fromkeys(_STEPS, False)
             made = image_processor(images, return_tensors="np", **skipped)["pixel_values"]
         except Exception:
-            return None  # one that wants more than images
+            return None  # such as a processor that needs more than images
         pixels = bytes_of(np.asarray(made))
         if pixels is None or numbers.dtype != np.float32 or pixels.shape != numbers.shape:
             return None
@@ -71,15 +71,15 @@ def find_table(image_processor: Any) -> PixelTable | None:
 
 
 def _probes() -> Iterator[list[Image.Image]]:
-    """Pictures that show how shapes are treated, and together every byte."""
+    """Yield lists of test images: several shapes, then images that cover every byte value."""
     random = np.random.default_rng(0)
     noise = [
         Image.fromarray(random.integers(0, 256, (height, width, _NUM_COLOURS), dtype=np.uint8))
         for width, height in _SHAPES
     ]
     yield from ([image] for image in noise)
-    yield noise[:2]  # what is filled up to the larger of two shows here
-    # Bands of one byte each, wide enough to outlast resizing.
+    yield noise[:2]  # detects padding to the larger of two images
+    # Bands of one byte value each, wide enough to survive resizing.
     for start in range(0, 256, _NUM_BANDS):
         band = np.repeat(np.arange(start, start + _NUM_BANDS, dtype=np.uint8), 256 // _NUM_BANDS)
         columns = np.broadcast_to(band[None, :, None], (256, 256, _NUM_COLOURS))
@@ -87,19 +87,19 @@ def _probes() -> Iterator[list[Image.Image]]:
 
 
 def leave_as_bytes(image_processor: Any) -> None:
-    """Leave the last step out of what an image processor does, from now on."""
+    """Disable rescaling and normalization of an image processor, in place."""
     for step in _STEPS:
         setattr(image_processor, step, False)
 
 
 def bytes_of(pixels: Array) -> Array | None:
-    """Whole numbers from 0 to 255 as bytes; None where they are something else."""
+    """Convert whole numbers from 0 to 255 to uint8; None if any value is not one."""
     made = pixels.astype(np.uint8)
     return made if np.array_equal(made, pixels) else None
 
 
 def _table(pairs: Sequence[tuple[Array, Array]], is_patched: bool) -> Array | None:
-    """[3, 256], if each byte of each colour is the same number wherever it stands."""
+    """Return the table [3, 256]; None if a byte of a channel is missing or has several values."""
     values_C256 = np.full((_NUM_COLOURS, 256), np.nan, dtype=np.float32)
     apart: list[tuple[int, Array, Array]] = []
     for colour, pair in product(range(_NUM_COLOURS), pairs):

@@ -1,8 +1,8 @@
-"""Weights in fewer bits: which library, and exactly which modules.
+"""Weight quantization: the library for each kind, and exactly which modules it quantizes.
 
-The libraries leave out the modules that they are told to by name, and say nothing where a name
-matches none: "vision_tower" leaves nothing out where the module is `model.vision_tower`. Here names
-are resolved against the model before its weights are read, and the outcome is looked at afterwards.
+The libraries skip modules by name, and ignore a name that matches no module: "vision_tower" skips
+nothing if the module is `model.vision_tower`. Here names are resolved against the model before its
+weights are loaded, and the result is checked afterwards.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _NEEDS = {
     "bnb": ("bitsandbytes", "bitsandbytes"),
     "torchao": ("torchao", "torchao"),
 }
-"""The module of each library, and the extra that installs it."""
+"""Prefix of a kind -> the library's module, and the extra that installs it."""
 
 
 _BYTES = {Quantization.quanto_int4: 0.53, Quantization.bnb_nf4: 0.5625}
-"""Of a weight, with its share of what scales it; all other kinds take one."""
+"""Bytes per weight, scales included; all other kinds take 1."""
 
 
 def check_installed(kind: Quantization) -> None:
-    """Refuse a quantization whose library is not here.
+    """Refuse a quantization whose library is not installed.
 
     Raises:
-        ModelError: names the extra that brings it.
+        ModelError: names the extra that installs it.
     """
     module, extra = _NEEDS[kind.value.split("_")[0]]
     try:
@@ -45,12 +45,12 @@ def check_installed(kind: Quantization) -> None:
 
 
 def modules_to_skip(skeleton: Any, names: Sequence[str] | None) -> list[str]:
-    """Full paths of the modules whose weights stay as they are.
+    """Return the full paths of the modules that are not quantized.
 
     Args:
-        skeleton: the model, its weights not needed.
-        names: full paths or their last parts; None: all linear layers but those of the language
-            model's layers, so that images and logits are as exact as ever.
+        skeleton: the model, which may be on the meta device.
+        names: full paths or their last parts. None skips all linear layers outside the decoder and
+            the output head, so that image embeddings and logits keep their precision.
 
     Raises:
         ModelError: a name matches no module.
@@ -79,16 +79,16 @@ def modules_to_skip(skeleton: Any, names: Sequence[str] | None) -> list[str]:
 
 
 def quantization_config(kind: Quantization, skip: Sequence[str], *, dtype: Any) -> Any:
-    """What transformers needs to quantize a model while it loads.
+    """Return the `quantization_config` argument of `from_pretrained`.
 
     Args:
-        kind: how.
-        skip: full paths of modules to leave as they are.
+        kind: library and format.
+        skip: full paths of the modules that are not quantized.
         dtype: torch dtype in which nf4 computes.
     """
     import transformers
 
-    bits_and_bytes: Any = transformers.BitsAndBytesConfig  # whose methods have no types
+    bits_and_bytes: Any = transformers.BitsAndBytesConfig  # its methods are untyped
     skip = list(skip)
     match kind:
         case Quantization.quanto_int8 | Quantization.quanto_int4 | Quantization.quanto_float8:
@@ -116,11 +116,11 @@ def quantization_config(kind: Quantization, skip: Sequence[str], *, dtype: Any) 
 
 
 def quantized_bytes(skeleton: Any, kind: Quantization, skip: Sequence[str]) -> int:
-    """Memory that the weights of a model will take.
+    """Estimate the bytes of a quantized model's weights.
 
     Args:
-        skeleton: the model in the dtypes of what stays as it is.
-        skip: full paths of the modules that do.
+        skeleton: the model before quantization, with the dtypes of its unquantized weights.
+        skip: full paths of the modules that are not quantized.
     """
     below = tuple(f"{path}." for path in skip)
     size_bytes = float(sum(p.numel() * p.element_size() for p in skeleton.parameters()))
@@ -132,14 +132,14 @@ def quantized_bytes(skeleton: Any, kind: Quantization, skip: Sequence[str]) -> i
 
 
 def check_quantized(model: Any, skip: Sequence[str]) -> None:
-    """See that what was to be quantized is, and nothing else.
+    """Check that some module was quantized, and none of those to skip.
 
     Args:
-        model: as it was loaded.
-        skip: full paths of the modules that were to stay as they are.
+        model: the loaded model.
+        skip: full paths of the modules that must not be quantized.
 
     Raises:
-        ModelError: nothing was quantized, or a module that was to stay as it is.
+        ModelError: nothing was quantized, or a module in `skip` was.
     """
     quantized = [path for path, module in model.named_modules() if is_quantized(module)]
     if not quantized:
@@ -154,19 +154,19 @@ def check_quantized(model: Any, skip: Sequence[str]) -> None:
 
 
 def is_quantized(module: Any) -> bool:
-    """Whether a module is a linear layer with weights in fewer bits."""
+    """Whether a module is a linear layer with quantized weights."""
     import torch
 
     weight = getattr(module, "weight", None)
     if weight is None or not _has_matrix(module):
         return False
-    # A class of the library's own (bitsandbytes, Quanto), or a tensor of its own (torchao).
+    # bitsandbytes and Quanto use their own Linear class, torchao its own tensor class.
     is_own = type(module) is not torch.nn.Linear and "Linear" in type(module).__name__
     return is_own or type(weight.data) not in (torch.Tensor, torch.nn.Parameter)
 
 
 def refuses_inference_mode(model: Any) -> bool:
-    """Whether its weights cannot be used under `torch.inference_mode`: those of Quanto int4."""
+    """Whether the weights do not work under `torch.inference_mode`, as those of Quanto int4."""
     config = getattr(model.config, "quantization_config", None)
     return getattr(config, "weights", None) == "int4"
 
