@@ -1,4 +1,4 @@
-"""Settings of `engine=endpoint`: an address without secrets, and nothing that no server is told."""
+"""Checks of the settings of `engine=endpoint`: a URL without secrets, and no unsendable setting."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from urllib.parse import urlsplit
 from batchvlm.config import EngineName, GenerationConfig, Guided, JobConfig, SourceKind
 from batchvlm.errors import ConfigError
 
-# What the OpenAI protocol has no word for.
+# Settings for which the OpenAI API has no field.
 _NOT_SENT = ("min_new_tokens", "top_k", "min_p", "repetition_penalty", "ignore_eos")
 
 
 def check_endpoint(cfg: JobConfig) -> None:
-    """Refuse what no server can do, and secrets where they would be written down.
+    """Refuse settings that a server cannot apply, and secrets in a URL that is written to disk.
 
     Raises:
-        ConfigError: never repeats what may be a secret.
+        ConfigError: the message never repeats a value that may hold a secret.
     """
     endpoint, gen = cfg.engine.endpoint, cfg.generation
     if cfg.engine.name is not EngineName.endpoint:
@@ -36,7 +36,7 @@ def check_endpoint(cfg: JobConfig) -> None:
         is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:
         is_address = False
-    # None of these lines repeats what may hold a password.
+    # These messages do not repeat the URL, which may hold a password.
     if not is_address:
         raise ConfigError("engine.endpoint.url is no http or https address")
     if "@" in url.netloc or url.query or url.fragment:
@@ -48,7 +48,8 @@ def check_endpoint(cfg: JobConfig) -> None:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", endpoint.token_env):
         raise ConfigError("engine.endpoint.token_env is no name of an environment variable")
     for key in _NOT_SENT:
-        # From a row they are sent as vLLM calls them: whoever wrote the row knows the server.
+        # Only settings of the run are refused. Those of a row are sent under vLLM's names: its
+        # author chose them for this server.
         if getattr(gen, key) != getattr(GenerationConfig, key):
             raise ConfigError(
                 f"engine=endpoint cannot send generation.{key}, for which the OpenAI protocol has "
@@ -57,7 +58,7 @@ def check_endpoint(cfg: JobConfig) -> None:
                 "engine.endpoint.extra_body.top_k=20",
             )
     for setting, is_set in (
-        # A batch file's own form asks for them, and does without.
+        # data=openai sets output.token_ids by default, and works without token ids.
         ("output.token_ids", cfg.output.token_ids and cfg.data.source is not SourceKind.openai),
         ("model.max_prompt_tokens", cfg.model.max_prompt_tokens is not None),
     ):

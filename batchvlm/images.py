@@ -1,4 +1,4 @@
-"""ImageRef -> upright RGB picture, under every cap. Hostile images end here."""
+"""ImageRef -> upright RGB image within all size limits. Images are untrusted input."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from batchvlm.config import ImageFormat
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.records import Failure, ImageRef
 
-# Ours is checked against the header before a pixel is decoded, and names the limit.
+# Pillow's limit is off: `_check_size` checks the header before decoding, and names the setting.
 Image.MAX_IMAGE_PIXELS = None
 
-# It logs what it finds wrong with a TIFF, line by line; the row's error says that it is broken.
+# Pillow logs every fault of a TIFF. The row's error already says that the image is broken.
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
-# Pillow opens more, EPS by running Ghostscript on it.
+# Pillow opens other formats too; for EPS it runs Ghostscript.
 Image.init()
 _WANTED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
@@ -39,10 +39,10 @@ _WHITE = (255, 255, 255)
 _ZLIB_RLE = 3
 _BITS_PER_SAMPLE = 258
 _MAX_PATH_CHARS = 200
-"""Of a path that a message names."""
+"""Longest path in an error message."""
 _STRIP_PIXELS = 1 << 20
-"""Converted at once where the whole image would take too much memory."""
-# What brings a picture of each EXIF orientation upright.
+"""Pixels converted at a time, to bound memory."""
+# EXIF orientation -> the operation that makes the image upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,10 +55,10 @@ _TURNS = {
 
 
 def at_hand(ref: ImageRef, fetched: Mapping[str, bytes | Failure]) -> ImageRef:
-    """The same image without its address: by what was fetched from there.
+    """Replace a reference to a URL by the bytes fetched from it; return others unchanged.
 
     Raises:
-        RowError: nothing could be, or fetching is not allowed (`forbidden`, `fetch`, ...).
+        RowError: fetching failed or is not allowed (`forbidden`, `fetch`, `missing_image`, ...).
     """
     if ref.url is None:
         return ref
@@ -85,17 +85,17 @@ def load_image(
     max_source_pixels: int,
     max_pixels: int,
 ) -> Image.Image:
-    """Decode one image wholly: upright, RGB, at most `max_pixels`, without metadata.
+    """Decode an image completely: upright, RGB, at most `max_pixels`, without metadata.
 
-    What a decoder needs apart, memory is bounded by the decoded image, 4 bytes a pixel, and the
-    result: an image that is to be shrunk is converted strip by strip.
+    Apart from the decoder's own buffers, memory is bounded by the decoded image, at 4 bytes per
+    pixel, plus the result: a large image is converted and shrunk strip by strip.
 
     Args:
-        ref: bytes, or a path below `image_root`; an address is never followed.
+        ref: bytes, or a path below `image_root`; a URL is never fetched.
         image_root: the only folder that paths may point into; None allows no path.
-        max_image_bytes: a file of more bytes is refused unread.
-        max_source_pixels: a header that claims more is refused undecoded.
-        max_pixels: a larger image is shrunk to this, keeping its shape.
+        max_image_bytes: a larger file is refused; at most one byte more is read.
+        max_source_pixels: an image with more pixels by its header is refused before decoding.
+        max_pixels: a larger image is shrunk to this, keeping its aspect ratio.
 
     Raises:
         RowError: `missing_image`, `fetch`, `forbidden`, `too_large` or `decode`.
@@ -106,7 +106,7 @@ def load_image(
     _check_bytes(len(data), max_image_bytes)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; the pixels decide
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which does not matter
             return _decode(data, max_source_pixels=max_source_pixels, max_pixels=max_pixels)
     except RowError:
         raise
@@ -123,13 +123,13 @@ _TIFF_SIZE = (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH)
 def image_size(
     ref: ImageRef, *, image_root: str | None, max_image_bytes: int, max_source_pixels: int
 ) -> tuple[int, int]:
-    """(width, height) of an image, upright, from its header alone.
+    """Return the upright (width, height) of an image, read from its header only.
 
     Args:
         ref, image_root, max_image_bytes, max_source_pixels: as in `load_image`.
 
     Raises:
-        RowError: as `load_image`, as far as a header tells.
+        RowError: the errors of `load_image` that a header reveals.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -155,7 +155,8 @@ def image_size(
             ) from error
     width, height = image.size
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        # Pillow turns a TIFF's size as it opens it, newer releases of it; its tags say the file's.
+        # Newer releases of Pillow report a TIFF's size already upright; the tags hold the stored
+        # size.
         width, height = (int(image.tag_v2[tag]) for tag in _TIFF_SIZE)
     return (height, width) if turn in (5, 6, 7, 8) else (width, height)
 
@@ -181,11 +182,11 @@ def _check_size(size: tuple[int, int], max_source_pixels: int) -> None:
 
 
 def image_file(image: Image.Image, kind: ImageFormat) -> bytes:
-    """A decoded picture as a file for a server: these pixels, and nothing else of the original."""
+    """Encode a decoded image as a file for a server, without the original's metadata."""
     file = io.BytesIO()
     match kind:
         case ImageFormat.png:
-            # 0.28 s for a photo of 2.4 megapixels where the default takes 0.60, at the same size.
+            # 0.28 s for a photo of 2.4 megapixels; the default takes 0.60 s for the same file size.
             image.save(file, "PNG", compress_level=1, compress_type=_ZLIB_RLE)
         case ImageFormat.jpeg:
             image.save(file, "JPEG", quality=95)
@@ -200,16 +201,20 @@ def _one_line(error: Exception) -> str:
 
 
 def _read_file(path: str | None, image_root: str | None, max_bytes: int) -> bytes:
-    """A file's bytes; of one that is too long, one byte too many."""
+    """Read at most `max_bytes + 1` bytes of a file, so that the caller sees if it is too long."""
     with _open_file(path, image_root) as file:
         return file.read(max_bytes + 1)
 
 
 @contextlib.contextmanager
 def _open_file(path: str | None, image_root: str | None) -> Iterator[BinaryIO]:
-    """Open a file below the root; reading it within the block may fail in the same ways."""
+    """Open a file below the root. Errors of reading it in the block are converted as well.
+
+    Raises:
+        RowError: `forbidden`, `missing_image` or `fetch`.
+    """
     assert path is not None
-    # Escaped: a path can hold anything, line ends among it.
+    # repr escapes line ends and other control characters.
     named = repr(path if len(path) <= _MAX_PATH_CHARS else f"...{path[-_MAX_PATH_CHARS:]}")
     if image_root is None:
         raise RowError(ErrorType.FORBIDDEN, "the row names a path and data.image_root is not set")
@@ -220,14 +225,14 @@ def _open_file(path: str | None, image_root: str | None) -> Iterator[BinaryIO]:
             raise RowError(
                 ErrorType.FORBIDDEN, f"{named} leads out of data.image_root={image_root}"
             )
-        # Not blocking: a named pipe would hang, a device would never end.
+        # Non-blocking, because opening a named pipe would hang until it has a writer.
         with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise RowError(ErrorType.MISSING_IMAGE, f"{named} is no regular file")
             yield file
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a valid path"
-        # A fault of the disk or the network may be gone with the next try; the file was named well.
+        # A disk or network fault may be transient, so the row can be retried.
         is_fault = isinstance(error, OSError) and error.errno in _FAULTS
         raise RowError(
             ErrorType.FETCH if is_fault else ErrorType.MISSING_IMAGE,
@@ -240,34 +245,34 @@ def _decode(data: bytes, *, max_source_pixels: int, max_pixels: int) -> Image.Im
     width, height = image.size
     _check_size(image.size, max_source_pixels)
     if image.format == "PNG":
-        # Pillow decodes pixels whose checksum is wrong, browsers do not.
+        # Pillow decodes pixels with a wrong checksum unless verified; browsers do not.
         Image.open(io.BytesIO(data), formats=("PNG",)).verify()
     if image.format == "JPEG" and width * height > max_pixels:
-        # A JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work; Pillow picks the smallest
-        # scale that still covers the size asked for.
+        # A JPEG decodes at 1/2, 1/4 or 1/8 scale for a fraction of the work. Pillow picks the
+        # smallest scale that still covers the requested size.
         image.draft(None, capped_size(image.size, max_pixels))
-    image.load()  # open() alone accepts half a file
+    image.load()  # open() accepts a truncated file
     turn = None
-    with contextlib.suppress(Exception):  # broken metadata: the pixels are still good
+    with contextlib.suppress(Exception):  # with broken metadata the pixels are still usable
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     image = _shrunk_to_rgb(image, max_pixels)
     if turn is not None:
         image = image.transpose(turn)
     if not image.info:
         return image
-    # Without metadata: whoever finds the orientation there might turn the picture once more.
+    # Copied without metadata: a processor could apply the EXIF orientation again.
     picture = Image.new("RGB", image.size)
     picture.paste(image)
     return picture
 
 
 def _shrunk_to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
-    """As RGB at most `max_pixels` large; the whole is never there twice in full size."""
+    """Convert to RGB with at most `max_pixels`, without a second full-size copy when shrinking."""
     size = capped_size(image.size, max_pixels)
     image = _to_8_bits(image)
     if size == image.size:
         return to_rgb(image)
-    # As resize(reducing_gap=3) does it: by whole numbers first, then exactly.
+    # As resize(reducing_gap=3) does: reduce by an integer factor first, then resize exactly.
     by_x, by_y = (
         max(1, int(whole / part / 3.0)) for whole, part in zip(image.size, size, strict=True)
     )
@@ -280,25 +285,25 @@ def _shrunk_to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
 
 
 def _strips(image: Image.Image, step: int = 1) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes from top to bottom, each a multiple of `step` rows high but for the last."""
+    """Yield boxes from top to bottom; the height of all but the last is a multiple of `step`."""
     num_rows = step * max(1, _STRIP_PIXELS // (image.width * step))
     for top in range(0, image.height, num_rows):
         yield (0, top, image.width, min(top + num_rows, image.height))
 
 
 def capped_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
-    """(width, height) scaled down to at most `max_pixels`, each side at least one pixel."""
+    """Scale (width, height) down to at most `max_pixels`, with each side at least one pixel."""
     width, height = size
     if width * height <= max_pixels:
         return size
     scale = math.sqrt(max_pixels / (width * height))
     w, h = max(1, int(width * scale)), max(1, int(height * scale))
-    # A thin strip keeps its one pixel; the long side then gives way.
+    # If the short side was rounded up to one pixel, the long side is cut to the limit.
     return (min(w, max_pixels), h) if h == 1 else (w, min(h, max_pixels // w))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB: transparency over white, wide grey scaled to 8 bits."""
+    """Convert any mode to RGB: transparency over white, grey of more than 8 bits scaled to 8."""
     image = _to_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -308,7 +313,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 and more bits as L, where convert() would clip at 255; all else as it is."""
+    """Scale grey of 16 or more bits to L, where convert() would clip at 255; return other modes
+    unchanged."""
     if not image.mode.startswith("I") and image.mode != "F":
         return image
     white = _white_level(image)
@@ -322,7 +328,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _white_level(image: Image.Image) -> float:
-    """The value that is white: by the format where it says so, else the least that would fit."""
+    """Return the value of white: the format's if it defines one, else the lowest usual one (1, 255
+    or 65535) that no pixel exceeds, else the maximum."""
     if image.mode.startswith("I;16"):
         tags: Any = getattr(image, "tag_v2", {})  # a TIFF of 9 to 16 bits
         bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]

@@ -1,10 +1,10 @@
-"""Chat messages in every shape that tools leave them in, made one: text parts and image slots.
+"""Normalizes chat messages of several formats to lists of text parts and image slots.
 
-Shapes taken: a list of `{"role", "content"}`, or the same as JSON text. A content is a string or a
+Accepted: a list of `{"role", "content"}`, or the same as JSON text. The content is a string or a
 list of parts: `{"type": "text", "text"}`, `{"type": "image"}` (a slot for the next image of the
 image columns), `{"type": "image", "image"|"path"|"url"|"bytes"|"base64"}`, OpenAI's
 `{"type": "image_url", "image_url": {"url"}}`, and Anthropic's
-`{"type": "image", "source": {"data"|"url"}}`. A part may leave its type out where its keys tell it.
+`{"type": "image", "source": {"data"|"url"}}`. A part may omit its type if its keys imply it.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ Message = dict[str, Any]
 
 _INLINE = ("image", "path", "url", "bytes", "image_url", "base64", "source")
 _NOT_HERE = ("file_id", "data")
-"""Keys by which other programs name an image, and nothing here finds it."""
+"""Keys by which other APIs refer to an image, and which are not supported."""
 _NOT_SAID = ("tool_calls", "function_call", "images")
-"""Keys of a message that would change the prompt, and that nothing here renders."""
-# Without brackets in brackets, so that no text takes longer than its length.
+"""Keys of a message that would change the prompt, and which are not supported."""
+# No nested brackets, so that matching takes linear time.
 _MARKDOWN = re.compile(r"!\[[^\[\]]*\]\([ \t]{0,8}([^()\s]+)[ \t]{0,8}\)")
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
-# A colon alone makes no address: photo:1.png and C:/images are paths.
+# A colon alone does not make a URL: photo:1.png and C:/images are paths.
 _ADDRESS = re.compile(r"(file|https?|[a-z][a-z0-9+.\-]+(?=://)):/", re.IGNORECASE)
 _URL = re.compile(r"[a-z][a-z0-9+.\-]+://", re.IGNORECASE)
-# How the files that `images` opens begin; nothing so short that a path could begin like it.
+# Signatures of the formats that `images` opens, long enough that no path matches by chance.
 _IMAGE_FILE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF....WEBP|BM.{4}\0{4}|II\*\0|MM\0\*"
     rb"|.{4}ftypavi[fs]|\0{3}\x0cjP  ",
     re.DOTALL,
 )
 _MIN_BASE64_CHARS = 40
-"""The smallest image file has some 30 bytes."""
+"""The smallest image files have about 30 bytes."""
 _MAX_PATH_CHARS = 4096
-"""No system takes a longer path."""
+"""Longest path on any supported system."""
 _URL_SAFE = str.maketrans("-_", "+/")
 _NO_BASE64 = re.compile(r"[^A-Za-z0-9+/=\s_-]")
 
 
 def image_refs(value: Any, where: str) -> list[ImageRef]:
-    """The images of a cell: a struct, bytes, a path, an address, a `data:` URI, base64, or a list.
+    """Return the images of a cell: a struct, bytes, path, URL, `data:` URI, base64, or a list.
 
     Args:
-        value: the cell as Python.
-        where: its column, for the message.
+        value: the cell as a Python value.
+        where: its column, for error messages.
 
     Raises:
-        RowError: a null or empty image (`missing_image`), a broken data URI (`decode`), an address
-            of no host (`forbidden`), or something else (`prompt`).
+        RowError: a null or empty image (`missing_image`), a broken data URI or base64 (`decode`), a
+            file: address or one without a host (`forbidden`), or any other value (`prompt`).
     """
     if isinstance(value, list | tuple):
         return [ref for i, item in enumerate(value) for ref in image_refs(item, f"{where}[{i}]")]
@@ -101,15 +101,15 @@ def _image_ref(value: Any, where: str) -> ImageRef:
 
 
 def _decode_image(text: str, where: str) -> bytes | None:
-    """The image that a text is the base64 of, without a `data:` before it; None: it is a path.
+    """Decode a base64 image without a `data:` prefix; None if the text is a path.
 
     Raises:
-        RowError: it begins as an image in base64 does, and is neither (`decode`).
+        RowError: it starts like an image in base64 but is invalid, and not a path (`decode`).
     """
     if len(text) < _MIN_BASE64_CHARS:
         return None
     try:
-        # 20 characters tell most paths apart before all of the text is looked at.
+        # The first 20 characters rule out most paths without decoding the whole text.
         head = _from_base64(text.lstrip()[:20])
     except ValueError:
         return None
@@ -124,7 +124,7 @@ def _decode_image(text: str, where: str) -> bytes | None:
 
 
 def _from_base64(text: str) -> bytes:
-    """Base64 of either alphabet, with white space in it, with or without `=` at its end."""
+    """Decode standard or URL-safe base64, with white space and with or without padding."""
     text = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
@@ -146,10 +146,10 @@ def _decode_data_uri(uri: str, where: str) -> bytes:
 
 
 def read_messages(value: Any, where: str) -> list[Message]:
-    """Bring a cell of chat messages into one shape: content is always a list of parts.
+    """Normalize a cell of chat messages: the content becomes a list of parts.
 
     Raises:
-        RowError: the cell is null or is not chat messages (`prompt`).
+        RowError: the cell is null or does not hold chat messages (`prompt`).
     """
     if isinstance(value, str):
         value = _from_json(value, where)
@@ -158,7 +158,7 @@ def read_messages(value: Any, where: str) -> list[Message]:
     messages: list[Message] = []
     for i, message in enumerate(value):
         role = message.get("role") if isinstance(message, Mapping) else None
-        # A role becomes part of the prompt as it is: no room for control tokens.
+        # A role is inserted into the prompt unescaped, so it must not hold control tokens.
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
             raise RowError(ErrorType.PROMPT, f"{where}[{i}] has no role that is a plain word")
         if said := [key for key in _NOT_SAID if message.get(key)]:
@@ -182,13 +182,13 @@ def _from_json(text: str, where: str) -> Any:
 
 
 def read_turns(value: Any, where: str) -> list[Message]:
-    """Bring a cell of what a user says, turn after turn, into the shape of messages.
+    """Normalize a cell of user turns to messages.
 
-    Taken: a list of texts, of lists of parts, or of user messages, where a system message may come
-    first; or JSON text of one.
+    Accepted: a list whose items are texts, lists of parts, or user messages, optionally after a
+    system message; or the same as JSON text.
 
     Raises:
-        RowError: the cell is null, or holds something else (`prompt`).
+        RowError: the cell is null or does not hold user turns (`prompt`).
     """
     if isinstance(value, str):
         if value.strip() and value.strip()[0] not in '[{"':
@@ -224,7 +224,7 @@ def _parts(message: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
             continue
         if not isinstance(part, Mapping):
             raise RowError(ErrorType.PROMPT, f"{where}.content[{i}] is no part")
-        # A Parquet struct has every key of every part; those that are null are not there.
+        # A Parquet struct has the keys of all parts; null ones are treated as absent.
         part = {key: item for key, item in part.items() if item is not None}
         match part.get("type", _untyped(part)):
             case "text" | "input_text" | "output_text":
@@ -246,13 +246,13 @@ def _parts(message: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
 
 
 def _untyped(part: Mapping[str, Any]) -> str | None:
-    """The type of a part that does not name it, by its keys; None where they leave it open."""
+    """Infer the type of a part from its keys; None if they are ambiguous."""
     kinds = ["text"] * ("text" in part) + ["image"] * any(key in part for key in _INLINE)
     return kinds[0] if len(kinds) == 1 else None
 
 
 def with_markdown_images(messages: Sequence[Message]) -> list[Message]:
-    """Make an image of each `![any words](address, path or data: URI)` in what the user says."""
+    """Turn each `![any words](URL, path or data: URI)` in user messages into an image part."""
     return [
         {**message, "content": list(_split_markdown(message["content"]))}
         if message["role"] == "user"
@@ -266,7 +266,7 @@ def _split_markdown(parts: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str,
         if part["type"] != "text":
             yield part
             continue
-        # Every second piece is what the brackets of the pattern found.
+        # Every second piece is the pattern's captured group.
         for i, piece in enumerate(_MARKDOWN.split(part["text"])):
             if i % 2:
                 yield {"type": "image", "inline": {"url": piece}}
@@ -277,14 +277,15 @@ def _split_markdown(parts: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str,
 def fill_slots(
     messages: Sequence[Message], images: Sequence[ImageRef], where: str
 ) -> tuple[list[Message], tuple[ImageRef, ...]]:
-    """Match images with slots, in order.
+    """Assign images to image slots, in order.
 
-    Images written into a message come first by place; bare slots take the image columns' images
-    one after the other. Messages without any bare slot get all of those before the first user
-    text, as every chat template expects images.
+    An image part with an inline image keeps it. Bare slots take the images of the image columns in
+    order. If there is no bare slot, slots for all of those are inserted at the start of the first
+    user message.
 
     Returns:
-        The messages, every image part now just `{"type": "image"}`, and the images in slot order.
+        The messages, with every image part reduced to `{"type": "image"}`, and the images in slot
+        order.
 
     Raises:
         RowError: more slots than images (`missing_image`) or more images than slots (`prompt`).

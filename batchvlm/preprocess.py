@@ -1,6 +1,6 @@
-"""Record -> sample: the prompt built, the images decoded, everything as the model takes it.
+"""Record -> sample: builds the prompt, decodes the images and runs the model's processor.
 
-Runs in worker processes. Whatever a row does here costs that row alone.
+Runs in worker processes. An error fails only the row that caused it.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from batchvlm.records import (
 from batchvlm.words import one_line
 
 _RECENT_BYTES = 128 << 20
-"""Of what the processor made of pictures that a worker keeps: two of Qwen-VL's at the default
-`model.max_image_pixels`; and a quarter of that of the pictures."""
+"""Size of a worker's cache of processed images: two of Qwen-VL's at the default
+`model.max_image_pixels`. The cache of decoded images has a quarter of that."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:
-    """All that a worker process needs to know; small, and picklable."""
+    """Settings of a worker process; picklable."""
 
     model: ModelConfig
     task: TaskConfig
@@ -58,13 +58,13 @@ class PreprocessSpec:
     max_source_pixels: int
     max_image_bytes: int = DataConfig.max_image_bytes
     device: str = "cpu"
-    """As `engine.device` names it: for a GPU, pixels may stay bytes."""
+    """`engine.device`. For a CUDA device, pixels may stay uint8."""
     sent_as: ImageFormat | None = None
-    """Set where a server has the processor: images are sent to it in this format."""
+    """Format in which images are sent to a server, which runs the processor; None without one."""
 
 
 class Preprocessor:
-    """Makes samples of records with one model's processor.
+    """Turns records into samples with the processor of one model.
 
     Raises:
         ModelError: the processor cannot be loaded.
@@ -81,7 +81,7 @@ class Preprocessor:
         self._processor = load_processor(spec.model)
         self._pixel_table: PixelTable | None = None
         if is_for_gpu(spec.device):
-            # Here, since it imports torch, and workers for a server do without.
+            # Imported here because it imports torch, which workers for a server do not need.
             from batchvlm.pixels import find_table, leave_as_bytes
 
             self._pixel_table = find_table(self._processor.image_processor)
@@ -94,7 +94,7 @@ class Preprocessor:
         self._chat = ChatTemplate(self._processor)
 
     def prepare(self, record: Record) -> Sample | Failure:
-        """Make the sample of one record, or say why there is none. Never raises on a row."""
+        """Return the sample of a record, or its failure. Never raises because of a row."""
         if record.failure is not None:
             return record.failure
         try:
@@ -106,7 +106,7 @@ class Preprocessor:
             return self._sample(prompt, pictures)
         except RowError as error:
             return Failure(error_type=error.error_type, message=error.message)
-        # A processor can raise anything on an image that it did not expect.
+        # A processor may raise any exception on an unusual image.
         except Exception as error:
             text = one_line(error)
             return Failure(
@@ -114,7 +114,7 @@ class Preprocessor:
             )
 
     def _picture(self, ref: ImageRef) -> Image.Image:
-        """The picture of a reference, marked by what it shows."""
+        """Return the decoded image of a reference, with its pixel digest in `info[KEY]`."""
 
         def load() -> Image.Image:
             picture = load_image(
@@ -168,7 +168,7 @@ class Preprocessor:
 
 
 def room_behind(limits: ModelLimits, num_tokens: int) -> int | None:
-    """Tokens that an answer may have behind a prompt; None where the model sets no limit."""
+    """Return how many tokens fit after a prompt of `num_tokens`; None if the model has no limit."""
     if limits.max_positions is None:
         return None
     return limits.max_positions - (1 if limits.is_encoder_decoder else num_tokens)
@@ -177,14 +177,14 @@ def room_behind(limits: ModelLimits, num_tokens: int) -> int | None:
 def check_length(
     cfg: ModelConfig, limits: ModelLimits, num_tokens: int, num_image_tokens: int, num_images: int
 ) -> None:
-    """Refuse a prompt that is longer than the model takes, or than the settings allow, or empty.
+    """Refuse a prompt that is empty, or longer than the model or `model.max_prompt_tokens` allow.
 
     Raises:
         RowError: `prompt_too_long`, or `prompt`.
     """
     if not num_tokens:
-        # Without a template, and a tokenizer that begins with no token. There is nothing to
-        # answer behind.
+        # Possible without a chat template, if the tokenizer adds no BOS token. There is no last
+        # token whose logits could be used.
         raise RowError(ErrorType.PROMPT, "the prompt is empty")
     longest = cfg.max_prompt_tokens
     if limits.max_positions is not None:
@@ -198,7 +198,7 @@ def check_length(
 
 
 def _request(prompt: Prompt, images: Sequence[Image.Image], kind: ImageFormat) -> Sample:
-    """The sample of a prompt that a server tokenizes."""
+    """Return the sample of a prompt that a server tokenizes."""
     return Sample(
         row_index=prompt.row_index,
         features={},
@@ -214,13 +214,13 @@ def _request(prompt: Prompt, images: Sequence[Image.Image], kind: ImageFormat) -
 
 
 class ChatTemplate:
-    """A processor's chat template, guarded against text that poses as control tokens.
+    """Renders a processor's chat template, with control tokens in the text of rows escaped.
 
-    Without one, as models have that were not trained to chat, a prompt is its text alone, with the
+    A model that was not trained to chat has no template. Its prompt is the plain text, with the
     processor's image token for each image.
 
-    "<image>" typed into a row would become an image slot, "<|im_end|>" would end the user's turn.
-    Such text gets a space behind its first character, so that it reads the same and is no token.
+    "<image>" in the text of a row would become an image slot, and "<|im_end|>" would end the user's
+    turn. A space is inserted after the first character of such text, which keeps it readable.
 
     Args:
         processor: from `load_processor`.
@@ -234,22 +234,22 @@ class ChatTemplate:
         tokens = {str(getattr(processor, name, None) or "") for name in names}
         added = processor.tokenizer.added_tokens_decoder.values()
         tokens |= {token.content for token in added if token.special}
-        # Longest first: of two tokens that begin alike, the longer one is meant.
+        # Longest first: if one token is a prefix of another, the longer one must match.
         control = sorted((t for t in tokens if len(t.strip()) > 1), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]
     ) -> dict[str, Array]:
-        """Render the chat template, expand image slots, tokenize, and make pixel values.
+        """Render the chat template, expand image slots, tokenize, and compute pixel values.
 
         Returns:
-            The processor's arrays for a batch of this one row: `input_ids` int64 [1, T] and,
-            as the family has them, `pixel_values`, `image_grid_thw`, `token_type_ids`, ...
+            The processor's arrays for a batch of one row: `input_ids` int64 [1, T] and, depending
+            on the model family, `pixel_values`, `image_grid_thw`, `token_type_ids`, ...
         """
         filled = self._filled(messages, images)
         if self._template is None:
-            # A list of images a prompt: a flat list would be one image for each of many prompts.
+            # One list of images per prompt: a flat list would mean one image for each prompt.
             encoded = self._processor(
                 text=[self._plain(filled)],
                 images=[list(images)] if images else None,
@@ -268,7 +268,7 @@ class ChatTemplate:
         return {key: array for key, array in arrays.items() if array.dtype.kind in "biuf"}
 
     def text(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> str:
-        """The rendered template, with one placeholder for each image."""
+        """Return the rendered template, with one placeholder per image."""
         filled = self._filled(messages, images)
         if self._template is None:
             return self._plain(filled)
@@ -278,7 +278,7 @@ class ChatTemplate:
         return rendered
 
     def _plain(self, filled: Sequence[Mapping[str, Any]]) -> str:
-        """A prompt without a template."""
+        """Return the prompt of a model without a template."""
         parts = [part for message in filled for part in message["content"]]
         return "".join(p["text"] if p["type"] == "text" else self._slot for p in parts)
 
@@ -302,7 +302,7 @@ class ChatTemplate:
 
 
 def _image_slot(processor: Any) -> str:
-    """What stands for an image in a text; nothing where the processor sets images before it."""
+    """Return the image token of a processor; empty if it puts images before the text itself."""
     with contextlib.suppress(Exception):
         processor(text=["a"], images=[[Image.new("RGB", (64, 64))]], return_tensors="pt")
         return ""
@@ -310,7 +310,7 @@ def _image_slot(processor: Any) -> str:
 
 
 def _joined(parts: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    # Two neighbouring texts could each hold half of a control token.
+    # Adjacent texts are joined, because each could hold half of a control token.
     for is_text, group in groupby(parts, key=lambda part: part["type"] == "text"):
         if is_text:
             yield {"type": "text", "text": "".join(part["text"] for part in group)}
@@ -319,14 +319,14 @@ def _joined(parts: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
 
 
 def is_for_gpu(device: str) -> bool:
-    """Whether samples for `engine.device` go to a GPU of CUDA's kind."""
+    """Whether `engine.device` is, or resolves to, a CUDA device."""
     import torch
 
     return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
 def pixel_digest(image: Image.Image) -> str:
-    """A digest of an image's size and pixels: equal images look the same to every model."""
+    """Return a digest of an image's mode, size and pixels; images with equal digests are equal."""
     digest = hashlib.blake2b(repr((image.mode, image.size)).encode(), digest_size=16)
     digest.update(image.tobytes())
     return digest.hexdigest()
@@ -335,10 +335,10 @@ def pixel_digest(image: Image.Image) -> str:
 def image_sizes(
     features: Mapping[str, Array], given: Sequence[tuple[int, int]], limits: ModelLimits
 ) -> tuple[tuple[int, int], ...]:
-    """(width, height) of each image as the model sees it.
+    """Return the (width, height) of each image as the model sees it.
 
-    Exact where the processor says so by a patch grid (Qwen-VL's kind) or one array per image;
-    for tilings, the size that was handed to the processor, after `model.max_image_pixels`.
+    Exact if the processor returns a patch grid (as Qwen-VL's) or one array per image. For a
+    processor that tiles images it is the input size, after `model.max_image_pixels`.
     """
     grid = features.get("image_grid_thw")
     if grid is not None and limits.patch_size is not None and len(grid) == len(given):

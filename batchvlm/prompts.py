@@ -1,4 +1,4 @@
-"""Record -> prompt: chat messages with image slots, and how this row is decoded."""
+"""Record -> prompt: chat messages with image slots, and the row's generation settings."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from batchvlm.templates import Template
 
 
 class PromptBuilder:
-    """Builds each row's prompt; compiled once, used in every worker.
+    """Builds the prompts of rows from templates that are compiled once.
 
     Args:
         task: the templates.
-        columns: which columns hold images and messages.
-        generation: the run's settings and the columns that override them.
+        columns: names of the columns with images, messages and turns.
+        generation: the default settings, and the columns that override them.
 
     Raises:
         ConfigError: a template has a syntax error.
@@ -67,7 +67,7 @@ class PromptBuilder:
         self._system = Template(task.system, "task.system") if task.system else None
 
     def needed_columns(self) -> dict[str, str]:
-        """Every column that a prompt is made of, and the setting that names it."""
+        """Return every column that prompts need -> the setting that names it."""
         needed = {name: "data.columns.image" for name in self._image_columns}
         if self._messages_column:
             needed[self._messages_column] = "data.columns.messages"
@@ -85,13 +85,13 @@ class PromptBuilder:
         return needed
 
     def check_types(self, schema: Any) -> None:
-        """Refuse a column of an Arrow type that never holds the setting it is named for.
+        """Refuse a `generation.columns` column whose Arrow type cannot hold the setting.
 
         Args:
             schema: the input's `pyarrow.Schema`, with every needed column.
 
         Raises:
-            InputError: names the setting, the column and what it should hold.
+            InputError: names the setting, the column and the expected type.
         """
         for key, column in _generation_columns(self._generation.columns).items():
             kind = schema.field(column).type
@@ -106,7 +106,7 @@ class PromptBuilder:
         """Build one row's prompt.
 
         Raises:
-            RowError: what the row holds cannot become a prompt.
+            RowError: the row's values do not form a prompt.
         """
         messages, images = self.whole(record)
         generation = resolve_generation(self._generation, record.values, record.row_index)
@@ -125,27 +125,26 @@ class PromptBuilder:
         )
 
     def addresses(self, record: Record) -> list[str]:
-        """Every address among the images that one row shows, in any turn."""
+        """Return the URLs among a row's images, over all turns; empty if the row is invalid."""
         try:
             return [ref.url for ref in self.whole(record)[1] if ref.url is not None]
-        # Its worker meets the same and says so; here it would be the end of the run.
+        # The worker raises the same error and reports it. Here it would end the run.
         except Exception:
             return []
 
     def whole(self, record: Record) -> tuple[list[Message], tuple[ImageRef, ...]]:
-        """All that a row says and shows, every turn of a dialog included.
+        """Return a row's messages and images, including every turn of a dialog.
 
         Raises:
-            RowError: what the row holds cannot become a prompt.
+            RowError: the row's values do not form a prompt.
         """
         values = record.values
         images: list[ImageRef] = []
         for column in self._image_columns:
-            # Messages and turns may be about no image; a prompt is about one.
+            # Messages and turns may have no image; a templated prompt needs one.
             if values[column] is None and self._prompt is None:
                 continue
             refs = image_refs(values[column], column)
-            # Messages say themselves how many images they show; a prompt is about an image.
             if not refs and self._prompt is not None:
                 raise RowError(ErrorType.MISSING_IMAGE, f"{column} holds no image")
             images += refs
@@ -158,7 +157,7 @@ class PromptBuilder:
             where = self._messages_column
             messages = read_messages(values[where], where)
             if messages[-1]["role"] == "assistant":
-                # Of training data: the model would see the answer, and add another one to it.
+                # Training data: the model would see the answer and add a second one.
                 raise RowError(
                     ErrorType.PROMPT,
                     f"{where} ends with the assistant's message, so there is nothing to answer",
@@ -191,7 +190,7 @@ class PromptBuilder:
         return text
 
     def _shown(self, values: Mapping[str, Any]) -> str | None:
-        """The schema that the prompt ends with."""
+        """Return the schema to append to the prompt; None for no instructions."""
         if not self._instructs or self._choices(values) is not None:
             return None
         return self._schema(values) or self._run_schema
@@ -209,9 +208,9 @@ class PromptBuilder:
 
 @lru_cache(maxsize=256)
 def instructions(schema: str) -> str:
-    """What a prompt says of the schema that its answer must fit; nothing where that is very long.
+    """Return the text that asks for JSON of a schema; empty above 16,384 characters of schema.
 
-    Without white space, and without what says nothing of the answer.
+    The schema is written without white space and without keys that do not constrain the answer.
     """
     text = json.dumps(_telling(json.loads(schema)), ensure_ascii=False, separators=(",", ":"))
     if len(text) > _MAX_SCHEMA_CHARS:
@@ -235,7 +234,11 @@ _ASIDE = ("$schema", "$id", "id", "$comment", "examples")
 def _until_turn(
     messages: Sequence[Message], images: tuple[ImageRef, ...], said: Sequence[Completion]
 ) -> tuple[list[Message], tuple[ImageRef, ...], int]:
-    """A dialog up to the user's turn that is next, with what was answered, and the turns left."""
+    """Cut a dialog after the next user turn to answer, and insert the earlier answers.
+
+    Returns:
+        The messages, their images, and the number of turns after this one.
+    """
     until: list[Message] = []
     answers = iter(said)
     num_turns = sum(message["role"] == "user" for message in messages)
@@ -267,7 +270,7 @@ _TAKES = {int: "a number", float: "a number", bool: "true or false", list: "stri
 
 
 def _may_hold(wanted: str, kind: Any) -> bool:
-    """Whether some value of an Arrow type is one that `_read_setting` takes."""
+    """Whether a column of this Arrow type can hold values that `_read_setting` accepts."""
     from pyarrow import types
 
     if types.is_dictionary(kind) or (wanted == "strings" and types.is_nested(kind)):
@@ -284,13 +287,13 @@ def _may_hold(wanted: str, kind: Any) -> bool:
 def resolve_generation(
     cfg: GenerationConfig, values: Mapping[str, Any], row_index: int
 ) -> Generation:
-    """Lay a row's own settings over the run's.
+    """Return the generation settings of a row: its columns override the configured ones.
 
-    A seed from a column is taken as it is; the run's seed is mixed with the row's position, so
-    that rows draw differently and each draws the same in whatever batch or run.
+    A seed from a column is used unchanged. The configured seed is hashed with the row index, so
+    that rows draw different samples, and a row draws the same in any batch and run.
 
     Raises:
-        RowError: a column's value is of the wrong type or out of range (`prompt`).
+        RowError: a column's value has the wrong type or is out of range (`prompt`).
     """
     settings: dict[str, Any] = {
         f.name: getattr(cfg, f.name) for f in fields(Generation) if f.name != "stop"
