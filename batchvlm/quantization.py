@@ -49,8 +49,8 @@ def modules_to_skip(skeleton: Any, names: Sequence[str] | None) -> list[str]:
 
     Args:
         skeleton: the model, which may be on the meta device.
-        names: full paths or their last parts. None skips all linear layers outside the decoder and
-            the output head, so that image embeddings and logits keep their precision.
+        names: full paths or their last parts. None skips the output head and all linear layers
+            outside the decoder, so that image embeddings and logits keep their precision.
 
     Raises:
         ModelError: a name matches no module.

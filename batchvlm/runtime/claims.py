@@ -94,7 +94,7 @@ class Peers:
         """Whether the store was given up. Some shards may then be left to the next run."""
 
     def claim(self, num_shards: int) -> Iterator[int]:
-        """Yield indices below `num_shards`. As long as the store answers, no two ranks get one."""
+        """Yield shard indices; while the store answers, each index goes to one rank only."""
         last = -1
         rank, world_size = self._launch.rank, self._launch.world_size
         if not self._has_store:
