@@ -1,4 +1,4 @@
-"""The OpenAI chat protocol: a sample as a request, and what a server's reply means for its row."""
+"""The OpenAI chat completions API: samples to request bodies, and replies to completions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from batchvlm.records import (
 
 _FINISH_REASONS = {
     "stop": FinishReason.STOP,
-    "eos_token": FinishReason.STOP,  # TGI's own words
+    "eos_token": FinishReason.STOP,  # TGI's
     "stop_sequence": FinishReason.STOP,
     "length": FinishReason.LENGTH,
     "repetition": FinishReason.REPETITION,
@@ -40,19 +40,19 @@ _MAX_MESSAGE_CHARS = 200
 _AS_THEY_ARE = {
     "frequency_penalty": "frequency_penalty",
     "presence_penalty": "presence_penalty",
-    # vLLM's and SGLang's; only a row's own columns bring these.
+    # Extensions of vLLM and SGLang; set only by a row's own columns.
     "top_k": "top_k",
     "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
     "min_tokens": "min_new_tokens",
     "ignore_eos": "ignore_eos",
 }
-"""Names in a request of settings that are sent where they ask for something."""
+"""Request field -> the setting whose value it has; sent if it differs from the default."""
 _DEFAULTS = {f.name: f.default for f in fields(Generation)}
 
 
 class MalformedReplyError(Exception):
-    """A reply with status 200 that is no chat completion."""
+    """A reply with status 200 that is not a chat completion."""
 
 
 _JSON_AND_TEXTS = frozenset({FormKind.JSON_SCHEMA, FormKind.CHOICE, FormKind.REGEX})
@@ -63,7 +63,8 @@ SENT_KINDS: Mapping[ResponseFormat, frozenset[FormKind]] = {
     ResponseFormat.vllm_guided: frozenset(FormKind),
     ResponseFormat.none: frozenset(FormKind),
 }
-"""Forms that a server can be told in each way, or that are left to validation on purpose."""
+"""Kinds of forms that each response format can express. `none` sends no form and accepts all: their
+answers are only validated."""
 _VLLM_WORDS = {
     FormKind.JSON_SCHEMA: "json",
     FormKind.CHOICE: "choice",
@@ -73,11 +74,11 @@ _VLLM_WORDS = {
 
 
 def form_fields(form: Form, response_format: ResponseFormat) -> dict[str, Any]:
-    """The fields of a request that ask for a form.
+    """Return the request fields that constrain the answer to a form.
 
     Args:
-        form: of a kind in `SENT_KINDS`.
-        response_format: how the server is told.
+        form: of a kind in `SENT_KINDS[response_format]`.
+        response_format: the server's dialect.
     """
     assert form.kind in SENT_KINDS[response_format]
     is_json = form.kind in (FormKind.JSON_SCHEMA, FormKind.CHOICE)
@@ -99,13 +100,13 @@ def form_fields(form: Form, response_format: ResponseFormat) -> dict[str, Any]:
 
 
 def request_body(sample: Sample, cfg: EndpointConfig, *, model: str, form: Form | None) -> bytes:
-    """The JSON text of a row's request.
+    """Return the JSON body of a sample's request.
 
     Args:
         sample: with a `request`.
-        cfg: what is sent along.
+        cfg: the response format, and `extra_body`, which overrides other fields.
         model: the model's name on the server.
-        form: that the server is to hold the answer to, of a kind that it can be told.
+        form: form to request, of a kind in `SENT_KINDS`; None for none.
     """
     assert sample.request is not None
     row = sample.generation
@@ -136,7 +137,8 @@ def _messages(request: ChatRequest) -> Iterator[dict[str, Any]]:
     images = iter(request.images)
     for message in request.messages:
         parts = message["content"]
-        # As a string where it can be one: some templates take no list for other roles than users'.
+        # Content without images is sent as a string: some chat templates accept a list of parts
+        # only for the user role.
         content: Any = [_image_part(next(images)) if p["type"] == "image" else p for p in parts]
         if all(part["type"] == "text" for part in parts):
             content = "".join(part["text"] for part in parts)
@@ -150,10 +152,10 @@ def _image_part(data: bytes) -> dict[str, Any]:
 
 
 def read_reply(text: bytes, sample: Sample, latency_s: float) -> Completion | Failure:
-    """What a reply with status 200 says.
+    """Parse a reply with status 200.
 
     Raises:
-        MalformedReplyError: it is no chat completion, as of a gateway that shows a page of its own.
+        MalformedReplyError: it is not a chat completion, such as a gateway's HTML page.
     """
     try:
         reply = json.loads(text)
@@ -169,13 +171,13 @@ def read_reply(text: bytes, sample: Sample, latency_s: float) -> Completion | Fa
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise MalformedReplyError from error
     if reason is not None and reason not in _FINISH_REASONS:
-        # content_filter, abort, tool_calls, ...: half an answer, or none.
+        # content_filter, abort, tool_calls, ...: the answer is incomplete or missing.
         return Failure(
             error_type=ErrorType.ENGINE,
             message=f"the server ended the answer for another reason: {one_line(reason)}",
         )
     if refused and not answer:
-        # Where a schema was asked for, a refusal stands apart, and the reason is `stop`.
+        # With a requested schema, a refusal is in its own field, with finish reason `stop`.
         return Failure(
             error_type=ErrorType.ENGINE,
             message=f"the model refused: {one_line(refused)}",
@@ -207,22 +209,22 @@ def _logprobs(value: Any) -> tuple[float, ...] | None:
 
 
 def _storable(text: str) -> str:
-    # JSON can say half a surrogate pair, which no text column can hold.
+    # JSON can encode a lone surrogate, which a text column cannot hold.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def refusal(status: int, reason: str) -> Failure:
-    """The failure of a row whose request a server refused with a 4xx."""
+    """Return the failure of a row whose request the server refused with a 4xx status."""
     kind = ErrorType.PROMPT_TOO_LONG if _TOO_LONG.search(reason) else ErrorType.ENGINE
     return Failure(error_type=kind, message=f"the server answered {status}: {reason}")
 
 
 def reason_of(text: bytes, *, secrets: Iterable[str] = ()) -> str:
-    """What the body of an error says, in one line without images and tokens.
+    """Return the message of an error body in one line, without images and secrets.
 
     Args:
         text: the body, JSON or not.
-        secrets: words that a server may repeat and that nobody shall read.
+        secrets: strings to mask, such as the token, which a server may echo.
     """
     line = text[:4096].decode("utf-8", "replace")
     with contextlib.suppress(ValueError, RecursionError):

@@ -1,7 +1,8 @@
-"""An OpenAI-compatible server as the engine: rows become requests, replies become completions.
+"""The engine for an OpenAI-compatible server: one chat completion request per answer.
 
-A row that a healthy server refuses or fails on is that row's error. A server that answers nobody is
-no row's fault: rows wait for it, and the run ends with exit code 75 when patience does.
+If a healthy server refuses or fails a request, its row becomes an error. If the server answers no
+request at all, rows wait for it, and after `engine.endpoint.patience_s` the run ends with exit code
+75.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ _LONGEST_WAIT_S = 30.0
 _CONNECT_S = 10.0
 _PROBE_S = 60.0
 _LOOK_EVERY_S = 0.05
-"""How often new samples are looked for while requests are under way and there is room for more."""
+"""Seconds between polls for a new sample while requests are in flight and more may be sent."""
 _PER_CLIENT = 100
-"""Connections that one client opens at most."""
+"""Maximum number of connections of one client."""
 _IS_NOT_HERE = (401, 403, 404, 405)
-"""Wrong token, address or model, if another request is refused like that too."""
+"""Status for a wrong token, URL or model, if a probe is refused in the same way."""
 _IS_NOT_READY = (408, 409, 425, 429)
 
 _FORM_FIELDS = ("response_format", "structured_outputs", "guided_")
@@ -59,26 +60,26 @@ _sleep = asyncio.sleep
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fault:
-    """Why a request was not answered, this time."""
+    """Why one attempt of a request failed."""
 
     reason: str
     error_type: ErrorType = ErrorType.ENGINE
     is_busy: bool = False
-    """Whether the server asks to come back later."""
+    """Whether the server is not ready, such as overloaded (408, 409, 425, 429)."""
     wait_s: float | None = None
-    """How much later."""
+    """Seconds until the retry, by the server's Retry-After; None if it gave none."""
     refusal: ModelError | None = None
-    """What ends the run if the server has answered nobody yet."""
+    """Raised if the server has not answered any request yet."""
 
 
 class EndpointEngine:
-    """Sends each row to a server as a chat completion.
+    """Sends each row to a server as a chat completion request.
 
     Args:
-        cfg: which server, and how much patience there is with it.
-        model: the model's name there.
-        form: of the answers to rows that bring none of their own.
-        is_guided: whether the server is told the forms of answers.
+        cfg: the server's URL, timeouts and limits.
+        model: the model's name on the server.
+        form: form of the answers, for rows without their own.
+        is_guided: whether requests ask the server to constrain answers to their form.
     """
 
     def __init__(
@@ -105,12 +106,12 @@ class EndpointEngine:
 
     @classmethod
     def open(cls, cfg: JobConfig) -> EndpointEngine:
-        """Wait until the server is there.
+        """Create the engine, once the server responds.
 
         Raises:
-            EndpointError: it is not, for `engine.endpoint.patience_s`.
-            ModelError: it wants another token.
-            ConfigError: it cannot be told the form of the answers.
+            EndpointError: it does not respond for `engine.endpoint.patience_s`.
+            ModelError: it refuses the token.
+            ConfigError: the response format cannot express the form of the answers.
         """
         output = cfg.task.output
         form = run_form(output) if cfg.task.name is TaskName.extract else None
@@ -128,11 +129,11 @@ class EndpointEngine:
         """Answer every sample exactly once; see `Engine.run`.
 
         Raises:
-            EndpointError: the server has answered nothing for `engine.endpoint.patience_s`.
-            ModelError: it knows neither this token nor this model.
+            EndpointError: the server has answered no request for `engine.endpoint.patience_s`.
+            ModelError: it refuses the token, the URL, the model or the form field.
         """
-        # A row that wants several answers is asked for as often, each with a seed of its own: not
-        # every server knows `n`, and the first answer shall be that of a row that wants one.
+        # A row with several answers is sent as several requests with different seeds. Not every
+        # server supports `n`, and the first answer must equal that of a row with one answer.
         yield from join(self._answer(expand(samples)))
 
     def _answer(self, samples: SampleStream) -> Iterator[Outcome]:
@@ -174,7 +175,11 @@ class EndpointEngine:
                 _finish(self._close(), loop)
 
     async def _ask(self, sample: Sample) -> Completion | Failure:
-        """One row's answer, however often it takes."""
+        """Send a row's request, with retries, until it is answered or given up.
+
+        Raises:
+            EndpointError, ModelError: see `run`.
+        """
         form = (sample.form or self._form) if self._is_guided else None
         body = request_body(sample, self._cfg, model=self._model, form=form)
         start = time.perf_counter()
@@ -186,7 +191,7 @@ class EndpointEngine:
                 self._has_answered |= isinstance(outcome, Completion)
                 self._is_there()
                 return outcome
-            # Only a server that answers another request can be failing because of this one.
+            # The request is at fault only if the server answers another one.
             if outcome.is_busy:
                 now_s = time.monotonic()
                 busy_since_s = now_s if busy_since_s is None else busy_since_s
@@ -223,7 +228,7 @@ class EndpointEngine:
                 reason=f"no answer within engine.endpoint.timeout_s={self._cfg.timeout_s:g}",
                 error_type=ErrorType.TIMEOUT,
             )
-        # Whatever the HTTP library raises: no connection, a broken one, half a reply.
+        # The HTTP library raises many types: connection refused or lost, truncated reply, ...
         except Exception as error:
             return _Fault(reason=self._say(error))
         self.stats.num_batches += 1
@@ -257,9 +262,9 @@ class EndpointEngine:
         )
 
     async def _answers_others(self) -> bool:
-        """Whether the server answers a short question without an image, asked from now on.
+        """Whether the server answers a probe: a short text request, sent after this call.
 
-        Rows that failed together share one.
+        Concurrent calls share a probe.
         """
         failed_s = time.monotonic()
         async with self._probe_lock:
@@ -280,7 +285,7 @@ class EndpointEngine:
                 )
         except Exception:
             return False
-        # A model that takes no text alone says so with a 4xx, and it is there to say it.
+        # A model that needs an image answers the probe with a 4xx, which also shows it is up.
         is_elsewhere = 300 <= status < 400 or status in _IS_NOT_HERE
         return status < 500 and not is_elsewhere and status not in _IS_NOT_READY
 
@@ -294,10 +299,10 @@ class EndpointEngine:
         return since_s is not None and time.monotonic() - since_s >= self._cfg.patience_s
 
     def _lose_patience(self, fault: _Fault) -> None:
-        """Count the time in which the server answers nothing.
+        """Record that the server does not answer, and warn once.
 
         Raises:
-            EndpointError: it is up.
+            EndpointError: it has not answered for `engine.endpoint.patience_s`.
         """
         if self._down_since_s is None:
             self._down_since_s = time.monotonic()
@@ -317,7 +322,7 @@ class EndpointEngine:
                     async with asyncio.timeout(_PROBE_S):
                         status, _, text = await self._call("GET", "/models")
                     fault = _Fault(reason=f"the server answered {status}")
-                # 404: not every server lists its models.
+                # A 404 counts as up: not every server lists its models.
                 except Exception as error:
                     status, text, fault = 503, b"", _Fault(reason=self._say(error))
                 if status in (401, 403):
@@ -399,15 +404,15 @@ def _base_url(url: str) -> str:
 
 def _retry_after_s(headers: Any, *, at_most: float) -> float | None:
     text = str(headers.get("retry-after", "")).strip()
-    # The other form, a date, is rare; the usual backoff serves.
+    # The date form of Retry-After is rare; the usual backoff is used for it.
     return min(float(text), at_most) if text.isdecimal() and len(text) < 9 else None
 
 
 def _open_client() -> Any:
-    """huggingface_hub's HTTP client, less what is for its own server.
+    """Return huggingface_hub's HTTP client, without its hooks and redirects.
 
-    Its hooks refuse every request where HF_HUB_OFFLINE is set. Redirects are not followed: a token
-    goes to the address that was configured, and nowhere else.
+    The hooks refuse every request if HF_HUB_OFFLINE is set. Redirects are not followed, so that the
+    token is sent only to the configured URL.
     """
     client = get_async_session()
     client.event_hooks = {"request": [], "response": []}
@@ -417,7 +422,7 @@ def _open_client() -> Any:
 
 @contextmanager
 def _loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop in a thread of its own; what is under way at the end is cancelled."""
+    """Yield an event loop that runs in a thread; on exit, stop and close it."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="endpoint", daemon=True)
     thread.start()
@@ -430,7 +435,7 @@ def _loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def _finish(last: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> None:
-    """Cancel all tasks of a loop that runs in another thread, then do one last thing."""
+    """Cancel all tasks of a loop that runs in another thread, then run `last` in it."""
 
     async def cancel() -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
