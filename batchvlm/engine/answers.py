@@ -1,4 +1,4 @@
-"""Several answers to one row: a sample goes through the engine once for each, and they are joined.
+"""Several answers per row: a sample runs once for each, and `join` merges the results.
 
 engine.run(samples) = join(answered(expand(samples)))
 """
@@ -14,11 +14,11 @@ from batchvlm.records import Completion, Failure, Sample
 
 
 def expand(samples: Iterable[Sample]) -> SampleStream:
-    """Each sample as often as its row wants answers, one after the other.
+    """Repeat each sample `num_return_sequences` times.
 
-    The copies share the features and differ in `answer` and in the seed. The first is the sample
-    itself, so its answer is that of a row that wants one; the seeds of the others follow from the
-    row's own, so they do not depend on the batch.
+    The copies share their features and differ in `answer` and in the seed. The first is the sample
+    itself, so its answer equals that of a row with one answer. The seeds of the others are derived
+    from the row's seed, so they do not depend on the batch.
     """
     return _Expanded(samples)
 
@@ -44,10 +44,10 @@ class _Expanded:
 def join(
     outcomes: Iterable[tuple[Sample, Completion | Failure]],
 ) -> Iterator[tuple[int, Completion | Failure]]:
-    """Each row once, as soon as the last of its answers is there, which come in any order.
+    """Yield each row once, when all its answers have arrived, which may be in any order.
 
-    The further answers are the first one's `alternatives`, in their order; the latency is that of
-    the slowest. A row with an answer that failed has failed.
+    The other answers become the `alternatives` of the first, in order. The latency is that of the
+    slowest. If an answer failed, the row fails.
     """
     incomplete: dict[int, dict[int, Completion | Failure]] = {}
     for sample, outcome in outcomes:

@@ -1,7 +1,7 @@
-"""A few rows, answered twice: by the slot engine's own forwards and by plain `generate()`.
+"""Self-check: the slot engine's logits of a few rows against those of plain `generate()`.
 
-A family that transformers changed, a kernel that is wrong on this device: either shows here, before
-the first row is answered, rather than in a million answers.
+It detects a model family that transformers has changed, or a kernel that is wrong on this device,
+before the first row is answered.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ log = logging.getLogger(__name__)
 _NUM_ROWS = 2
 _TAIL_TOKENS = 16
 _MAX_ERROR = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
-"""Length of the difference of two rows of logits over that of the logits about their mean. Rounding
-stays an order of magnitude below; a wrong position or image gives 0.5 and more."""
+"""Limit of `relative_error`. Rounding stays an order of magnitude below it; a wrong position or
+image gives 0.5 or more."""
 _MAX_ERROR_QUANTIZED = 0.3
-"""Where activations are rounded to eight bits, one that is off by its last bit may be rounded the
-other way: 0.06 was seen."""
+"""If activations are rounded to 8 bits, a difference in the last bit may change the rounding: an
+error of 0.06 was observed."""
 
 
 class Canary:
-    """Looks at the first rows of a run, and at the first that have images.
+    """Checks the first rows of a run, and the first rows with images.
 
     Args:
         model: a transformers model.
-        decoder: the same model as the slot engine drives it.
-        is_on: whether it looks at all.
-        is_scoring: whether choices are scored, and nothing is decoded over slots.
+        decoder: runs the same model for the slot engine.
+        is_on: whether to check at all.
+        is_scoring: whether the run scores choices instead of decoding over slots.
     """
 
     def __init__(self, model: Any, decoder: Decoder, *, is_on: bool, is_scoring: bool) -> None:
@@ -56,14 +56,14 @@ class Canary:
         self._is_checked = self._has_checked_images = not is_on
 
     def look(self, window: Sequence[Sample], images: ImageFeatures) -> None:
-        """Hold rows of a window against `generate()`, where none like them was before.
+        """Check rows of a window, unless rows of their kind were checked before.
 
         Args:
-            window: the rows that come next.
-            images: encodes theirs, and keeps it for these rows.
+            window: the next rows.
+            images: encodes their images, and keeps the features for prefill.
 
         Raises:
-            ModelError: the model answers differently, or cannot run over slots.
+            ModelError: the logits differ, or the model cannot run over slots.
             DeviceError: the accelerator is broken.
         """
         has_images = any(sample.image_sizes for sample in window)
@@ -83,7 +83,7 @@ class Canary:
                 hint="engine=generate runs it by transformers' generate()",
             ) from error
         except Exception as error:
-            # Most likely a row that nobody can answer, or memory; each row will say so itself.
+            # Most likely an invalid row, or out of memory. The row's own error will say so.
             log.warning("the canary could not run: %s", failure_of(error).message)
             free_memory(self._decoder.device)
 
@@ -96,20 +96,20 @@ def check(
     *,
     is_scoring: bool = False,
 ) -> None:
-    """Hold the first two tokens of the shortest rows against `generate()`.
+    """Compare the logits of the first two tokens of the shortest rows with `generate()`.
 
     Args:
         model: a transformers model.
-        decoder: the same model as the slot engine drives it.
-        samples: rows to choose from; the shortest are taken, together in one pack.
+        decoder: runs the same model for the slot engine.
+        samples: candidates; the two shortest, those with images first, run in one pack.
         images: encodes their images.
-        is_scoring: whether the second token is computed as one of a choice is.
+        is_scoring: whether the second token is computed as a node of a choice tree.
 
     Raises:
         ModelError: the two differ by more than rounding.
     """
     start_s = time.perf_counter()
-    # Rows with images first: they have more that could go wrong.
+    # Rows with images first: they exercise more code.
     rows = sorted(samples, key=lambda s: (not s.image_sizes, s.prompt_tokens))[:_NUM_ROWS]
     expected = [_generated(model, row) for row in rows]
     first_B = torch.stack([token for _, _, token in expected])
@@ -120,7 +120,7 @@ def check(
     for step, logits_BV in enumerate(mine):
         for row, logits_V, pair in zip(rows, logits_BV, expected, strict=True):
             error = relative_error(logits_V, pair[step])
-            # Logits that are no numbers by `generate()` either are an error of their rows.
+            # If generate()'s logits are not finite either, the row fails with that error later.
             is_judged = bool(pair[step].isfinite().all())
             if is_judged and not error <= most:
                 raise ModelError(
@@ -133,19 +133,19 @@ def check(
 
 
 def relative_error(mine_V: Tensor, its_V: Tensor) -> float:
-    """Length of the difference over the length of `its_V` about its mean; NaN if not finite."""
+    """Return |mine - its| / |its - mean(its)|, with Euclidean norms; NaN if not finite."""
     mine_V, its_V = mine_V.float(), its_V.float()
     return float((mine_V - its_V).norm() / (its_V - its_V.mean()).norm())
 
 
 @torch.inference_mode()
 def _generated(model: Any, row: Sample) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits of a row's first two tokens by `generate()`, [V] each, and the first token."""
+    """Return `generate()`'s logits of a row's first two tokens, [V] each, and its first token."""
     inputs = {
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
         for name, tensor in collate([row], pad_id=0).items()
     }
-    # generate() fills what a config leaves open from the model's own, so that one is replaced.
+    # generate() fills unset settings from the model's own config, so that config is replaced.
     plain = copy.copy(model)
     plain.generation_config = without_defaults(model.generation_config, pad_id=0)
     plain.generation_config.update(
@@ -155,7 +155,7 @@ def _generated(model: Any, row: Sample) -> tuple[Tensor, Tensor, Tensor]:
         return_dict_in_generate=True,
     )
     out = plain.generate(**inputs)
-    # Ids may be kept from being said, so the first token need not be the likeliest.
+    # Ids may be suppressed, so the first token is not always the argmax of its logits.
     return out.logits[0][0], out.logits[1][0], out.sequences[0, -2]
 
 
@@ -167,14 +167,17 @@ def _over_slots(
     *,
     is_scoring: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The logits of the first token, and of the second where the first is `first_B`, [B, V]."""
+    """Return the slot engine's logits of the first token, and of the second after `first_B`.
+
+    Both are [B, V].
+    """
     units = [images.units(row) for row in rows]
     for batch in batches(images.missing(u for own in units for u in own), max_cells=1 << 62):
         images.keep(batch, images.encode(batch))
     prompts = [decoder.prompt(row) for row in rows]
     features = images.joined(images.entries(u for own in units for u in own))
     if len(rows) == 1 and (tail := _tail(decoder, rows[0], prompts[0])):
-        # A row alone would not show whether rows of a pack see one another.
+        # A second row in the pack is needed to detect attention across rows.
         prompts.insert(0, tail)
         first_B = torch.cat([tail.ids_T[-1:], first_B])
     pieces = [Piece(prompt, 0, len(prompt)) for prompt in prompts]
@@ -206,7 +209,8 @@ def _over_slots(
 
 
 def _tail(decoder: Decoder, row: Sample, prompt: Prompt) -> Prompt | None:
-    """The text at the end of a prompt as one of its own; None where there is none."""
+    """Return up to 16 text tokens at the end of a prompt as a prompt of their own; None if there
+    are none."""
     places = decoder.image_places(row)
     if places is None and row.image_sizes:
         return None

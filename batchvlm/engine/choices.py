@@ -1,8 +1,8 @@
-"""The choices of a row as tokens, and what their log-probabilities make of them.
+"""Choices of a row as token trees, and the completion that follows from their log-probabilities.
 
-The log-probability of a choice is that of its tokens behind the prompt, and of the end behind
-these: the model says exactly this choice. Without the end, "red" would always be at least as likely
-as "red apple". A choice is the tokens that the tokenizer makes of it.
+The log-probability of a choice is that of its tokens after the prompt, plus that of EOS after them:
+the model answers with exactly this choice. Without EOS, "red" would always be at least as likely as
+"red apple". Only the tokenizer's own tokenization of a choice is scored.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from batchvlm.records import (
     Sample,
 )
 
-# Shape legend: n nodes of a tree, each a token behind the prompt.
+# Shape legend: n nodes of a tree, each a token after the prompt.
 
 MAX_TOKENS = 1 << 16
-"""Tokens that the choices of one row may have in all, and those of all rows that are kept."""
+"""Maximum number of tokens over the choices of one row, and over all cached choices."""
 
 AT_PROMPT = -1
-"""The node that is no token: the end of the prompt."""
+"""Parent of the tree's first tokens: the end of the prompt, which is not a node."""
 
 
 @dataclass(frozen=True)
 class ChoiceTree:
-    """The tokens of some of a row's choices; what choices have in common is there once."""
+    """A prefix tree of some of a row's choices: common prefixes are stored once."""
 
     places: tuple[int, ...]
-    """Which of the row's choices these are."""
+    """Indices of these choices among the row's."""
     paths: tuple[tuple[int, ...], ...]
-    """The nodes of each of them, from its first token to its last."""
+    """The nodes of each choice, from its first token to its last."""
     ids: npt.NDArray[np.int64]
-    """[n]: each node's token."""
+    """[n]: the token of each node."""
     parents: npt.NDArray[np.int64]
-    """[n]: the node before it, or `AT_PROMPT`; parents come first."""
+    """[n]: the parent of each node, or `AT_PROMPT`. A parent precedes its children."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @cached_property
     def sees(self) -> npt.NDArray[np.bool_]:
-        """[n, n]: what each node attends to among the nodes, itself and those that lead to it."""
+        """[n, n]: the attention mask: each node attends to itself and its ancestors."""
         sees = np.eye(len(self), dtype=bool)
         for node, parent in enumerate(self.parents):
             if parent != AT_PROMPT:
@@ -62,7 +62,7 @@ class ChoiceTree:
         return sees
 
     def halves(self) -> list[ChoiceTree]:
-        """The same choices in two trees; in one where there is one choice."""
+        """Split the choices into two trees; one tree if there is only one choice."""
         middle = len(self.places) // 2
         ids = [tuple(int(self.ids[node]) for node in path) for path in self.paths]
         both = (slice(0, middle), slice(middle, None))
@@ -71,7 +71,7 @@ class ChoiceTree:
 
 @dataclass(slots=True, eq=False)
 class RowChoices:
-    """A row's choices and the tokens of each."""
+    """The choices of a row and the tokens of each."""
 
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
@@ -79,22 +79,22 @@ class RowChoices:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest choice."""
+        """Number of tokens of the longest choice."""
         return max(map(len, self.ids))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all choices."""
+        """Number of tokens over all choices."""
         return sum(map(len, self.ids))
 
     def trees(self, max_nodes: int) -> list[ChoiceTree]:
-        """All choices, in trees of at most so many nodes; a longer choice has a tree alone."""
+        """Return all choices, in trees of at most `max_nodes`; a longer choice has its own tree."""
         if max_nodes not in self._trees:
             self._trees[max_nodes] = list(self._grown(max_nodes))
         return self._trees[max_nodes]
 
     def _grown(self, max_nodes: int) -> list[ChoiceTree]:
-        # Neighbours in the order of their tokens have most in common.
+        # Sorted by tokens, adjacent choices share the longest prefixes.
         order = sorted(range(len(self.ids)), key=lambda place: self.ids[place])
         groups: list[list[int]] = [[]]
         num_nodes = 0
@@ -111,11 +111,11 @@ class RowChoices:
 
 
 class Choices:
-    """What rows may answer, as a model's tokens.
+    """Tokenizes and caches the choices of rows.
 
     Args:
-        tokenizer: the model's.
-        run: the run's choices; a row's own come first.
+        tokenizer: the tokenizer of the model.
+        run: choices for rows without their own; None if every row must have its own.
         eos_ids: ids that end an answer.
     """
 
@@ -127,13 +127,14 @@ class Choices:
         self.eos_ids = tuple(eos_ids)
         self._kept: OrderedDict[tuple[str, ...], RowChoices] = OrderedDict()
         self._num_kept = 0
-        """Tokens of what is kept."""
+        """Number of tokens of the cached choices."""
 
     def of(self, sample: Sample) -> RowChoices:
-        """The choices of one row.
+        """Return the choices of a row.
 
         Raises:
-            RowError: it has none, or their tokens are too many for the model or for a row.
+            RowError: it has none, they have too many tokens in all, or one of them does not fit
+                into the model's context.
         """
         texts = sample.choices or self._run
         if texts is None:
@@ -163,13 +164,16 @@ class Choices:
         *,
         latency_s: float,
     ) -> Completion | Failure:
-        """What a row answers: its likeliest choice.
+        """Return a row's completion: its most likely choice, and the scores of all.
 
         Args:
             sample: the row.
             choices: its choices.
-            logprobs: log-probabilities of the tokens of each choice, and of the end behind them.
-            latency_s: seconds until they were there.
+            logprobs: by choice, the log-probabilities of its tokens and of EOS after them.
+            latency_s: seconds until they were computed.
+
+        Returns:
+            A failure if no choice has a probability above 0.
         """
         totals = [math.fsum(each) for each in logprobs]
         most = max(totals)
@@ -201,7 +205,7 @@ class Choices:
         )
         if len(texts) > MAX_TOKENS:
             raise too_many
-        # What is typed like a control token is text here as it is in prompts.
+        # Text that looks like a control token is tokenized as text, as in prompts.
         encoded = self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)[
             "input_ids"
         ]
@@ -224,7 +228,7 @@ def _tree(places: Sequence[int], ids: Sequence[tuple[int, ...]]) -> ChoiceTree:
 
 
 def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that both begin with."""
+    """Return the length of the common prefix."""
     for num, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return num

@@ -1,10 +1,9 @@
 """Samples of one batch -> the model's padded tensors.
 
-Each sample was processed alone, so that it can be regrouped with any other. What the processor
-returned for one row joins that of the others by one rule: token rows are padded on the left, the
-rest is zero-padded in its trailing dimensions and concatenated on the first. The rule is exact for
-the families that keep images, patches, tiles or rows on the first dimension; `join_features` knows
-the two that do not.
+Each sample is processed alone, so that it can be batched with any other. One rule joins the
+processor's arrays of several rows: token rows are padded on the left; other arrays are zero-padded
+in their trailing dimensions and concatenated on the first. The rule is exact for families with
+images, patches, tiles or rows on the first dimension. `join_features` handles the two exceptions.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _NOT_COLLATED = ("input_ids", "attention_mask", "labels")
 
 
 def left_pad(rows: Sequence[Array], *, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pad token rows on the left to one rectangle.
+    """Pad token rows on the left to equal length.
 
     A decoder-only model continues from the last column, so padding must not be there.
 
@@ -53,7 +52,7 @@ def left_pad(rows: Sequence[Array], *, pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def right_pad(rows: Sequence[Array], *, pad_id: int) -> tuple[Tensor, Tensor]:
-    """As `left_pad`, on the right: an encoder counts positions from the first column."""
+    """Pad token rows on the right: an encoder counts positions from the first column."""
     ids_BT, mask_BT = left_pad([row[::-1] for row in rows], pad_id=pad_id)
     return ids_BT.flip(1), mask_BT.flip(1)
 
@@ -78,7 +77,7 @@ def collate(
     names = dict.fromkeys(name for sample in samples for name in sample.features)
     for name in names:
         if name in _PER_TOKEN:
-            # A row of text alone may lack the feature that marks image tokens.
+            # A text-only row may lack the feature that marks image tokens.
             rows = [
                 s.features[name][0]
                 if name in s.features
@@ -92,7 +91,8 @@ def collate(
 
 
 def with_numbers(sample: Sample) -> Mapping[str, Array]:
-    """A sample's features with pixels as the numbers that the processor would have made of them."""
+    """Return a sample's features, with uint8 pixels rescaled and normalized as the processor
+    would."""
     if sample.pixel_table is None:
         return sample.features
     pixels = torch.from_numpy(sample.features["pixel_values"])
@@ -103,15 +103,15 @@ def with_numbers(sample: Sample) -> Mapping[str, Array]:
 def join_features(
     rows: Sequence[Mapping[str, Array]], *, is_pinned: bool = False
 ) -> dict[str, Tensor]:
-    """Join what the processor made of several rows' images.
+    """Join the processor's image features of several rows.
 
     Args:
         rows: arrays by name; a row may have none.
-        is_pinned: make them in memory that a GPU can fetch by itself.
+        is_pinned: allocate the result in pinned memory.
 
     Returns:
-        Each feature over the rows that have it, concatenated on its first dimension; patches of
-        MiniCPM-V on their last.
+        Each feature, concatenated on its first dimension over the rows that have it; MiniCPM-V's
+        patches on their last.
     """
     names = dict.fromkeys(name for row in rows for name in row)
     joined = {}
@@ -121,8 +121,8 @@ def join_features(
             joined[name] = torch.from_numpy(np.concatenate(arrays, axis=-1))
             continue
         if name == "image_token_pooling":
-            # Molmo 2: the patches [crops, patches, ..] that each token is made of, by their places
-            # among all patches; -1 for none.
+            # Molmo 2: for each token, the indices of its patches among all patches of the row
+            # ([crops, patches, ..] flattened); -1 for none.
             counts = [row["pixel_values"].shape[:2] for row in rows if name in row]
             first = np.cumsum([0, *(crops * patches for crops, patches in counts)])
             arrays = [np.where(a < 0, a, a + n) for a, n in zip(arrays, first, strict=False)]
@@ -131,7 +131,7 @@ def join_features(
 
 
 def _concatenate(arrays: Sequence[Array], *, is_pinned: bool) -> Tensor:
-    """Join arrays on the first dimension, zero-padded to the largest trailing sizes."""
+    """Concatenate arrays on the first dimension, zero-padded to the largest trailing sizes."""
     trailing = tuple(max(sizes) for sizes in zip(*(a.shape[1:] for a in arrays), strict=True))
     dtype = torch.from_numpy(arrays[0][:0]).dtype
     shape = (sum(len(a) for a in arrays), *trailing)

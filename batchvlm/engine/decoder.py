@@ -1,7 +1,7 @@
-"""A transformers model as the slot engine drives it: packed prompts in, one step for slots.
+"""Runs a transformers model for the slot engine: packed prefill, and decode steps over slots.
 
-Positions, token types and image features are given to the model row by row, so that a prompt reads
-the same to it whatever lies beside it. What differs between families is here.
+Positions, token types and image features are computed per row, so a prompt's result does not depend
+on the other rows in its pack. Differences between model families are handled here.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from batchvlm.engine.rotations import Rotations
 from batchvlm.engine.streams import Together
 from batchvlm.records import Sample
 
-# Shape legend: as in attention.py; R rope axes (3 for Qwen-VL's kind, else 1), V vocabulary.
+# Shape legend: as in attention.py; R rope axes (3 for Qwen-VL and similar, else 1), V vocabulary.
 
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row's prompt as the decoder takes it."""
+    """The decoder's input for one row's prompt."""
 
     ids_T: Tensor
     """int64 [T]."""
     positions_RT: Tensor
     """int64 [R, T]: rotary positions."""
     rope_delta: int
-    """What a later token's rotary position is ahead of its place."""
+    """Rotary position minus index in the sequence, for tokens after the prompt."""
     types: Mapping[str, Tensor]
-    """Token types by name, int64 [T] each, as the family takes them."""
+    """Token types by argument name, int64 [T] each; which there are depends on the family."""
 
     def __len__(self) -> int:
         return len(self.ids_T)
@@ -52,35 +52,36 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens `start` to `stop` of a prompt, to be computed together."""
+    """A chunk of a prompt for prefill: tokens `start` to `stop`."""
 
     prompt: Prompt
     start: int
     stop: int
     past: RowCache | None = None
-    """What was computed of the prompt before `start`."""
+    """KV cache of the prompt's tokens before `start`; None if `start` is 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Branches:
-    """Tokens that go on from the end of a prompt in several ways: a tree of n nodes."""
+    """Alternative continuations of a prompt, as a token tree of n nodes."""
 
     prompt: Prompt
     past: RowCache
-    """Keys and values of the whole prompt."""
+    """KV cache of the whole prompt."""
     ids: npt.NDArray[np.int64]
-    """[n], one at least."""
+    """[n]: the token of each node; n >= 1."""
     sees: npt.NDArray[np.bool_]
-    """[n, n]: the nodes that each attends to, itself and those that lead to it."""
+    """[n, n]: the attention mask: each node attends to itself and its ancestors."""
 
 
 class Decoder:
-    """Runs a model's decoder over packed prompts and over slots.
+    """Runs a model's forward passes over packed prompts and over slots.
 
     Args:
         model: a transformers model for image-text-to-text, in evaluation mode.
-        has_graphs: whether steps are played back from CUDA graphs where the model is on a GPU.
-        has_kernel: whether steps attend by a kernel of our own there, where a trial prefers it.
+        has_graphs: whether decode steps on a GPU are replayed from CUDA graphs.
+        has_kernel: whether decode steps on a GPU may use our own attention kernel, if a trial shows
+            it to be faster.
     """
 
     def __init__(self, model: Any, *, has_graphs: bool = True, has_kernel: bool = True) -> None:
@@ -92,7 +93,7 @@ class Decoder:
         self._rope_names = (
             frozenset(inspect.signature(self._rope_index).parameters) if self._rope_index else ()
         )
-        # Some take keyword arguments that their signature does not show.
+        # Some models pass **kwargs on to the base model, so both signatures are searched.
         shown = inspect.signature(model.forward).parameters
         inner = inspect.signature(model.base_model.forward).parameters
         self._types = [name for name in _TOKEN_TYPES if name in shown or name in inner]
@@ -107,12 +108,12 @@ class Decoder:
             attention.choose_ways(*heads, model.dtype)
         query_like = torch.empty(0, heads[-1], dtype=model.dtype, device=self.device)
         self.is_by_row = flash.is_able(query_like) and not has_cap
-        """Whether attention over slots goes as far as each row goes, and no further."""
+        """Whether attention over slots reads only the positions that each row uses."""
         may_have_kernel = self.is_by_row and has_kernel
         self.has_kernel = may_have_kernel and slot_kernel.is_faster(
             *heads, model.dtype, self.device
         )
-        """Whether steps attend by the kernel for slots rather than by flash attention."""
+        """Whether decode steps use the slot kernel instead of flash attention."""
         self._graphs: StepGraphs | None = None
         if has_graphs and self.device.type == "cuda":
             self._graphs = StepGraphs(self.device, is_by_length=not self.is_by_row)
@@ -121,13 +122,14 @@ class Decoder:
         if token_id is None:
             token_id = getattr(model.config, "image_token_index", None)
         self._image_token_id: int | None = token_id
-        # Ovis2: the encoder embeds the tokens around an image too, so they stay with it.
+        # Ovis2: the encoder also embeds the tokens around an image, so they count as image tokens.
         self._mark_ids = getattr(model.config, "visual_indicator_token_ids", None) or []
         self._sees_ahead: dict[bool, bool] = {}
-        """Whether tokens of prompts without and with images attend to later ones, once one ran."""
+        """Has images -> whether tokens of such prompts attend to later tokens. Known after the
+        first prefill of that kind."""
 
     def prompt(self, sample: Sample) -> Prompt:
-        """A sample's prompt, with the positions that the model would give it alone."""
+        """Return a sample's prompt, with the positions that the model assigns to it on its own."""
         features = {n: torch.from_numpy(a) for n, a in sample.features.items()}
         ids_1T = features["input_ids"]
         num_tokens = ids_1T.shape[1]
@@ -151,16 +153,16 @@ class Decoder:
     def prefill(
         self, pieces: Sequence[Piece], images: Any, *, ends: Sequence[int]
     ) -> tuple[Tensor, PackedCache]:
-        """Compute pieces of prompts behind one another, without padding; several threads may.
+        """Prefill chunks of prompts, concatenated without padding. Thread-safe.
 
         Args:
-            pieces: at most one of each prompt.
-            images: the encoder's output for the images in them, in order; None without any.
+            pieces: at most one per prompt.
+            images: the encoder's output for the images in the pieces, in order; None without any.
             ends: indices of the pieces that end their prompt.
 
         Returns:
-            logits_EV: [E, V], what comes after each of `ends`.
-            cache: keys and values of all pieces, behind one another.
+            logits_EV: [E, V], next-token logits after each piece in `ends`.
+            cache: KV cache of all pieces, concatenated.
         """
         ids_T = torch.cat([p.prompt.ids_T[p.start : p.stop] for p in pieces])
         positions_RT = torch.cat([p.prompt.positions_RT[:, p.start : p.stop] for p in pieces], 1)
@@ -171,7 +173,7 @@ class Decoder:
         if images is not None:
             inputs["mm_encoder_outputs"] = {"image": images}
         bounds = [0, *np.cumsum([p.stop - p.start for p in pieces]).tolist()]
-        # One position at least: a model does not take an empty list of them.
+        # At least one position: models do not accept an empty list.
         last_E = self.to_device(torch.tensor([bounds[i + 1] - 1 for i in ends] or [0]))
         cache = PackedCache(self._num_layers)
         form = Packed(
@@ -195,13 +197,13 @@ class Decoder:
 
     @torch.inference_mode()
     def branch(self, branches: Sequence[Branches]) -> Tensor:
-        """Compute tokens that go on from prompts in several ways, all at once.
+        """Run the nodes of several token trees in one forward pass.
 
         Args:
-            branches: one or several of each prompt.
+            branches: one or more trees per prompt.
 
         Returns:
-            logits_TV: [T, V], what comes after each of their tokens, behind one another.
+            logits_TV: [T, V], next-token logits after each node, trees concatenated.
         """
         bounds = [0, *np.cumsum([len(b.ids) for b in branches]).tolist()]
         ids = np.concatenate([b.ids for b in branches])
@@ -225,18 +227,19 @@ class Decoder:
         return logits_TV
 
     def is_causal(self, *, has_images: bool) -> bool:
-        """Whether prompts with or without images are known to be causal: they may be cut."""
+        """Whether prompts with or without images are known to be causal, so that prefill may be
+        chunked. Prompts without images are causal if those with images are."""
         kinds = (True,) if has_images else (True, False)
         return any(self._sees_ahead.get(kind) is False for kind in kinds)
 
     def knows(self, *, has_images: bool) -> bool:
-        """Whether a prompt with or without images ran, so that `is_causal` is no guess."""
+        """Whether a prompt with or without images was prefilled, so that `is_causal` is exact."""
         return has_images in self._sees_ahead
 
     def image_places(self, sample: Sample) -> npt.NDArray[np.intp] | None:
-        """Where a prompt's image tokens lie, [image tokens]; None where they cannot be told.
+        """Return the indices of a prompt's image tokens; None if the model has no such token id.
 
-        With them the tokens around them, where these depend on the encoder (Ovis2).
+        They include the tokens around an image if the encoder embeds these as well (Ovis2).
         """
         if self._image_token_id is None:
             return None
@@ -253,17 +256,18 @@ class Decoder:
         *,
         num_used: int | None = None,
     ) -> Tensor:
-        """Compute one token for neighbouring slots, and the tokens that some have behind it.
+        """Run a decode step for B contiguous slots: their newest tokens, and forced ones after.
 
         Args:
-            cache: keys and values of N slots.
-            newest: each slot's newest token.
-            spans: the slots, B in all, grouped for attention; their starts count from the first.
-            runs: by slot, ids behind its newest token.
-            num_used: slots in use, from the first on; None: up to the last of these.
+            cache: KV cache of N slots.
+            newest: the newest token of each of the N slots.
+            spans: the B slots, grouped for attention.
+            runs: slot -> forced ids after its newest token.
+            num_used: number of slots in use, counted from slot 0; None: up to the end of `spans`.
 
         Returns:
-            logits_BV: [B, V], what comes after its last token; on a GPU good until the next step.
+            logits_BV: [B, V], next-token logits of each slot. On a GPU they are valid until the
+                next step.
         """
         first, stop = spans[0].start, spans[-1].stop
         if runs:
@@ -349,36 +353,36 @@ class Decoder:
         return logits_BV
 
     def fuse(self) -> None:
-        """Run the model's layers in their fused forms from now on."""
+        """Use the fused forms of the model's layers in all later forward passes."""
         self.forget_slots()
         self._fusing = Fusing(self._model)
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
-        """What the model's image encoder runs within."""
+        """Context in which the model's image encoder runs."""
         with self._fusing.encoding() if self._fusing is not None else nullcontext():
             yield
 
     def forget_slots(self) -> None:
-        """Give up what was captured over the present slots, so that their memory can go."""
+        """Drop the CUDA graphs captured over the current slots, so that these can be freed."""
         if self._graphs is not None:
             self._graphs.forget()
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """Copy to the model's device without waiting for it."""
+        """Copy to the model's device without synchronizing with it."""
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
     def _axes(self, positions: Tensor) -> Tensor:
-        """[R, B, T] as the model takes it: [B, T], or [3, B, T] with rotary axes."""
+        """Reshape positions [R, B, T] to the model's form: [B, T], or [3, B, T] with rope axes."""
         if self._rope_index is None:
             return positions[0]
         return positions.expand(3, -1, -1)
 
     @contextmanager
     def _attending_by_row(self) -> Iterator[None]:
-        # Only while this engine runs it: the model may be another's too.
+        # Set only during this engine's forward passes: the model may be used elsewhere too.
         self._config._attn_implementation = attention.NAME
         try:
             fusing, rotations = self._fusing, self._rotations
@@ -389,14 +393,14 @@ class Decoder:
 
 
 def _heads_of(config: Any) -> tuple[int, int, int]:
-    """Query heads, key-value heads, and their size."""
+    """Return the number of query heads, of key-value heads, and the head size."""
     num_heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     return num_heads, getattr(config, "num_key_value_heads", None) or num_heads, size
 
 
 def _trim_last_layer(decoder: Any) -> None:
-    """Let the last layer's feed-forward part and output projection skip tokens nobody asks for."""
+    """Make the last layer's MLP and output projection skip tokens whose logits are not needed."""
     layer = decoder.layers[-1]
     parts = [(layer, "mlp"), (getattr(layer, "self_attn", None), "o_proj")]
     for parent, name in parts:

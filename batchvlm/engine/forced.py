@@ -1,8 +1,8 @@
-"""Choices scored by transformers' `generate()`, for the models that need it.
+"""Scoring of choices for models that need transformers' `generate()`.
 
-`generate()` prepares a batch as it does for its own decoding, and hands it over. The prompts are
-computed once; their cache is copied for as many choices of each row as fit into a batch, and the
-tokens of these are forced, step by step.
+`generate()` prepares a batch as for its own decoding, and passes it to `ForcedChoices`. The prompts
+are prefilled once. Their KV cache is then repeated for as many choices per row as fit into a batch,
+and the tokens of these choices are teacher-forced step by step.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from batchvlm.engine.choices import RowChoices
 
-# Shape legend: B rows of the batch, E = B k answers under way, k of each row, T padded prompt
-# length plus tokens forced so far, L tokens of the longest choice, V vocabulary.
+# Shape legend: B rows of the batch, E = B k choices in flight, k per row, T padded prompt length
+# plus tokens forced so far, L tokens of the longest choice, V vocabulary.
 
 _CACHES = ("past_key_values", "cache_params")
 
 
 class ForcedChoices:
-    """Takes the place of `generate()`'s decoding, as its `custom_generate`.
+    """Replaces the decoding loop of `generate()`, as its `custom_generate`.
 
     Args:
         rows: the choices of each row of the batch.
         eos_ids: ids that end an answer.
-        max_answers: E at most; at least one a row.
+        max_answers: upper bound of E, except that each row has at least one.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class ForcedChoices:
         self._eos_ids = list(eos_ids)
         self._max_answers = max_answers
         self.logprobs: list[list[list[float]]] = [[] for _ in rows]
-        """By row and choice: of each token, and of the end behind them."""
+        """By row and choice: log-probability of each token, and of the EOS after them."""
         self.is_finite = [True] * len(rows)
-        """By row: whether the model's logits were numbers."""
+        """By row: whether the logits were finite."""
         self.row_steps = 0
 
     def __call__(
@@ -55,17 +55,17 @@ class ForcedChoices:
         """Score all choices of all rows.
 
         Returns:
-            The prompts' ids as they came: what is asked for is left here.
+            The prompts' ids, unchanged; the results are in the attributes.
         """
         prompt_ids_BT = input_ids
         logits_BV, kwargs = _forward(model, input_ids, kwargs, is_first_iteration=True)
         forced = generation_config.forced_bos_token_id
         if model.config.is_encoder_decoder and forced is not None:
-            # Such an answer begins with this token, whatever it says.
+            # Completions of such a model always start with this token.
             first = input_ids.new_full((len(input_ids), 1), forced)
             input_ids = torch.cat([input_ids, first], dim=1)
             logits_BV, kwargs = _forward(model, input_ids, kwargs, next_sequence_length=1)
-        # What a prompt shows is in its cache.
+        # Image inputs are needed in prefill only.
         kwargs = {n: v for n, v in kwargs.items() if "pixel" not in n and n != "mm_encoder_outputs"}
         num_rows = len(self._rows)
         most = max(len(row.ids) for row in self._rows)
@@ -81,9 +81,12 @@ class ForcedChoices:
         return prompt_ids_BT
 
     def _score(self, model: Any, started: _Started, places: range, logits_processor: Any) -> None:
-        """Score these choices of each row; where one has fewer, its last one again, for nobody."""
+        """Score the choices at these indices of each row.
+
+        A row with fewer choices repeats its last one, whose result is dropped.
+        """
         device = started.ids_BT.device
-        # Each row's answers side by side, as generate() has them.
+        # The choices of a row are adjacent, as generate() expands rows.
         ids = [row.ids[min(place, len(row.ids) - 1)] for row in self._rows for place in places]
         length = max(map(len, ids))
         tokens_EL = torch.tensor(
@@ -92,7 +95,7 @@ class ForcedChoices:
         ids_ET, scores_EV, kwargs = started.times(model, len(places))
         found = []
         for step in range(length + 1):
-            # As generate() does: ids that the repository keeps from being said.
+            # As in generate(): suppressed ids of the repository.
             scores_EV = logits_processor(ids_ET, scores_EV.float())
             total_E = scores_EV.logsumexp(-1)
             token_E = end_E = torch.zeros_like(total_E)
@@ -106,7 +109,7 @@ class ForcedChoices:
                 ids_ET = torch.cat([ids_ET, tokens_EL[:, step : step + 1]], dim=1)
                 scores_EV, kwargs = _forward(model, ids_ET, kwargs, next_sequence_length=1)
                 self.row_steps += len(ids_ET)
-        # By answer: tokens, ends and totals of each step.
+        # Per choice: log-probabilities of tokens and ends, and logsumexp, of each step.
         by_answer = torch.stack(found, dim=-1).transpose(0, 1).tolist()
         answers = iter(zip(ids, by_answer, strict=True))
         for i, row in enumerate(self._rows):
@@ -121,7 +124,7 @@ class ForcedChoices:
 
 
 class _Started:
-    """Rows whose prompts are computed: ids, the logits that follow, and what `generate()` keeps."""
+    """Prefilled rows: ids, next-token logits, and the model kwargs of `generate()`."""
 
     def __init__(self, ids_BT: Tensor, logits_BV: Tensor, kwargs: dict[str, Any]) -> None:
         self.ids_BT = ids_BT
@@ -129,7 +132,7 @@ class _Started:
         self._kwargs = kwargs
 
     def times(self, model: Any, num: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """The same with each row so many times side by side."""
+        """Return ids, logits and kwargs with each row repeated `num` times. Call it once."""
         caches = {name: self._kwargs.pop(name) for name in _CACHES if name in self._kwargs}
         ids_ET, kwargs = model._expand_inputs_for_generation(
             expand_size=num,
@@ -147,14 +150,14 @@ class _Started:
 
 
 def _copied(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What `generate()` keeps, with caches of its own."""
+    """Return a copy of the model kwargs of `generate()`, with deep copies of the caches."""
     return {n: copy.deepcopy(v) if n in _CACHES else copy.copy(v) for n, v in kwargs.items()}
 
 
 def _forward(
     model: Any, ids: Tensor, kwargs: dict[str, Any], **how: Any
 ) -> tuple[Tensor, dict[str, Any]]:
-    """One forward as `generate()` makes it: the logits of the last token, and what it keeps."""
+    """Run one forward pass as `generate()` does; return the last logits and updated kwargs."""
     outputs = model(**model.prepare_inputs_for_generation(ids, **how, **kwargs), return_dict=True)
     kwargs = model._update_model_kwargs_for_generation(
         outputs, kwargs, is_encoder_decoder=model.config.is_encoder_decoder

@@ -1,8 +1,8 @@
-"""The next token of every row, each row under its own settings and its own random generator.
+"""Sampling of the next token of each row, with its own settings and random generator.
 
-A row draws by inverse transform: one uniform number a step, from the row's own generator, picks the
-token where the cumulated probabilities pass it. So what a row draws does not depend on its batch,
-and costs one number however large the vocabulary is.
+A row samples by inverse transform: it draws one uniform number per step from its own generator, and
+takes the token at which the cumulative probability exceeds it. The result does not depend on the
+batch, and needs one random number for any size of vocabulary.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class NextTokens:
     ids_B: Tensor
     """int64 [B]."""
     logprobs_B: Tensor | None
-    """float32 [B] log-probability of each token at temperature 1 and without cuts, suppressed ids
-    left out; None where no row asks."""
+    """float32 [B]: log-probability of each token at temperature 1, before penalties, masks, top-k,
+    top-p and min-p, with suppressed ids excluded; None if no row asks."""
     is_finite_B: Tensor
-    """bool [B]: false where NaN or infinity among a row's logits made the choice."""
+    """bool [B]: False if the row's logits contain NaN or infinity that affected its token."""
 
 
 @dataclass(slots=True)
@@ -42,11 +42,11 @@ class _Row:
     rng: np.random.Generator
     num_tokens: int = 0
     uniform: float | None = None
-    """The number drawn for the next token: kept where memory is short before that is chosen."""
+    """Uniform number for the next token. It is kept if an OOM prevents that token, for a retry."""
 
     @property
     def is_drawn(self) -> bool:
-        # Below this, logits divided by it overflow: the likeliest token is what is meant.
+        # Below this, logits divided by the temperature overflow; the row is greedy instead.
         return self.settings.temperature >= _MIN_TEMPERATURE
 
     @property
@@ -56,7 +56,7 @@ class _Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Batch:
-    """The rows of one call and what they ask for; good until a row comes, goes or moves."""
+    """The rows of one call and their settings; valid until a row is admitted or moved."""
 
     slots: Sequence[int]
     rows: Sequence[_Row]
@@ -79,15 +79,15 @@ class _Batch:
 
 
 class RowSampler:
-    """Chooses tokens for slots whose rows come and go.
+    """Samples tokens for slots, which rows enter and leave.
 
-    Nothing here waits for the device, so a caller may run ahead of it.
+    Nothing here synchronizes with the device, so the host may run ahead of it.
 
     Args:
-        num_slots: slots are numbered from 0.
+        num_slots: number of slots, which are numbered from 0.
         eos_ids: ids that end a sequence.
-        device: where the logits are.
-        suppress_ids: ids that the model must never say.
+        device: device of the logits.
+        suppress_ids: ids that are never sampled.
     """
 
     def __init__(
@@ -103,21 +103,22 @@ class RowSampler:
         self._device = device
         self._rows: list[_Row | None] = [None] * num_slots
         self._batch: tuple[Sequence[int] | slice, _Batch] | None = None
-        # For repetition penalties alone: which ids a slot's row has seen, and prompts not yet in.
+        # Only for repetition penalties: the ids that each slot's row has seen, and prompts that are
+        # not yet included.
         self._seen_SV: Tensor | None = None
         self._prompts: dict[int, npt.NDArray[np.int64]] = {}
-        # For frequency and presence penalties alone: how often a slot's row has said each id.
+        # Only for frequency and presence penalties: count of each id in the row's completion.
         self._counts_SV: Tensor | None = None
         self._uncounted: set[int] = set()
         self._columns: dict[tuple[int, ...], Tensor] = {}
 
     def admit(self, slot: int, row: Generation, prompt_ids: npt.NDArray[np.int64]) -> None:
-        """Give a slot to a new row; all that was there before is gone.
+        """Assign a slot to a new row, and discard the slot's previous state.
 
         Args:
             slot: in 0..num_slots-1.
-            row: its settings.
-            prompt_ids: every id of its prompt, in any shape; they count as repetition.
+            row: generation settings of the row.
+            prompt_ids: all ids of its prompt, in any shape; the repetition penalty covers them.
         """
         self._batch = None
         self._rows[slot] = _Row(row, np.random.Generator(np.random.PCG64(row.seed)))
@@ -129,9 +130,9 @@ class RowSampler:
             self._uncounted.add(slot)
 
     def skip(self, slot: int, num_tokens: int) -> None:
-        """Go on behind tokens that were not chosen here, of a row without penalties.
+        """Advance a row without penalties past tokens that were not sampled here.
 
-        What the row draws next is what it would have drawn after choosing them one by one.
+        Its generator advances too, so later tokens are as if it had sampled these one by one.
         """
         row = self._rows[slot]
         assert row is not None and not row.settings.has_penalty
@@ -141,7 +142,7 @@ class RowSampler:
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
-        """Let the row in `source` go on in `target`; `source` is then free."""
+        """Move the row in slot `source` to slot `target`, which frees `source`."""
         row = self._rows[source]
         assert row is not None, f"slot {source} is free"
         if source == target:
@@ -213,8 +214,8 @@ class RowSampler:
             assert self._counts_SV is not None
             places_B = batch.slots_B * self._counts_SV.shape[1] + ids_B
             counts_B = self._counts_SV.view(-1).index_select(0, places_B) + 1
-        # All that takes memory is done. From here on rows change; until here, what has raised can
-        # be called again, also for some of the rows, and chooses the same.
+        # All allocations are done; the state of rows changes only below. If a call raises before,
+        # it can be repeated, also for a part of the rows, with the same result.
         if is_seen_B is not None:
             assert self._seen_SV is not None
             self._seen_SV.index_put_((batch.slots_B, ids_B), is_seen_B)
@@ -238,7 +239,7 @@ class RowSampler:
             rows.append(row)
         every = [row.settings for row in rows]
         drawn = [row.settings for row in rows if row.is_drawn]
-        # One transfer for all settings.
+        # One transfer for all float settings.
         columns = self._to_device(
             [
                 [max(r.temperature, _MIN_TEMPERATURE) for r in every],
@@ -280,12 +281,12 @@ class RowSampler:
             self._seen_SV = torch.zeros(shape, dtype=torch.bool, device=self._device)
         for slot in batch.slots:
             if slot in self._prompts:
-                # Some models keep their image placeholder above the ids that they can answer.
+                # The image placeholder of some models is beyond the width of the logits.
                 ids = self._prompts[slot]
                 ids_T = self._to_device(ids[(ids >= 0) & (ids < num_ids)], torch.long)
                 self._seen_SV[slot].zero_().index_fill_(0, ids_T, True)
                 del self._prompts[slot]
-        # As in CTRL (Keskar et al. 2019) and transformers: divide what is above 0, multiply below.
+        # As in CTRL (Keskar et al. 2019) and transformers: divide scores > 0, multiply others.
         penalised_BV = torch.where(
             scores_BV > 0, scores_BV / batch.penalty_B1, scores_BV * batch.penalty_B1
         )
@@ -300,20 +301,24 @@ class RowSampler:
             if slot in self._uncounted:
                 self._counts_SV[slot].zero_()
                 self._uncounted.remove(slot)
-        # As OpenAI's API defines them: over the answer so far, not the prompt.
+        # As OpenAI's API defines them: counted over the completion, without the prompt.
         counts_BV = self._counts_SV.index_select(0, batch.slots_B)
         taken_BV = counts_BV * batch.frequency_B1 + (counts_BV > 0) * batch.presence_B1
         return scores_BV - taken_BV
 
     def _without(self, scores_BV: Tensor, ids: tuple[int, ...]) -> Tensor:
-        """The scores with these ids impossible."""
+        """Return the scores with those of `ids` at -inf."""
         if ids not in self._columns:
             known = [i for i in ids if 0 <= i < scores_BV.shape[-1]]
             self._columns[ids] = self._to_device(known, torch.long)
         return scores_BV.index_fill(-1, self._columns[ids], -torch.inf)
 
     def _draw(self, scores_BV: Tensor, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
-        """A token of each row, and whether its probabilities were numbers."""
+        """Sample a token for each row.
+
+        Returns:
+            int64 [B] ids, and bool [B] whether the row's probabilities are finite.
+        """
         cumulated_BV = scores_BV.softmax(-1).cumsum(-1)
         total_B1 = cumulated_BV[:, -1:]
         for row in rows:
@@ -321,13 +326,13 @@ class RowSampler:
                 row.uniform = row.rng.random()
         uniform = [row.uniform if row.uniform is not None else 0.0 for row in rows]
         uniform_B1 = self._to_device(uniform, torch.float32)[:, None]
-        # Below the total, also where rounding makes the product equal to it: beyond the last step
-        # there is no token, and a step of height 0 is never found.
+        # Strictly below the total, even if the product rounds up to it: there is no token beyond
+        # it. A token of probability 0 is never found.
         below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
         target_B1 = torch.minimum(uniform_B1 * total_B1, below_B1)
         drawn_B = torch.searchsorted(cumulated_BV, target_B1, right=True)[:, 0]
-        # Where the logits are not finite nothing is found, and an id beyond the vocabulary would
-        # poison a CUDA context.
+        # With non-finite logits the search returns V, and an id out of range would corrupt the CUDA
+        # context.
         return drawn_B.clamp(max=scores_BV.shape[-1] - 1), total_B1[:, 0].isfinite()
 
     def _to_device(
@@ -336,7 +341,7 @@ class RowSampler:
         host = torch.as_tensor(values, dtype=dtype)
         if self._device.type != "cuda":
             return host.to(self._device)
-        # From memory that is not pinned the copy would wait for the device.
+        # A copy from pageable memory would synchronize with the device.
         return host.pin_memory().to(self._device, non_blocking=True)
 
 
@@ -353,7 +358,7 @@ def _cut(scores_BV: Tensor, batch: _Batch) -> Tensor:
         sorted_BV, order_BV = scores_BV.sort(-1, descending=True)
         rank_V = torch.arange(sorted_BV.shape[-1], device=sorted_BV.device)
         drop_BV = (rank_V >= batch.top_k_B1) & (batch.top_k_B1 > 0)
-        # A row's probabilities are renormalised after top-k, as transformers and vLLM do.
+        # Probabilities are renormalized after top-k, as in transformers and vLLM.
         probs_BV = sorted_BV.masked_fill(drop_BV, -torch.inf).softmax(-1)
         before_BV = probs_BV.cumsum(-1) - probs_BV
         drop_BV |= (before_BV >= batch.top_p_B1) & (batch.top_p_B1 < 1)

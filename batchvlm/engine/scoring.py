@@ -1,7 +1,7 @@
-"""Choices scored behind the prompts that the slot engine has computed, without any decode step.
+"""Scoring of choices by the slot engine: tree attention after prefill, without decode steps.
 
-The tokens of a row's choices are a tree behind its prompt. Trees of several rows go through the
-model in one pack: each token attends to its prompt and to the tokens that lead to it.
+The choices of a row form a token tree after its prompt. The trees of several rows run in one packed
+forward pass: each token attends to its prompt and its ancestors.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class _Row:
     prefilled: PrefilledRow
     choices: RowChoices
     logprobs: list[list[float]]
-    """By choice, as `Choices.answer` takes them; empty until they are known."""
+    """By choice: log-probabilities of its tokens and of EOS; empty until it is scored."""
     num_left: int
-    """Choices that are not scored yet."""
+    """Number of choices that are not scored yet."""
     failure: Failure | None = None
 
     @property
     def past(self) -> RowCache:
-        """Keys and values of its prompt, in one piece."""
+        """KV cache of the prompt, in one piece."""
         pieces = self.prefilled.pieces
         if len(pieces) > 1:
             self.prefilled.pieces = [reduce(RowCache.joined, pieces)]
@@ -60,14 +60,14 @@ _Part = tuple[_Row, ChoiceTree]
 
 
 class Scoring:
-    """Scores the choices of rows whose prompts are computed.
+    """Scores the choices of prefilled rows.
 
     Args:
-        choices: what each row may answer.
-        decoder: the model.
-        plan: how much goes through it at once.
-        clock: counts the seconds.
-        suppress_ids: ids that the model must never say; they have no probability.
+        choices: tokenizes the choices of each row.
+        decoder: runs the model.
+        plan: limits the tokens of a pack.
+        clock: measures the time.
+        suppress_ids: ids that get probability 0.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Scoring:
 
     @property
     def is_busy(self) -> bool:
-        """Whether `take` has yet to give rows back."""
+        """Whether `take` has rows left to return."""
         return bool(self._in_flight or self._failed)
 
     def score(self, rows: Sequence[PrefilledRow]) -> None:
@@ -115,7 +115,7 @@ class Scoring:
         """Rows whose choices are scored, waiting for the device.
 
         Args:
-            num_left: packs that may stay on their way.
+            num_left: number of packs that may stay in flight.
         """
         failed, self._failed = self._failed, []
         yield from failed
@@ -127,7 +127,7 @@ class Scoring:
         num_tokens = 0
         for row, tree in parts:
             max_tokens = self._plan.num_scored(row.prefilled.logits_V.shape[-1])
-            # The prompt's end counts too: its logits are looked at with those of the tree.
+            # +1 for the end of the prompt, whose logits are processed with those of the tree.
             if pack and num_tokens + len(tree) + 1 > max_tokens:
                 yield pack
                 pack, num_tokens = [], 0
@@ -142,7 +142,7 @@ class Scoring:
             return
         halves = self._halves(pack)
         num_tokens = sum(len(tree) for _, tree in pack)
-        # A pack made before memory was short is not tried as it is.
+        # The limit may have been lowered after an OOM, since the pack was formed.
         if halves and num_tokens > self._plan.num_scored(pack[0][0].prefilled.logits_V.shape[-1]):
             for half in halves:
                 self._launch_or_split(half)
@@ -169,7 +169,7 @@ class Scoring:
             self._launch_or_split(half)
 
     def _halves(self, pack: list[_Part]) -> list[list[_Part]]:
-        """A pack in two, or the choices of its only row; empty: it cannot be divided."""
+        """Split a pack into two, or its only tree by choices; empty if that is impossible."""
         if len(pack) > 1:
             middle = len(pack) // 2
             return [pack[:middle], pack[middle:]]
@@ -178,11 +178,12 @@ class Scoring:
 
     @torch.inference_mode()
     def _launch(self, pack: Sequence[_Part]) -> Tensor:
-        """What the model makes of each token and end: float32 [3, M + R], trees then prompts.
+        """Run a pack through the model.
 
-        The log-probability of the token behind its parent (0 for a prompt), that of an end behind
-        it, and the sum of all that may come there, as a logarithm, which is finite where the logits
-        are numbers.
+        Returns:
+            float32 [3, M + R], for the nodes of all trees and then the end of each prompt: the
+            log-probability of the token after its parent (0 at a prompt), that of EOS after the
+            node, and the logsumexp of the logits after it, which is finite if they are.
         """
         branches, tokens, before, start = [], [], [], 0
         num_tokens = sum(len(tree) for _, tree in pack)
@@ -204,7 +205,7 @@ class Scoring:
         before_M = self._decoder.to_device(torch.from_numpy(np.concatenate(before)))
         token_N = torch.zeros_like(total_N)
         token_N[:num_tokens] = logits_NV[before_M, ids_M] - total_N[before_M]
-        # Without an end there is nothing to tell it by.
+        # Without EOS ids, ends are not scored.
         end_N = torch.zeros_like(total_N)
         if len(self._eos_ids):
             end_N = logits_NV[:, self._eos_ids].logsumexp(-1) - total_N

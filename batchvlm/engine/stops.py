@@ -1,4 +1,4 @@
-"""When one row's answer is over, and what it then says: token by token, on the host."""
+"""Stop conditions of a row, checked on the host after each token, and the resulting completion."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from batchvlm.records import Completion, Failure, FinishReason, Generation
 MAX_PERIOD = 64
 MIN_CYCLE_TOKENS = 512
 MIN_CYCLE_PERIODS = 16
-"""A row is caught in a cycle of p <= MAX_PERIOD tokens when its last `max(MIN_CYCLE_TOKENS,
-MIN_CYCLE_PERIODS * p)` tokens are nothing else."""
+"""A row is in a cycle of period p <= MAX_PERIOD if its last `max(MIN_CYCLE_TOKENS,
+MIN_CYCLE_PERIODS * p)` tokens repeat with that period."""
 _MAX_BYTES = 4
-"""Of one character in UTF-8."""
+"""Maximum length of a UTF-8 character."""
 _HALF = "\ufffd"
-"""What tokens decode to that hold a character in part. Tokens of one byte each (`<0x0A>`) all do
-that stand in one row with such a part."""
+"""Decoded text of tokens that hold part of a character. In a sequence of byte tokens (`<0x0A>`)
+with an incomplete character, every token decodes to it."""
 
 
 class RowStop:
-    """Ends a row by its limit, its stop strings, a cycle and, unless ignored, the model's EOS.
+    """Ends a row by `max_new_tokens`, stop strings, repetition and, unless ignored, EOS.
 
     Args:
-        row: the row's settings.
+        row: the generation settings of the row.
         eos_ids: ids that end a sequence.
         tokenizer: the tokenizer that decodes the answer.
-        special_ids: ids that it leaves out of the text.
+        special_ids: ids that it omits from the text.
     """
 
     def __init__(
@@ -48,31 +48,32 @@ class RowStop:
         heeds_cycles = row.stop_on_repetition and not row.ignore_eos
         self._cycle = CycleDetector() if heeds_cycles else None
         if row.stop:
-            # A stop string may begin and end inside tokens, so look at text, but only at its end:
-            # no token of text adds less than a byte, hence as many as the longest has bytes.
+            # A stop string may start and end within tokens, so decoded text is searched, but only
+            # its tail: every token adds at least a byte, so one token per byte of the longest stop
+            # string suffices.
             longest = max(len(stop.encode()) for stop in row.stop)
             self._num_tail = longest + 1
             self._said: list[int] = []
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far, one that ended the answer included."""
+        """Number of tokens so far, including one that ended the answer."""
         return len(self._ids)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Ids so far, one that ended the answer included."""
+        """Ids so far, including one that ended the answer."""
         return tuple(self._ids)
 
     def push(self, token: int, logprob: float | None = None) -> bool:
-        """Take the next token.
+        """Append the next token.
 
         Args:
             token: its id.
-            logprob: its log-probability; kept where the row asks for it.
+            logprob: its log-probability; required if the row has `logprobs`.
 
         Returns:
-            Whether the answer is over with this token.
+            Whether the answer ends with this token.
         """
         assert self._reason is None, "the answer is over"
         self._ids.append(token)
@@ -83,13 +84,13 @@ class RowStop:
         return self._reason is not None
 
     def completion(self, row_index: int, latency_s: float) -> Completion:
-        """What the row says: with the EOS among its ids but not in its text, cut at a stop string.
+        """Return the completion: its ids include EOS, its text ends before EOS or a stop string.
 
         Args:
-            row_index: the sample's row.
+            row_index: index of the sample's row.
             latency_s: seconds until the answer was complete.
         """
-        # An id that ends answers need not be special: its text is left out by place.
+        # An EOS id is not always a special token, so it is removed before decoding.
         said = self._ids[:-1] if self._has_eos else self._ids
         text = self._tokenizer.decode(said, skip_special_tokens=True)
         return Completion(
@@ -115,13 +116,15 @@ class RowStop:
         return FinishReason.LENGTH if len(self._ids) >= self._row.max_new_tokens else None
 
     def _stopped_chars(self, token: int, *, is_early: bool) -> int:
-        """How much a stop string that this token completes takes off the text's end; 0: none."""
+        """Return how many characters to cut from the end of the text, if this token completes a
+        stop string; else 0."""
         if token in self._special_ids:
             return 0  # adds no text
         self._said.append(token)
         if is_early:
             return 0
-        # Neither what is looked at begins, nor what was there before it ends, within a character.
+        # Extend the tail until it starts at a character boundary, and find the text before this
+        # token up to the last complete character.
         tail = self._said[-self._num_tail :]
         text = self._tokenizer.decode(tail)
         for num_more in range(1, _MAX_BYTES):
@@ -141,7 +144,7 @@ class RowStop:
 
 
 class CycleDetector:
-    """Tells when the end of a growing list of tokens is a cycle; see `MAX_PERIOD`."""
+    """Detects that a growing list of tokens ends in a cycle; see `MIN_CYCLE_PERIODS`."""
 
     def __init__(self) -> None:
         self._last_places: dict[int, int] = {}
@@ -155,8 +158,8 @@ class CycleDetector:
         if place - last > MAX_PERIOD:
             self._num_recurring = 0
             return False
-        # In a cycle every token recurs within a period. Ordinary text breaks that off long before
-        # the loop below costs anything.
+        # In a cycle every token recurs within a period. In ordinary text some token does not, long
+        # before the loop below runs.
         self._num_recurring += 1
         if self._num_recurring < MIN_CYCLE_TOKENS - MAX_PERIOD:
             return False
@@ -174,7 +177,7 @@ def _is_cycle(ids: list[int], period: int) -> bool:
 
 
 def not_finite(num_tokens: int) -> Failure:
-    """The failure of a row whose logits were no numbers after so many tokens."""
+    """Return the failure of a row whose logits are not finite after `num_tokens` tokens."""
     return Failure(
         error_type=ErrorType.ENGINE,
         message=f"the model's logits are not finite after {num_tokens} tokens; "
