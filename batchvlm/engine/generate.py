@@ -1,4 +1,4 @@
-"""The engine that every model allows: transformers' `generate()` on padded batches."""
+"""The engine for any model: transformers' `generate()` on padded batches."""
 
 from __future__ import annotations
 
@@ -44,39 +44,38 @@ log = logging.getLogger(__name__)
 # Shape legend: B rows of the batch, T padded prompt length plus tokens generated so far,
 # V vocabulary.
 
-# Families that are right only where every row has the same number of images.
+# Families whose results are wrong if rows of a batch have different numbers of images.
 _ALONE = frozenset({"mllama"})
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
-    # There all images of a batch are merged by the rows and columns of the first.
+    # These versions merge all images of a batch by the grid of the first image.
     _ALONE |= {"minicpmv4_6"}
-# Families that take one image a row, neither none nor several: given several, some answer about the
-# first as if there were no others.
+# Families that take exactly one image per row. Given several, some silently use only the first.
 ONE_IMAGE = frozenset({"blip-2", "florence2", "instructblip"})
-# Families whose generate() hands on to that of their language model, which has settings of its own.
+# Families whose generate() delegates to their language model, which has its own generation config.
 _INNER_GENERATE = frozenset({"blip-2", "instructblip"})
-# Families that say places and areas by special tokens.
+# Families that express locations by special tokens.
 _SPEAKS_IN_TOKENS = frozenset({"florence2"})
-# Families whose own generate() loses logits processors; it can also draw images, which nobody asks.
+# Families whose own generate(), which can also generate images, drops logits processors.
 _OWN_GENERATE = frozenset({"janus"})
 _MAX_ANSWERS = 256
 _KEPT_DEFAULTS = (
     *("bos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
-    # What the answers of an encoder-decoder begin with.
+    # The first tokens of an encoder-decoder's completions.
     *("decoder_start_token_id", "forced_bos_token_id"),
 )
 
 
 class GenerateEngine:
-    """Runs padded batches through `model.generate`, every row under its own settings.
+    """Runs padded batches through `model.generate`, each row with its own settings.
 
     Args:
         model: a transformers model for image-text-to-text.
-        tokenizer: the tokenizer that decodes its answers.
+        tokenizer: the tokenizer that decodes completions.
         batching: how samples are grouped.
-        constraints: the forms that answers are held to, if any.
-        pixel_dtype: what numbers of images are given in; None: the model's.
-        choices: what rows may answer, where choices are scored and nothing is decoded.
-        team: the processes that hold the other parts of the model; None: it is whole.
+        constraints: constrained decoding; None without.
+        pixel_dtype: dtype of image inputs; None: the model's.
+        choices: the choices to score, instead of decoding; None to decode.
+        team: the other processes of a tensor-parallel replica; None without.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class GenerateEngine:
     ) -> None:
         self._choices = choices
         self._max_answers = _MAX_ANSWERS
-        """Choices of all rows of a batch that are forced at once."""
+        """Maximum number of choices, over all rows of a batch, that are scored at once."""
         self.stats = EngineStats()
         self.on_token: OnToken | None = None
         self._pixel_dtype = pixel_dtype or model.dtype
@@ -120,7 +119,7 @@ class GenerateEngine:
         Raises:
             ModelError: either cannot be loaded.
         """
-        # The processor first: whatever is wrong with it is known before the weights are read.
+        # The processor first: its errors show before the weights are loaded.
         tokenizer = load_processor(cfg).tokenizer
         return cls(load_model(cfg, device=device), tokenizer, batching)
 
@@ -149,10 +148,11 @@ class GenerateEngine:
                 yield from self._run_or_split(group)
 
     def _grouped(self, samples: Sequence[Sample]) -> list[tuple[Sample, ...]]:
-        """Rows that go through the model together."""
+        """Split a batch into the groups that run together."""
         if self._choices is None:
             return [tuple(samples)] if samples else []
-        # Each has as many choices forced as the one with most.
+        # All rows of a group run as many choices as the row with the most, so similar numbers are
+        # grouped.
         by_num: dict[int, list[Sample]] = defaultdict(list)
         for sample in samples:
             by_num[len(sample.choices or ()).bit_length()].append(sample)
@@ -176,14 +176,14 @@ class GenerateEngine:
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except BatchvlmError:
-            raise  # no row's fault
+            raise  # not caused by a row
         except Exception as error:
             failure = failure_of(error)
         else:
             yield from zip(samples, outcomes, strict=True)
             return
-        # Only here, behind the except clause, is the error gone, and with its traceback the tensors
-        # of the failed attempt.
+        # Only after the except clause are the error and its traceback released, and with them the
+        # tensors of the failed attempt.
         free_memory(self._model.device)
         if len(samples) == 1:
             if self._choices is not None and self._has_less(failure):
@@ -191,14 +191,14 @@ class GenerateEngine:
             else:
                 yield samples[0], failure
             return
-        # A batch that raises is halved until the row at fault stands alone.
+        # A batch that raises is halved until the failing row is alone.
         log.warning("a batch of %d rows failed (%s); halving it", len(samples), failure.message)
         middle = len(samples) // 2
         yield from self._run_or_split(samples[:middle])
         yield from self._run_or_split(samples[middle:])
 
     def _has_less(self, failure: Failure) -> bool:
-        """Whether fewer choices at once may fit."""
+        """After an OOM, lower the number of choices scored at once; False if it cannot help."""
         if failure.error_type is not ErrorType.OOM or self._max_answers == 1:
             return False
         self._max_answers //= 4
@@ -208,7 +208,7 @@ class GenerateEngine:
         return self._generate(samples) if self._choices is None else self._score(samples)
 
     def _score(self, samples: Sequence[Sample]) -> list[Completion | Failure]:
-        """Score the choices of each row."""
+        """Score the choices of each row by teacher forcing."""
         assert self._choices is not None
         start = time.perf_counter()
         choices = [self._choices.of(sample) for sample in samples]
@@ -239,14 +239,14 @@ class GenerateEngine:
     def _generate(self, samples: Sequence[Sample]) -> list[Completion | Failure]:
         start = time.perf_counter()
         batch = self._collated(samples)
-        # The answer of an encoder-decoder stands alone, behind a token that starts it.
+        # generate() of an encoder-decoder returns a start token and the completion, no prompt.
         prompt_width = 1 if self._is_encoder_decoder else batch["input_ids"].shape[1]
         sampler = RowSampler(len(samples), eos_ids=self._eos_ids, device=self._model.device)
         matchers = [self._constraints.begin(sample) for sample in samples]
         for i, sample in enumerate(samples):
             settings = sample.generation
             if matchers[i] is not None:
-                # The grammar says when the answer is whole; there may be nothing to add.
+                # The grammar ends the answer; it may allow nothing after a complete one.
                 settings = replace(settings, min_new_tokens=0)
             sampler.admit(i, settings, sample.features["input_ids"])
         chosen = ChosenToken(sampler, matchers, self._constraints)
@@ -288,15 +288,15 @@ class GenerateEngine:
         processor: LogitsProcessor,
         criterion: StoppingCriteria,
     ) -> Tensor:
-        """The model's own `generate()`.
+        """Run the model's `generate()` on a batch.
 
         Args:
             batch: from `collate`.
-            processor: chooses each token.
-            criterion: ends each row.
+            processor: chooses the tokens.
+            criterion: ends the rows.
 
         Returns:
-            ids_BT: the answers, padded; behind the prompts, but of an encoder-decoder.
+            ids_BT: prompts and completions, padded; of an encoder-decoder completions only.
         """
         return self._call_generate(
             batch,
@@ -320,10 +320,10 @@ class GenerateEngine:
 
 
 def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends an answer: those of the generation config, and the tokenizer's.
+    """Return all EOS ids, from the generation config and the tokenizer.
 
-    Both, as in vLLM: repositories often name the end of the text in one and of the turn in the
-    other.
+    As in vLLM, both are used: repositories often have the end of text in one, and the end of turn
+    in the other.
     """
     configs = [model.generation_config]
     if model.config.model_type in _INNER_GENERATE:
@@ -336,10 +336,10 @@ def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def without_defaults(config: Any, *, pad_id: int) -> Any:
-    """A model's generation config, emptied of all but the ids that the model must not say.
+    """Return a model's generation config with only its special and suppressed ids kept.
 
-    transformers fills every setting that a call leaves open from the model's repository, so a
-    greedy run would take over its repetition penalty and a row that ignores EOS would still end.
+    transformers fills settings that a call does not give from the model's repository. A greedy run
+    would then use the repository's repetition penalty, and a row that ignores EOS would still end.
     """
     config = copy.deepcopy(config)
     for name, value in vars(type(config)()).items():
@@ -350,9 +350,9 @@ def without_defaults(config: Any, *, pad_id: int) -> Any:
 
 
 class SpokenTokens:
-    """A tokenizer that leaves out of an answer only what begins, ends and pads it.
+    """A tokenizer that omits only BOS, EOS and padding from the text of an answer.
 
-    Of other special tokens, such as Florence-2's `<loc_52>`, the answer consists.
+    Other special tokens, such as Florence-2's `<loc_52>`, are part of the answer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -368,10 +368,10 @@ class SpokenTokens:
 
 
 class ChosenToken(LogitsProcessor):
-    """Lets `generate()`'s argmax find the token that our sampler chose."""
+    """Sets the score of the sampled token to infinity, so that `generate()`'s argmax picks it."""
 
     choice: NextTokens
-    """The last step's."""
+    """Tokens of the last step."""
 
     def __init__(
         self,
@@ -390,7 +390,7 @@ class ChosenToken(LogitsProcessor):
 
 
 class RowStops(StoppingCriteria):
-    """Ends each row of a batch by its own `RowStop`, or because its logits are no numbers."""
+    """Ends each row of a batch by its own `RowStop`, or because its logits are not finite."""
 
     def __init__(
         self,
@@ -401,10 +401,10 @@ class RowStops(StoppingCriteria):
         rows: Sequence[int | None] = (),
         on_token: OnToken | None = None,
     ) -> None:
-        # generate() looks for this name to know that finished rows must be padded.
+        # generate() checks for this attribute to decide whether to pad finished rows.
         self.eos_token_id = torch.tensor(list(eos_ids) or [-1])
         self.failures: dict[int, Failure] = {}
-        """By place in the batch."""
+        """Index in the batch -> failure."""
         self._stops = stops
         self._chosen = chosen
         self._is_done = [False] * len(stops)
@@ -428,6 +428,6 @@ class RowStops(StoppingCriteria):
                 self.failures[i] = not_finite(stop.num_tokens)
                 self._is_done[i] = True
         if not all(self._is_done):
-            # Filled while the model runs.
+            # The next masks are computed while the model runs.
             self._chosen.constraints.start(self._chosen.matchers)
         return torch.tensor(self._is_done, device=input_ids.device)

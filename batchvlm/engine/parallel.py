@@ -1,8 +1,8 @@
-"""A model of which each of several processes holds a part of every layer (tensor parallelism).
+"""Tensor parallelism: each process of a replica holds a shard of every layer.
 
-All of them must run the same steps on the same rows. So one leads: it forms the batches, chooses
-each token, and decides where each row ends. The others are given the batch and, step by step, the
-tokens: nothing that depends on time, memory or rounding is decided twice.
+All processes must run the same steps on the same rows. The leader forms the batches, chooses each
+token, and decides when a row ends. It sends each batch to the followers, and broadcasts tokens and
+ends at every step, so that no decision that depends on time, memory or rounding is made twice.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ log = logging.getLogger(__name__)
 # V vocabulary.
 
 _LOAD_S = 3600.0
-"""One process may read weights for so much longer than the leader."""
+"""How long the leader, once loaded, waits for followers to load their weights."""
 _FAIL_S = 10.0
-"""One process may fail to load so much later than the leader."""
+"""How long a leader that failed to load waits for its followers to fail too."""
 _STEP_S = 60.0
-"""One process may end a batch so much later than the leader; behind one that failed, none comes."""
+"""How long the leader, after a batch, waits for its followers to finish it."""
 _COLLECTIVE_S = 900.0
-"""Torch gives up after this; a process that has ended is known of long before."""
+"""Timeout of torch's collectives. A process that ends is noticed long before."""
 
 Run = Callable[[Mapping[str, Tensor], int, LogitsProcessor, StoppingCriteria], Tensor]
-"""Answers one batch: tensors on the CPU, the most new tokens, and what is decided at each step."""
+"""Runs one batch: CPU tensors, `max_new_tokens`, and what chooses tokens and ends rows."""
 
 
 class Channel(Protocol):
-    """A process's connection with the others of its replica."""
+    """A process's connections to the others of its replica."""
 
     @property
     def rank(self) -> int:
-        """0 leads."""
+        """Rank within the replica; 0 is the leader."""
 
     @property
     def size(self) -> int: ...
 
     @property
     def folder(self) -> Path:
-        """Where only they can write."""
+        """A folder to which only this user has access."""
 
 
 class ToFollowers(Channel, Protocol):
-    """The leader's."""
+    """The leader's channel."""
 
     def send(self, message: object) -> None: ...
 
@@ -68,7 +68,7 @@ class ToFollowers(Channel, Protocol):
 
 
 class ToLeader(Channel, Protocol):
-    """The others'."""
+    """A follower's channel."""
 
     def receive(self) -> Any: ...
 
@@ -77,26 +77,27 @@ class ToLeader(Channel, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class _Meeting:
-    """Asks the others whether they are where the leader is, after a batch that failed."""
+    """Sent after a failed batch, to check that all processes are at the same step."""
 
     number: int
-    """That the next thing sent through the process group shall be."""
+    """Value that the next broadcast of the process group must have."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """What the others need of a batch. Arrays, since tensors would be sent by shared memory."""
+    """A batch, as sent to the followers. Arrays, because tensors would go through shared
+    memory."""
 
     arrays: dict[str, Array]
     max_new_tokens: int
 
 
 class Team:
-    """The leader's view of the processes that answer with it.
+    """Controls the followers, on the leader.
 
     Args:
-        channel: to all of them.
-        device: of this process.
+        channel: connections to the followers.
+        device: device of this process.
     """
 
     def __init__(self, channel: ToFollowers, *, device: str) -> None:
@@ -106,10 +107,11 @@ class Team:
 
     @contextmanager
     def loading(self, cfg: JobConfig) -> Iterator[None]:
-        """Let the others load their parts while this process loads its own.
+        """Make the followers load their shards while this process loads its own in the context.
 
         Raises:
-            RuntimeError: one of them cannot.
+            RuntimeError: a follower failed to load.
+            ReplicaError: a follower has ended.
         """
         self._channel.send(cfg)
         try:
@@ -117,7 +119,7 @@ class Team:
             with _numbered(self._device):
                 yield
         except Exception:
-            # The others mostly fail alike; meanwhile the group's file must not be gone.
+            # The followers usually fail in the same way. The group's file must exist until then.
             with suppress(ReplicaError):
                 self._channel.gather(_FAIL_S)
             raise
@@ -132,18 +134,20 @@ class Team:
         processor: LogitsProcessor,
         criterion: StoppingCriteria,
     ) -> Tensor:
-        """Answer a batch together; see `Run`.
+        """Run a batch on all processes of the replica; see `Run`.
 
         Raises:
-            Exception: what answering raised, here or, as a RuntimeError, at one of the others.
-            ReplicaError: one of them has ended, or is no more at the same step.
+            Exception: raised by the run here.
+            RuntimeError: the run failed on a follower.
+            ReplicaError: a follower has ended, or is no longer at the same step.
         """
         arrays = {name: tensor.numpy() for name, tensor in batch.items()}
         self._channel.send(_Batch(arrays=arrays, max_new_tokens=max_new_tokens))
         try:
             ids_BT = run(batch, max_new_tokens, _TokensSaid(processor), _EndsSaid(criterion))
         except Exception:
-            # The others failed alike, or wait for a step that will not come.
+            # The followers failed too, have received the abort, or wait in a collective that never
+            # completes. In the last case `gather` times out.
             self._channel.gather(_STEP_S)
             self._meet()
             raise
@@ -153,10 +157,10 @@ class Team:
         return ids_BT
 
     def _meet(self) -> None:
-        """See that all are at the same step again, so that the next batch may begin.
+        """Check after a failed batch that all processes are in step, so that the next can start.
 
         Raises:
-            ReplicaError: they are not, and never will be.
+            ReplicaError: they are not, which cannot be repaired.
         """
         self._num_meetings += 1
         self._channel.send(_Meeting(number=self._num_meetings))
@@ -172,10 +176,11 @@ class Team:
 
 
 def follow(channel: ToLeader, *, device: str, load: Callable[[JobConfig], Run]) -> None:
-    """Load a part of the leader's model and answer its batches with it, until it says that all is
-    done.
+    """Load this process's shard of the model, and run the leader's batches until the job is done.
 
     Args:
+        channel: connection to the leader.
+        device: device of this process.
         load: loads the model of a job.
 
     Raises:
@@ -220,12 +225,12 @@ def _keep(meeting: _Meeting, device: str) -> None:
 
 
 def _form_group(channel: Channel, device: str) -> None:
-    """Make torch's process group of the replica; it is this process's only one."""
+    """Create the default torch process group, which consists of the replica."""
     from torch.distributed import FileStore  # type: ignore[attr-defined]
 
     where = torch.device(device)
     if dist.is_initialized():
-        dist.destroy_process_group()  # of the job before, in a sweep
+        dist.destroy_process_group()  # left from the previous job of a sweep
     dist.init_process_group(
         dist.get_default_backend_for_device(where),
         store=FileStore(str(channel.folder / "group"), channel.size),
@@ -238,7 +243,10 @@ def _form_group(channel: Channel, device: str) -> None:
 
 @contextmanager
 def _numbered(device: str) -> Iterator[None]:
-    """Let transformers find the device by a variable that srun does not set, and others heed."""
+    """Set LOCAL_RANK to the device's index in this context. transformers finds the device by it.
+
+    srun does not set it, and other libraries read it, so it is restored on exit.
+    """
     before = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = str(torch.device(device).index or 0)
     try:
@@ -251,7 +259,7 @@ def _numbered(device: str) -> Iterator[None]:
 
 
 class _TokensSaid(LogitsProcessor):
-    """Tells the others which token each row has got."""
+    """Broadcasts the chosen token of each row to the followers."""
 
     def __init__(self, inner: LogitsProcessor) -> None:
         self._inner = inner
@@ -264,7 +272,7 @@ class _TokensSaid(LogitsProcessor):
 
 
 class _EndsSaid(StoppingCriteria):
-    """Tells the others which rows have ended."""
+    """Broadcasts to the followers which rows have ended."""
 
     def __init__(self, inner: Any) -> None:
         self.eos_token_id = inner.eos_token_id
@@ -278,7 +286,7 @@ class _EndsSaid(StoppingCriteria):
 
 
 class _TokensHeard(LogitsProcessor):
-    """Lets `generate()`'s argmax find the leader's tokens."""
+    """Sets the scores of the leader's tokens to infinity, so that `generate()` picks them."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         ids_B = _hear(len(scores), scores.device)
@@ -286,9 +294,9 @@ class _TokensHeard(LogitsProcessor):
 
 
 class _EndsHeard(StoppingCriteria):
-    """Ends rows where the leader does."""
+    """Ends the rows that the leader ends."""
 
-    # generate() looks for this name to know that finished rows must be padded.
+    # generate() checks for this attribute to decide whether to pad finished rows.
     eos_token_id = torch.tensor([-1])
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -296,7 +304,7 @@ class _EndsHeard(StoppingCriteria):
 
 
 class _BrokenOffError(Exception):
-    """The leader has given a batch up."""
+    """The leader has aborted the batch."""
 
 
 _GOES_ON, _IS_BROKEN_OFF = 0, 1
@@ -316,7 +324,7 @@ def _hear(num_rows: int, device: torch.device) -> Tensor:
 
 @contextmanager
 def _told_of_errors(num_rows: int, device: torch.device) -> Iterator[None]:
-    """Let the others give a batch up that this process gives up between two steps of the model."""
+    """Broadcast an abort to the followers if the body, between two model steps, raises."""
     try:
         yield
     except Exception:

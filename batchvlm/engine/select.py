@@ -1,4 +1,4 @@
-"""Which engine a model gets."""
+"""Chooses and creates the engine of a model."""
 
 from __future__ import annotations
 
@@ -48,12 +48,21 @@ _VERIFIED = frozenset(
         "smolvlm",
     }
 )
-"""Model types whose answers over slots were seen to be those of `generate()`."""
+"""Model types whose slot engine outputs were verified against `generate()`."""
 
 
 def select_engine(cfg: JobConfig, *, device: str, followers: ToFollowers | None = None) -> Engine:
-    """Load the model and choose its engine; see `open_engine`."""
-    # The processor first: whatever is wrong with it is known before the weights are read.
+    """Load the model and create its engine.
+
+    Args:
+        cfg: the job; see `choose_engine`.
+        device: where the model is loaded.
+        followers: the other processes of a tensor-parallel replica; None without.
+
+    Raises:
+        ModelError: the model cannot be loaded, or the requested engine cannot run it.
+    """
+    # The processor first: its errors show before the weights are loaded.
     processor = load_processor(cfg.model)
     if processor.chat_template is None:
         log.info("the model has no chat template: a prompt is its text alone, without roles")
@@ -72,7 +81,8 @@ def select_engine(cfg: JobConfig, *, device: str, followers: ToFollowers | None 
 
 
 def follow_leader(leader: ToLeader, *, device: str) -> None:
-    """Load a part of the leader's model, and answer its batches with it; see `parallel.follow`."""
+    """Load this process's shard of the model, and run the leader's batches; see
+    `parallel.follow`."""
 
     def load(cfg: JobConfig) -> Run:
         tokenizer = load_processor(cfg.model).tokenizer
@@ -85,16 +95,16 @@ def follow_leader(leader: ToLeader, *, device: str) -> None:
 def choose_engine(
     model: Any, tokenizer: Any, cfg: JobConfig, *, team: Team | None = None
 ) -> Engine:
-    """Choose the engine of a model that is loaded.
+    """Create the engine of a loaded model.
 
     Args:
-        model: a transformers model, where it is to run.
-        tokenizer: the tokenizer that decodes its answers.
-        cfg: the job; its engine may be left open.
-        team: the processes that hold the other parts of the model; None: it is whole.
+        model: a transformers model on its final device.
+        tokenizer: the tokenizer that decodes completions.
+        cfg: the job; `engine=auto` uses slots if the model supports them.
+        team: the other processes of a tensor-parallel replica; None without.
 
     Raises:
-        ModelError: the engine that was asked for cannot run it.
+        ModelError: the requested engine cannot run the model.
     """
     name, reason = name_engine(model, cfg)
     if model.device.type == "cpu":
@@ -106,7 +116,7 @@ def choose_engine(
     if name is EngineName.generate:
         if reason:
             log.info("%s runs by generate(): %s", type(model).__name__, reason)
-        # Each part of the model takes them in its own dtype.
+        # Each part of the model casts its inputs to its own dtype.
         pixel_dtype = torch.float32 if isinstance(cfg.model.dtype, dict) else None
         return GenerateEngine(
             model,
@@ -132,13 +142,14 @@ def choose_engine(
 def name_engine(
     model: Any, cfg: JobConfig, *, device: torch.device | None = None
 ) -> tuple[EngineName, str]:
-    """The engine of a model, which needs no weights for this, and why not slots where not.
+    """Return the name of the engine for a model, and why `auto` did not choose slots, or "".
 
     Args:
-        device: where it will be; None: where it is.
+        model: a transformers model, which may be on the meta device.
+        device: the device it will run on; None: its current one.
 
     Raises:
-        ModelError: the engine that was asked for cannot run it.
+        ModelError: the requested engine cannot run the model.
     """
     is_asked_for = cfg.engine.name is EngineName.slots
     reason = why_not_slots(model, is_asked_for=is_asked_for, device=device)
@@ -164,14 +175,14 @@ def name_engine(
 
 
 def open_choices(cfg: JobConfig, model: Any, tokenizer: Any) -> Choices | None:
-    """What rows may answer, where choices are scored; None where answers are decoded."""
+    """Return the choices to score; None if the task decodes answers."""
     if not cfg.task.scores:
         return None
     return Choices(tokenizer, run_choices(cfg.task.output), eos_ids=eos_ids(model, tokenizer))
 
 
 def open_constraints(cfg: JobConfig, model: Any, tokenizer: Any) -> Constraints | None:
-    """What holds answers to the form that the task asks for; None where it asks for none."""
+    """Return the constraints for the task's output form; None if it has none or guiding is off."""
     output = cfg.task.output
     is_asked_for = bool(output.json_schema_column)
     if cfg.task.name is TaskName.extract:
@@ -193,12 +204,12 @@ def open_constraints(cfg: JobConfig, model: Any, tokenizer: Any) -> Constraints 
 def why_not_slots(
     model: Any, *, is_asked_for: bool = False, device: torch.device | None = None
 ) -> str:
-    """Why a model cannot be run over slots, in a few words; empty if it can.
+    """Return why a model cannot run over slots, in a few words; empty if it can.
 
     Args:
-        model: a transformers model.
-        is_asked_for: leave out doubts that the canary would settle.
-        device: where it will be; None: where it is.
+        model: a transformers model, which may be on the meta device.
+        is_asked_for: ignore reasons that are only unverified, which the canary checks.
+        device: the device it will run on; None: its current one.
     """
     config = model.config
     if config.is_encoder_decoder:
@@ -208,7 +219,7 @@ def why_not_slots(
     if not hasattr(model.base_model, "get_image_features"):
         return "it gives no image features of its own"
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-        # In no family before transformers 5.18.
+        # No family has it before transformers 5.18.
         return f"it takes no image features from outside in transformers {transformers.__version__}"
     if refuses_inference_mode(model):
         return "Quanto's int4 weights do not run in inference mode"
