@@ -35,8 +35,8 @@ from batchvlm.runtime.launch import num_cores
 from batchvlm.runtime.pipes import array_pipe
 
 # Enough that a worker never waits for the next record, few enough to bound memory.
-_UNDER_WAY_PER_WORKER = 16
-_PAUSE_S = 0.02
+_IN_FLIGHT_PER_WORKER = 16
+_POLL_S = 0.02
 """Seconds between two polls for a record."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TERMINATED = {signal.SIGTERM, -signal.SIGTERM}
@@ -44,7 +44,7 @@ _TERMINATED = {signal.SIGTERM, -signal.SIGTERM}
 _MAX_BREAKS = 3
 """How many times in a row the pool may break without preparing a row."""
 
-_UnderWay = deque[tuple[Record, ProcessFuture[Sample | Failure] | None]]
+_InFlight = deque[tuple[Record, ProcessFuture[Sample | Failure] | None]]
 log = logging.getLogger(__name__)
 
 _preprocessor: Preprocessor | None = None
@@ -75,7 +75,7 @@ class WorkerPool:
         self._spec = spec
         self._num_workers = num_workers
         self._timeout_s = timeout_s
-        self._under_way = num_workers * _UNDER_WAY_PER_WORKER
+        self._max_in_flight = num_workers * _IN_FLIGHT_PER_WORKER
         self._local = Preprocessor(spec) if num_workers == 0 else None
         self._pool: ProcessPool | None = None
         self._context: _PoolContext | None = None
@@ -85,7 +85,7 @@ class WorkerPool:
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="starter")
         self._num_breaks = 0
         self._has_prepared = False
-        self._is_left = False
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         if self._local is None:
@@ -110,8 +110,8 @@ class WorkerPool:
         # The pool starts its processes with the first task. Start them now, so that they load
         # their libraries early.
         try:
-            with _deaf_children():
-                self._pool.schedule(_do_nothing)
+            with _signals_blocked():
+                self._pool.schedule(_warm_up)
         except OSError as error:
             # The locks are in /dev/shm; the error may be about its space.
             raise BatchvlmError(
@@ -126,7 +126,7 @@ class WorkerPool:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._is_left = True
+        self._is_closed = True
         self._starter.submit(lambda: None).result()  # waits for a pool that is being started
         if self._pool is not None:
             self._pool.stop()  # type: ignore[no-untyped-call]
@@ -141,22 +141,22 @@ class WorkerPool:
         A None in `records` means that no record is available yet; the oldest record in flight is
         then waited for and yielded.
         """
-        under_way: _UnderWay = deque()
+        in_flight: _InFlight = deque()
         for record in records:
             if record is None:
-                if under_way:
-                    yield self._oldest(under_way)
+                if in_flight:
+                    yield self._wait_oldest(in_flight)
                 else:
-                    time.sleep(_PAUSE_S)
+                    time.sleep(_POLL_S)
                 continue
             if self._local is not None:
                 yield record, self._local.prepare(record)
                 continue
-            under_way.append((record, self._schedule(record)))
-            if len(under_way) >= self._under_way:
-                yield self._oldest(under_way)
-        while under_way:
-            yield self._oldest(under_way)
+            in_flight.append((record, self._schedule(record)))
+            if len(in_flight) >= self._max_in_flight:
+                yield self._wait_oldest(in_flight)
+        while in_flight:
+            yield self._wait_oldest(in_flight)
 
     def _schedule(self, record: Record) -> ProcessFuture[Sample | Failure] | None:
         assert self._pool is not None
@@ -165,9 +165,9 @@ class WorkerPool:
         except RuntimeError:
             return None  # the pool is broken; its oldest task raises BrokenProcessPool
 
-    def _oldest(self, under_way: _UnderWay) -> tuple[Record, Sample | Failure]:
+    def _wait_oldest(self, in_flight: _InFlight) -> tuple[Record, Sample | Failure]:
         """Wait for the oldest record; if the pool broke, reschedule all in a new one."""
-        record, future = under_way[0]
+        record, future = in_flight[0]
         while True:
             try:
                 if future is None:
@@ -181,21 +181,21 @@ class WorkerPool:
                     ) from error
                 self._num_breaks += 1
                 future = self._schedule(record)
-                under_way[0] = (record, future)
+                in_flight[0] = (record, future)
                 continue
             except BrokenProcessPool as error:
-                self._mend(error, under_way)
-                record, future = under_way[0]
+                self._restart_pool(error, in_flight)
+                record, future = in_flight[0]
                 continue
             self._num_breaks = 0
             self._has_prepared = True
-            under_way.popleft()
+            in_flight.popleft()
             return record, outcome
 
-    def _mend(self, error: BrokenProcessPool, under_way: _UnderWay) -> None:
+    def _restart_pool(self, error: BrokenProcessPool, in_flight: _InFlight) -> None:
         # A worker died between two rows, or before its first: no row is at fault.
         assert self._pool is not None
-        if self._is_left:
+        if self._is_closed:
             raise error
         self._num_breaks += 1
         if self._num_breaks > _MAX_BREAKS:
@@ -208,8 +208,8 @@ class WorkerPool:
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
         self._starter.submit(self._open_pool).result()
-        for place, (record, _) in enumerate(under_way):
-            under_way[place] = (record, self._schedule(record))
+        for place, (record, _) in enumerate(in_flight):
+            in_flight[place] = (record, self._schedule(record))
 
     def _outcome(self, future: ProcessFuture[Sample | Failure]) -> Sample | Failure:
         try:
@@ -282,7 +282,7 @@ class _PoolContext(SpawnContext):
 
 
 @contextmanager
-def _deaf_children() -> Iterator[None]:
+def _signals_blocked() -> Iterator[None]:
     """Block SIGINT and SIGHUP in the processes and threads that are started in this context.
 
     A terminal sends Ctrl-C and its hangup to all its processes. One that is loading its libraries
@@ -299,8 +299,8 @@ def _deaf_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(spec: PreprocessSpec, parent: int) -> None:
-    _leave_with(parent)
+def _start_worker(spec: PreprocessSpec, parent_pid: int) -> None:
+    _die_with_parent(parent_pid)
     if spec.sent_as is None:
         import torch
 
@@ -314,24 +314,24 @@ def _start_worker(spec: PreprocessSpec, parent: int) -> None:
         os._exit(1)
 
 
-def _leave_with(parent: int) -> None:
+def _die_with_parent(parent_pid: int) -> None:
     """Make this process end with its parent, which cannot stop its workers if it is killed."""
     # SLURM sends SIGUSR1 to every process of a step; only the parent handles it.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if sys.platform == "linux":
         # The kernel does this even if a decoder hangs while it holds the GIL.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True).start()
 
 
-def _watch(parent: int) -> None:
+def _watch_parent(parent_pid: int) -> None:
     # For systems without PR_SET_PDEATHSIG, and for a parent that died before the call.
-    while os.getppid() == parent:
+    while os.getppid() == parent_pid:
         time.sleep(1.0)
     os._exit(1)
 
 
-def _do_nothing() -> None:
+def _warm_up() -> None:
     pass
 
 

@@ -161,7 +161,7 @@ def test_a_worker_that_dies_between_rows_costs_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # One row under way at a time: whenever the next one is asked for, the worker is idle.
-    monkeypatch.setattr(workers, "_UNDER_WAY_PER_WORKER", 1)
+    monkeypatch.setattr(workers, "_IN_FLIGHT_PER_WORKER", 1)
 
     def with_murder() -> Iterator[Record]:
         for record in records(6):
