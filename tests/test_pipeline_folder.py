@@ -123,7 +123,7 @@ def test_an_overwriting_rank_that_lost_the_others_knows_what_is_done(
         raise RuntimeError("rank 0 is gone")
 
     monkeypatch.setattr(claims, "open_store", lose)
-    monkeypatch.setattr(claims, "_SILENT_S", 0.0)
+    monkeypatch.setattr(claims, "_HEARTBEAT_TIMEOUT_S", 0.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "here")
     options = ["task.prompt=Why?", "output.on_mismatch=overwrite", "engine.device=cpu"]

@@ -61,7 +61,7 @@ def test_ranks_of_one_launch_compute_every_row_once(
 
     store = HashStore()
     monkeypatch.setattr("batchvlm.runtime.claims.open_store", lambda launch: store)
-    monkeypatch.setattr("batchvlm.runtime.claims._SILENT_S", 0.0)
+    monkeypatch.setattr("batchvlm.runtime.claims._HEARTBEAT_TIMEOUT_S", 0.0)
     source = write_parquet([picture()] * 60, row_group_size=10)
     out = tmp_path / "out"
     options = ["engine.device=cpu", f"runtime.num_workers={num_workers}"]

@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_CONNECT_S = 120.0
+_CONNECT_TIMEOUT_S = 120.0
 """How long a rank waits for rank 0 to serve the store. Libraries load slowly from a busy disk."""
-_ANSWER_S = 30.0
+_REQUEST_TIMEOUT_S = 30.0
 """Timeout of a store request. A machine that fails may leave its connections open."""
-_SILENT_S = 30.0
+_HEARTBEAT_TIMEOUT_S = 30.0
 """A rank without a heartbeat for this long is dead or unreachable."""
 TALK_EVERY_S = 1.0
 """Seconds between two heartbeats of a rank."""
@@ -87,7 +87,7 @@ class Peers:
         self._clock = clock or RunningClock()
         self._lock = threading.Lock()
         self._store: Any = None
-        self._heard: dict[int, tuple[Counts, float]] = {}
+        self._heartbeats: dict[int, tuple[Counts, float]] = {}
         self._num_told = 0
         self._is_over = False
         self.is_lost = False
@@ -107,7 +107,7 @@ class Peers:
             yield from range(rank, num_shards, world_size)
             return
         try:
-            while (place := self._next_place()) < num_shards:
+            while (place := self._claim_next()) < num_shards:
                 last = place
                 yield place
             return
@@ -121,11 +121,11 @@ class Peers:
     def exchange(self, metrics: Metrics) -> Iterator[None]:
         """Send and read heartbeats every second; on exit, send one that says the rank is done."""
 
-        def talk() -> None:
+        def exchange_once() -> None:
             self.tell(metrics)
             self.hear()
 
-        with Ticker(talk, every_s=TALK_EVERY_S, name="peers"):
+        with Ticker(exchange_once, every_s=TALK_EVERY_S, name="peers"):
             try:
                 yield
             finally:
@@ -144,17 +144,17 @@ class Peers:
             is_over=self._is_over,
         )
         key = f"{self._prefix}/{self._launch.rank}"
-        self._mention(lambda store: store.set(key, json.dumps(asdict(counts))))
+        self._try_request(lambda store: store.set(key, json.dumps(asdict(counts))))
 
     def hear(self) -> None:
         """On rank 0, read the heartbeats of the others; on other ranks, do nothing."""
         if self._launch.rank == 0:
-            self._mention(self._hear_all)
+            self._try_request(self._read_heartbeats)
 
     def heard(self) -> list[Counts]:
         """Return the last counts of each other rank that was heard, dead ones included."""
         with self._lock:
-            return [counts for counts, _ in self._heard.values()]
+            return [counts for counts, _ in self._heartbeats.values()]
 
     def see_off(self, wait: Callable[[], object]) -> None:
         """On rank 0, wait until the others are done: it serves their store and shows their rows.
@@ -168,22 +168,24 @@ class Peers:
             self.hear()
             now = self._clock()
             with self._lock:
-                heard = list(self._heard.values())
-            if all(counts.is_over or now - at_s > _SILENT_S for counts, at_s in heard):
+                heard = list(self._heartbeats.values())
+            if all(counts.is_over or now - at_s > _HEARTBEAT_TIMEOUT_S for counts, at_s in heard):
                 return
             wait()
 
-    def _next_place(self) -> int:
-        return self._ask(lambda: int(self._open().add(f"{self._prefix}/next", 1)) - 1)
+    def _claim_next(self) -> int:
+        return self._request(
+            lambda: int(self._connected_store().add(f"{self._prefix}/next", 1)) - 1
+        )
 
-    def _open(self) -> Any:
+    def _connected_store(self) -> Any:
         if self._store is None:
             store = self._connect(self._launch)
             with self._lock:
                 self._store = store
         return self._store
 
-    def _hear_all(self, store: Any) -> None:
+    def _read_heartbeats(self, store: Any) -> None:
         for rank in range(1, self._launch.world_size):
             key = f"{self._prefix}/{rank}"
             if not store.check([key]):
@@ -191,30 +193,34 @@ class Peers:
             said = json.loads(store.get(key))
             counts = Counts(**{field.name: said[field.name] for field in fields(Counts)})
             with self._lock:
-                if rank not in self._heard or self._heard[rank][0] != counts:
-                    self._heard[rank] = (counts, self._clock())
+                if rank not in self._heartbeats or self._heartbeats[rank][0] != counts:
+                    self._heartbeats[rank] = (counts, self._clock())
 
-    def _mention(self, call: Callable[[Any], object]) -> None:
+    def _try_request(self, call: Callable[[Any], object]) -> None:
         """Make an optional request, if the store is connected; ignore a failure."""
         # Does not connect, which may take long.
         with self._lock:
             store = None if self.is_lost else self._store
         if store is not None:
             with suppress(StoreLost):
-                self._ask(lambda: call(store))
+                self._request(lambda: call(store))
 
-    def _ask(self, call: Callable[[], T]) -> T:
-        limit_s = _ANSWER_S if self._store is not None else _CONNECT_S + _ANSWER_S
+    def _request(self, call: Callable[[], T]) -> T:
+        limit_s = (
+            _REQUEST_TIMEOUT_S
+            if self._store is not None
+            else _CONNECT_TIMEOUT_S + _REQUEST_TIMEOUT_S
+        )
         if self.is_lost:
             raise StoreLost("it did not answer before")
         try:
-            return _Answer(call).within(limit_s)
+            return _TimedCall(call).within(limit_s)
         except Exception as error:  # torch's exceptions, network errors, invalid JSON
             self.is_lost = True
             raise StoreLost(" ".join(str(error).split())[:200]) from error
 
 
-class _Answer(Generic[T]):
+class _TimedCall(Generic[T]):
     """Runs a call that may never return in a thread of its own."""
 
     def __init__(self, call: Callable[[], T]) -> None:
@@ -268,12 +274,12 @@ def open_store(launch: Launch) -> Any:
         launch.port,
         is_master=is_server,
         wait_for_workers=False,
-        timeout=timedelta(seconds=_CONNECT_S),
+        timeout=timedelta(seconds=_CONNECT_TIMEOUT_S),
     )
     # If rank 0 could not bind the port, another job's store may listen there. It lacks this key.
     key = f"batchvlm/{launch.id}/host"
     if is_server or launch.has_store:
         store.set(key, "here")
     else:
-        store.wait([key], timedelta(seconds=_ANSWER_S))
+        store.wait([key], timedelta(seconds=_REQUEST_TIMEOUT_S))
     return store

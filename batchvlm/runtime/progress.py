@@ -88,7 +88,7 @@ class Progress:
         self._memory = memory
         self._clock = clock
         self._start = self._last_line = clock()
-        self._num_told = -1
+        self._num_shown = -1
         self._bar = None
         if is_shown and has_bar and sys.stderr.isatty():
             # smoothing=0: batches finish in bursts, longest first, so only the mean rate is useful.
@@ -133,10 +133,10 @@ class Progress:
                 self._bar.update(mine.num_found + mine.num_rows - self._bar.n)
             return
         look = self._look(now)
-        is_last = look.num_done == self._total and self._num_told != look.num_done
+        is_last = look.num_done == self._total and self._num_shown != look.num_done
         if not is_due and not is_last:
             return
-        self._last_line, self._num_told = now, look.num_done
+        self._last_line, self._num_shown = now, look.num_done
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(self._facts(look)), refresh=False)
             self._bar.update(look.num_done - self._bar.n)

@@ -31,7 +31,7 @@ from batchvlm.runtime.claims import open_store
 from batchvlm.runtime.launch import Launch
 from batchvlm.runtime.signals import interrupted_at_s
 
-_CONNECT_S = 150.0
+_CONNECT_TIMEOUT_S = 150.0
 """How long the processes of a replica wait to connect. Libraries load slowly from a busy disk."""
 _NOTICE_S = 10.0
 """A process still in a model step this long after another one ended is taken to be stuck in it."""
@@ -115,7 +115,7 @@ def find_replica(launch: Launch, model: ModelConfig) -> Replica | None:
 
 
 @dataclass(eq=False)
-class _Heard:
+class _Received:
     """A message from another process, or the end of its connection."""
 
     message: Any = None
@@ -136,18 +136,18 @@ class Followers:
 
     def __init__(self, replica: Replica) -> None:
         self.rank, self.size = replica.rank, replica.size
-        self.on_loss: Callable[[str], object] = _end
+        self.on_loss: Callable[[str], object] = _exit_interrupted
         """Called when a follower ended or failed and this process is stuck waiting for it."""
         self.replica = replica
         # Under /tmp, because a socket's path must be short. mkdtemp gives access to this user only.
         self.folder = Path(tempfile.mkdtemp(prefix="batchvlm-", dir="/tmp"))
         self._connections: dict[int, Connection] = {}
-        self._heard: dict[int, SimpleQueue[_Heard]] = {}
+        self._received: dict[int, SimpleQueue[_Received]] = {}
         self._is_left = False
 
     def __enter__(self) -> Self:
         try:
-            self._meet()
+            self._accept_followers()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -165,8 +165,8 @@ class Followers:
                 connection.send(None)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _meet(self) -> None:
-        end_s = time.monotonic() + _CONNECT_S
+    def _accept_followers(self) -> None:
+        end_s = time.monotonic() + _CONNECT_TIMEOUT_S
         with socket.socket(socket.AF_UNIX) as server:
             address = str(self.folder / "s")
             server.bind(address)
@@ -183,12 +183,12 @@ class Followers:
                 except TimeoutError as error:
                     raise ReplicaError(
                         f"{self.size - 1 - len(self._connections)} of the {self.size} processes "
-                        f"that hold the model together did not come within {_CONNECT_S:g} s"
+                        f"that hold the model together did not come within {_CONNECT_TIMEOUT_S:g} s"
                     ) from error
                 peer.setblocking(True)
                 connection = Connection(peer.detach())
                 rank = connection.recv()
-                self._connections[rank], self._heard[rank] = connection, SimpleQueue()
+                self._connections[rank], self._received[rank] = connection, SimpleQueue()
         for rank, connection in self._connections.items():
             listen = threading.Thread(
                 target=self._listen, args=(rank, connection), name="followers", daemon=True
@@ -198,15 +198,15 @@ class Followers:
     def _listen(self, rank: int, connection: Connection) -> None:
         is_end = False
         while not is_end:
-            heard = _hear(connection)
-            is_end = heard.is_end
-            self._heard[rank].put(heard)
-            if not (is_end or heard.message is not None) or heard.is_noticed.wait(_NOTICE_S):
+            received = _receive(connection)
+            is_end = received.is_end
+            self._received[rank].put(received)
+            if not (is_end or received.message is not None) or received.is_noticed.wait(_NOTICE_S):
                 continue
             # After a signal this process is already stopping, under its watchdog.
             if not self._is_left and interrupted_at_s() is None:
                 shutil.rmtree(self.folder, ignore_errors=True)  # `on_loss` exits without clean-up
-                self.on_loss(_loss(rank, heard))
+                self.on_loss(_loss_message(rank, received))
 
     def send(self, message: object) -> None:
         """Send a message to all followers.
@@ -218,7 +218,7 @@ class Followers:
             try:
                 connection.send(message)
             except OSError as error:
-                raise ReplicaError(_loss(rank, _Heard(is_end=True))) from error
+                raise ReplicaError(_loss_message(rank, _Received(is_end=True))) from error
 
     def gather(self, limit_s: float) -> str | None:
         """Wait for an answer from every follower.
@@ -231,18 +231,18 @@ class Followers:
         """
         end_s = time.monotonic() + limit_s
         texts = []
-        for rank, queue in self._heard.items():
+        for rank, queue in self._received.items():
             try:
-                heard = queue.get(timeout=max(0.0, end_s - time.monotonic()))
+                received = queue.get(timeout=max(0.0, end_s - time.monotonic()))
             except Empty:
                 raise ReplicaError(
                     f"process {rank} of the {self.size} that hold the model together is no more "
                     "at the same step"
                 ) from None
-            heard.is_noticed.set()
-            if heard.is_end:
-                raise ReplicaError(_loss(rank, heard))
-            texts.append(heard.message)
+            received.is_noticed.set()
+            if received.is_end:
+                raise ReplicaError(_loss_message(rank, received))
+            texts.append(received.message)
         return next((text for text in texts if text is not None), None)
 
 
@@ -257,13 +257,13 @@ class Leader:
         self.rank, self.size = replica.rank, replica.size
         self._replica = replica
         self._peer = socket.socket(socket.AF_UNIX)
-        self._heard: SimpleQueue[_Heard] = SimpleQueue()
+        self._received: SimpleQueue[_Received] = SimpleQueue()
 
     def __enter__(self) -> Self:
         store = self._replica.open_store()
         key = _key(self._replica)
         try:
-            store.wait([key], timedelta(seconds=_CONNECT_S))
+            store.wait([key], timedelta(seconds=_CONNECT_TIMEOUT_S))
             address = store.get(key).decode()
             self._peer.connect(address)
         except (RuntimeError, OSError) as error:
@@ -287,15 +287,15 @@ class Leader:
     def _listen(self) -> None:
         is_end = False
         while not is_end:
-            heard = _hear(self._connection)
-            is_end = heard.is_end or heard.message is None
-            self._heard.put(heard)
-        if heard.is_end:
+            received = _receive(self._connection)
+            is_end = received.is_end or received.message is None
+            self._received.put(received)
+        if received.is_end:
             shutil.rmtree(self.folder, ignore_errors=True)  # the leader can no longer do it
-        if not heard.is_noticed.wait(_NOTICE_S) and interrupted_at_s() is None:
+        if not received.is_noticed.wait(_NOTICE_S) and interrupted_at_s() is None:
             # The main thread is stuck in a model step whose peer is gone.
-            if heard.is_end:
-                _end("the process that leads this one has ended")
+            if received.is_end:
+                _exit_interrupted("the process that leads this one has ended")
             os._exit(ExitCode.DONE)
 
     def receive(self) -> Any:
@@ -304,11 +304,11 @@ class Leader:
         Raises:
             ReplicaError: the leader has ended.
         """
-        heard = self._heard.get()
-        heard.is_noticed.set()
-        if heard.is_end:
+        received = self._received.get()
+        received.is_noticed.set()
+        if received.is_end:
             raise ReplicaError("the process that leads this one has ended")
-        return heard.message
+        return received.message
 
     def answer(self, text: str | None) -> None:
         """Send the outcome of the last message: None for success, else the error message."""
@@ -320,18 +320,18 @@ def _key(replica: Replica) -> str:
     return f"batchvlm/{replica.launch.id}/replica/{replica.index}/{next(_meetings)}"
 
 
-def _hear(connection: Connection) -> _Heard:
+def _receive(connection: Connection) -> _Received:
     try:
-        return _Heard(connection.recv())
+        return _Received(connection.recv())
     except (EOFError, OSError):
-        return _Heard(is_end=True)
+        return _Received(is_end=True)
 
 
-def _loss(rank: int, heard: _Heard) -> str:
-    what = "has ended" if heard.is_end else f"failed: {heard.message}"
+def _loss_message(rank: int, received: _Received) -> str:
+    what = "has ended" if received.is_end else f"failed: {received.message}"
     return f"process {rank} of those that hold the model together {what}"
 
 
-def _end(reason: str) -> None:
+def _exit_interrupted(reason: str) -> None:
     print(f"batchvlm: error: {reason}; run the same command again", file=sys.stderr, flush=True)
     os._exit(ExitCode.INTERRUPTED)

@@ -113,7 +113,7 @@ def test_a_store_that_never_was_divides_the_shards() -> None:
 def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
-    monkeypatch.setattr(claims, "_ANSWER_S", 0.05)
+    monkeypatch.setattr(claims, "_REQUEST_TIMEOUT_S", 0.05)
     is_over = threading.Event()
 
     class Hanging:
