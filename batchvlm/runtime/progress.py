@@ -119,7 +119,10 @@ class Progress:
         return self._look(self._clock()).left_s
 
     def advance(self) -> None:
-        """Update the bar, or log a line if one is due. Called after each finished row."""
+        """Update the bar, or log a line if one is due.
+
+        Called after each finished row, and while this rank waits for others.
+        """
         if not self._is_shown:
             return
         now = self._clock()
