@@ -251,7 +251,7 @@ def test_a_batch_file_is_sent_on(tmp_path: Path, server: StandIn) -> None:
 def test_a_server_that_is_gone_ends_the_run_and_the_rerun_goes_on(
     tmp_path: Path, write_parquet: Writer, server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(endpoint, "_MIN_BACKOFF_S", 0.0)
     source = write_parquet([picture()] * 30, question=[f"row {i}" for i in range(30)])
     one_by_one = (
         *("task.prompt='{{ question }}'", "engine.endpoint.max_concurrency=1"),

@@ -35,9 +35,9 @@ _TOO_LONG = re.compile(
     r"context length|max_model_len|max_total_tokens|maximum (model )?length|inputs.{0,40}tokens",
     re.IGNORECASE,
 )
-_PAYLOAD = re.compile(r"data:image[^\s\"']*")
+_IMAGE_URI = re.compile(r"data:image[^\s\"']*")
 _MAX_MESSAGE_CHARS = 200
-_AS_THEY_ARE = {
+_OPTIONAL_FIELDS = {
     "frequency_penalty": "frequency_penalty",
     "presence_penalty": "presence_penalty",
     # Extensions of vLLM and SGLang; set only by a row's own columns.
@@ -65,7 +65,7 @@ SENT_KINDS: Mapping[ResponseFormat, frozenset[FormKind]] = {
 }
 """Kinds of forms that each response format can express. `none` sends no form and accepts all: their
 answers are only validated."""
-_VLLM_WORDS = {
+_VLLM_FIELDS = {
     FormKind.JSON_SCHEMA: "json",
     FormKind.CHOICE: "choice",
     FormKind.REGEX: "regex",
@@ -82,20 +82,20 @@ def form_fields(form: Form, response_format: ResponseFormat) -> dict[str, Any]:
     """
     assert form.kind in SENT_KINDS[response_format]
     is_json = form.kind in (FormKind.JSON_SCHEMA, FormKind.CHOICE)
-    said = json.loads(form.text) if is_json else form.text
+    value = json.loads(form.text) if is_json else form.text
     match response_format:
         case ResponseFormat.json_schema:
-            named = {"name": "answer", "schema": said}
+            named = {"name": "answer", "schema": value}
             return {"response_format": {"type": "json_schema", "json_schema": named}}
         case ResponseFormat.tgi:
             if form.kind is FormKind.JSON_SCHEMA:
-                return {"response_format": {"type": "json_object", "value": said}}
-            pattern = "|".join(map(re.escape, said)) if form.kind is FormKind.CHOICE else said
+                return {"response_format": {"type": "json_object", "value": value}}
+            pattern = "|".join(map(re.escape, value)) if form.kind is FormKind.CHOICE else value
             return {"response_format": {"type": "regex", "value": pattern}}
         case ResponseFormat.vllm:
-            return {"structured_outputs": {_VLLM_WORDS[form.kind]: said}}
+            return {"structured_outputs": {_VLLM_FIELDS[form.kind]: value}}
         case ResponseFormat.vllm_guided:
-            return {f"guided_{_VLLM_WORDS[form.kind]}": said}
+            return {f"guided_{_VLLM_FIELDS[form.kind]}": value}
     return {}
 
 
@@ -124,7 +124,7 @@ def request_body(sample: Sample, cfg: EndpointConfig, *, model: str, form: Form 
         body["stop"] = list(row.stop)
     if row.logprobs:
         body["logprobs"] = True
-    for name, setting in _AS_THEY_ARE.items():
+    for name, setting in _OPTIONAL_FIELDS.items():
         value = getattr(row, setting)
         if value != _DEFAULTS[setting]:
             body[name] = value
@@ -248,4 +248,4 @@ def _message_in(value: Any) -> str:
 
 
 def one_line(text: str) -> str:
-    return " ".join(_PAYLOAD.sub("data:...", text).split())[:_MAX_MESSAGE_CHARS]
+    return " ".join(_IMAGE_URI.sub("data:...", text).split())[:_MAX_MESSAGE_CHARS]

@@ -41,17 +41,17 @@ from batchvlm.records import Completion, EngineStats, Failure, Form, FormKind, S
 
 log = logging.getLogger(__name__)
 
-_FIRST_WAIT_S = 1.0
-_LONGEST_WAIT_S = 30.0
-_CONNECT_S = 10.0
-_PROBE_S = 60.0
-_LOOK_EVERY_S = 0.05
+_MIN_BACKOFF_S = 1.0
+_MAX_BACKOFF_S = 30.0
+_CONNECT_TIMEOUT_S = 10.0
+_PROBE_TIMEOUT_S = 60.0
+_POLL_S = 0.05
 """Seconds between polls for a new sample while requests are in flight and more may be sent."""
-_PER_CLIENT = 100
+_MAX_CONNECTIONS = 100
 """Maximum number of connections of one client."""
-_IS_NOT_HERE = (401, 403, 404, 405)
+_REFUSED_STATUS = (401, 403, 404, 405)
 """Status for a wrong token, URL or model, if a probe is refused in the same way."""
-_IS_NOT_READY = (408, 409, 425, 429)
+_BUSY_STATUS = (408, 409, 425, 429)
 
 _FORM_FIELDS = ("response_format", "structured_outputs", "guided_")
 
@@ -139,7 +139,7 @@ class EndpointEngine:
     def _answer(self, samples: SampleStream) -> Iterator[Outcome]:
         done: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
         stream = iter(samples)
-        num_under_way, is_over = 0, False
+        num_in_flight, is_over = 0, False
         self._probe_lock = asyncio.Lock()
 
         async def answer(sample: Sample) -> None:
@@ -151,25 +151,25 @@ class EndpointEngine:
         with _loop() as loop:
             try:
                 while True:
-                    while not is_over and num_under_way < self._cfg.max_concurrency:
-                        if num_under_way and not samples.is_ready():
+                    while not is_over and num_in_flight < self._cfg.max_concurrency:
+                        if num_in_flight and not samples.is_ready():
                             break
                         sample = next(stream, None)
                         if sample is None:
                             is_over = True
                             break
                         asyncio.run_coroutine_threadsafe(answer(sample), loop)
-                        num_under_way += 1
-                    if not num_under_way:
+                        num_in_flight += 1
+                    if not num_in_flight:
                         return
-                    has_room = not is_over and num_under_way < self._cfg.max_concurrency
+                    has_room = not is_over and num_in_flight < self._cfg.max_concurrency
                     try:
-                        outcome = done.get(timeout=_LOOK_EVERY_S if has_room else None)
+                        outcome = done.get(timeout=_POLL_S if has_room else None)
                     except queue.Empty:
                         continue
                     if isinstance(outcome, BaseException):
                         raise outcome
-                    num_under_way -= 1
+                    num_in_flight -= 1
                     yield outcome
             finally:
                 _finish(self._close(), loop)
@@ -183,39 +183,39 @@ class EndpointEngine:
         form = (sample.form or self._form) if self._is_guided else None
         body = request_body(sample, self._cfg, model=self._model, form=form)
         start = time.perf_counter()
-        num_faults, wait_s = 0, _FIRST_WAIT_S
+        num_faults, wait_s = 0, _MIN_BACKOFF_S
         busy_since_s: float | None = None
         while True:
             outcome = await self._post(body, sample, start)
             if not isinstance(outcome, _Fault):
                 self._has_answered |= isinstance(outcome, Completion)
-                self._is_there()
+                self._mark_up()
                 return outcome
             # The request is at fault only if the server answers another one.
             if outcome.is_busy:
                 now_s = time.monotonic()
                 busy_since_s = now_s if busy_since_s is None else busy_since_s
-                is_up = now_s - busy_since_s >= self._cfg.patience_s
-                if (is_up or self._is_patience_up()) and await self._answers_others():
-                    if is_up:
-                        return _given_up(
+                is_busy_too_long = now_s - busy_since_s >= self._cfg.patience_s
+                if (is_busy_too_long or self._is_down_too_long()) and await self._answers_probe():
+                    if is_busy_too_long:
+                        return _failure_after(
                             outcome, f"for engine.endpoint.patience_s={self._cfg.patience_s:g}"
                         )
                 else:
-                    self._lose_patience(outcome)
-            elif await self._answers_others():
+                    self._mark_down(outcome)
+            elif await self._answers_probe():
                 num_faults += 1
                 if num_faults >= self._cfg.max_attempts:
                     tries = f"{num_faults} times in a row" if num_faults > 1 else "once"
-                    return _given_up(outcome, tries)
+                    return _failure_after(outcome, tries)
             elif outcome.refusal is not None and not self._has_answered:
                 raise outcome.refusal
             else:
-                self._lose_patience(outcome)
+                self._mark_down(outcome)
             await _sleep(
                 outcome.wait_s if outcome.wait_s is not None else wait_s * random.uniform(0.5, 1.0)
             )
-            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+            wait_s = min(2 * wait_s, _MAX_BACKOFF_S)
 
     async def _post(
         self, body: bytes, sample: Sample, start: float
@@ -230,7 +230,7 @@ class EndpointEngine:
             )
         # The HTTP library raises many types: connection refused or lost, truncated reply, ...
         except Exception as error:
-            return _Fault(reason=self._say(error))
+            return _Fault(reason=self._describe(error))
         self.stats.num_batches += 1
         if status == 200:
             try:
@@ -242,12 +242,12 @@ class EndpointEngine:
                 self.stats.prompt_cells += outcome.usage.prompt_tokens or 0
             return outcome
         reason = reason_of(text, secrets=[self._token] if self._token else [])
-        if status in _IS_NOT_HERE or 300 <= status < 400:
+        if status in _REFUSED_STATUS or 300 <= status < 400:
             return _Fault(
                 reason=f"the server answered {status}: {reason}",
                 refusal=self._refused(status, reason),
             )
-        if 400 <= status < 500 and status not in _IS_NOT_READY:
+        if 400 <= status < 500 and status not in _BUSY_STATUS:
             if any(name in reason for name in _FORM_FIELDS) and not self._has_answered:
                 raise ModelError(
                     f"the server answered {status}: {reason}",
@@ -257,11 +257,11 @@ class EndpointEngine:
             return refusal(status, reason)
         return _Fault(
             reason=f"the server answered {status}: {reason}",
-            is_busy=status in _IS_NOT_READY,
+            is_busy=status in _BUSY_STATUS,
             wait_s=_retry_after_s(headers, at_most=self._cfg.patience_s),
         )
 
-    async def _answers_others(self) -> bool:
+    async def _answers_probe(self) -> bool:
         """Whether the server answers a probe: a short text request, sent after this call.
 
         Concurrent calls share a probe.
@@ -272,33 +272,33 @@ class EndpointEngine:
                 self._probed_s = time.monotonic()
                 self._is_up = await self._probe()
         if self._is_up:
-            self._is_there()
+            self._mark_up()
         return self._is_up
 
     async def _probe(self) -> bool:
         question = {"role": "user", "content": "Hello"}
         body = {"model": self._model, "messages": [question], "max_tokens": 1, "temperature": 0}
         try:
-            async with asyncio.timeout(min(_PROBE_S, self._cfg.timeout_s)):
+            async with asyncio.timeout(min(_PROBE_TIMEOUT_S, self._cfg.timeout_s)):
                 status, _, _ = await self._call(
                     "POST", "/chat/completions", json.dumps(body).encode()
                 )
         except Exception:
             return False
         # A model that needs an image answers the probe with a 4xx, which also shows it is up.
-        is_elsewhere = 300 <= status < 400 or status in _IS_NOT_HERE
-        return status < 500 and not is_elsewhere and status not in _IS_NOT_READY
+        is_refused = 300 <= status < 400 or status in _REFUSED_STATUS
+        return status < 500 and not is_refused and status not in _BUSY_STATUS
 
-    def _is_there(self) -> None:
+    def _mark_up(self) -> None:
         if self._down_since_s is not None:
             log.info("the server at %s answers again", self._url)
         self._down_since_s = None
 
-    def _is_patience_up(self) -> bool:
+    def _is_down_too_long(self) -> bool:
         since_s = self._down_since_s
         return since_s is not None and time.monotonic() - since_s >= self._cfg.patience_s
 
-    def _lose_patience(self, fault: _Fault) -> None:
+    def _mark_down(self, fault: _Fault) -> None:
         """Record that the server does not answer, and warn once.
 
         Raises:
@@ -307,7 +307,7 @@ class EndpointEngine:
         if self._down_since_s is None:
             self._down_since_s = time.monotonic()
             log.warning("the server at %s does not answer (%s); waiting", self._url, fault.reason)
-        if self._is_patience_up():
+        if self._is_down_too_long():
             raise EndpointError(
                 f"the server at {self._url} has answered nothing for "
                 f"engine.endpoint.patience_s={self._cfg.patience_s:g}: {fault.reason}",
@@ -316,24 +316,24 @@ class EndpointEngine:
 
     async def _await_server(self) -> None:
         try:
-            wait_s = _FIRST_WAIT_S
+            wait_s = _MIN_BACKOFF_S
             while True:
                 try:
-                    async with asyncio.timeout(_PROBE_S):
+                    async with asyncio.timeout(_PROBE_TIMEOUT_S):
                         status, _, text = await self._call("GET", "/models")
                     fault = _Fault(reason=f"the server answered {status}")
                 # A 404 counts as up: not every server lists its models.
                 except Exception as error:
-                    status, text, fault = 503, b"", _Fault(reason=self._say(error))
+                    status, text, fault = 503, b"", _Fault(reason=self._describe(error))
                 if status in (401, 403):
                     secrets = [self._token] if self._token else []
                     raise self._refused(status, reason_of(text, secrets=secrets))
                 if status not in (429, 502, 503, 504):
-                    self._is_there()
+                    self._mark_up()
                     return
-                self._lose_patience(fault)
+                self._mark_down(fault)
                 await _sleep(wait_s * random.uniform(0.5, 1.0))
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+                wait_s = min(2 * wait_s, _MAX_BACKOFF_S)
         finally:
             await self._close()
 
@@ -341,7 +341,7 @@ class EndpointEngine:
         self, method: str, path: str, body: bytes | None = None
     ) -> tuple[int, Any, bytes]:
         if not self._clients:
-            count = -(-self._cfg.max_concurrency // _PER_CLIENT)
+            count = -(-self._cfg.max_concurrency // _MAX_CONNECTIONS)
             self._clients = [_open_client() for _ in range(count)]
         headers = {"content-type": "application/json"}
         if self._token:
@@ -352,7 +352,7 @@ class EndpointEngine:
             f"{self._url}{path}",
             content=body,
             headers=headers,
-            timeout=(_CONNECT_S, None, None, None),
+            timeout=(_CONNECT_TIMEOUT_S, None, None, None),
         )
         return reply.status_code, reply.headers, reply.content
 
@@ -375,14 +375,14 @@ class EndpointEngine:
         message = f"the server at {self._url} answered {status}: {reason}"
         return ModelError(message, hint=hint)
 
-    def _say(self, error: Exception) -> str:
+    def _describe(self, error: Exception) -> str:
         text = one_line(str(error))
         if self._token:
             text = text.replace(self._token, "***")
         return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _given_up(fault: _Fault, tries: str) -> Failure:
+def _failure_after(fault: _Fault, tries: str) -> Failure:
     message = f"{fault.reason}, {tries}, while the server answered others"
     return Failure(error_type=fault.error_type, message=message)
 
