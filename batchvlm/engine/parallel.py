@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 # Shape legend: B rows of the batch, T padded prompt length plus tokens generated so far,
 # V vocabulary.
 
-_LOAD_S = 3600.0
+_LOAD_TIMEOUT_S = 3600.0
 """How long the leader, once loaded, waits for followers to load their weights."""
-_FAIL_S = 10.0
+_FAIL_TIMEOUT_S = 10.0
 """How long a leader that failed to load waits for its followers to fail too."""
-_STEP_S = 60.0
+_BATCH_TIMEOUT_S = 60.0
 """How long the leader, after a batch, waits for its followers to finish it."""
-_COLLECTIVE_S = 900.0
+_COLLECTIVE_TIMEOUT_S = 900.0
 """Timeout of torch's collectives. A process that ends is noticed long before."""
 
 Run = Callable[[Mapping[str, Tensor], int, LogitsProcessor, StoppingCriteria], Tensor]
@@ -76,7 +76,7 @@ class ToLeader(Channel, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Meeting:
+class _SyncCheck:
     """Sent after a failed batch, to check that all processes are at the same step."""
 
     number: int
@@ -103,7 +103,7 @@ class Team:
     def __init__(self, channel: ToFollowers, *, device: str) -> None:
         self._channel = channel
         self._device = device
-        self._num_meetings = 0
+        self._num_sync_checks = 0
 
     @contextmanager
     def loading(self, cfg: JobConfig) -> Iterator[None]:
@@ -115,15 +115,15 @@ class Team:
         """
         self._channel.send(cfg)
         try:
-            _form_group(self._channel, self._device)
-            with _numbered(self._device):
+            _init_process_group(self._channel, self._device)
+            with _local_rank_set(self._device):
                 yield
         except Exception:
             # The followers usually fail in the same way. The group's file must exist until then.
             with suppress(ReplicaError):
-                self._channel.gather(_FAIL_S)
+                self._channel.gather(_FAIL_TIMEOUT_S)
             raise
-        if text := self._channel.gather(_LOAD_S):
+        if text := self._channel.gather(_LOAD_TIMEOUT_S):
             raise RuntimeError(text)
 
     def run(
@@ -144,29 +144,31 @@ class Team:
         arrays = {name: tensor.numpy() for name, tensor in batch.items()}
         self._channel.send(_Batch(arrays=arrays, max_new_tokens=max_new_tokens))
         try:
-            ids_BT = run(batch, max_new_tokens, _TokensSaid(processor), _EndsSaid(criterion))
+            ids_BT = run(
+                batch, max_new_tokens, _TokenBroadcaster(processor), _EndBroadcaster(criterion)
+            )
         except Exception:
             # The followers failed too, have received the abort, or wait in a collective that never
             # completes. In the last case `gather` times out.
-            self._channel.gather(_STEP_S)
-            self._meet()
+            self._channel.gather(_BATCH_TIMEOUT_S)
+            self._check_sync()
             raise
-        if text := self._channel.gather(_STEP_S):
-            self._meet()
+        if text := self._channel.gather(_BATCH_TIMEOUT_S):
+            self._check_sync()
             raise RuntimeError(text)
         return ids_BT
 
-    def _meet(self) -> None:
+    def _check_sync(self) -> None:
         """Check after a failed batch that all processes are in step, so that the next can start.
 
         Raises:
             ReplicaError: they are not, which cannot be repaired.
         """
-        self._num_meetings += 1
-        self._channel.send(_Meeting(number=self._num_meetings))
+        self._num_sync_checks += 1
+        self._channel.send(_SyncCheck(number=self._num_sync_checks))
         try:
-            dist.broadcast(torch.tensor([self._num_meetings], device=self._device), src=0)
-            text = self._channel.gather(_STEP_S)
+            dist.broadcast(torch.tensor([self._num_sync_checks], device=self._device), src=0)
+            text = self._channel.gather(_BATCH_TIMEOUT_S)
         except ReplicaError:
             raise
         except Exception as error:
@@ -190,8 +192,8 @@ def follow(channel: ToLeader, *, device: str, load: Callable[[JobConfig], Run]) 
     if cfg is None:
         return
     try:
-        _form_group(channel, device)
-        with _numbered(device):
+        _init_process_group(channel, device)
+        with _local_rank_set(device):
             run = load(cfg)
     except Exception as error:
         channel.answer(described(error))
@@ -201,30 +203,30 @@ def follow(channel: ToLeader, *, device: str, load: Callable[[JobConfig], Run]) 
     log.info("process %d of %d holds its part of the model", channel.rank, channel.size)
     while (message := channel.receive()) is not None:
         try:
-            if isinstance(message, _Meeting):
-                _keep(message, device)
+            if isinstance(message, _SyncCheck):
+                _answer_sync_check(message, device)
             else:
-                _answer(message, run)
+                _run_batch(message, run)
         except Exception as error:
             channel.answer(described(error))
         else:
             channel.answer(None)
 
 
-def _answer(batch: _Batch, run: Run) -> None:
+def _run_batch(batch: _Batch, run: Run) -> None:
     tensors = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
     with torch.inference_mode():
-        run(tensors, batch.max_new_tokens, _TokensHeard(), _EndsHeard())
+        run(tensors, batch.max_new_tokens, _TokenReceiver(), _EndReceiver())
 
 
-def _keep(meeting: _Meeting, device: str) -> None:
-    heard = torch.zeros(1, dtype=torch.long, device=device)
-    dist.broadcast(heard, src=0)
-    if heard.item() != meeting.number:
-        raise RuntimeError(f"{meeting.number} was to come, and {heard.item()} came")
+def _answer_sync_check(check: _SyncCheck, device: str) -> None:
+    received = torch.zeros(1, dtype=torch.long, device=device)
+    dist.broadcast(received, src=0)
+    if received.item() != check.number:
+        raise RuntimeError(f"expected broadcast {check.number}, got {received.item()}")
 
 
-def _form_group(channel: Channel, device: str) -> None:
+def _init_process_group(channel: Channel, device: str) -> None:
     """Create the default torch process group, which consists of the replica."""
     from torch.distributed import FileStore  # type: ignore[attr-defined]
 
@@ -236,13 +238,13 @@ def _form_group(channel: Channel, device: str) -> None:
         store=FileStore(str(channel.folder / "group"), channel.size),
         rank=channel.rank,
         world_size=channel.size,
-        timeout=timedelta(seconds=_COLLECTIVE_S),
+        timeout=timedelta(seconds=_COLLECTIVE_TIMEOUT_S),
         device_id=where if where.type == "cuda" else None,
     )
 
 
 @contextmanager
-def _numbered(device: str) -> Iterator[None]:
+def _local_rank_set(device: str) -> Iterator[None]:
     """Set LOCAL_RANK to the device's index in this context. transformers finds the device by it.
 
     srun does not set it, and other libraries read it, so it is restored on exit.
@@ -258,20 +260,20 @@ def _numbered(device: str) -> Iterator[None]:
             os.environ["LOCAL_RANK"] = before
 
 
-class _TokensSaid(LogitsProcessor):
+class _TokenBroadcaster(LogitsProcessor):
     """Broadcasts the chosen token of each row to the followers."""
 
     def __init__(self, inner: LogitsProcessor) -> None:
         self._inner = inner
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        with _told_of_errors(len(scores), scores.device):
+        with _abort_on_error(len(scores), scores.device):
             scores = self._inner(input_ids, scores)
-        _say(scores.argmax(-1))
+        _broadcast(scores.argmax(-1))
         return scores
 
 
-class _EndsSaid(StoppingCriteria):
+class _EndBroadcaster(StoppingCriteria):
     """Broadcasts to the followers which rows have ended."""
 
     def __init__(self, inner: Any) -> None:
@@ -279,55 +281,55 @@ class _EndsSaid(StoppingCriteria):
         self._inner = inner
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        with _told_of_errors(len(input_ids), input_ids.device):
+        with _abort_on_error(len(input_ids), input_ids.device):
             is_done_B: Tensor = self._inner(input_ids, scores, **kwargs)
-        _say(is_done_B.long())
+        _broadcast(is_done_B.long())
         return is_done_B
 
 
-class _TokensHeard(LogitsProcessor):
+class _TokenReceiver(LogitsProcessor):
     """Sets the scores of the leader's tokens to infinity, so that `generate()` picks them."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        ids_B = _hear(len(scores), scores.device)
+        ids_B = _receive_broadcast(len(scores), scores.device)
         return scores.scatter(-1, ids_B[:, None], torch.inf)
 
 
-class _EndsHeard(StoppingCriteria):
+class _EndReceiver(StoppingCriteria):
     """Ends the rows that the leader ends."""
 
     # generate() checks for this attribute to decide whether to pad finished rows.
     eos_token_id = torch.tensor([-1])
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return _hear(len(input_ids), input_ids.device).bool()
+        return _receive_broadcast(len(input_ids), input_ids.device).bool()
 
 
-class _BrokenOffError(Exception):
+class _BatchAbortedError(Exception):
     """The leader has aborted the batch."""
 
 
-_GOES_ON, _IS_BROKEN_OFF = 0, 1
+_CONTINUE, _ABORT = 0, 1
 
 
-def _say(values_B: Tensor) -> None:
-    dist.broadcast(torch.cat([values_B.new_tensor([_GOES_ON]), values_B]), src=0)
+def _broadcast(values_B: Tensor) -> None:
+    dist.broadcast(torch.cat([values_B.new_tensor([_CONTINUE]), values_B]), src=0)
 
 
-def _hear(num_rows: int, device: torch.device) -> Tensor:
-    said = torch.empty(1 + num_rows, dtype=torch.long, device=device)
-    dist.broadcast(said, src=0)
-    if said[0] == _IS_BROKEN_OFF:
-        raise _BrokenOffError("the leader has given the batch up")
-    return said[1:]
+def _receive_broadcast(num_rows: int, device: torch.device) -> Tensor:
+    message = torch.empty(1 + num_rows, dtype=torch.long, device=device)
+    dist.broadcast(message, src=0)
+    if message[0] == _ABORT:
+        raise _BatchAbortedError("the leader has aborted the batch")
+    return message[1:]
 
 
 @contextmanager
-def _told_of_errors(num_rows: int, device: torch.device) -> Iterator[None]:
+def _abort_on_error(num_rows: int, device: torch.device) -> Iterator[None]:
     """Broadcast an abort to the followers if the body, between two model steps, raises."""
     try:
         yield
     except Exception:
-        said = torch.full((1 + num_rows,), _IS_BROKEN_OFF, dtype=torch.long, device=device)
-        dist.broadcast(said, src=0)
+        message = torch.full((1 + num_rows,), _ABORT, dtype=torch.long, device=device)
+        dist.broadcast(message, src=0)
         raise
