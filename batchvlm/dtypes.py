@@ -65,24 +65,24 @@ def cast_parts(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
         dtypes: from `part_dtypes`.
     """
     configs = {id(getattr(model.config, key)): dtypes[key] for key in dtypes if key != REST}
-    own = {
+    special = {
         id(module): configs[id(module.config)]
         for module in model.modules()
         if module is not model and id(getattr(module, "config", None)) in configs
     }
     head = model.get_output_embeddings()
     if head is not None and "text_config" in dtypes:
-        own[id(head)] = dtypes["text_config"]
+        special[id(head)] = dtypes["text_config"]
     # Only what a checkpoint holds is cast: rotary frequencies, for one, keep their precision.
     is_saved = model.state_dict().keys()
     saved = {*model.named_parameters(), *model.named_buffers()}
-    left = {id(weight): weight for name, weight in saved if name in is_saved}
-    for module, dtype in _tops(model, own, dtypes[REST]):
+    uncast = {id(weight): weight for name, weight in saved if name in is_saved}
+    for module, dtype in _uniform_modules(model, special, dtypes[REST]):
         for weight in (*module.parameters(), *module.buffers()):
-            _cast(left.pop(id(weight), None), dtype)
+            _cast(uncast.pop(id(weight), None), dtype)
         module.register_forward_pre_hook(_CastInputs(dtype), with_kwargs=True)
     # Weights of the model itself or of a parent module, such as LLaVA-NeXT's `image_newline`.
-    for weight in left.values():
+    for weight in uncast.values():
         _cast(weight, dtypes[REST])
 
 
@@ -91,15 +91,15 @@ def _cast(weight: Tensor | None, dtype: torch.dtype) -> None:
         weight.data = weight.data.to(dtype)
 
 
-def _tops(
-    module: nn.Module, own: Mapping[int, torch.dtype], rest: torch.dtype
+def _uniform_modules(
+    module: nn.Module, special: Mapping[int, torch.dtype], rest: torch.dtype
 ) -> Iterator[tuple[nn.Module, torch.dtype]]:
     """Yield the largest submodules of uniform dtype, with that dtype."""
     for child in module.children():
-        if id(child) in own:
-            yield child, own[id(child)]
-        elif any(id(inner) in own for inner in child.modules()):
-            yield from _tops(child, own, rest)
+        if id(child) in special:
+            yield child, special[id(child)]
+        elif any(id(inner) in special for inner in child.modules()):
+            yield from _uniform_modules(child, special, rest)
         else:
             yield child, rest
 

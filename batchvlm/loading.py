@@ -120,7 +120,7 @@ def load_processor(cfg: ModelConfig) -> Any:
     backend = resolve_backend(cfg.image_backend)
     from transformers import AutoProcessor
 
-    with explained(cfg, "processor"), _video_apart():
+    with explained(cfg, "processor"), _without_video():
         processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             cfg.path, backend=backend.value, **_hub_kwargs(cfg), **cfg.processor_kwargs
         )
@@ -194,7 +194,7 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
             kwargs["distributed_config"] = DistributedConfig(
                 tp_size=cfg.gpus_per_replica, tp_plan="auto"
             )
-        model, info = _by_class(
+        model, info = _from_auto_class(
             cfg, lambda auto: auto.from_pretrained(cfg.path, output_loading_info=True, **kwargs)
         )
         _check_whole(model, sorted(info["missing_keys"]), cfg)
@@ -230,7 +230,9 @@ def spread(cfg: ModelConfig, device: str) -> dict[str, Any]:
     if size is None or first is None:
         return {"device_map": cfg.device_map}
     if isinstance(cfg.device_map, dict):
-        places = {module: _place(where, first, size) for module, where in cfg.device_map.items()}
+        places = {
+            module: _global_device(where, first, size) for module, where in cfg.device_map.items()
+        }
         return {"device_map": places}
     # Querying the free memory of a GPU allocates memory on it, so other replicas' GPUs are not
     # queried. Host memory is left out, because each replica would count on all of it.
@@ -252,7 +254,7 @@ def _too_large(cfg: ModelConfig, why: str = "layers are too large for what is fr
     )
 
 
-def _place(where: Any, first: int, size: int) -> Any:
+def _global_device(where: Any, first: int, size: int) -> Any:
     """Translate a device of `model.device_map`, which counts from the replica's first GPU."""
     kind, _, number = str(where).partition(":")
     number = kind if kind.isdecimal() else number
@@ -317,7 +319,7 @@ def _check_whole(model: Any, missing: Sequence[str], cfg: ModelConfig) -> None:
     )
 
 
-def _by_class(cfg: ModelConfig, make: Callable[[Any], Any]) -> Any:
+def _from_auto_class(cfg: ModelConfig, make: Callable[[Any], Any]) -> Any:
     """Create a model with the first of transformers' auto classes that supports its config.
 
     Raises:
@@ -365,7 +367,7 @@ def load_skeleton(cfg: ModelConfig) -> Any:
             dtype = saved_dtype(config) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         kwargs = {"trust_remote_code": cfg.trust_remote_code, "dtype": dtype}
         with torch.device("meta"):
-            model = _by_class(cfg, lambda auto: auto.from_config(config, **kwargs))
+            model = _from_auto_class(cfg, lambda auto: auto.from_config(config, **kwargs))
         if dtypes is not None:
             cast_parts(model, dtypes)
         return model
@@ -405,7 +407,7 @@ def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _video_apart() -> Iterator[None]:
+def _without_video() -> Iterator[None]:
     """Load a processor without failing on its video processor, which is never used here."""
     if has_torchvision():
         from transformers.video_processing_utils import BaseVideoProcessor

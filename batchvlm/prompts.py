@@ -56,13 +56,13 @@ class PromptBuilder:
         self._turns_column = columns.turns
         self._schema_column = task.output.json_schema_column
         self._choice_column = task.output.choice_column
-        self._instructs = task.instructions is Instructions.auto
-        form = run_form(task.output) if self._instructs else None
+        self._has_instructions = task.instructions is Instructions.auto
+        form = run_form(task.output) if self._has_instructions else None
         is_schema = form is not None and form.kind is FormKind.JSON_SCHEMA
         self._run_schema = form.text if form is not None and is_schema else None
         self._generation = generation
-        brings_text = columns.messages or columns.turns
-        self._prompt = None if brings_text else Template(task.prompt, "task.prompt")
+        has_messages = columns.messages or columns.turns
+        self._prompt = None if has_messages else Template(task.prompt, "task.prompt")
         self._has_markdown = task.markdown_images
         self._system = Template(task.system, "task.system") if task.system else None
 
@@ -112,7 +112,7 @@ class PromptBuilder:
         generation = resolve_generation(self._generation, record.values, record.row_index)
         turns_left = 0
         if self._turns_column:
-            messages, images, turns_left = _until_turn(messages, images, record.said)
+            messages, images, turns_left = _cut_at_turn(messages, images, record.said)
             generation = replace(generation, seed=_seed_of_turn(generation.seed, len(record.said)))
         return Prompt(
             row_index=record.row_index,
@@ -148,7 +148,7 @@ class PromptBuilder:
             if not refs and self._prompt is not None:
                 raise RowError(ErrorType.MISSING_IMAGE, f"{column} holds no image")
             images += refs
-        return self._messages(values, images, self._shown(values))
+        return self._messages(values, images, self._instructed_schema(values))
 
     def _messages(
         self, values: Mapping[str, Any], images: list[ImageRef], schema: str | None
@@ -189,9 +189,9 @@ class PromptBuilder:
             raise RowError(ErrorType.PROMPT, f"{self._schema_column}: {error}") from error
         return text
 
-    def _shown(self, values: Mapping[str, Any]) -> str | None:
+    def _instructed_schema(self, values: Mapping[str, Any]) -> str | None:
         """Return the schema to append to the prompt; None for no instructions."""
-        if not self._instructs or self._choices(values) is not None:
+        if not self._has_instructions or self._choices(values) is not None:
             return None
         return self._schema(values) or self._run_schema
 
@@ -212,26 +212,30 @@ def instructions(schema: str) -> str:
 
     The schema is written without white space and without keys that do not constrain the answer.
     """
-    text = json.dumps(_telling(json.loads(schema)), ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(
+        _without_annotations(json.loads(schema)), ensure_ascii=False, separators=(",", ":")
+    )
     if len(text) > _MAX_SCHEMA_CHARS:
         return ""
     return f"\n\nAnswer with JSON that fits this JSON schema, and with nothing else:\n{text}"
 
 
-def _telling(schema: Any) -> Any:
+def _without_annotations(schema: Any) -> Any:
     if isinstance(schema, list):
-        return [_telling(item) for item in schema]
+        return [_without_annotations(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    aside = {k for k in _ASIDE if isinstance(schema.get(k), str | list | bool | int | float)}
-    return {key: _telling(value) for key, value in schema.items() if key not in aside}
+    dropped = {
+        k for k in _ANNOTATIONS if isinstance(schema.get(k), str | list | bool | int | float)
+    }
+    return {key: _without_annotations(value) for key, value in schema.items() if key not in dropped}
 
 
 _MAX_SCHEMA_CHARS = 16_384
-_ASIDE = ("$schema", "$id", "id", "$comment", "examples")
+_ANNOTATIONS = ("$schema", "$id", "id", "$comment", "examples")
 
 
-def _until_turn(
+def _cut_at_turn(
     messages: Sequence[Message], images: tuple[ImageRef, ...], said: Sequence[Completion]
 ) -> tuple[list[Message], tuple[ImageRef, ...], int]:
     """Cut a dialog after the next user turn to answer, and insert the earlier answers.
@@ -239,19 +243,19 @@ def _until_turn(
     Returns:
         The messages, their images, and the number of turns after this one.
     """
-    until: list[Message] = []
+    cut: list[Message] = []
     answers = iter(said)
     num_turns = sum(message["role"] == "user" for message in messages)
     for message in messages:
-        until.append(message)
+        cut.append(message)
         if message["role"] != "user":
             continue
         answer = next(answers, None)
         if answer is None:
             break
-        until.append({"role": "assistant", "content": [{"type": "text", "text": answer.text}]})
-    num_images = sum(part["type"] == "image" for m in until for part in m["content"])
-    return until, images[:num_images], num_turns - len(said) - 1
+        cut.append({"role": "assistant", "content": [{"type": "text", "text": answer.text}]})
+    num_images = sum(part["type"] == "image" for m in cut for part in m["content"])
+    return cut, images[:num_images], num_turns - len(said) - 1
 
 
 def _seed_of_turn(seed: int, turn: int) -> int:

@@ -74,26 +74,28 @@ class ForcedChoices:
             is_last = first_choice + width >= most
             self._score(
                 model,
-                _Started(input_ids, logits_BV, kwargs if is_last else _copied(kwargs)),
+                _Prefilled(input_ids, logits_BV, kwargs if is_last else _copy_kwargs(kwargs)),
                 range(first_choice, min(first_choice + width, most)),
                 logits_processor,
             )
         return prompt_ids_BT
 
-    def _score(self, model: Any, started: _Started, places: range, logits_processor: Any) -> None:
+    def _score(
+        self, model: Any, prefilled: _Prefilled, places: range, logits_processor: Any
+    ) -> None:
         """Score the choices at these indices of each row.
 
         A row with fewer choices repeats its last one, whose result is dropped.
         """
-        device = started.ids_BT.device
+        device = prefilled.ids_BT.device
         # The choices of a row are adjacent, as generate() expands rows.
         ids = [row.ids[min(place, len(row.ids) - 1)] for row in self._rows for place in places]
         length = max(map(len, ids))
         tokens_EL = torch.tensor(
             [[*i, *[0] * (length - len(i))] for i in ids], device=device
         ).long()
-        ids_ET, scores_EV, kwargs = started.times(model, len(places))
-        found = []
+        ids_ET, scores_EV, kwargs = prefilled.repeated(model, len(places))
+        steps = []
         for step in range(length + 1):
             # As in generate(): suppressed ids of the repository.
             scores_EV = logits_processor(ids_ET, scores_EV.float())
@@ -104,13 +106,13 @@ class ForcedChoices:
                 token_E = scores_EV.gather(-1, chosen_E1)[:, 0] - total_E
             if self._eos_ids:
                 end_E = scores_EV[:, self._eos_ids].logsumexp(-1) - total_E
-            found.append(torch.stack([token_E, end_E, total_E]))
+            steps.append(torch.stack([token_E, end_E, total_E]))
             if step < length:
                 ids_ET = torch.cat([ids_ET, tokens_EL[:, step : step + 1]], dim=1)
                 scores_EV, kwargs = _forward(model, ids_ET, kwargs, next_sequence_length=1)
                 self.row_steps += len(ids_ET)
         # Per choice: log-probabilities of tokens and ends, and logsumexp, of each step.
-        by_answer = torch.stack(found, dim=-1).transpose(0, 1).tolist()
+        by_answer = torch.stack(steps, dim=-1).transpose(0, 1).tolist()
         answers = iter(zip(ids, by_answer, strict=True))
         for i, row in enumerate(self._rows):
             for place in places:
@@ -123,7 +125,7 @@ class ForcedChoices:
                 self.is_finite[i] &= bool(is_finite)
 
 
-class _Started:
+class _Prefilled:
     """Prefilled rows: ids, next-token logits, and the model kwargs of `generate()`."""
 
     def __init__(self, ids_BT: Tensor, logits_BV: Tensor, kwargs: dict[str, Any]) -> None:
@@ -131,7 +133,7 @@ class _Started:
         self._logits_BV = logits_BV
         self._kwargs = kwargs
 
-    def times(self, model: Any, num: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def repeated(self, model: Any, num: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Return ids, logits and kwargs with each row repeated `num` times. Call it once."""
         caches = {name: self._kwargs.pop(name) for name in _CACHES if name in self._kwargs}
         ids_ET, kwargs = model._expand_inputs_for_generation(
@@ -149,7 +151,7 @@ class _Started:
         return ids_ET, logits_EV, {**kwargs, **caches}
 
 
-def _copied(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _copy_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of the model kwargs of `generate()`, with deep copies of the caches."""
     return {n: copy.deepcopy(v) if n in _CACHES else copy.copy(v) for n, v in kwargs.items()}
 

@@ -54,7 +54,7 @@ ONE_IMAGE = frozenset({"blip-2", "florence2", "instructblip"})
 # Families whose generate() delegates to their language model, which has its own generation config.
 _INNER_GENERATE = frozenset({"blip-2", "instructblip"})
 # Families that express locations by special tokens.
-_SPEAKS_IN_TOKENS = frozenset({"florence2"})
+_KEEPS_SPECIAL_TOKENS = frozenset({"florence2"})
 # Families whose own generate(), which can also generate images, drops logits processors.
 _OWN_GENERATE = frozenset({"janus"})
 _MAX_ANSWERS = 256
@@ -100,7 +100,7 @@ class GenerateEngine:
         self._batching = batching or BatchingConfig()
         self._model = model
         kind = model.config.model_type
-        self._tokenizer = SpokenTokens(tokenizer) if kind in _SPEAKS_IN_TOKENS else tokenizer
+        self._tokenizer = SpokenTokens(tokenizer) if kind in _KEEPS_SPECIAL_TOKENS else tokenizer
         self._special_ids = special_ids(self._tokenizer)
         self._takes_one_image = kind in ONE_IMAGE
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
@@ -137,13 +137,13 @@ class GenerateEngine:
                 "%s answers row by row: its rows cannot be batched", type(self._model).__name__
             )
         for batch in group_by_length(samples, self._batching):
-            able = batch.samples
+            valid = batch.samples
             if self._takes_one_image:
-                able = tuple(sample for sample in able if len(sample.image_sizes) == 1)
+                valid = tuple(sample for sample in valid if len(sample.image_sizes) == 1)
                 for sample in batch.samples:
                     if len(sample.image_sizes) != 1:
                         yield sample, self._not_one_image(len(sample.image_sizes))
-            groups = [(sample,) for sample in able] if is_alone else self._grouped(able)
+            groups = [(sample,) for sample in valid] if is_alone else self._grouped(valid)
             for group in groups:
                 yield from self._run_or_split(group)
 
@@ -186,7 +186,7 @@ class GenerateEngine:
         # tensors of the failed attempt.
         free_memory(self._model.device)
         if len(samples) == 1:
-            if self._choices is not None and self._has_less(failure):
+            if self._choices is not None and self._lower_max_answers(failure):
                 yield from self._run_or_split(samples)
             else:
                 yield samples[0], failure
@@ -197,7 +197,7 @@ class GenerateEngine:
         yield from self._run_or_split(samples[:middle])
         yield from self._run_or_split(samples[middle:])
 
-    def _has_less(self, failure: Failure) -> bool:
+    def _lower_max_answers(self, failure: Failure) -> bool:
         """After an OOM, lower the number of choices scored at once; False if it cannot help."""
         if failure.error_type is not ErrorType.OOM or self._max_answers == 1:
             return False

@@ -14,7 +14,7 @@ MIN_CYCLE_PERIODS = 16
 MIN_CYCLE_PERIODS * p)` tokens repeat with that period."""
 _MAX_BYTES = 4
 """Maximum length of a UTF-8 character."""
-_HALF = "\ufffd"
+_REPLACEMENT = "\ufffd"
 """Decoded text of tokens that hold part of a character. In a sequence of byte tokens (`<0x0A>`)
 with an incomplete character, every token decodes to it."""
 
@@ -45,15 +45,15 @@ class RowStop:
         self._reason: FinishReason | None = None
         self._has_eos = False
         self._cut_chars = 0
-        heeds_cycles = row.stop_on_repetition and not row.ignore_eos
-        self._cycle = CycleDetector() if heeds_cycles else None
+        detects_cycles = row.stop_on_repetition and not row.ignore_eos
+        self._cycle = CycleDetector() if detects_cycles else None
         if row.stop:
             # A stop string may start and end within tokens, so decoded text is searched, but only
             # its tail: every token adds at least a byte, so one token per byte of the longest stop
             # string suffices.
             longest = max(len(stop.encode()) for stop in row.stop)
             self._num_tail = longest + 1
-            self._said: list[int] = []
+            self._text_ids: list[int] = []
 
     @property
     def num_tokens(self) -> int:
@@ -91,8 +91,8 @@ class RowStop:
             latency_s: seconds until the answer was complete.
         """
         # An EOS id is not always a special token, so it is removed before decoding.
-        said = self._ids[:-1] if self._has_eos else self._ids
-        text = self._tokenizer.decode(said, skip_special_tokens=True)
+        ids = self._ids[:-1] if self._has_eos else self._ids
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
         return Completion(
             row_index=row_index,
             token_ids=self.token_ids,
@@ -106,38 +106,38 @@ class RowStop:
         if token in self._eos_ids:
             self._has_eos = True
             return FinishReason.STOP
-        is_early = len(self._ids) < self._row.min_new_tokens
+        is_too_early = len(self._ids) < self._row.min_new_tokens
         if self._row.stop:
-            self._cut_chars = self._stopped_chars(token, is_early=is_early)
+            self._cut_chars = self._stopped_chars(token, is_too_early=is_too_early)
             if self._cut_chars:
                 return FinishReason.STOP
-        if self._cycle and self._cycle.push(self._ids) and not is_early:
+        if self._cycle and self._cycle.push(self._ids) and not is_too_early:
             return FinishReason.REPETITION
         return FinishReason.LENGTH if len(self._ids) >= self._row.max_new_tokens else None
 
-    def _stopped_chars(self, token: int, *, is_early: bool) -> int:
+    def _stopped_chars(self, token: int, *, is_too_early: bool) -> int:
         """Return how many characters to cut from the end of the text, if this token completes a
         stop string; else 0."""
         if token in self._special_ids:
             return 0  # adds no text
-        self._said.append(token)
-        if is_early:
+        self._text_ids.append(token)
+        if is_too_early:
             return 0
         # Extend the tail until it starts at a character boundary, and find the text before this
         # token up to the last complete character.
-        tail = self._said[-self._num_tail :]
+        tail = self._text_ids[-self._num_tail :]
         text = self._tokenizer.decode(tail)
-        for num_more in range(1, _MAX_BYTES):
-            if not text.startswith(_HALF):
+        for num_extra in range(1, _MAX_BYTES):
+            if not text.startswith(_REPLACEMENT):
                 break
-            tail = self._said[-self._num_tail - num_more :]
+            tail = self._text_ids[-self._num_tail - num_extra :]
             text = self._tokenizer.decode(tail)
-        before = _HALF
+        before = _REPLACEMENT
         for num_new in range(1, _MAX_BYTES + 1):
-            if not before.endswith(_HALF):
+            if not before.endswith(_REPLACEMENT):
                 break
             before = self._tokenizer.decode(tail[:-num_new])
-        num_old = len(before.rstrip(_HALF))
+        num_old = len(before.rstrip(_REPLACEMENT))
         stops = self._row.stop
         starts = [text.find(stop, max(0, num_old - len(stop) + 1)) for stop in stops]
         return max((len(text) - start for start in starts if start >= 0), default=0)
