@@ -109,11 +109,11 @@ def _check_whole(found: Any, cfg: ModelConfig) -> None:
         raise ModelError(
             f"model.adapter={cfg.adapter} lacks {len(missing)} weights for model.path={cfg.path}, "
             f"such as {missing[0]}",
-            hint="it may be another model's, or not be whole",
+            hint="it may be incomplete, or for another model",
         )
     if spare := sorted(found.unexpected_keys):
         log.warning(
-            "model.adapter=%s has %d weights that %s has no place for, such as %s",
+            "model.adapter=%s has %d weights that %s does not use, such as %s",
             *(cfg.adapter, len(spare), cfg.path, spare[0]),
         )
 

@@ -38,7 +38,7 @@ def check_endpoint(cfg: JobConfig) -> None:
         is_address = False
     # These messages do not repeat the URL, which may hold a password.
     if not is_address:
-        raise ConfigError("engine.endpoint.url is no http or https address")
+        raise ConfigError("engine.endpoint.url is not an http or https URL")
     if "@" in url.netloc or url.query or url.fragment:
         raise ConfigError(
             "engine.endpoint.url holds a user, a query or a fragment, and settings are written "
@@ -52,9 +52,8 @@ def check_endpoint(cfg: JobConfig) -> None:
         # author chose them for this server.
         if getattr(gen, key) != getattr(GenerationConfig, key):
             raise ConfigError(
-                f"engine=endpoint cannot send generation.{key}, for which the OpenAI protocol has "
-                "no word",
-                hint="if this server has one, put it into engine.endpoint.extra_body, such as "
+                f"engine=endpoint cannot send generation.{key}: the OpenAI API has no field for it",
+                hint="if this server has one, add it to engine.endpoint.extra_body, such as "
                 "engine.endpoint.extra_body.top_k=20",
             )
     for setting, is_set in (
@@ -63,12 +62,12 @@ def check_endpoint(cfg: JobConfig) -> None:
         ("model.max_prompt_tokens", cfg.model.max_prompt_tokens is not None),
     ):
         if is_set:
-            raise ConfigError(f"engine=endpoint has no tokens of its own for {setting}")
+            raise ConfigError(f"engine=endpoint does not support {setting}: it does not tokenize")
     if cfg.task.output.guided is Guided.strict:
         raise ConfigError(
-            "engine=endpoint cannot see to task.output.guided=strict: no server says how far it "
-            "has held an answer",
-            hint="auto has it hold answers as far as it can; each is validated here",
+            "engine=endpoint cannot guarantee task.output.guided=strict: no server reports whether "
+            "it has constrained an answer",
+            hint="auto asks the server to constrain answers, and each is validated here",
         )
     if reserved := sorted({"messages", "stream", "n"} & {*endpoint.extra_body}):
-        raise ConfigError(f"engine.endpoint.extra_body.{reserved[0]} is not for you to set")
+        raise ConfigError(f"engine.endpoint.extra_body.{reserved[0]} is set by the engine")

@@ -126,7 +126,7 @@ def load_processor(cfg: ModelConfig) -> Any:
         )
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
-        raise ModelError(f"model.path={cfg.path} has a tokenizer alone, no image processor")
+        raise ModelError(f"model.path={cfg.path} has only a tokenizer, no image processor")
     # A decoder-only model continues from the last column, so padding must not be there.
     tokenizer.padding_side = "left"
     processor.chat_template = _default_template(processor)
@@ -307,14 +307,14 @@ def _check_whole(model: Any, missing: Sequence[str], cfg: ModelConfig) -> None:
     lacking = [name for name in missing if name.startswith(inside)]
     if lacking:
         raise ModelError(
-            f"model.path={cfg.path}: {len(lacking)} weights of the language model are not in it, "
+            f"model.path={cfg.path} lacks {len(lacking)} weights of the language model, "
             f"such as {lacking[0]}",
-            hint="the download may be cut short, or the repository be another model's",
+            hint="the download may be incomplete, or the repository may hold another model",
         )
     log.warning(
-        "%d weights of %s are not in it and drawn at random, such as %s",
-        len(missing),
+        "%s lacks %d weights, which are initialized at random, such as %s",
         cfg.path,
+        len(missing),
         missing[0],
     )
 

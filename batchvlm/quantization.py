@@ -148,8 +148,8 @@ def check_quantized(model: Any, skip: Sequence[str]) -> None:
     for path in quantized:
         if path in skip or path.startswith(below):
             raise ModelError(
-                f"model.quantization quantized {path}, which it was to leave as it is",
-                hint="another model.quantization may heed it",
+                f"model.quantization quantized {path}, which must stay unquantized",
+                hint="another model.quantization may respect it",
             )
 
 

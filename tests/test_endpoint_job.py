@@ -201,7 +201,7 @@ def test_a_form_that_the_protocol_has_no_word_for_is_refused_before_the_first_ro
 ) -> None:
     source = write_parquet([picture()], choices=[["x", "y"]])
     settings = (f"task.output.{setting}", f"engine.endpoint.response_format={response_format}")
-    with pytest.raises(ConfigError, match=rf"no word for a form of kind {kind}.*vllm"):
+    with pytest.raises(ConfigError, match=rf"cannot express a form of kind {kind}.*vllm"):
         run(server, source, tmp_path / "out", *settings, name="extract")
     assert server.requests == []
     # Not to be held to it is another matter.

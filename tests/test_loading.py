@@ -48,12 +48,12 @@ def test_weights_that_are_missing(model: Path, caplog: pytest.LogCaptureFixture)
     lacking = [name for name in weights if "text_model.layers.1.mlp" in name]
     save_file({k: v for k, v in weights.items() if k not in lacking}, model / "model.safetensors")
     message = refused(load_model, ModelConfig(path=str(model)), device="cpu")
-    assert f"{len(lacking)} weights of the language model are not in it" in message
+    assert f"lacks {len(lacking)} weights of the language model" in message
     assert "text_model.layers.1.mlp" in message
     unused = next(name for name in weights if "vision_model.post_layernorm" in name)
     save_file({k: v for k, v in weights.items() if k != unused}, model / "model.safetensors")
     load_model(ModelConfig(path=str(model)), device="cpu")
-    assert f"1 weights of {model} are not in it and drawn at random, such as" in caplog.text
+    assert f"{model} lacks 1 weights, which are initialized at random, such as" in caplog.text
 
 
 def test_of_several_chat_templates_the_default_is_taken(model: Path) -> None:

@@ -152,9 +152,9 @@ REFUSED = {
 ENDPOINT = ("engine=endpoint", "engine.endpoint.url=http://node7:8000/v1")
 REFUSED_OF_A_SERVER = {
     "engine.endpoint.url=null": "engine.endpoint.url is required and not set",
-    "engine.endpoint.url=node7:8000": "engine.endpoint.url is no http or https address",
-    "engine.endpoint.url=http://": "engine.endpoint.url is no http or https address",
-    "engine.endpoint.url='http://[::1'": "engine.endpoint.url is no http or https address",
+    "engine.endpoint.url=node7:8000": "engine.endpoint.url is not an http or https URL",
+    "engine.endpoint.url=http://": "engine.endpoint.url is not an http or https URL",
+    "engine.endpoint.url='http://[::1'": "engine.endpoint.url is not an http or https URL",
     "engine.endpoint.url=http://me:secret@node7": "holds a user, a query or a fragment",
     "engine.endpoint.url='http://node7/v1?key=secret'": "holds a user, a query or a fragment",
     "engine.endpoint.token_env=sk-secret": "token_env is no name of an environment variable",
@@ -162,12 +162,12 @@ REFUSED_OF_A_SERVER = {
     "engine.endpoint.timeout_s=0": "engine.endpoint.timeout_s=0.0 must be at least 0.1",
     "engine.endpoint.patience_s=-1": "engine.endpoint.patience_s=-1.0 must be at least 0",
     "engine.endpoint.image_format=bmp": "expected one of [png, jpeg]",
-    "engine.endpoint.extra_body.messages=[]": "extra_body.messages is not for you to set",
-    "generation.top_k=3": "put it into engine.endpoint.extra_body",
+    "engine.endpoint.extra_body.messages=[]": "extra_body.messages is set by the engine",
+    "generation.top_k=3": "add it to engine.endpoint.extra_body",
     "generation.min_p=0.1": "engine=endpoint cannot send generation.min_p",
     "generation.ignore_eos=true": "engine=endpoint cannot send generation.ignore_eos",
-    "output.token_ids=true": "engine=endpoint has no tokens of its own for output.token_ids",
-    "model.max_prompt_tokens=9": "has no tokens of its own for model.max_prompt_tokens",
+    "output.token_ids=true": "engine=endpoint does not support output.token_ids",
+    "model.max_prompt_tokens=9": "does not support model.max_prompt_tokens",
     "engine=auto": "engine.endpoint.url has no effect with engine=auto",
 }
 

@@ -391,9 +391,9 @@ def _check_sent(kinds: Set[FormKind], cfg: EndpointConfig) -> None:
     for kind in sorted(kinds - SENT_KINDS[cfg.response_format]):
         others = [f.value for f, sent in SENT_KINDS.items() if kind in sent]
         raise ConfigError(
-            f"engine.endpoint.response_format={cfg.response_format.value} has no word for a "
-            f"form of kind {kind.value}",
-            hint=f"{', '.join(others[:-1])} have one; none leaves it to validation",
+            f"engine.endpoint.response_format={cfg.response_format.value} cannot express a form "
+            f"of kind {kind.value}",
+            hint=f"{', '.join(others[:-1])} can; none only validates answers",
         )
 
 

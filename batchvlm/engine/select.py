@@ -71,7 +71,7 @@ def select_engine(cfg: JobConfig, *, device: str, followers: ToFollowers | None 
         return choose_engine(load_model(cfg.model, device=device), tokenizer, cfg)
     if followers is None:
         raise ModelError(
-            "model.tp_plan divides the model among the processes of a launch, and this is none",
+            "model.tp_plan divides the model among the processes of a launch; there is no launch",
             hint="leave model.tp_plan out here, or set model.device_map=auto",
         )
     team = Team(followers, device=device)

@@ -136,11 +136,11 @@ def gpus_of(launch: Launch, num_visible: int, model: ModelConfig, *, num_allocat
         )
     if model.device_map == "balanced_low_0" and num_ranks > 1:
         raise ConfigError(
-            "model.device_map=balanced_low_0 knows no other first GPU than number 0",
+            "model.device_map=balanced_low_0 works only if the first GPU of a process is GPU 0",
             hint="in a launch of several processes, set model.device_map=balanced",
         )
     if left := num_visible - size * num_ranks:
-        log.warning("%d of the %d GPUs here are nobody's", left, num_visible)
+        log.warning("%d of the %d GPUs here are not used by any process", left, num_visible)
     first = launch.local_rank * size if num_ranks > 1 else 0
     return range(first, first + size)
 

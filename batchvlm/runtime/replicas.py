@@ -104,7 +104,7 @@ def find_replica(launch: Launch, model: ModelConfig) -> Replica | None:
         )
     if launch.rank % num_ranks != launch.local_rank:
         raise ConfigError(
-            "model.tp_plan needs the ranks of a machine in a row",
+            "model.tp_plan needs consecutive ranks on each machine",
             hint="srun --distribution=block numbers them so",
         )
     if launch.host is None:
@@ -175,7 +175,7 @@ class Followers:
                 self.replica.open_store().set(_key(self.replica), address)
             except RuntimeError as error:  # includes torch.distributed's errors
                 reason = " ".join(str(error).split())[:200]
-                raise ReplicaError(f"the store of the launch cannot be had: {reason}") from error
+                raise ReplicaError(f"cannot connect to the launch's store: {reason}") from error
             while len(self._connections) < self.size - 1:
                 server.settimeout(max(0.1, end_s - time.monotonic()))
                 try:
@@ -183,7 +183,7 @@ class Followers:
                 except TimeoutError as error:
                     raise ReplicaError(
                         f"{self.size - 1 - len(self._connections)} of the {self.size} processes "
-                        f"that hold the model together did not come within {_CONNECT_TIMEOUT_S:g} s"
+                        f"that hold the model together did not connect in {_CONNECT_TIMEOUT_S:g} s"
                     ) from error
                 peer.setblocking(True)
                 connection = Connection(peer.detach())
@@ -236,8 +236,8 @@ class Followers:
                 received = queue.get(timeout=max(0.0, end_s - time.monotonic()))
             except Empty:
                 raise ReplicaError(
-                    f"process {rank} of the {self.size} that hold the model together is no more "
-                    "at the same step"
+                    f"process {rank} of the {self.size} that hold the model together did not "
+                    f"answer within {limit_s:g} s"
                 ) from None
             received.is_noticed.set()
             if received.is_end:
@@ -267,7 +267,7 @@ class Leader:
             address = store.get(key).decode()
             self._peer.connect(address)
         except (RuntimeError, OSError) as error:
-            raise ReplicaError("the process that leads this one did not come") from error
+            raise ReplicaError("cannot connect to the process that leads this replica") from error
         self.folder = Path(address).parent
         self._connection = Connection(os.dup(self._peer.fileno()))
         self._connection.send(self.rank)
@@ -295,7 +295,7 @@ class Leader:
         if not received.is_noticed.wait(_NOTICE_S) and interrupted_at_s() is None:
             # The main thread is stuck in a model step whose peer is gone.
             if received.is_end:
-                _exit_interrupted("the process that leads this one has ended")
+                _exit_interrupted("the process that leads this replica has ended")
             os._exit(ExitCode.DONE)
 
     def receive(self) -> Any:
@@ -307,7 +307,7 @@ class Leader:
         received = self._received.get()
         received.is_noticed.set()
         if received.is_end:
-            raise ReplicaError("the process that leads this one has ended")
+            raise ReplicaError("the process that leads this replica has ended")
         return received.message
 
     def answer(self, text: str | None) -> None:

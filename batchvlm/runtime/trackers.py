@@ -178,7 +178,7 @@ def _open_tracker(name: str, cfg: TrackingConfig, place: Place, folder: Path) ->
         text = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"tracking.trackers: {name} does not start: {type(error).__name__}: {text}",
-            hint="see to it, or leave it out of tracking.trackers",
+            hint="fix the cause, or remove it from tracking.trackers",
         ) from error
     return tracker
 
@@ -208,7 +208,7 @@ def _prometheus(file: str, metrics: Metrics, place: Place) -> Callable[[], objec
     except OSError as error:
         raise ConfigError(
             f"tracking.prometheus_file={file} cannot be written: {error.strerror}",
-            hint="name a file in a folder that is yours",
+            hint="name a file in a folder that you can write to",
         ) from error
     return lambda: write_to_textfile(str(path), registry)
 

@@ -116,7 +116,7 @@ class WorkerPool:
             # The locks are in /dev/shm; the error may be about its space.
             raise BatchvlmError(
                 f"worker processes cannot be started: {error.strerror}",
-                hint="see to the room in /dev/shm and the limits on processes and open files, or "
+                hint="check the space in /dev/shm and the limits on processes and open files, or "
                 "set runtime.num_workers=0",
             ) from error
 
@@ -176,8 +176,8 @@ class WorkerPool:
             except _WorkerStopped as error:
                 if self._num_breaks >= _MAX_BREAKS:
                     raise BatchvlmError(
-                        f"worker processes were told to end {self._num_breaks + 1} times in a row",
-                        hint="see who sends SIGTERM to them, and run the same command again",
+                        f"worker processes got SIGTERM {self._num_breaks + 1} times in a row",
+                        hint="find out what sends it, and run the same command again",
                     ) from error
                 self._num_breaks += 1
                 future = self._schedule(record)

@@ -232,5 +232,5 @@ def test_a_process_that_ends_is_noticed_and_no_row_pays(
 
 
 def test_outside_of_a_launch_it_is_refused(small: Loaded) -> None:
-    with pytest.raises(ModelError, match="processes of a launch, and this is none"):
+    with pytest.raises(ModelError, match="processes of a launch; there is no"):
         select_engine(job(small.path), device="cpu")

@@ -138,7 +138,7 @@ class TestModulesToSkip:
 
     def test_a_library_that_does_not_heed_them_is_found_out(self) -> None:
         model = load(quantization=Quantization.torchao_int8)
-        with pytest.raises(ModelError, match="it was to leave as it is"):
+        with pytest.raises(ModelError, match="must stay unquantized"):
             check_quantized(model, ["model.text_model"])
         with pytest.raises(ModelError, match="quantized nothing"):
             check_quantized(load(), [])

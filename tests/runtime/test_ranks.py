@@ -97,7 +97,7 @@ def test_a_task_that_sees_its_own_gpus_alone_takes_them_all() -> None:
         (3, 8, spread(4), "model.gpus_per_replica=4: the processes of this machine need 12 GPUs, "
          "and 8 are here; start 2 at most"),
         (1, 2, spread(4), "need 4 GPUs, and 2 are here; ask for more GPUs"),
-        (2, 4, spread(device_map="balanced_low_0"), "knows no other first GPU than number 0"),
+        (2, 4, spread(device_map="balanced_low_0"), "works only if the first GPU of a process is"),
     ],
 )  # fmt: skip
 def test_gpus_that_do_not_suffice(
@@ -110,7 +110,7 @@ def test_gpus_that_do_not_suffice(
 
 def test_gpus_that_are_left_are_said(caplog: pytest.LogCaptureFixture) -> None:
     assert gpus_of(of_machine(2, 1), 8, spread(3), num_allocated=0) == range(3, 6)
-    assert "2 of the 8 GPUs here are nobody's" in caplog.text
+    assert "2 of the 8 GPUs here are not used by any process" in caplog.text
 
 
 class TestAMachineWithFourGpus:

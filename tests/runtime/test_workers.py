@@ -117,7 +117,7 @@ def test_no_room_for_locks_is_one_line_that_says_where(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(WorkerManager, "create_channels", refuse)
     with (
-        pytest.raises(BatchvlmError, match=r"No space left on device; see to .* /dev/shm"),
+        pytest.raises(BatchvlmError, match=r"No space left on device; check .* /dev/shm"),
         WorkerPool(spec(), num_workers=1, timeout_s=60.0),
     ):
         pass
