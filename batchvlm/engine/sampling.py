@@ -172,9 +172,9 @@ class RowSampler:
         """Choose the next token of the rows in these slots.
 
         Args:
-            logits_BV: [B, V] of the last position, in the order of `slots`; left as it is.
-            slots: B different slots with a row each.
-            mask_BW: a bit for each token that may come next, int32 [B, V / 32]; None: all may.
+            logits_BV: [B, V] of the last position, in the order of `slots`; not modified.
+            slots: B distinct slots, each with a row.
+            mask_BW: bitmask of the allowed tokens, int32 [B, V / 32]; None allows all.
         """
         batch = self._batch_of(slots)
         assert len(logits_BV) == len(batch.rows), "one row of logits for each slot"

@@ -151,7 +151,7 @@ class CycleDetector:
         self._num_recurring = 0
 
     def push(self, ids: list[int]) -> bool:
-        """Whether `ids`, one token longer than at the last call, ends in a cycle."""
+        """Whether `ids` ends in a cycle. Call it after each token appended to `ids`."""
         place = len(ids) - 1
         last = self._last_places.get(ids[-1], -1 - MAX_PERIOD)
         self._last_places[ids[-1]] = place
