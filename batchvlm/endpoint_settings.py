@@ -9,7 +9,7 @@ from batchvlm.config import EngineName, GenerationConfig, Guided, JobConfig, Sou
 from batchvlm.errors import ConfigError
 
 # Settings for which the OpenAI API has no field.
-_NOT_SENT = ("min_new_tokens", "top_k", "min_p", "repetition_penalty", "ignore_eos")
+_UNSUPPORTED = ("min_new_tokens", "top_k", "min_p", "repetition_penalty", "ignore_eos")
 
 
 def check_endpoint(cfg: JobConfig) -> None:
@@ -47,7 +47,7 @@ def check_endpoint(cfg: JobConfig) -> None:
         )
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", endpoint.token_env):
         raise ConfigError("engine.endpoint.token_env is no name of an environment variable")
-    for key in _NOT_SENT:
+    for key in _UNSUPPORTED:
         # Only settings of the run are refused. Those of a row are sent under vLLM's names: its
         # author chose them for this server.
         if getattr(gen, key) != getattr(GenerationConfig, key):

@@ -23,9 +23,9 @@ from batchvlm.records import ImageRef
 Message = dict[str, Any]
 
 _INLINE = ("image", "path", "url", "bytes", "image_url", "base64", "source")
-_NOT_HERE = ("file_id", "data")
+_UNSUPPORTED_IMAGE_KEYS = ("file_id", "data")
 """Keys by which other APIs refer to an image, and which are not supported."""
-_NOT_SAID = ("tool_calls", "function_call", "images")
+_UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "function_call", "images")
 """Keys of a message that would change the prompt, and which are not supported."""
 # No nested brackets, so that matching takes linear time.
 _MARKDOWN = re.compile(r"!\[[^\[\]]*\]\([ \t]{0,8}([^()\s]+)[ \t]{0,8}\)")
@@ -161,8 +161,8 @@ def read_messages(value: Any, where: str) -> list[Message]:
         # A role is inserted into the prompt unescaped, so it must not hold control tokens.
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
             raise RowError(ErrorType.PROMPT, f"{where}[{i}] has no role that is a plain word")
-        if said := [key for key in _NOT_SAID if message.get(key)]:
-            raise RowError(ErrorType.PROMPT, f"{where}[{i}].{said[0]} is not supported")
+        if found := [key for key in _UNSUPPORTED_MESSAGE_KEYS if message.get(key)]:
+            raise RowError(ErrorType.PROMPT, f"{where}[{i}].{found[0]} is not supported")
         messages.append({"role": role, "content": list(_parts(message, f"{where}[{i}]"))})
     return messages
 
@@ -233,7 +233,9 @@ def _parts(message: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
                 yield {"type": "text", "text": part["text"]}
             case "image" | "image_url" | "input_image":
                 inline = {key: part[key] for key in _INLINE if key in part}
-                if not inline and (named := [key for key in _NOT_HERE if key in part]):
+                if not inline and (
+                    named := [key for key in _UNSUPPORTED_IMAGE_KEYS if key in part]
+                ):
                     raise RowError(
                         ErrorType.PROMPT, f"{where}.content[{i}] names its image by {named[0]!r}"
                     )

@@ -24,12 +24,12 @@ class RunningClock:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._looked_at_s = clock()
+        self._read_at_s = clock()
         self._ran_s = 0.0
 
     def __call__(self) -> float:
         with self._lock:
             now = self._clock()
-            self._ran_s += min(now - self._looked_at_s, _MAX_STEP_S)
-            self._looked_at_s = now
+            self._ran_s += min(now - self._read_at_s, _MAX_STEP_S)
+            self._read_at_s = now
             return self._ran_s

@@ -11,7 +11,7 @@ from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
 
-_LEAVE_S = 2.0
+_JOIN_TIMEOUT_S = 2.0
 """How long `__exit__` waits for the thread to finish its current item."""
 
 
@@ -66,7 +66,7 @@ class Prefetcher(Generic[T]):
             self._changed.notify_all()
         # A thread that still reads when the interpreter exits can crash it. One that waits for a
         # worker ends with the pool.
-        self._thread.join(timeout=_LEAVE_S)
+        self._thread.join(timeout=_JOIN_TIMEOUT_S)
 
     def is_ready(self) -> bool:
         """Whether the caller can get the next item, or the end, without waiting."""

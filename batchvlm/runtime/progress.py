@@ -38,7 +38,7 @@ class Counts(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Look:
+class _Snapshot:
     """Counts over all ranks at one moment."""
 
     num_done: int
@@ -116,7 +116,7 @@ class Progress:
     @property
     def left_s(self) -> float | None:
         """Estimated seconds until the last row; None before any work is done."""
-        return self._look(self._clock()).left_s
+        return self._snapshot(self._clock()).left_s
 
     def advance(self) -> None:
         """Update the bar, or log a line if one is due.
@@ -135,38 +135,38 @@ class Progress:
                 self._bar.initial = mine.num_found
                 self._bar.update(mine.num_found + mine.num_rows - self._bar.n)
             return
-        look = self._look(now)
-        is_last = look.num_done == self._total and self._num_shown != look.num_done
+        snapshot = self._snapshot(now)
+        is_last = snapshot.num_done == self._total and self._num_shown != snapshot.num_done
         if not is_due and not is_last:
             return
-        self._last_line, self._num_shown = now, look.num_done
+        self._last_line, self._num_shown = now, snapshot.num_done
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(self._facts(look)), refresh=False)
-            self._bar.update(look.num_done - self._bar.n)
+            self._bar.set_postfix_str(", ".join(self._facts(snapshot)), refresh=False)
+            self._bar.update(snapshot.num_done - self._bar.n)
             self._bar.refresh()
             return
         log.info(
             "%d of %d rows (%.0f%%), %.1f rows/s, %s",
-            look.num_done,
+            snapshot.num_done,
             self._total,
-            100 * look.num_done / self._total,
-            look.rows_per_s,
-            ", ".join(self._facts(look)),
+            100 * snapshot.num_done / self._total,
+            snapshot.rows_per_s,
+            ", ".join(self._facts(snapshot)),
             extra={
                 DATA: {
-                    "rows": look.num_done,
+                    "rows": snapshot.num_done,
                     "total_rows": self._total,
-                    "rows_per_s": round(look.rows_per_s, 3),
-                    "completion_tokens": look.completion_tokens,
-                    "errors": look.num_errors,
+                    "rows_per_s": round(snapshot.rows_per_s, 3),
+                    "completion_tokens": snapshot.completion_tokens,
+                    "errors": snapshot.num_errors,
                     "wait_share": round(mine.wait_share, 4),
                     "memory_bytes": (self._memory() or (None,))[0],
-                    "left_s": None if look.left_s is None else round(look.left_s, 1),
+                    "left_s": None if snapshot.left_s is None else round(snapshot.left_s, 1),
                 }
             },
         )
 
-    def _look(self, now: float) -> _Look:
+    def _snapshot(self, now: float) -> _Snapshot:
         mine, others = self._metrics, list(self._others())
         num_rows = mine.num_rows + sum(counts.num_rows for counts in others)
         num_found = mine.num_found + sum(counts.num_found for counts in others)
@@ -176,7 +176,7 @@ class Progress:
         share = mine.share_done(self._total - num_found) * num_rows / max(mine.num_rows, 1)
         num_done = num_found + num_rows
         share = 1.0 if num_done >= self._total else min(share, 1.0)
-        return _Look(
+        return _Snapshot(
             num_done=num_done,
             rows_per_s=num_rows / elapsed_s,
             tokens_per_s=tokens / elapsed_s,
@@ -185,15 +185,15 @@ class Progress:
             left_s=elapsed_s * (1 - share) / share if share > 0 else None,
         )
 
-    def _facts(self, look: _Look) -> list[str]:
+    def _facts(self, snapshot: _Snapshot) -> list[str]:
         facts = [
-            f"{look.tokens_per_s:,.0f} tok/s",
-            number_of(look.num_errors, "error"),
+            f"{snapshot.tokens_per_s:,.0f} tok/s",
+            number_of(snapshot.num_errors, "error"),
             f"{self._metrics.wait_share:.0%} waiting for data",
         ]
         if (memory := self._memory()) is not None:
-            used, there = (number / 1e9 for number in memory)
-            facts.append(f"{used:.1f} of {there:.0f} GB")
-        if look.left_s is not None:
-            facts.append(f"{tqdm.format_interval(look.left_s)} left")
+            used, total = (number / 1e9 for number in memory)
+            facts.append(f"{used:.1f} of {total:.0f} GB")
+        if snapshot.left_s is not None:
+            facts.append(f"{tqdm.format_interval(snapshot.left_s)} left")
         return facts

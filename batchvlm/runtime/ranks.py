@@ -50,11 +50,11 @@ def find_rank(
     if kind != "cpu":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         count = torch.accelerator.device_count() if accelerator is not None else 0
-        there = accelerator.type if accelerator is not None else "cpu"
+        available = accelerator.type if accelerator is not None else "cpu"
         if kind == "auto":
-            kind = there
-        if kind != "cpu" and (kind != there or int(number or 0) >= count):
-            found = f"{count} of type {there}" if count else "none"
+            kind = available
+        if kind != "cpu" and (kind != available or int(number or 0) >= count):
+            found = f"{count} of type {available}" if count else "none"
             raise ConfigError(
                 f"engine.device={engine.device} is not on this machine (accelerators: {found})",
                 hint="set engine.device=auto or engine.device=cpu",
@@ -88,8 +88,8 @@ def find_rank(
 
 def _is_one_of_several(launch: Launch, model: ModelConfig) -> bool:
     """Whether the model is spread over some of this machine's GPUs, not simply over all of them."""
-    is_told = launch.world_size > 1 or model.gpus_per_replica is not None
-    return model.device_map is not None and is_told
+    is_divided = launch.world_size > 1 or model.gpus_per_replica is not None
+    return model.device_map is not None and is_divided
 
 
 def _check_one_each(launch: Launch, num_visible: int) -> None:

@@ -13,7 +13,7 @@ from batchvlm.runtime.launch import slurm_job
 _MAX_SHARE = 0.25
 """The margin is at most this fraction of the time left at the start, so that a short job still
 makes progress."""
-_ASK_S = 10.0
+_SQUEUE_TIMEOUT_S = 10.0
 _LEFT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 """squeue's format: days, hours, minutes, seconds."""
 
@@ -60,10 +60,12 @@ def _left_s(environ: Mapping[str, str], now_s: float) -> float | None:
         return None
     command = ["squeue", "--noheader", "--jobs", job, "--format", "%L"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=True)
+        reply = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_S, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return read_time_left(said.stdout.strip())
+    return read_time_left(reply.stdout.strip())
 
 
 def read_time_left(text: str) -> float | None:

@@ -15,8 +15,8 @@ from batchvlm.errors import ExitCode
 from batchvlm.runtime.clock import RunningClock
 from batchvlm.runtime.signals import interrupted_at_s
 
-_LOOK_EVERY_S = 0.5
-_LEAVE_S = 2.0
+_CHECK_EVERY_S = 0.5
+_JOIN_TIMEOUT_S = 2.0
 """How long `__exit__` waits for a call in progress."""
 _LAST_RESORT_S = 60.0
 
@@ -27,7 +27,7 @@ class Ticker:
     def __init__(self, action: Callable[[], None], *, every_s: float, name: str) -> None:
         self._action = action
         self._every_s = every_s
-        self._is_left = threading.Event()
+        self._is_stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def __enter__(self) -> Self:
@@ -40,13 +40,13 @@ class Ticker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._is_left.set()
+        self._is_stopped.set()
         # A thread within a library call when the interpreter exits can crash it. The wait is short,
         # because the call may hang on a disk that does not respond.
-        self._thread.join(timeout=_LEAVE_S)
+        self._thread.join(timeout=_JOIN_TIMEOUT_S)
 
     def _run(self) -> None:
-        while not self._is_left.wait(self._every_s):
+        while not self._is_stopped.wait(self._every_s):
             self._action()
 
 
@@ -74,7 +74,7 @@ class Watchdog(Ticker):
         clock: Callable[[], float] | None = None,
         exit: Callable[[int], object] = os._exit,
     ) -> None:
-        super().__init__(self._look, every_s=min(_LOOK_EVERY_S, grace_s), name="watchdog")
+        super().__init__(self._check, every_s=min(_CHECK_EVERY_S, grace_s), name="watchdog")
         self.flush: Callable[[], None] = lambda: None
         """Writes finished rows to disk; given at most `grace_s`."""
         self._stall_timeout_s = stall_timeout_s
@@ -96,7 +96,7 @@ class Watchdog(Ticker):
         """Record progress. Stalls are detected only after the first call."""
         self._beat_at_s = self._clock()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         now = self._clock()
         signalled_at_s = interrupted_at_s()
         if signalled_at_s is not None and time.monotonic() - signalled_at_s > self._grace_s:
@@ -134,9 +134,11 @@ class Watchdog(Ticker):
             thread.start()
             thread.join(self._grace_s)
             if file is not None:
-                said = "finished rows are" if is_flushed.is_set() else "not all finished rows are"
+                outcome = (
+                    "finished rows are" if is_flushed.is_set() else "not all finished rows are"
+                )
                 print(
-                    f"batchvlm: error: {reason}; {said} on disk; run the same command again",
+                    f"batchvlm: error: {reason}; {outcome} on disk; run the same command again",
                     file=file,
                     flush=True,
                 )

@@ -82,15 +82,15 @@ def test_beats_and_null_keep_it_quiet() -> None:
     now = [0.0]
     exit = Exit()
     beating = Watchdog(stall_timeout_s=10, grace_s=1, clock=lambda: now[0], exit=exit)
-    beating._look()  # no beat yet: the model loads
+    beating._check()  # no beat yet: the model loads
     for now[0] in (100.0, 109.0, 118.0, 127.0):
         beating.beat()
         now[0] += 9.9
-        beating._look()
+        beating._check()
     forever = Watchdog(stall_timeout_s=None, grace_s=1, clock=lambda: now[0], exit=exit)
     forever.beat()
     now[0] += 1e9
-    forever._look()
+    forever._check()
     watchdog_module.faulthandler.cancel_dump_traceback_later()
     assert exit.codes == []
 
@@ -144,7 +144,7 @@ def test_leaving_waits_for_a_call_that_ends_soon(monkeypatch: pytest.MonkeyPatch
 
 
 def test_leaving_waits_for_no_call_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog_module, "_LEAVE_S", 0.1)
+    monkeypatch.setattr(watchdog_module, "_JOIN_TIMEOUT_S", 0.1)
     begun, may_end = threading.Event(), threading.Event()
 
     def tick() -> None:
@@ -164,7 +164,7 @@ def test_a_library_that_hangs_with_pythons_lock_held_ends_too() -> None:
         "watchdog._LAST_RESORT_S = 0.5\n"
         "with watchdog.Watchdog(stall_timeout_s=1, grace_s=0.5) as dog:\n"
         "    dog.beat()\n"
-        "    dog._look()\n"
+        "    dog._check()\n"
         "    ctypes.PyDLL(None).sleep(300)\n"  # PyDLL keeps the lock
     )
     start = time.monotonic()
@@ -183,7 +183,7 @@ def test_a_suspended_process_goes_on_afterwards() -> None:
         "signals.catch_signals()\n"
         "with watchdog.Watchdog(stall_timeout_s=1, grace_s=0.1) as dog:\n"
         "    dog.beat()\n"
-        "    dog._look()\n"
+        "    dog._check()\n"
         "    print('at work', flush=True)\n"
         "    sys.stdin.readline()\n"
     )
