@@ -20,7 +20,7 @@ from batchvlm.config import ImageFormat
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.records import Failure, ImageRef
 
-# Pillow's limit is off: `_check_size` checks the header before decoding, and names the setting.
+# `_check_size` checks the header instead, before decoding, and names the setting.
 Image.MAX_IMAGE_PIXELS = None
 
 # Pillow logs every fault of a TIFF. The row's error already says that the image is broken.
@@ -182,7 +182,7 @@ def _check_size(size: tuple[int, int], max_source_pixels: int) -> None:
 
 
 def image_file(image: Image.Image, kind: ImageFormat) -> bytes:
-    """Encode a decoded image as a file for a server, without the original's metadata."""
+    """Encode an image as a file for a server, without the original's metadata."""
     file = io.BytesIO()
     match kind:
         case ImageFormat.png:
@@ -201,18 +201,14 @@ def _one_line(error: Exception) -> str:
 
 
 def _read_file(path: str | None, image_root: str | None, max_bytes: int) -> bytes:
-    """Read at most `max_bytes + 1` bytes of a file, so that the caller sees if it is too long."""
+    """Read at most `max_bytes + 1` bytes, which shows if the file is too long."""
     with _open_file(path, image_root) as file:
         return file.read(max_bytes + 1)
 
 
 @contextlib.contextmanager
 def _open_file(path: str | None, image_root: str | None) -> Iterator[BinaryIO]:
-    """Open a file below the root. Errors of reading it in the block are converted as well.
-
-    Raises:
-        RowError: `forbidden`, `missing_image` or `fetch`.
-    """
+    """Open a file below the root. Errors of reading it become row errors as well."""
     assert path is not None
     # repr escapes line ends and other control characters.
     named = repr(path if len(path) <= _MAX_PATH_CHARS else f"...{path[-_MAX_PATH_CHARS:]}")
@@ -267,7 +263,7 @@ def _decode(data: bytes, *, max_source_pixels: int, max_pixels: int) -> Image.Im
 
 
 def _shrunk_to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
-    """Convert to RGB with at most `max_pixels`, without a second full-size copy when shrinking."""
+    """Convert to RGB of at most `max_pixels`, without a second full-size copy."""
     size = capped_size(image.size, max_pixels)
     image = _to_8_bits(image)
     if size == image.size:
@@ -328,8 +324,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _white_level(image: Image.Image) -> float:
-    """Return the value of white: the format's if it defines one, else the lowest usual one (1, 255
-    or 65535) that no pixel exceeds, else the maximum."""
+    """Return the format's value of white, or the least of 1, 255, 65535 and the maximum that no
+    pixel exceeds."""
     if image.mode.startswith("I;16"):
         tags: Any = getattr(image, "tag_v2", {})  # a TIFF of 9 to 16 bits
         bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]

@@ -31,17 +31,16 @@ log = logging.getLogger(__name__)
 
 
 for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-    # transformers imports these if they are installed. On import, every process would log which of
-    # their kernels do not support this machine.
+    # transformers imports these if installed; each process would log their unsupported kernels.
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 @cache
 def has_torchvision() -> bool:
-    """Whether torchvision is installed and imports. If it fails to import, it is hidden.
+    """Whether torchvision is installed and imports. If it does not import, it is hidden.
 
-    transformers only checks whether it is installed, so with a torchvision built for another torch
-    (a CUDA build beside a CPU torch) no processor would load. Call before transformers is imported.
+    transformers only checks that it is installed, so a torchvision built for another torch (a CUDA
+    build beside a CPU torch) would break every processor. Call before transformers is imported.
     """
     if importlib.util.find_spec("torchvision") is None:
         return False
@@ -146,7 +145,7 @@ def _default_template(processor: Any) -> str | None:
 
 
 def load_model(cfg: ModelConfig, *, device: str) -> Any:
-    """Load a model onto a device, in eval mode: quantized, cast and with its adapter as configured.
+    """Load a model onto a device, in eval mode.
 
     Raises:
         ModelError: the model does not exist, or cannot be loaded with these settings.
@@ -294,8 +293,8 @@ def _check_divisible(cfg: ModelConfig) -> None:
 def _check_whole(model: Any, missing: Sequence[str], cfg: ModelConfig) -> None:
     """Refuse a model whose language model has randomly initialized weights.
 
-    transformers initializes weights that a checkpoint lacks at random and logs them. Checkpoints
-    often lack weights of the vision tower that no answer needs, so those only cause a warning.
+    transformers initializes missing weights at random. Checkpoints often lack weights of the vision
+    tower that no answer needs, so those only cause a warning.
 
     Raises:
         ModelError: weights of the language model are missing.
@@ -408,7 +407,7 @@ def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_video() -> Iterator[None]:
-    """Load a processor without failing on its video processor, which is never used here."""
+    """Avoid failures of video processors, which are not used here."""
     if has_torchvision():
         from transformers.video_processing_utils import BaseVideoProcessor
 

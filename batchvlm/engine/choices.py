@@ -1,8 +1,7 @@
 """Choices of a row as token trees, and the completion that follows from their log-probabilities.
 
-The log-probability of a choice is that of its tokens after the prompt, plus that of EOS after them:
-the model answers with exactly this choice. Without EOS, "red" would always be at least as likely as
-"red apple". Only the tokenizer's own tokenization of a choice is scored.
+The log-probability of a choice is that of its tokens and of EOS after them. Without EOS, "red"
+would always be at least as likely as "red apple". Only the tokenizer's own tokenization counts.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ class RowChoices:
         return sum(map(len, self.ids))
 
     def trees(self, max_nodes: int) -> list[ChoiceTree]:
-        """Return all choices, in trees of at most `max_nodes`; a longer choice has its own tree."""
+        """Return trees of at most `max_nodes` each; a longer choice has its own tree."""
         if max_nodes not in self._trees:
             self._trees[max_nodes] = list(self._grown(max_nodes))
         return self._trees[max_nodes]
@@ -133,8 +132,7 @@ class Choices:
         """Return the choices of a row.
 
         Raises:
-            RowError: it has none, they have too many tokens in all, or one of them does not fit
-                into the model's context.
+            RowError: it has none, or they have too many tokens, in all or for the model.
         """
         texts = sample.choices or self._run
         if texts is None:

@@ -80,8 +80,7 @@ class Decoder:
     Args:
         model: a transformers model for image-text-to-text, in evaluation mode.
         has_graphs: whether decode steps on a GPU are replayed from CUDA graphs.
-        has_kernel: whether decode steps on a GPU may use our own attention kernel, if a trial shows
-            it to be faster.
+        has_kernel: whether they may use our own attention kernel, if a trial finds it faster.
     """
 
     def __init__(self, model: Any, *, has_graphs: bool = True, has_kernel: bool = True) -> None:
@@ -125,8 +124,7 @@ class Decoder:
         # Ovis2: the encoder also embeds the tokens around an image, so they count as image tokens.
         self._mark_ids = getattr(model.config, "visual_indicator_token_ids", None) or []
         self._sees_ahead: dict[bool, bool] = {}
-        """Has images -> whether tokens of such prompts attend to later tokens. Known after the
-        first prefill of that kind."""
+        """Has images -> whether tokens of such prompts attend to later ones, once one ran."""
 
     def prompt(self, sample: Sample) -> Prompt:
         """Return a sample's prompt, with the positions that the model assigns to it on its own."""
@@ -227,8 +225,8 @@ class Decoder:
         return logits_TV
 
     def is_causal(self, *, has_images: bool) -> bool:
-        """Whether prompts with or without images are known to be causal, so that prefill may be
-        chunked. Prompts without images are causal if those with images are."""
+        """Whether such prompts are known to be causal, so that prefill may be chunked. Those
+        without images are if those with images are."""
         kinds = (True,) if has_images else (True, False)
         return any(self._sees_ahead.get(kind) is False for kind in kinds)
 

@@ -1,8 +1,7 @@
 """The engine for an OpenAI-compatible server: one chat completion request per answer.
 
-If a healthy server refuses or fails a request, its row becomes an error. If the server answers no
-request at all, rows wait for it, and after `engine.endpoint.patience_s` the run ends with exit code
-75.
+A request that a healthy server refuses or fails makes its row an error. If the server answers no
+request at all, rows wait, and after `engine.endpoint.patience_s` the run ends with exit code 75.
 """
 
 from __future__ import annotations
@@ -132,8 +131,8 @@ class EndpointEngine:
             EndpointError: the server has answered no request for `engine.endpoint.patience_s`.
             ModelError: it refuses the token, the URL, the model or the form field.
         """
-        # A row with several answers is sent as several requests with different seeds. Not every
-        # server supports `n`, and the first answer must equal that of a row with one answer.
+        # Several answers are several requests with different seeds: not every server supports `n`,
+        # and the first answer must equal that of a row with one answer.
         yield from join(self._answer(expand(samples)))
 
     def _answer(self, samples: SampleStream) -> Iterator[Outcome]:
@@ -409,10 +408,9 @@ def _retry_after_s(headers: Any, *, at_most: float) -> float | None:
 
 
 def _open_client() -> Any:
-    """Return huggingface_hub's HTTP client, without its hooks and redirects.
+    """Return huggingface_hub's HTTP client, without hooks and redirects.
 
-    The hooks refuse every request if HF_HUB_OFFLINE is set. Redirects are not followed, so that the
-    token is sent only to the configured URL.
+    The hooks refuse every request if HF_HUB_OFFLINE is set. A redirect would leak the token.
     """
     client = get_async_session()
     client.event_hooks = {"request": [], "response": []}

@@ -1,8 +1,8 @@
 """Tensor parallelism: each process of a replica holds a shard of every layer.
 
-All processes must run the same steps on the same rows. The leader forms the batches, chooses each
-token, and decides when a row ends. It sends each batch to the followers, and broadcasts tokens and
-ends at every step, so that no decision that depends on time, memory or rounding is made twice.
+All processes must run the same steps on the same rows. The leader forms batches, chooses tokens and
+ends rows. It sends each batch to the followers, and broadcasts tokens and ends at every step, so
+that no decision that depends on time, memory or rounding is made twice.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 # V vocabulary.
 
 _LOAD_TIMEOUT_S = 3600.0
-"""How long the leader, once loaded, waits for followers to load their weights."""
+"""How long the loaded leader waits for its followers to load."""
 _FAIL_TIMEOUT_S = 10.0
-"""How long a leader that failed to load waits for its followers to fail too."""
+"""How long a leader that failed to load waits for its followers."""
 _BATCH_TIMEOUT_S = 60.0
-"""How long the leader, after a batch, waits for its followers to finish it."""
+"""How long the leader waits for its followers after a batch."""
 _COLLECTIVE_TIMEOUT_S = 900.0
 """Timeout of torch's collectives. A process that ends is noticed long before."""
 
@@ -107,7 +107,7 @@ class Team:
 
     @contextmanager
     def loading(self, cfg: JobConfig) -> Iterator[None]:
-        """Make the followers load their shards while this process loads its own in the context.
+        """Make the followers load their shards while the body loads this process's.
 
         Raises:
             RuntimeError: a follower failed to load.
@@ -148,8 +148,7 @@ class Team:
                 batch, max_new_tokens, _TokenBroadcaster(processor), _EndBroadcaster(criterion)
             )
         except Exception:
-            # The followers failed too, have received the abort, or wait in a collective that never
-            # completes. In the last case `gather` times out.
+            # The followers failed too, were aborted, or hang in a collective (`gather` times out).
             self._channel.gather(_BATCH_TIMEOUT_S)
             self._check_sync()
             raise
@@ -159,10 +158,10 @@ class Team:
         return ids_BT
 
     def _check_sync(self) -> None:
-        """Check after a failed batch that all processes are in step, so that the next can start.
+        """Check after a failed batch that all processes are in step again.
 
         Raises:
-            ReplicaError: they are not, which cannot be repaired.
+            ReplicaError: they are not, which is final.
         """
         self._num_sync_checks += 1
         self._channel.send(_SyncCheck(number=self._num_sync_checks))
@@ -181,8 +180,6 @@ def follow(channel: ToLeader, *, device: str, load: Callable[[JobConfig], Run]) 
     """Load this process's shard of the model, and run the leader's batches until the job is done.
 
     Args:
-        channel: connection to the leader.
-        device: device of this process.
         load: loads the model of a job.
 
     Raises:
@@ -245,10 +242,7 @@ def _init_process_group(channel: Channel, device: str) -> None:
 
 @contextmanager
 def _local_rank_set(device: str) -> Iterator[None]:
-    """Set LOCAL_RANK to the device's index in this context. transformers finds the device by it.
-
-    srun does not set it, and other libraries read it, so it is restored on exit.
-    """
+    """Set LOCAL_RANK, which srun does not, to the device's index while transformers loads."""
     before = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = str(torch.device(device).index or 0)
     try:

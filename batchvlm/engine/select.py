@@ -52,16 +52,7 @@ _VERIFIED = frozenset(
 
 
 def select_engine(cfg: JobConfig, *, device: str, followers: ToFollowers | None = None) -> Engine:
-    """Load the model and create its engine.
-
-    Args:
-        cfg: the job; see `choose_engine`.
-        device: where the model is loaded.
-        followers: the other processes of a tensor-parallel replica; None without.
-
-    Raises:
-        ModelError: the model cannot be loaded, or the requested engine cannot run it.
-    """
+    """Load the model and create its engine; see `choose_engine`."""
     # The processor first: its errors show before the weights are loaded.
     processor = load_processor(cfg.model)
     if processor.chat_template is None:
@@ -81,8 +72,7 @@ def select_engine(cfg: JobConfig, *, device: str, followers: ToFollowers | None 
 
 
 def follow_leader(leader: ToLeader, *, device: str) -> None:
-    """Load this process's shard of the model, and run the leader's batches; see
-    `parallel.follow`."""
+    """Load this process's shard and run the leader's batches; see `parallel.follow`."""
 
     def load(cfg: JobConfig) -> Run:
         tokenizer = load_processor(cfg.model).tokenizer
@@ -142,10 +132,10 @@ def choose_engine(
 def name_engine(
     model: Any, cfg: JobConfig, *, device: torch.device | None = None
 ) -> tuple[EngineName, str]:
-    """Return the name of the engine for a model, and why `auto` did not choose slots, or "".
+    """Return the engine's name, and why `auto` did not choose slots, or "".
 
     Args:
-        model: a transformers model, which may be on the meta device.
+        model: may be on the meta device.
         device: the device it will run on; None: its current one.
 
     Raises:
@@ -207,8 +197,8 @@ def why_not_slots(
     """Return why a model cannot run over slots, in a few words; empty if it can.
 
     Args:
-        model: a transformers model, which may be on the meta device.
-        is_asked_for: ignore reasons that are only unverified, which the canary checks.
+        model: may be on the meta device.
+        is_asked_for: ignore reasons that the canary checks.
         device: the device it will run on; None: its current one.
     """
     config = model.config

@@ -48,9 +48,9 @@ class RowStop:
         detects_cycles = row.stop_on_repetition and not row.ignore_eos
         self._cycle = CycleDetector() if detects_cycles else None
         if row.stop:
-            # A stop string may start and end within tokens, so decoded text is searched, but only
-            # its tail: every token adds at least a byte, so one token per byte of the longest stop
-            # string suffices.
+            # A stop string may start and end within tokens, so decoded text is searched. Every
+            # token adds at least a byte, so a tail of as many tokens as the longest has bytes will
+            # do.
             longest = max(len(stop.encode()) for stop in row.stop)
             self._num_tail = longest + 1
             self._text_ids: list[int] = []

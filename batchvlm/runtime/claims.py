@@ -53,8 +53,7 @@ class Counts:
     num_errors: int = 0
     completion_tokens: int = 0
     num_told: int = 0
-    """Number of heartbeats. It changes even while a rank loads its model or is busy with a long
-    row."""
+    """Number of heartbeats; it changes even during a long row or while the model loads."""
     is_over: bool = False
 
 
@@ -157,9 +156,9 @@ class Peers:
             return [counts for counts, _ in self._heartbeats.values()]
 
     def see_off(self, wait: Callable[[], object]) -> None:
-        """On rank 0, wait until the others are done: it serves their store and shows their rows.
+        """On rank 0, wait until the others are done: it serves the store and shows their rows.
 
-        A rank without a heartbeat for 30 seconds is not waited for. Other ranks return at once.
+        A rank without a heartbeat for 30 seconds is not waited for.
 
         Args:
             wait: called between two checks; it should block for a moment.

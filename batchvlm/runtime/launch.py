@@ -90,8 +90,7 @@ def this_place(environ: Mapping[str, str] = os.environ) -> str:
 def slurm_job(environ: Mapping[str, str] = os.environ) -> str:
     """Return the id of this process's job as SLURM's commands take it; empty without a job.
 
-    For an array task this is ARRAY_INDEX: the last task of an array has the id of the whole array
-    as its SLURM_JOB_ID.
+    For an array task it is ARRAY_INDEX, since the last task's SLURM_JOB_ID is the array's id.
     """
     array, element = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{element}" if array and element else environ.get("SLURM_JOB_ID", "")

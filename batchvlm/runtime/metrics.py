@@ -28,7 +28,7 @@ class Metrics:
     num_found: int = 0
     """Rows that earlier runs finished."""
     found_errors: Counter[str] = field(default_factory=Counter)
-    """Error types among these rows."""
+    """Their error types."""
     num_success: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -37,9 +37,9 @@ class Metrics:
     num_prepared: int = 0
     """Rows that are ready for the engine or failed in preprocessing."""
     prepared_tokens: int = 0
-    """Prompt tokens of these rows."""
+    """Their prompt tokens."""
     prompt_tokens: int = 0
-    """Prompt tokens of finished rows. All counters below are of finished rows too."""
+    """Of finished rows, as all counters below."""
     constraints: Counter[str] = field(default_factory=Counter)
     """Rows by how strictly their answers were constrained to the requested form."""
     image_tokens: int = 0
@@ -73,11 +73,11 @@ class Metrics:
     def share_done(self, num_todo: int) -> float:
         """Estimate the fraction of the work that is done, between 0 and 1, in tokens.
 
-        Rows are answered longest first, so the finished rows are more than their share of the work.
-        Rows are prepared in input order, so their mean stands for the rows that were not read yet.
+        Rows are answered longest first, so finished rows are longer than average. They are prepared
+        in input order, so the mean of the prepared rows stands for those not read yet.
 
         Args:
-            num_todo: rows that this process has finished or has yet to finish.
+            num_todo: rows of this process, finished or not.
         """
         num_answered = max(self.num_success, 1)
         answer = self._token_cost() * self.completion_tokens / num_answered
@@ -127,7 +127,7 @@ class Metrics:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all counters, and the rates computed from them, as JSON-serializable values."""
+        """Return all counters and rates as JSON-serializable values."""
         per_s = 1 / self.run_s if self.run_s else 0.0
         return {
             **{
@@ -143,10 +143,10 @@ class Metrics:
 
 
 class TimeLine:
-    """Writes the counters over time: a JSON line every 10 seconds, more often at first.
+    """Writes the counters over time as JSON lines.
 
-    The interval is a tenth of the time so far, between 0.5 and 10 seconds. Every line holds totals
-    since the start of the process, so a line lost or torn by a kill loses no counts.
+    The interval is a tenth of the time so far, between 0.5 and 10 seconds. Lines hold totals since
+    the start of the process, so one that is lost or torn by a kill loses no counts.
 
     Args:
         metrics: the counters, updated elsewhere.

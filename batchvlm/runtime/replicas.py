@@ -1,8 +1,7 @@
 """Replicas: groups of processes on one machine that share one model by tensor parallelism.
 
-The first process of a replica is its leader: it claims shards, prepares rows and writes. The others
-are followers: they run the same model steps. Leader and followers are connected by Unix sockets, so
-each learns at once when another one ends.
+The leader claims shards, prepares rows and writes. The followers run the same model steps. They are
+connected by Unix sockets, so each process learns at once when another one ends.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ _NOTICE_S = 10.0
 """A process still in a model step this long after another one ended is taken to be stuck in it."""
 
 _meetings = itertools.count()
-"""Makes the store key unique per job. A process may run several jobs, and all processes of a launch
-run the same jobs in the same order."""
+"""Number of the job, in its store key. All processes of a launch run the same jobs in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +81,7 @@ def find_replica(launch: Launch, model: ModelConfig) -> Replica | None:
     """Return the replica of this process; None if `model.tp_plan` is not set.
 
     Raises:
-        ConfigError: a replica would have one process, the processes do not divide into replicas,
-            the ranks of a machine are not consecutive, or the host of rank 0 is unknown.
+        ConfigError: the processes of the launch do not form replicas.
     """
     if model.tp_plan is None:
         return None
@@ -128,7 +125,7 @@ class _Received:
 class Followers:
     """The leader's connections to its followers; a context manager.
 
-    Entering waits until all followers are connected. Exiting tells them that the job is done.
+    Entering waits for all followers to connect. Exiting tells them that the job is done.
 
     Args:
         replica: the replica that this process leads.
@@ -137,9 +134,9 @@ class Followers:
     def __init__(self, replica: Replica) -> None:
         self.rank, self.size = replica.rank, replica.size
         self.on_loss: Callable[[str], object] = _exit_interrupted
-        """Called when a follower ended or failed and this process is stuck waiting for it."""
+        """Called if this process is stuck waiting for a follower that ended or failed."""
         self.replica = replica
-        # Under /tmp, because a socket's path must be short. mkdtemp gives access to this user only.
+        # A socket's path must be short. Only this user has access to the folder.
         self.folder = Path(tempfile.mkdtemp(prefix="batchvlm-", dir="/tmp"))
         self._connections: dict[int, Connection] = {}
         self._received: dict[int, SimpleQueue[_Received]] = {}
@@ -203,7 +200,7 @@ class Followers:
             self._received[rank].put(received)
             if not (is_end or received.message is not None) or received.is_noticed.wait(_NOTICE_S):
                 continue
-            # After a signal this process is already stopping, under its watchdog.
+            # After a signal, this process is already stopping.
             if not self._is_left and interrupted_at_s() is None:
                 shutil.rmtree(self.folder, ignore_errors=True)  # `on_loss` exits without clean-up
                 self.on_loss(_loss_message(rank, received))

@@ -42,7 +42,7 @@ class Place:
 
 
 class Trackers:
-    """Writes the counters to all trackers periodically, and once more on exit of the context.
+    """Writes the counters to all trackers periodically, and on exit of the context.
 
     Args:
         cfg: names the trackers.
@@ -98,7 +98,7 @@ class Trackers:
                 tracker.finish()
 
     def tick(self) -> None:
-        """Write the counters if `every_s` seconds have passed since the last time."""
+        """Write the counters if a write is due."""
         if self._writers and self._clock() - self._last_s >= self._cfg.every_s:
             self.write()
 
