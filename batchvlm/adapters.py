@@ -22,7 +22,7 @@ _MAGNITUDE = ".lora_magnitude_vector"
 
 
 def pin_adapter(cfg: ModelConfig) -> ModelConfig:
-    """Return settings with the adapter's revision resolved to a commit; a local folder has none.
+    """Resolve the adapter's revision to a commit; a local folder has none.
 
     Raises:
         ModelError: the adapter does not exist.
@@ -51,8 +51,7 @@ def pin_adapter(cfg: ModelConfig) -> ModelConfig:
 def apply_adapter(model: Any, cfg: ModelConfig) -> None:
     """Load the adapter into the model, and merge it into the layers that are not quantized.
 
-    A merged adapter costs no time in decoding. Quantized layers keep the adapter separate, because
-    merging would round it away.
+    A merged adapter costs no time in decoding; quantization would round a merged one away.
 
     Raises:
         ModelError: PEFT is not installed, or the adapter is incomplete or for another model.

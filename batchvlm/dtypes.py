@@ -73,7 +73,7 @@ def cast_parts(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
     head = model.get_output_embeddings()
     if head is not None and "text_config" in dtypes:
         special[id(head)] = dtypes["text_config"]
-    # Only what a checkpoint holds is cast: rotary frequencies, for one, keep their precision.
+    # Only what a checkpoint holds is cast: rotary frequencies keep their precision.
     is_saved = model.state_dict().keys()
     saved = {*model.named_parameters(), *model.named_buffers()}
     uncast = {id(weight): weight for name, weight in saved if name in is_saved}

@@ -23,7 +23,7 @@ from batchvlm.records import Failure, ImageRef
 # `_check_size` checks the header instead, before decoding, and names the setting.
 Image.MAX_IMAGE_PIXELS = None
 
-# Pillow logs every fault of a TIFF. The row's error already says that the image is broken.
+# Pillow logs every fault of a TIFF; the row's error is enough.
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 # Pillow opens other formats too; for EPS it runs Ghostscript.
@@ -155,8 +155,7 @@ def image_size(
             ) from error
     width, height = image.size
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        # Newer releases of Pillow report a TIFF's size already upright; the tags hold the stored
-        # size.
+        # Newer releases of Pillow report a TIFF's upright size; its tags hold the stored one.
         width, height = (int(image.tag_v2[tag]) for tag in _TIFF_SIZE)
     return (height, width) if turn in (5, 6, 7, 8) else (width, height)
 
@@ -244,8 +243,8 @@ def _decode(data: bytes, *, max_source_pixels: int, max_pixels: int) -> Image.Im
         # Pillow decodes pixels with a wrong checksum unless verified; browsers do not.
         Image.open(io.BytesIO(data), formats=("PNG",)).verify()
     if image.format == "JPEG" and width * height > max_pixels:
-        # A JPEG decodes at 1/2, 1/4 or 1/8 scale for a fraction of the work. Pillow picks the
-        # smallest scale that still covers the requested size.
+        # A JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work. Pillow picks the smallest
+        # scale that covers the requested size.
         image.draft(None, capped_size(image.size, max_pixels))
     image.load()  # open() accepts a truncated file
     turn = None

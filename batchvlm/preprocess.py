@@ -183,8 +183,7 @@ def check_length(
         RowError: `prompt_too_long`, or `prompt`.
     """
     if not num_tokens:
-        # Possible without a chat template, if the tokenizer adds no BOS token. There is no last
-        # token whose logits could be used.
+        # Possible without a chat template, if the tokenizer adds no BOS token.
         raise RowError(ErrorType.PROMPT, "the prompt is empty")
     longest = cfg.max_prompt_tokens
     if limits.max_positions is not None:

@@ -63,8 +63,7 @@ SENT_KINDS: Mapping[ResponseFormat, frozenset[FormKind]] = {
     ResponseFormat.vllm_guided: frozenset(FormKind),
     ResponseFormat.none: frozenset(FormKind),
 }
-"""Kinds of forms that each response format can express. `none` sends no form and accepts all: their
-answers are only validated."""
+"""Kinds of forms that each response format can express; `none` leaves all to validation."""
 _VLLM_FIELDS = {
     FormKind.JSON_SCHEMA: "json",
     FormKind.CHOICE: "choice",
@@ -106,7 +105,7 @@ def request_body(sample: Sample, cfg: EndpointConfig, *, model: str, form: Form 
         sample: with a `request`.
         cfg: the response format, and `extra_body`, which overrides other fields.
         model: the model's name on the server.
-        form: form to request, of a kind in `SENT_KINDS`; None for none.
+        form: form to request, of a kind in `SENT_KINDS`, if any.
     """
     assert sample.request is not None
     row = sample.generation
@@ -137,8 +136,7 @@ def _messages(request: ChatRequest) -> Iterator[dict[str, Any]]:
     images = iter(request.images)
     for message in request.messages:
         parts = message["content"]
-        # Content without images is sent as a string: some chat templates accept a list of parts
-        # only for the user role.
+        # Text-only content is sent as a string: some templates take lists from users only.
         content: Any = [_image_part(next(images)) if p["type"] == "image" else p for p in parts]
         if all(part["type"] == "text" for part in parts):
             content = "".join(part["text"] for part in parts)

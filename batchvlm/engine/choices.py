@@ -32,7 +32,7 @@ MAX_TOKENS = 1 << 16
 """Maximum number of tokens over the choices of one row, and over all cached choices."""
 
 AT_PROMPT = -1
-"""Parent of the tree's first tokens: the end of the prompt, which is not a node."""
+"""Parent of the tree's first tokens: the end of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Choices:
 
     Args:
         tokenizer: the tokenizer of the model.
-        run: choices for rows without their own; None if every row must have its own.
+        run: choices for rows without their own, if any.
         eos_ids: ids that end an answer.
     """
 

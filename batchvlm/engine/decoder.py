@@ -75,7 +75,7 @@ class Branches:
 
 
 class Decoder:
-    """Runs a model's forward passes over packed prompts and over slots.
+    """Runs a model over packed prompts and over slots.
 
     Args:
         model: a transformers model for image-text-to-text, in evaluation mode.
@@ -121,7 +121,7 @@ class Decoder:
         if token_id is None:
             token_id = getattr(model.config, "image_token_index", None)
         self._image_token_id: int | None = token_id
-        # Ovis2: the encoder also embeds the tokens around an image, so they count as image tokens.
+        # Ovis2's encoder also embeds the tokens around an image.
         self._mark_ids = getattr(model.config, "visual_indicator_token_ids", None) or []
         self._sees_ahead: dict[bool, bool] = {}
         """Has images -> whether tokens of such prompts attend to later ones, once one ran."""
@@ -237,7 +237,7 @@ class Decoder:
     def image_places(self, sample: Sample) -> npt.NDArray[np.intp] | None:
         """Return the indices of a prompt's image tokens; None if the model has no such token id.
 
-        They include the tokens around an image if the encoder embeds these as well (Ovis2).
+        They include tokens around an image that the encoder embeds as well (Ovis2).
         """
         if self._image_token_id is None:
             return None
@@ -362,7 +362,7 @@ class Decoder:
             yield
 
     def forget_slots(self) -> None:
-        """Drop the CUDA graphs captured over the current slots, so that these can be freed."""
+        """Drop the CUDA graphs of the current slots, so that these can be freed."""
         if self._graphs is not None:
             self._graphs.forget()
 

@@ -49,7 +49,7 @@ _POLL_S = 0.05
 _MAX_CONNECTIONS = 100
 """Maximum number of connections of one client."""
 _REFUSED_STATUS = (401, 403, 404, 405)
-"""Status for a wrong token, URL or model, if a probe is refused in the same way."""
+"""Wrong token, URL or model, if a probe is refused too."""
 _BUSY_STATUS = (408, 409, 425, 429)
 
 _FORM_FIELDS = ("response_format", "structured_outputs", "guided_")
@@ -64,7 +64,7 @@ class _Fault:
     reason: str
     error_type: ErrorType = ErrorType.ENGINE
     is_busy: bool = False
-    """Whether the server is not ready, such as overloaded (408, 409, 425, 429)."""
+    """Whether the server asks for a later retry."""
     wait_s: float | None = None
     """Seconds until the retry, by the server's Retry-After; None if it gave none."""
     refusal: ModelError | None = None
@@ -227,7 +227,7 @@ class EndpointEngine:
                 reason=f"no answer within engine.endpoint.timeout_s={self._cfg.timeout_s:g}",
                 error_type=ErrorType.TIMEOUT,
             )
-        # The HTTP library raises many types: connection refused or lost, truncated reply, ...
+        # The HTTP library raises many types.
         except Exception as error:
             return _Fault(reason=self._describe(error))
         self.stats.num_batches += 1
@@ -261,10 +261,7 @@ class EndpointEngine:
         )
 
     async def _answers_probe(self) -> bool:
-        """Whether the server answers a probe: a short text request, sent after this call.
-
-        Concurrent calls share a probe.
-        """
+        """Whether the server answers a short text request; concurrent calls share one."""
         failed_s = time.monotonic()
         async with self._probe_lock:
             if self._probed_s < failed_s:

@@ -28,7 +28,7 @@ class ForcedChoices:
     Args:
         rows: the choices of each row of the batch.
         eos_ids: ids that end an answer.
-        max_answers: upper bound of E, except that each row has at least one.
+        max_answers: upper bound of E, but at least B.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class _Prefilled:
 
 
 def _copy_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of the model kwargs of `generate()`, with deep copies of the caches."""
+    """Copy the model kwargs of `generate()`, and deeply the caches."""
     return {n: copy.deepcopy(v) if n in _CACHES else copy.copy(v) for n, v in kwargs.items()}
 
 

@@ -42,7 +42,7 @@ class _Row:
     rng: np.random.Generator
     num_tokens: int = 0
     uniform: float | None = None
-    """Uniform number for the next token. It is kept if an OOM prevents that token, for a retry."""
+    """Uniform number for the next token; kept for a retry after an OOM."""
 
     @property
     def is_drawn(self) -> bool:
@@ -103,11 +103,10 @@ class RowSampler:
         self._device = device
         self._rows: list[_Row | None] = [None] * num_slots
         self._batch: tuple[Sequence[int] | slice, _Batch] | None = None
-        # Only for repetition penalties: the ids that each slot's row has seen, and prompts that are
-        # not yet included.
+        # For repetition penalties: the ids seen by each slot's row, and prompts not yet included.
         self._seen_SV: Tensor | None = None
         self._prompts: dict[int, npt.NDArray[np.int64]] = {}
-        # Only for frequency and presence penalties: count of each id in the row's completion.
+        # For frequency and presence penalties: count of each id in the row's completion.
         self._counts_SV: Tensor | None = None
         self._uncounted: set[int] = set()
         self._columns: dict[tuple[int, ...], Tensor] = {}
@@ -239,7 +238,6 @@ class RowSampler:
             rows.append(row)
         every = [row.settings for row in rows]
         drawn = [row.settings for row in rows if row.is_drawn]
-        # One transfer for all float settings.
         columns = self._to_device(
             [
                 [max(r.temperature, _MIN_TEMPERATURE) for r in every],
@@ -331,8 +329,7 @@ class RowSampler:
         below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
         target_B1 = torch.minimum(uniform_B1 * total_B1, below_B1)
         drawn_B = torch.searchsorted(cumulated_BV, target_B1, right=True)[:, 0]
-        # With non-finite logits the search returns V, and an id out of range would corrupt the CUDA
-        # context.
+        # With non-finite logits the search returns V, which would corrupt the CUDA context.
         return drawn_B.clamp(max=scores_BV.shape[-1] - 1), total_B1[:, 0].isfinite()
 
     def _to_device(

@@ -66,14 +66,11 @@ class RowStop:
         return tuple(self._ids)
 
     def push(self, token: int, logprob: float | None = None) -> bool:
-        """Append the next token.
+        """Append the next token; return whether it ends the answer.
 
         Args:
             token: its id.
             logprob: its log-probability; required if the row has `logprobs`.
-
-        Returns:
-            Whether the answer ends with this token.
         """
         assert self._reason is None, "the answer is over"
         self._ids.append(token)
@@ -116,8 +113,7 @@ class RowStop:
         return FinishReason.LENGTH if len(self._ids) >= self._row.max_new_tokens else None
 
     def _stopped_chars(self, token: int, *, is_too_early: bool) -> int:
-        """Return how many characters to cut from the end of the text, if this token completes a
-        stop string; else 0."""
+        """Return how many characters to cut if this token completes a stop string; else 0."""
         if token in self._special_ids:
             return 0  # adds no text
         self._text_ids.append(token)
@@ -158,8 +154,7 @@ class CycleDetector:
         if place - last > MAX_PERIOD:
             self._num_recurring = 0
             return False
-        # In a cycle every token recurs within a period. In ordinary text some token does not, long
-        # before the loop below runs.
+        # In a cycle every token recurs within a period. Ordinary text rarely reaches the loop.
         self._num_recurring += 1
         if self._num_recurring < MIN_CYCLE_TOKENS - MAX_PERIOD:
             return False

@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 120.0
-"""How long a rank waits for rank 0 to serve the store. Libraries load slowly from a busy disk."""
+"""Rank 0 may be late to serve the store: libraries load slowly from a busy disk."""
 _REQUEST_TIMEOUT_S = 30.0
-"""Timeout of a store request. A machine that fails may leave its connections open."""
+"""A machine that fails may leave its connections open."""
 _HEARTBEAT_TIMEOUT_S = 30.0
 """A rank without a heartbeat for this long is dead or unreachable."""
 TALK_EVERY_S = 1.0
@@ -246,7 +246,7 @@ class _TimedCall(Generic[T]):
 def claim_shards(
     mine: Sequence[Shard], is_todo: Callable[[Shard], bool], peers: Peers | None
 ) -> Iterator[Shard]:
-    """Return an iterator over the shards for this rank, each claimed when it is reached.
+    """Iterate over the shards for this rank, each claimed when it is reached.
 
     Args:
         mine: the shards of this task; the same list on all of its ranks.

@@ -31,9 +31,9 @@ from batchvlm.runtime.launch import Launch
 from batchvlm.runtime.signals import interrupted_at_s
 
 _CONNECT_TIMEOUT_S = 150.0
-"""How long the processes of a replica wait to connect. Libraries load slowly from a busy disk."""
+"""Libraries load slowly from a busy disk."""
 _NOTICE_S = 10.0
-"""A process still in a model step this long after another one ended is taken to be stuck in it."""
+"""A process in a model step this long after another one ended is considered stuck."""
 
 _meetings = itertools.count()
 """Number of the job, in its store key. All processes of a launch run the same jobs in order."""
@@ -218,10 +218,7 @@ class Followers:
                 raise ReplicaError(_loss_message(rank, _Received(is_end=True))) from error
 
     def gather(self, limit_s: float) -> str | None:
-        """Wait for an answer from every follower.
-
-        Returns:
-            The first error message among them; None if all succeeded.
+        """Wait for every follower's answer; return the first error message, or None.
 
         Raises:
             ReplicaError: a follower has ended, or did not answer within `limit_s` seconds.
@@ -244,11 +241,7 @@ class Followers:
 
 
 class Leader:
-    """A follower's connection to its leader; a context manager.
-
-    Args:
-        replica: the replica, of which this process is a follower.
-    """
+    """A follower's connection to its leader; a context manager."""
 
     def __init__(self, replica: Replica) -> None:
         self.rank, self.size = replica.rank, replica.size

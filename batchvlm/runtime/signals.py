@@ -54,8 +54,7 @@ def ignore_signals() -> None:
 def interrupted_at_s() -> float | None:
     """Return the monotonic time of the first stop signal; None if there was none.
 
-    A signal whose handler has not run yet is found in the wakeup pipe and gets the time of this
-    call.
+    A signal whose handler has not run yet gets the time of this call.
     """
     global _interrupted_at_s
     if _interrupted_at_s is None and _pipe is not None:

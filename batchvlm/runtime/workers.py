@@ -107,8 +107,7 @@ class WorkerPool:
         )
         manager = self._pool._pool_manager
         manager.task_manager = _TimedTasks(manager.task_manager.task_done_callback)
-        # The pool starts its processes with the first task. Start them now, so that they load
-        # their libraries early.
+        # The pool starts its processes with the first task: they load their libraries early.
         try:
             with _signals_blocked():
                 self._pool.schedule(_warm_up)
@@ -285,9 +284,8 @@ class _PoolContext(SpawnContext):
 def _signals_blocked() -> Iterator[None]:
     """Block SIGINT and SIGHUP in the processes and threads that are started in this context.
 
-    A terminal sends Ctrl-C and its hangup to all its processes. One that is loading its libraries
-    would print a traceback. The parent's earlier threads still receive the signals, and the parent
-    stops the workers.
+    A terminal sends both to all its processes. One that is loading its libraries would print a
+    traceback. The parent's earlier threads still receive the signals, and it stops the workers.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     # Started before SIGINT is blocked: starting it later would unblock SIGINT.
