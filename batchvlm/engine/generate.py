@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from batchvlm.batching import group_by_length
-from batchvlm.config import BatchingConfig, ModelConfig
+from batchvlm.config import BatchingConfig
 from batchvlm.constraints.constraints import Constraints, Unconstrained, special_ids
 from batchvlm.constraints.masks import RowMatcher
 from batchvlm.engine.answers import expand, join
@@ -26,11 +26,10 @@ from batchvlm.engine.collate import collate
 from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.forced import ForcedChoices
 from batchvlm.engine.parallel import Team
-from batchvlm.engine.protocol import OnToken
+from batchvlm.engine.protocol import OnToken, Outcome
 from batchvlm.engine.sampling import NextTokens, RowSampler
 from batchvlm.engine.stops import RowStop, not_finite
 from batchvlm.errors import BatchvlmError, ErrorType, RowError
-from batchvlm.loading import load_model, load_processor
 from batchvlm.quantization import refuses_inference_mode
 from batchvlm.records import (
     Completion,
@@ -112,17 +111,6 @@ class GenerateEngine:
             inner = model.language_model
             inner.generation_config = without_defaults(inner.generation_config, pad_id=self._pad_id)
 
-    @classmethod
-    def load(cls, cfg: ModelConfig, batching: BatchingConfig, *, device: str) -> GenerateEngine:
-        """Load a model and its tokenizer.
-
-        Raises:
-            ModelError: either cannot be loaded.
-        """
-        # The processor first: its errors show before the weights are loaded.
-        tokenizer = load_processor(cfg).tokenizer
-        return cls(load_model(cfg, device=device), tokenizer, batching)
-
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
         """Answer every sample exactly once; see `Engine.run`."""
         try:
@@ -130,7 +118,7 @@ class GenerateEngine:
         finally:
             self._constraints.close()
 
-    def _answer(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Completion | Failure]]:
+    def _answer(self, samples: Iterable[Sample]) -> Iterator[Outcome]:
         is_alone = self._model.config.model_type in _ALONE
         if is_alone:
             log.info(
@@ -164,9 +152,7 @@ class GenerateEngine:
             message=f"{type(self._model).__name__} takes one image a row, not {num_images}",
         )
 
-    def _run_or_split(
-        self, samples: Sequence[Sample]
-    ) -> Iterator[tuple[Sample, Completion | Failure]]:
+    def _run_or_split(self, samples: Sequence[Sample]) -> Iterator[Outcome]:
         is_inference = not refuses_inference_mode(self._model)
         try:
             with torch.no_grad(), torch.inference_mode(is_inference):

@@ -28,7 +28,7 @@ from batchvlm.engine.collate import collate
 from batchvlm.engine.generate import _ALONE, GenerateEngine, eos_ids
 from batchvlm.engine.kernels import tune
 from batchvlm.engine.slots import SlotEngine
-from batchvlm.loading import load_processor
+from batchvlm.loading import load_model, load_processor
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
 from batchvlm.records import Completion, Failure, Record, Sample
 
@@ -225,6 +225,7 @@ def load(family: Family, folder: Path) -> Loaded:
         image_root=None,
         max_source_pixels=1 << 20,
     )
+    processor = load_processor(cfg)
     # A row without images comes early, so that rows behind it would notice a shift.
     early = (ABOUT_NONE,) if family.takes_text_alone else ()
     several = (ABOUT_TWO,) if family.takes_several else (ABOUT_ONE_SMALL,)
@@ -234,8 +235,8 @@ def load(family: Family, folder: Path) -> Loaded:
         questions=(ABOUT_ONE, *early, *several, ABOUT_ONE_LONGER),
         preprocessor=Preprocessor(spec),
         text_preprocessor=Preprocessor(replace(spec, columns=ColumnsConfig())),
-        engine=GenerateEngine.load(cfg, BatchingConfig(), device="cpu"),
-        processor=load_processor(cfg),
+        engine=GenerateEngine(load_model(cfg, device="cpu"), processor.tokenizer, BatchingConfig()),
+        processor=processor,
         model=transformers.AutoModelForMultimodalLM.from_pretrained(
             folder, dtype=torch.float32
         ).eval(),

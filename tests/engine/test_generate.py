@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from batchvlm.config import BatchingConfig, ModelConfig
+from batchvlm.config import BatchingConfig
 from batchvlm.engine import stops
-from batchvlm.engine.generate import GenerateEngine, SpokenTokens, eos_ids
+from batchvlm.engine.generate import SpokenTokens, eos_ids
 from batchvlm.records import Completion, FinishReason, Sample
 
 from .outcomes import run
@@ -299,8 +298,3 @@ def test_answers_keep_the_tokens_that_they_consist_of(tokenizer: Any) -> None:
     said = spoken.decode(ids, skip_special_tokens=True)
     assert said == text + tokenizer.convert_ids_to_tokens(marks[0])
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
-
-
-def test_an_engine_loads_from_a_folder(folder: Path, make_samples: Any, reference: Any) -> None:
-    engine = GenerateEngine.load(ModelConfig(path=str(folder)), BatchingConfig(), device="cpu")
-    assert tokens(run(engine, make_samples({}, {}))) == [reference(0), reference(1)]
