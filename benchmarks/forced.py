@@ -112,13 +112,13 @@ def main() -> None:
     model, tokenizer, name = load(args.peer, dtype=args.dtype)
     samples, form = invoices(tokenizer, args.rows) if args.peer else scenes(args.rows)
     engine = open_engine(model, tokenizer, form=form, num_slots=args.slots)
-    longest = engine._max_run
+    longest = engine._decoding.max_run
     answer(engine, samples)  # compiles, and warms up
     found: dict[str, list[dict[str, float]]] = {"a step for each": [], "in one go": []}
     said = {}
     for _ in range(args.repeat):
         for way, max_run in (("a step for each", 0), ("in one go", longest)):
-            engine._max_run = max_run
+            engine._decoding.max_run = max_run
             counts, said[way] = answer(engine, samples)
             found[way].append(counts)
     assert said["a step for each"] == said["in one go"], "the answers differ"

@@ -18,10 +18,10 @@ from batchvlm.engine import canary, flash, slot_kernel
 from batchvlm.engine.attention import attending, attention
 from batchvlm.engine.cache import RowCache, SlotCache
 from batchvlm.engine.choices import Choices
+from batchvlm.engine.decoding import Decoding
 from batchvlm.engine.generate import eos_ids
 from batchvlm.engine.layout import Packed, Slots, Span
 from batchvlm.engine.memory import free_bytes
-from batchvlm.engine.slots import SlotEngine
 from batchvlm.records import Completion, FinishReason, Sample
 from batchvlm.schemas import why_invalid
 
@@ -186,10 +186,10 @@ class TestSteps:
     def test_a_step_waits_for_nothing(
         self, qwen: Loaded, has_graphs: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        step = SlotEngine._step
+        step = Decoding.step
         num_steps = 0
 
-        def checked(self: SlotEngine) -> None:
+        def checked(self: Decoding) -> None:
             nonlocal num_steps
             # A capture waits, and comes among the first.
             torch.cuda.set_sync_debug_mode("error" if num_steps > 4 else "default")
@@ -199,7 +199,7 @@ class TestSteps:
                 torch.cuda.set_sync_debug_mode("default")
             num_steps += 1
 
-        monkeypatch.setattr(SlotEngine, "_step", checked)
+        monkeypatch.setattr(Decoding, "step", checked)
         engine = qwen.slots(eos=[], cuda_graphs=has_graphs)
         samples = [qwen.ask(i, ABOUT_ONE, max_new_tokens=12) for i in range(6)]
         assert tokens(run(engine, samples)) == [qwen.known(ABOUT_ONE)] * 6

@@ -83,7 +83,7 @@ def engine_of(loaded: Loaded, constraints: Constraints, **cfg: Any) -> SlotEngin
 def by_steps(loaded: Loaded, constraints: Constraints, **cfg: Any) -> SlotEngine:
     """A step for each token, as it was before any were forced."""
     engine = engine_of(loaded, constraints, **cfg)
-    engine._max_run = 0
+    engine._decoding.max_run = 0
     return engine
 
 

@@ -163,7 +163,7 @@ class TestMemory:
 
         def is_too_much(self: Any, pieces: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
             is_long = any(len(piece.prompt) == samples[2].prompt_tokens for piece in pieces)
-            return bool(is_long and (engine._rows or engine._parked))
+            return bool(is_long and (engine._decoding.rows or engine._parked))
 
         with failing(Decoder, "prefill", is_too_much, OUT_OF_MEMORY) as raised:
             order = dict(engine.run(samples))
@@ -235,7 +235,7 @@ def test_an_image_that_fits_only_alone_waits_for_the_others(small: Loaded) -> No
     engine = small.slots(max_slots=4, sort_window=1, eos=[])
 
     def is_beside_others(self: Any, units: Any) -> bool:
-        return bool(engine._rows)
+        return bool(engine._decoding.rows)
 
     with failing(ImageFeatures, "encode", is_beside_others, OUT_OF_MEMORY) as raised:
         outcomes = dict(engine.run(asked(small, rows)))
