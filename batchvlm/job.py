@@ -238,7 +238,7 @@ def _find_run(
             both = {"identity": identity, "layout": layout}
             other = OutputFolder(f"{folder.root}-{fingerprint(both)}")
             run = find(other)
-        log.warning("%s; writing to %s", error.message, other.root)
+        log.warning("%s; writing to %s", error.message, other)
         return other, run
 
 

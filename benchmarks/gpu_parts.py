@@ -142,8 +142,8 @@ class Parts:
         cache = SlotCache(row, num_slots=num_rows, length=length)
         ids_N = torch.ones(num_rows, dtype=torch.long, device=device)
         # About a quarter shorter or longer than the mean, as rows of one bucket are.
-        behind_N = torch.arange(num_rows, device=device) * 37 % (self._args.context // 2)
-        positions_N = self._args.context * 5 // 4 - behind_N - 1
+        missing_N = torch.arange(num_rows, device=device) * 37 % (self._args.context // 2)
+        positions_N = self._args.context * 5 // 4 - missing_N - 1
         newest = Newest(ids_N, positions_N, deltas_N=torch.zeros_like(ids_N))
         spans = (Span(0, num_rows, length),)
         return lambda: decoder.step(cache, newest, spans)

@@ -67,7 +67,11 @@ def test_who_leads_whom() -> None:
         (Launch(), None, "among several processes of a launch, and a replica has one; start one"),
         (of_rank(1, 8), 3, "the 8 processes of this machine, of 8, do not divide into replicas"),
         (of_rank(1, 2, 2), 4, "the 2 processes of this machine, of 4, do not divide"),
-        (Launch(rank=2, world_size=4, local_rank=1, local_world_size=2), None, "in a row; srun"),
+        (
+            Launch(rank=2, world_size=4, local_rank=1, local_world_size=2),
+            None,
+            "on each machine; srun",
+        ),
         (Launch(rank=1, world_size=2, local_rank=1, local_world_size=2), None, "set MASTER_ADDR"),
     ],
 )

@@ -86,7 +86,7 @@ def _job(plan: Plan) -> Iterator[str]:
         state = f"{number_of(plan.num_done, 'row')} done, {plan.num_todo:,} left"
     else:
         state = "nothing done yet"
-    yield _line("output", f"{job.folder.root}: {state}")
+    yield _line("output", f"{job.folder}: {state}")
     engine = f"engine {footprint.engine.value}"
     if footprint.reason:
         engine += f", since {footprint.reason}"

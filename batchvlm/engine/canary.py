@@ -214,8 +214,8 @@ def _tail(decoder: Decoder, row: Sample, prompt: Prompt) -> Prompt | None:
     places = decoder.image_places(row)
     if places is None and row.image_sizes:
         return None
-    behind = int(places.max()) + 1 if places is not None and len(places) else 0
-    start = max(behind, len(prompt) - _TAIL_TOKENS)
+    end = int(places.max()) + 1 if places is not None and len(places) else 0
+    start = max(end, len(prompt) - _TAIL_TOKENS)
     if start == len(prompt):
         return None
     positions_RT = prompt.positions_RT[:, start:]

@@ -149,7 +149,7 @@ class Choices:
         if sample.room is not None and longest > sample.room:
             raise RowError(
                 ErrorType.PROMPT_TOO_LONG,
-                f"a choice of {longest} tokens, its end among them, does not fit behind the "
+                f"a choice of {longest} tokens, its end among them, does not fit after the "
                 f"prompt; the model's positions leave {sample.room}",
             )
         return choices

@@ -324,7 +324,7 @@ class Decoder:
     ) -> Tensor:
         first, stop = spans[0].start, spans[-1].stop
         own = tuple(Span(s.start - first, s.stop - first, s.length) for s in spans)
-        laid = Runs.behind(own, {slot - first: len(ids) for slot, ids in runs.items()})
+        laid = Runs.after(own, {slot - first: len(ids) for slot, ids in runs.items()})
         last = list(range(stop - first))
         num_tokens = stop - first
         for slot, ids in runs.items():

@@ -15,7 +15,7 @@ from batchvlm.engine.clock import Clock
 from batchvlm.engine.decoder import Decoder
 from batchvlm.engine.faults import device_error, failure_of, free_memory, is_oom
 from batchvlm.engine.memory import MemoryPlan
-from batchvlm.engine.protocol import Outcome
+from batchvlm.engine.protocol import OnToken, Outcome
 from batchvlm.engine.room import SlotRoom
 from batchvlm.engine.rows import Chosen, Row
 from batchvlm.engine.sampling import NextTokens, RowSampler
@@ -23,7 +23,7 @@ from batchvlm.engine.stepping import Stepping
 from batchvlm.engine.stops import not_finite
 from batchvlm.engine.streams import Streams
 from batchvlm.errors import ErrorType
-from batchvlm.records import Completion, EngineStats, Failure, Sample
+from batchvlm.records import Completion, EngineStats, Failure
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,6 @@ class Decoding:
         eos_ids: token ids that end an answer.
         suppress_ids: token ids that are never chosen.
         on_end: called with the outcome of each row that ends.
-        on_tokens: called with a row's sample and its new tokens, once the host has read them.
     """
 
     def __init__(
@@ -64,11 +63,11 @@ class Decoding:
         eos_ids: Sequence[int],
         suppress_ids: Sequence[int],
         on_end: Callable[[Outcome], None],
-        on_tokens: Callable[[Sample, Sequence[int]], None],
     ) -> None:
         self._room, self._plan, self._constraints = room, plan, constraints
         self._clock, self._stats = clock, stats
-        self._on_end, self._on_tokens = on_end, on_tokens
+        self._on_end = on_end
+        self.on_token: OnToken | None = None
         self._device = decoder.device
         self._sampler = RowSampler(
             plan.max_slots,
@@ -233,7 +232,7 @@ class Decoding:
                 row.is_over = True
 
     def read(self, *, num_left: int = 0) -> None:
-        """Read the tokens in flight, but for those of the last `num_left` steps."""
+        """Read the tokens in flight, except the last `num_left` choices of the sampler."""
         while len(self._in_flight) > num_left:
             self._read(self._in_flight.popleft())
 
@@ -243,7 +242,7 @@ class Decoding:
         for row, token, is_finite, logprob in chosen.read():
             if row.is_answered:
                 continue  # a token past the row's end, chosen before the end was known
-            self._on_tokens(row.sample, (token,))
+            self._report(row, token)
             outcome: Completion | Failure
             try:
                 if not is_finite:
@@ -265,9 +264,14 @@ class Decoding:
     def _push(self, row: Row, token: int, logprob: float | None) -> bool:
         """Push a token and those that the grammar forces after it; return whether the row ends."""
         is_over = row.push(token, logprob, end_id=self._constraints.end_id, max_run=self.max_run)
-        self._on_tokens(row.sample, row.run)
+        self._report(row, *row.run)
         self._stats.forced_tokens += len(row.run)
         return is_over
+
+    def _report(self, row: Row, *tokens: int) -> None:
+        if self.on_token is not None and row.sample.answer == 0:
+            for token in tokens:
+                self.on_token(row.sample.row_index, token)
 
     def _compact(self) -> None:
         """Fill the slots of ended rows: the last row moves into the first such slot."""

@@ -282,7 +282,8 @@ class GenerateEngine:
             criterion: ends the rows.
 
         Returns:
-            ids_BT: prompts and completions, padded; of an encoder-decoder completions only.
+            ids_BT: prompts and completions, padded; of an encoder-decoder a start token and
+                completions.
         """
         return self._call_generate(
             batch,
@@ -322,7 +323,9 @@ def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def without_defaults(config: Any, *, pad_id: int) -> Any:
-    """Return a model's generation config with only its special and suppressed ids kept.
+    """Return a model's generation config without defaults.
+
+    Only the ids that start an answer, and those that are suppressed, are kept.
 
     transformers fills settings that a call does not give from the model's repository. A greedy run
     would then use the repository's repetition penalty, and a row that ignores EOS would still end.
@@ -356,7 +359,7 @@ class SpokenTokens:
 class ChosenToken(LogitsProcessor):
     """Sets the score of the sampled token to infinity, so that `generate()`'s argmax picks it."""
 
-    choice: NextTokens
+    next_tokens: NextTokens
     """Tokens of the last step."""
 
     def __init__(
@@ -371,8 +374,8 @@ class ChosenToken(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         mask_BW = self.constraints.take(self.matchers)
-        self.choice = self._sampler.choose(scores, slice(len(scores)), mask_BW=mask_BW)
-        return scores.scatter(-1, self.choice.ids_B[:, None], torch.inf)
+        self.next_tokens = self._sampler.choose(scores, slice(len(scores)), mask_BW=mask_BW)
+        return scores.scatter(-1, self.next_tokens.ids_B[:, None], torch.inf)
 
 
 class RowStops(StoppingCriteria):
@@ -398,9 +401,9 @@ class RowStops(StoppingCriteria):
         self._on_token = on_token
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        choice = self._chosen.choice
-        tokens, is_finite = input_ids[:, -1].tolist(), choice.is_finite_B.tolist()
-        logprobs = [None] * len(tokens) if choice.logprobs_B is None else choice.logprobs_B.tolist()
+        chosen = self._chosen.next_tokens
+        tokens, is_finite = input_ids[:, -1].tolist(), chosen.is_finite_B.tolist()
+        logprobs = [None] * len(tokens) if chosen.logprobs_B is None else chosen.logprobs_B.tolist()
         for i, stop in enumerate(self._stops):
             if self._is_done[i]:
                 continue

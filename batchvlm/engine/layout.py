@@ -114,7 +114,7 @@ class Runs:
     """For each span, the tokens of a row in attention."""
 
     @classmethod
-    def behind(cls, spans: Sequence[Span], num_more: Mapping[int, int]) -> Runs:
+    def after(cls, spans: Sequence[Span], num_more: Mapping[int, int]) -> Runs:
         """Build the layout on the host.
 
         Args:

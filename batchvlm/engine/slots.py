@@ -68,7 +68,6 @@ class SlotEngine:
         choices: Choices | None = None,
     ) -> None:
         self.stats = EngineStats()
-        self.on_token: OnToken | None = None
         self._constraints = constraints or Unconstrained()
         self._model = model
         self._tokenizer = tokenizer
@@ -105,11 +104,19 @@ class SlotEngine:
             eos_ids=eos_ids,
             suppress_ids=suppress_ids,
             on_end=self._ready.append,
-            on_tokens=self._report,
         )
         # On a GPU a step is launched before the host reads the tokens of the previous one.
         self._lag = 1 if self._device.type == "cuda" else 0
         self._begin()
+
+    @property
+    def on_token(self) -> OnToken | None:
+        """See `Engine.on_token`."""
+        return self._decoding.on_token
+
+    @on_token.setter
+    def on_token(self, on_token: OnToken | None) -> None:
+        self._decoding.on_token = on_token
 
     def _begin(self) -> None:
         """Drop all rows: an earlier run may have been aborted."""
@@ -248,8 +255,3 @@ class SlotEngine:
         elif self._room.cache is None:
             self._decoding.fail(outcome)
         return False  # tried again when rows have ended
-
-    def _report(self, sample: Sample, tokens: Sequence[int]) -> None:
-        if self.on_token is not None and sample.answer == 0:
-            for token in tokens:
-                self.on_token(sample.row_index, token)

@@ -101,7 +101,7 @@ class TestFamilies:
     def test_a_step_of_several_tokens_is_as_many_steps(
         self, family: Family, load_once: Callable[[Family], Loaded]
     ) -> None:
-        """The logits behind the last token of each slot, and what the slots then hold."""
+        """The logits after the last token of each slot, and what the slots then hold."""
         loaded = load_once(family)
         constraints = constraints_of(loaded)
         samples = [replace(s, json_schema=None) for s in rows(loaded, 5, temperature=0.0)]
@@ -137,7 +137,7 @@ class TestFamilies:
 def slots_with(
     engine: SlotEngine, samples: Sequence[Sample], ids: Sequence[int]
 ) -> tuple[Decoder, Any, Newest]:
-    """Slots that hold the prompts of these rows, each with one token behind it."""
+    """Slots that hold the prompts of these rows, each followed by one token."""
     from batchvlm.engine.cache import SlotCache
 
     engine._prefill.add(samples)
@@ -182,10 +182,10 @@ def test_rows_say_what_they_say_step_by_step_and_by_generate(
     outcomes = run(one, mixed)
     other = by_steps(small, held, **KINDS[kind])
     assert outcomes_alike(outcomes, run(other, mixed))
-    behind = engine_of(small, held, max_slots=4)
-    behind._lag = 1  # as on a GPU, where nothing is forced in one go
-    assert outcomes_alike(outcomes, run(behind, mixed))
-    assert behind.stats.forced_tokens == 0
+    delayed = engine_of(small, held, max_slots=4)
+    delayed._lag = 1  # as on a GPU, where nothing is forced in one go
+    assert outcomes_alike(outcomes, run(delayed, mixed))
+    assert delayed.stats.forced_tokens == 0
     padded = GenerateEngine(
         small.own(),
         small.processor.tokenizer,
