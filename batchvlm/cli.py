@@ -228,7 +228,7 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
     register_schema()
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
     try:
-        with _ignore_closed_stdout():
+        with _ignore_closed_stdout(errno.EPIPE):
             app(task)()
     except Exception as error:
         if type(error).__module__.startswith("submitit."):
@@ -251,19 +251,19 @@ def _run_job(cfg: JobConfig) -> None:
         follow_job(cfg, replica)
         return
     summary = run_job(cfg)
-    with _ignore_closed_stdout():
+    with _ignore_closed_stdout(errno.EPIPE, errno.EIO):
         print_summary(summary)
     ignore_signals()
 
 
 @contextmanager
-def _ignore_closed_stdout() -> Iterator[None]:
-    """Ignore a closed pipe (`batchvlm run | head`) or terminal on stdout."""
+def _ignore_closed_stdout(*codes: int) -> Iterator[None]:
+    """Ignore these errors of stdout: EPIPE of a closed pipe (`| head`), EIO of a terminal."""
     try:
         yield
         print(end="", flush=True)
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):
+        if error.errno not in codes:
             raise
         # Python flushes stdout again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -311,7 +311,7 @@ def _is_interruption(error: BaseException | None) -> bool:
 def _report(error: Exception) -> ExitCode:
     """Print an error in one line, with `--debug` also its traceback; return its exit code."""
     if _debug.is_on:
-        traceback.print_exception(error)
+        _print_error("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, BatchvlmError):
         _print_error(f"batchvlm: error: {error}")
         if isinstance(error, TooManyErrors):

@@ -180,6 +180,19 @@ def test_a_reader_that_leaves_is_no_failure(tmp_path: Path, args: list[str]) -> 
     assert all(" INFO " in line for line in lines)
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that gives EIO")
+def test_a_disk_that_fails_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also with the error of a closed terminal."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "my.yaml").symlink_to("/proc/self/mem")
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--config-dir", str(tmp_path), "model=my"]) == ExitCode.FAILED
+    assert "Input/output error" in capsys.readouterr().err
+
+
 def test_a_traceback_only_where_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -385,7 +398,7 @@ def children_of(pid: int) -> set[int]:
 SLOW_FLUSH = """
 import sys, time
 from batchvlm import collector
-from batchvlm.cli import main, run_app
+from batchvlm.cli import main
 close = collector.Collector.close
 def slow(self):
     print("closing", file=sys.stderr, flush=True)

@@ -93,7 +93,7 @@ def write_captions(path: Path, num_rows: int) -> list[str]:
 def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     """In float32, token by token, held to a schema."""
     settings = ["task=extract", "data.max_rows=8", "output.token_ids=true"]
-    settings += ["runtime.num_workers=0", "batching.max_batch_size=8"]
+    settings += ["runtime.num_workers=0", "batching.max_batch_size=4"]
     run_job(compose("run", [*settings, "engine=generate", f"output.dir={tmp_path / 'alone'}"]))
     command = [*TORCHRUN, "2", "-m", "batchvlm", "run", *settings, "model.tp_plan=auto"]
     command.append(f"output.dir={tmp_path / 'out'}")

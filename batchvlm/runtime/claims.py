@@ -185,6 +185,7 @@ class Peers:
         return self._store
 
     def _read_heartbeats(self, store: Any) -> None:
+        now = self._clock()
         for rank in range(1, self._launch.world_size):
             key = f"{self._prefix}/{rank}"
             if not store.check([key]):
@@ -193,7 +194,7 @@ class Peers:
             counts = Counts(**{field.name: said[field.name] for field in fields(Counts)})
             with self._lock:
                 if rank not in self._heartbeats or self._heartbeats[rank][0] != counts:
-                    self._heartbeats[rank] = (counts, self._clock())
+                    self._heartbeats[rank] = (counts, now)
 
     def _try_request(self, call: Callable[[Any], object]) -> None:
         """Make an optional request, if the store is connected; ignore a failure."""

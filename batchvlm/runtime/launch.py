@@ -11,12 +11,15 @@ import socket
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import repeat
 
 _MPIRUN_NAMES = (
     # Open MPI, then MPICH and Intel MPI: rank, world size, local rank, local world size.
     tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
+_PMI_NAMES = ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE")
+"""Other launchers with PMI, such as Cray's PALS; some set the first two alone."""
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000
 """Below the range of ephemeral ports on Linux."""
 
@@ -54,6 +57,9 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     # Only srun sets the step. In a batch script, SLURM_NTASKS counts tasks that were not started.
     if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
         return _slurm(environ)
+    if "PMI_RANK" in environ and "PMI_SIZE" in environ:
+        defaults = (0, 1, 0, 1)
+        return _mpi(environ, *map(_number, repeat(environ), _PMI_NAMES, defaults))
     return Launch()
 
 
@@ -140,7 +146,8 @@ def _mpi(
         local_rank=local_rank,
         local_world_size=local_size,
         id=id,
-        host=environ.get("MASTER_ADDR") or ("127.0.0.1" if local_size == size else None),
+        # Without an id, two launches on one machine would meet at one port.
+        host=environ.get("MASTER_ADDR") or ("127.0.0.1" if id and local_size == size else None),
         port=_number(environ, "MASTER_PORT", 0) or _port_of(id),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
@@ -13,12 +14,19 @@ from typing import Self
 
 from batchvlm.errors import ExitCode
 from batchvlm.runtime.clock import RunningClock
-from batchvlm.runtime.signals import interrupted_at_s
+from batchvlm.runtime.signals import (
+    allow_suspension,
+    defer_suspension,
+    interrupted_at_s,
+    take_suspension,
+)
 
 _CHECK_EVERY_S = 0.5
 _JOIN_TIMEOUT_S = 2.0
 """How long `__exit__` waits for a call in progress."""
 _LAST_RESORT_S = 60.0
+_MAX_DELAY_S = 1.5
+"""Between two checks; after a longer gap the process has been stopped, or was blocked."""
 
 
 class Ticker:
@@ -57,7 +65,8 @@ class Watchdog(Ticker):
     `grace_s` after a signal. The exit code is 75, because a rerun resumes from the flushed rows.
 
     A library that hangs while it holds the GIL blocks this thread too. In that case `faulthandler`,
-    whose timer runs in C, prints the stacks and exits with code 1, without a flush.
+    whose timer runs in C, prints the stacks and exits with code 1, without a flush. That timer
+    counts the time for which the process is suspended, so it is cancelled before a suspension.
 
     Args:
         stall_timeout_s: seconds; None waits forever.
@@ -82,6 +91,13 @@ class Watchdog(Ticker):
         self._clock = clock or RunningClock()
         self._exit = exit
         self._beat_at_s: float | None = None
+        self._checked_at_s = time.monotonic()
+        self._defers_suspension = False
+
+    def __enter__(self) -> Self:
+        if self._stall_timeout_s is not None:
+            self._defers_suspension = defer_suspension()
+        return super().__enter__()
 
     def __exit__(
         self,
@@ -91,12 +107,20 @@ class Watchdog(Ticker):
     ) -> None:
         super().__exit__(kind, error, traceback)
         faulthandler.cancel_dump_traceback_later()
+        if self._defers_suspension:
+            allow_suspension()
 
     def beat(self) -> None:
         """Record progress. Stalls are detected only after the first call."""
         self._beat_at_s = self._clock()
 
     def _check(self) -> None:
+        delay_s = time.monotonic() - self._checked_at_s
+        # After a gap the process was stopped for this signal, or another, and has been resumed.
+        if take_suspension() and delay_s < self._every_s + _MAX_DELAY_S:
+            faulthandler.cancel_dump_traceback_later()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        self._checked_at_s = time.monotonic()
         now = self._clock()
         signalled_at_s = interrupted_at_s()
         if signalled_at_s is not None and time.monotonic() - signalled_at_s > self._grace_s:

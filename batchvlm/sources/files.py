@@ -102,7 +102,7 @@ def list_files(path: str, *, suffixes: tuple[str, ...]) -> Listing:
     if not shown:
         raise InputError(
             f"data.path: no {' or '.join('*' + s for s in suffixes)} file in {path}",
-            hint="names that begin with '.' or '_' are left out",
+            hint="names that begin with '.' or '_' are left out, except _key=value folders",
         )
     return Listing(fs=fs, root=root, paths=_checked({name: names[name] for name in shown}))
 

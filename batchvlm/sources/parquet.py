@@ -176,7 +176,7 @@ class ParquetSource:
         num_rows = 1 if stream.is_single else checked.batch_rows(stream.group, stream.columns)
         stored = [name for name in stream.columns if name in checked.stored]
         others = {
-            name: pa.scalar(checked.partition.get(name), self.schema.field(name).type)
+            name: _scalar(checked.partition.get(name), self.schema.field(name).type)
             for name in stream.columns
             if name not in checked.stored and name in self.schema.names
         }
@@ -210,6 +210,10 @@ class ParquetSource:
                 raise ValueError(HAS_CHANGED)
             last = self._last_file = _File(self._listing.fs, path, metadata, footer, stamp)
         return last
+
+
+def _scalar(text: str | None, kind: pa.DataType) -> pa.Scalar:
+    return pa.scalar(None, kind) if text is None else pa.scalar(text, pa.string()).cast(kind)
 
 
 class _Stream(NamedTuple):

@@ -84,8 +84,19 @@ def test_mpirun_within_a_job_starts_a_step_that_is_not_its_ranks() -> None:
     hydra = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
     launch = find_launch(step | hydra)
     assert (launch.rank, launch.world_size, launch.local_rank) == (3, 4, 1)
+    assert launch.host is None
     # srun --mpi=pmi2 sets some of them, and the tasks are the ranks.
     assert find_launch(SRUN | {"PMI_RANK": "3", "PMI_SIZE": "4"}) == find_launch(SRUN)
+
+
+def test_other_launchers_with_pmi() -> None:
+    alone = {"PMI_RANK": "3", "PMI_SIZE": "8"}
+    launch = find_launch(alone)
+    assert (launch.rank, launch.world_size, launch.local_rank) == (3, 8, 0)
+    pals = alone | {"PMI_LOCAL_RANK": "3", "PMI_LOCAL_SIZE": "4"}
+    launch = find_launch(pals)
+    assert (launch.rank, launch.local_rank, launch.local_world_size) == (3, 3, 4)
+    assert find_launch(SRUN | pals) == find_launch(SRUN)
 
 
 @pytest.mark.parametrize(

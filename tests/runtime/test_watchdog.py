@@ -175,9 +175,11 @@ def test_a_library_that_hangs_with_pythons_lock_held_ends_too() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the state of a process in /proc")
-def test_a_suspended_process_goes_on_afterwards() -> None:
+@pytest.mark.parametrize("call", ["sys.stdin.readline()", "ctypes.CDLL(None).system(b'read line')"])
+def test_a_suspended_process_goes_on_afterwards(call: str) -> None:
+    """Also where the main thread is in a library, so that no handler of Python's runs."""
     code = (
-        "import sys, time\n"
+        "import ctypes, sys, time\n"
         "from batchvlm.runtime import clock, signals, watchdog\n"
         "watchdog._LAST_RESORT_S, clock._MAX_STEP_S = 0.2, 0.6\n"
         "signals.catch_signals()\n"
@@ -185,7 +187,7 @@ def test_a_suspended_process_goes_on_afterwards() -> None:
         "    dog.beat()\n"
         "    dog._check()\n"
         "    print('at work', flush=True)\n"
-        "    sys.stdin.readline()\n"
+        f"    {call}\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code],

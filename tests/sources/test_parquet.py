@@ -267,6 +267,14 @@ def test_folders_of_a_partitioned_table_are_columns(tmp_path: Path) -> None:
     assert one.kept == {"day": "3"}
 
 
+def test_a_folders_value_has_the_type_that_another_file_stores(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"n": [1], "day": [4]}), tmp_path / "a.parquet")
+    (tmp_path / "day=5").mkdir()
+    pq.write_table(pa.table({"n": [2]}), tmp_path / "day=5" / "b.parquet")
+    records = read_all(open_path("parquet", tmp_path), ["n", "day"])
+    assert [r.values.get("day") for r in records] == [4, 5]
+
+
 def test_numbers_are_as_wide_as_in_any_file(tmp_path: Path) -> None:
     narrow, wide = (pa.int32(), pa.float32()), (pa.int64(), pa.float64())
     for name, (whole, real), n, x in (("a", narrow, 1, 0.5), ("b", wide, 1 << 40, 0.1)):
