@@ -67,7 +67,7 @@ class ModelConfig:
     context."""
     processor_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for loading the processor, such as `min_pixels`, or `chat_template`: its text. If a
-    repository has no template, a prompt is its text alone."""
+    repository has no template, a prompt is its text and image tokens."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository, with all permissions of your user."""
 
@@ -98,9 +98,9 @@ class EndpointConfig:
     response_format: ResponseFormat = ResponseFormat.json_schema
     """How the form of answers is sent. `json_schema`: OpenAI's `response_format`, for schemas only.
     `tgi`: TGI's `response_format`, for schemas, choices and patterns. `vllm`: vLLM's
-    `structured_outputs`, also for grammars. `vllm_guided`: the same as `guided_*`, for vLLM before
-    0.12. `none`: not sent, answers are only validated. A form that the field cannot express is
-    rejected."""
+    `structured_outputs`, also for grammars. `vllm_guided`: the same forms in vLLM's older
+    fields `guided_*`, before 0.12. `none`: not sent, answers are only validated. A form that the
+    field cannot express is rejected."""
     extra_body: dict[str, Any] = field(default_factory=dict)
     """Extra fields of every request, for options of this server: `top_k`, `min_p`,
     `chat_template_kwargs`, ..."""

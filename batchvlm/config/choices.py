@@ -65,7 +65,7 @@ class ResponseFormat(StrEnum):
 
 
 class OnMismatch(StrEnum):
-    """What to do if the output folder holds a run with another fingerprint."""
+    """What to do if the output folder holds a run with another fingerprint or fixed settings."""
 
     error = "error"
     new_folder = "new_folder"

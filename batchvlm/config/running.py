@@ -21,9 +21,9 @@ class OutputConfig:
     flush_every_rows: int | None = None
     """Also flush when this many finished rows of one shard are waiting; null: by time only."""
     on_mismatch: OnMismatch = OnMismatch.error
-    """What to do if `output.dir` holds a run with another fingerprint. `error`: end the run.
-    `new_folder`: write to `dir-FINGERPRINT` beside it. `overwrite`: delete the old answers once the
-    model has loaded."""
+    """What to do if `output.dir` holds a run with another fingerprint or other fixed settings
+    (`rows_per_shard`, `keep_columns`, ...). `error`: end the run. `new_folder`: write to
+    `dir-FINGERPRINT` beside it. `overwrite`: delete the old answers once the model has loaded."""
     keep_columns: list[str] = field(default_factory=list)
     """Input columns to copy to the output unchanged. They are null for input files without the
     column."""
@@ -89,7 +89,7 @@ class TrackingConfig:
     """wandb: name of the project."""
     dir: str | None = None
     """Folder for the files of trackers; null: `_batchvlm/tracking` in the output folder. Required
-    if the output folder is in an object store."""
+    with `trackers` if the output folder is in an object store."""
     prometheus_file: str | None = None
     """File in the Prometheus text format, for node_exporter's textfile collector (`*.prom`). In a
     job of several processes, each adds its task and rank to the name."""

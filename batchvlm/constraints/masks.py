@@ -119,7 +119,8 @@ class RowMatcher:
 
     @property
     def engine(self) -> Any | None:
-        """The matcher that computes the next mask; None if the answer has ended."""
+        """The matcher that computes the next mask; None if the answer has ended or the row has no
+        grammar."""
         return None if self.is_over else self._matcher
 
     def check(self) -> None:

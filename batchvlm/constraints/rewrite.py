@@ -43,8 +43,8 @@ class Rewriter:
     Args:
         schema: any JSON schema.
         is_lenient: leave out keywords that cannot be rewritten, rather than raise.
-        splits_one_of: make the alternatives of `oneOf` mutually exclusive; otherwise `oneOf` stays,
-            and llguidance has to check that they are.
+        splits_one_of: make the alternatives of `oneOf` mutually exclusive; otherwise `oneOf` stays
+            for llguidance to check, or if lenient becomes `anyOf`.
     """
 
     def __init__(self, schema: Schema, *, is_lenient: bool, splits_one_of: bool) -> None:

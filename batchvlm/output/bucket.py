@@ -49,7 +49,7 @@ class Bucket:
     """Files of an output in an object store; see `output.files.Files`.
 
     Args:
-        url: `output.dir` as the user gave it.
+        url: `output.dir`, as given or as text of a Path made of it (one slash after the colon).
 
     Raises:
         ConfigError: the URL contains a password or a query, or it is on the Hugging Face Hub, where

@@ -86,7 +86,7 @@ def open_output(root: str | Path) -> Output:
 
     Raises:
         InputError: the folder holds no run.
-        ConfigError: the run is of a newer release.
+        ConfigError: run.json is of another program or of a newer release.
         OutputError: the folder cannot be read, or holds a part of another plan.
     """
     folder = OutputFolder(root)
