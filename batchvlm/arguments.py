@@ -25,6 +25,6 @@ def local_file(text: str) -> Path:
     """
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is an address; name a file of this machine, and copy that"
+            f"{text!r} is a URL; name a file of this machine, and copy that"
         )
     return Path(text)

@@ -28,7 +28,7 @@ def verify(argv: Sequence[str]) -> ExitCode:
     """`batchvlm verify OUT`."""
     parser = _parser(
         "verify",
-        "Look whether OUT/data holds every input row exactly once, readable and of one run.",
+        "Check that OUT/data holds every input row exactly once, readable and of one run.",
         "Exit code 0: it does. 1: it does not, and the lines say which rows are missing, double or "
         "foreign, by their column row_index. Writes nothing.",
     )
@@ -52,8 +52,8 @@ def status(argv: Sequence[str]) -> ExitCode:
     """`batchvlm status OUT`."""
     parser = _parser(
         "status",
-        "Say how far a job is, running or dead, from its folder alone.",
-        "Writes nothing; a machine that shares the folder will do.",
+        "Show the progress of a job, running or dead, from its folder alone.",
+        "Writes nothing. Runs on any machine that can read the folder.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -62,8 +62,7 @@ def status(argv: Sequence[str]) -> ExitCode:
         nargs="?",
         const=5.0,
         metavar="SECONDS",
-        help="look again every so often, 5 seconds without a number, until the job is done or has "
-        "stopped",
+        help="refresh every SECONDS (5) until the job is done or has stopped",
     )
     args = parser.parse_args(argv)
     from batchvlm.output.folder import OutputFolder

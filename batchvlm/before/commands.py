@@ -17,12 +17,14 @@ def plan(argv: Sequence[str]) -> Command:
     """`batchvlm plan`."""
     parser = _parser(
         "plan",
-        "Say what a job will be before it is one: rows, shards, tokens, memory, time, and rows "
-        "that cannot work. Reads metadata, prompts and image headers; computes nothing unless told "
-        "to calibrate, and writes nothing.",
+        "Show what a job will do: rows, shards, tokens, memory, time, and rows that will fail. "
+        "Reads metadata, prompts and image headers. Loads the model only with --calibrate. Writes "
+        "nothing.",
     )
     parser.add_argument(
-        "--calibrate", action="store_true", help="load the model and answer some rows, to tell time"
+        "--calibrate",
+        action="store_true",
+        help="load the model, answer some rows and estimate the total time",
     )
     parser.add_argument(
         "--sample", type=_positive, default=1000, metavar="N", help="rows looked at (1000)"

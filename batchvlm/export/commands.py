@@ -13,21 +13,23 @@ def export(argv: Sequence[str]) -> ExitCode:
     """`batchvlm export OUT --to openai --path FILE`, `batchvlm export OUT --to hub REPO`."""
     parser = Parser(
         prog="batchvlm export",
-        description="Give the answers to another tool or place, in the order of the input.",
+        description="Export the answers for another tool, in input order.",
         epilog="openai: JSON lines as hosted batch APIs and vllm run-batch write them, errors "
         "included. hub: a dataset repository of the Hugging Face Hub, such as me/captions; made if "
-        "need be, private unless --public. The token is hf auth login's or HF_TOKEN's. Once more "
-        "after an interruption: what is there already is not sent again.",
+        "need be, private unless --public. The token is hf auth login's or HF_TOKEN's. If "
+        "interrupted, run it again: uploaded files are not sent again.",
         allow_abbrev=False,
     )
     parser.add_argument("out", metavar="OUT", help="the folder that output.dir named")
-    parser.add_argument("--to", choices=["openai", "hub"], required=True, help="what to make of it")
+    parser.add_argument("--to", choices=["openai", "hub"], required=True, help="format")
     parser.add_argument("repo", metavar="REPO", nargs="?", help="hub: NAMESPACE/NAME")
     parser.add_argument("--path", type=local_file, metavar="FILE", help="openai: the file to write")
     parser.add_argument(
-        "--unfinished", action="store_true", help="openai: of a job that is not done, what is"
+        "--unfinished",
+        action="store_true",
+        help="openai: export the finished shards of an unfinished job",
     )
-    parser.add_argument("--public", action="store_true", help="hub: let everybody read it")
+    parser.add_argument("--public", action="store_true", help="hub: make the dataset public")
     # Intermixed, because REPO follows --to.
     args = parser.parse_intermixed_args(argv)
     is_hub = args.to == "hub"

@@ -64,8 +64,8 @@ def compare(argv: Sequence[str]) -> ExitCode:
     """`batchvlm compare OUT_A OUT_B`."""
     parser = _parser(
         "compare",
-        "Hold two outputs of one input against each other, row by row: agreement, changed answers, "
-        "errors, lengths, cost.",
+        "Compare two outputs of one input row by row: agreement, changed answers, errors, lengths, "
+        "cost.",
         "Rows are matched by row_index; where the inputs differ, by id. Writes nothing but FILE.",
     )
     parser.add_argument("out_a", metavar="OUT_A", help="one output folder")

@@ -72,8 +72,9 @@ def _entry(row: dict[str, Any], asked: Asked, images: bool) -> dict[str, Any]:
         if text is not None
     ]
     note = asked.note if images or asked.prompt is None else ""
-    if asked.num_images > len(asked.thumbnails) > 0:
-        note = note or number_of(asked.num_images - len(asked.thumbnails), "more image")
+    num_more = asked.num_images - len(asked.thumbnails)
+    if asked.thumbnails and num_more > 0:
+        note = note or f"{number_of(num_more, 'more image')} not shown"
     return {
         "row": row["row_index"],
         "id": cut(str(row["id"])),

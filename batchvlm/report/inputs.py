@@ -102,7 +102,7 @@ class Inputs:
             note = "images are not opened again: preparing the row failed in the run"
         for ref in images[:_MAX_THUMBNAILS] if is_wanted else ():
             if ref.url is not None:
-                note = "images are not fetched from addresses"
+                note = "images are not fetched from URLs"
                 continue
             try:
                 thumbnails.append(self._thumbnail(ref))

@@ -93,7 +93,7 @@ def test_a_file_in_an_object_store_is_not_a_folder_named_s3(
     monkeypatch.chdir(tmp_path)
     root = str(output.folder.root.absolute())
     assert main([command[0], root, *command[1:], "s3://bucket/file"]) == 2
-    assert "'s3://bucket/file' is an address; name a file" in capsys.readouterr().err
+    assert "'s3://bucket/file' is a URL; name a file" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -205,7 +205,7 @@ def test_images_are_not_fetched_from_addresses(tmp_path: Path) -> None:
     out = make_output(tmp_path / "out", source, answer, "data.allow_remote=true")
     (row,) = rows_of(make(out))
     assert row["prompt"] == "[image 1]\nDescribe the image." and row["images"] == []
-    assert row["note"] == "images are not fetched from addresses"
+    assert row["note"] == "images are not fetched from URLs"
 
 
 def test_a_damaged_part_is_one_line(tmp_path: Path) -> None:
