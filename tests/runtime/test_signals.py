@@ -16,6 +16,9 @@ def interrupt():
     except signals.Interrupted:
         pass
 
+# These tests may run under nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 # The second job of a sweep begins after the first has ignored all of them.
 signals.catch_signals()
 signals.ignore_signals()
