@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -339,3 +341,18 @@ def test_packs_and_batches_of_images_grow_again(
     check(outcomes, answers(small, rows), [False] * len(rows))
     for sizes in (packs, batches):
         assert min(sizes) < sizes[0] and max(sizes[-3:]) == sizes[0]
+
+
+def test_an_engine_and_its_slots_are_freed_with_the_last_reference(small: Loaded) -> None:
+    """Also after a run that was broken off, for the next job of the process."""
+    engine = small.slots(eos=[])
+    answering = engine.run(asked(small, [(QUESTIONS[0], 0, 2), (QUESTIONS[0], 1, 12)]))
+    next(answering)
+    gone = [weakref.ref(engine), weakref.ref(engine._room.cache)]
+    gc.disable()
+    try:
+        answering.close()
+        del answering, engine
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from batchvlm.records import Shard
 from batchvlm.runtime import claims
 from batchvlm.runtime.claims import Peers, claim_shards
+from batchvlm.runtime.clock import RunningClock
 from batchvlm.runtime.launch import Launch
 from batchvlm.runtime.metrics import Metrics
 
@@ -191,6 +192,19 @@ def test_a_rank_that_never_came_is_not_waited_for() -> None:
     first, _ = make_ranks(2, dist.HashStore())
     list(first.claim(0))
     first.see_off(lambda: pytest.fail("nobody is there"))
+
+
+def test_a_rank_that_died_long_ago_is_not_waited_for() -> None:
+    """By the clock that counts no more than some seconds between two readings."""
+    now = 0.0
+    first, dead = make_ranks(2, dist.HashStore(), clock=RunningClock(lambda: now))
+    for rank in (first, dead):
+        list(rank.claim(0))
+    dead.tell(Metrics())
+    for _ in range(100):
+        first.hear()
+        now += 1.0
+    first.see_off(lambda: pytest.fail("it has been silent for more than a minute"))
 
 
 def test_only_rank_0_waits() -> None:

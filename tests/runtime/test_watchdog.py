@@ -174,6 +174,19 @@ def test_a_library_that_hangs_with_pythons_lock_held_ends_too() -> None:
     assert time.monotonic() - start < 100
 
 
+def at_work(code: str) -> subprocess.Popen[str]:
+    """A process with this code, once it has said that it is at work."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout and process.stdout.readline() == "at work\n"
+    return process
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the state of a process in /proc")
 @pytest.mark.parametrize("call", ["sys.stdin.readline()", "ctypes.CDLL(None).system(b'read line')"])
 def test_a_suspended_process_goes_on_afterwards(call: str) -> None:
@@ -189,15 +202,7 @@ def test_a_suspended_process_goes_on_afterwards(call: str) -> None:
         "    print('at work', flush=True)\n"
         f"    {call}\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin and process.stdout
-        assert process.stdout.readline() == "at work\n"
+    with at_work(code) as process:
         process.send_signal(signal.SIGTSTP)
         end = time.monotonic() + 60
         while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
@@ -222,14 +227,7 @@ with watchdog.Watchdog(stall_timeout_s=None, grace_s=0.5) as dog:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Linux's C library waits")
 def test_a_signal_during_a_call_that_does_not_come_back_is_heard() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", DEAF],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout and process.stdout.readline() == "at work\n"
+    with at_work(DEAF) as process:
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(60)  # what it waits for is a pipe that stays open
