@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,14 +45,21 @@ class Second:
     process: Any = None
     port: int
 
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        """The leader's listening thread kills it too, and the next test waits for that."""
+
     @property
     def replica(self) -> Replica:
         """Its leader's."""
         return follower.replica_of(0, self.port)
 
     def ensure(self) -> None:
-        if self.process is not None and self.process.is_alive():
-            return
+        with self._lock:
+            if self.process is None or not self.process.is_alive():
+                self._start()
+
+    def _start(self) -> None:
         # Both count the replicas that they were part of.
         replicas._meetings = itertools.count()
         with socket.socket() as free:
@@ -63,8 +71,9 @@ class Second:
         self.process.start()
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
+        with self._lock:
+            self.process.kill()
+            self.process.join()
 
 
 @pytest.fixture(scope="module")
