@@ -147,8 +147,10 @@ def _task_identity(cfg: TaskConfig) -> dict[str, Any]:
     if form is not None or cfg.output.json_schema_column or cfg.output.choice_column:
         asked["guided"] = cfg.output.guided.value
     identity = {**to_plain(cfg), "output": asked}
-    if not cfg.scores:
-        del identity["scores"]  # outputs from before this setting existed stay valid
+    # Left out unless set, so that outputs from before these settings existed stay valid.
+    for name in ("scores", "answer_prefix", "continue_final_message"):
+        if not identity[name]:
+            del identity[name]
     return identity
 
 

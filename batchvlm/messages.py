@@ -148,6 +148,9 @@ def _decode_data_uri(uri: str, where: str) -> bytes:
 def read_messages(value: Any, where: str) -> list[Message]:
     """Normalize a cell of chat messages: the content becomes a list of parts.
 
+    The key `prefix` of a last message of the assistant's, as in Mistral's API, is kept if it is
+    true.
+
     Raises:
         RowError: the cell is null or does not hold chat messages (`prompt`).
     """
@@ -164,7 +167,27 @@ def read_messages(value: Any, where: str) -> list[Message]:
         if found := [key for key in _UNSUPPORTED_MESSAGE_KEYS if message.get(key)]:
             raise RowError(ErrorType.PROMPT, f"{where}[{i}].{found[0]} is not supported")
         messages.append({"role": role, "content": list(_parts(message, f"{where}[{i}]"))})
+        if message.get("prefix") is True:
+            if role != "assistant" or i < len(value) - 1:
+                raise RowError(
+                    ErrorType.PROMPT,
+                    f"{where}[{i}].prefix is set; it belongs in a last message of the assistant's",
+                )
+            messages[i]["prefix"] = True
     return messages
+
+
+def check_continued(message: Message, where: str) -> None:
+    """Refuse a final assistant message that an answer cannot continue.
+
+    Raises:
+        RowError: it holds an image, or no text (`prompt`).
+    """
+    parts = message["content"]
+    if any(part["type"] == "image" for part in parts):
+        raise RowError(ErrorType.PROMPT, f"{where}: the message to continue holds an image")
+    if not "".join(part["text"] for part in parts).strip():
+        raise RowError(ErrorType.PROMPT, f"{where}: the message to continue holds no text")
 
 
 def _from_json(text: str, where: str) -> Any:

@@ -131,6 +131,12 @@ class Preprocessor:
         return self._recent.get(key, load, lambda picture: 3 * picture.width * picture.height)
 
     def _sample(self, prompt: Prompt, images: Sequence[Image.Image]) -> Sample:
+        if prompt.is_continued and self._limits.is_encoder_decoder:
+            raise RowError(
+                ErrorType.PROMPT,
+                "the prompt ends with the beginning of the answer, which an encoder-decoder model "
+                "cannot continue",
+            )
         features = self._chat.encode(prompt.messages, images)
         table = self._pixel_table if "pixel_values" in features else None
         if table is not None:
@@ -164,6 +170,7 @@ class Preprocessor:
             turns_left=prompt.turns_left,
             choices=prompt.choices,
             room=room,
+            is_continued=prompt.is_continued,
         )
 
 
@@ -206,6 +213,7 @@ def _request(prompt: Prompt, images: Sequence[Image.Image], kind: ImageFormat) -
         generation=prompt.generation,
         json_schema=prompt.json_schema,
         choices=prompt.choices,
+        is_continued=prompt.is_continued,
         request=ChatRequest(
             messages=prompt.messages, images=tuple(image_file(image, kind) for image in images)
         ),
@@ -242,6 +250,9 @@ class ChatTemplate:
     ) -> dict[str, Array]:
         """Render the chat template, expand image slots, tokenize, and compute pixel values.
 
+        The prompt ends within the last message if that is the assistant's, for the answer to
+        continue it, and else with the beginning of an assistant's message.
+
         Returns:
             The processor's arrays for a batch of one row: `input_ids` int64 [1, T] and, depending
             on the model family, `pixel_values`, `image_grid_thw`, `token_type_ids`, ...
@@ -259,9 +270,9 @@ class ChatTemplate:
                 [filled],
                 chat_template=self._template,
                 tokenize=True,
-                add_generation_prompt=True,
                 return_dict=True,
                 return_tensors="pt",
+                **_ending(messages),
             )
         arrays = {key: np.asarray(value) for key, value in encoded.items()}
         return {key: array for key, array in arrays.items() if array.dtype.kind in "biuf"}
@@ -272,7 +283,7 @@ class ChatTemplate:
         if self._template is None:
             return self._plain(filled)
         rendered: str = self._processor.apply_chat_template(
-            filled, chat_template=self._template, tokenize=False, add_generation_prompt=True
+            filled, chat_template=self._template, tokenize=False, **_ending(messages)
         )
         return rendered
 
@@ -298,6 +309,12 @@ class ChatTemplate:
             return {"type": "image", "image": next(pictures)}
         text = self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", part["text"])
         return {"type": "text", "text": text}
+
+
+def _ending(messages: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """Return the arguments of `apply_chat_template` that say how the prompt ends."""
+    is_continued = messages[-1]["role"] == "assistant"
+    return {"continue_final_message": is_continued, "add_generation_prompt": not is_continued}
 
 
 def _image_slot(processor: Any) -> str:

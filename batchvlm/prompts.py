@@ -22,6 +22,7 @@ from batchvlm.errors import ErrorType, InputError, RowError
 from batchvlm.forms import run_form
 from batchvlm.messages import (
     Message,
+    check_continued,
     fill_slots,
     image_refs,
     read_messages,
@@ -65,6 +66,9 @@ class PromptBuilder:
         self._prompt = None if has_messages else Template(task.prompt, "task.prompt")
         self._has_markdown = task.markdown_images
         self._system = Template(task.system, "task.system") if task.system else None
+        prefix = task.answer_prefix
+        self._answer_prefix = Template(prefix, "task.answer_prefix") if prefix else None
+        self._continues = task.continue_final_message
 
     def needed_columns(self) -> dict[str, str]:
         """Return every column that prompts need -> the setting that names it."""
@@ -79,7 +83,7 @@ class PromptBuilder:
             needed[self._choice_column] = "task.output.choice_column"
         for key, column in _generation_columns(self._generation.columns).items():
             needed[column] = f"generation.columns.{key}"
-        for template in (self._prompt, self._system):
+        for template in (self._prompt, self._system, self._answer_prefix):
             if template is not None:
                 needed |= {name: template.setting for name in template.columns}
         return needed
@@ -110,10 +114,15 @@ class PromptBuilder:
         """
         messages, images = self.whole(record)
         generation = resolve_generation(self._generation, record.values, record.row_index)
+        prefix = self._answer_prefix.render(record.values) if self._answer_prefix else ""
         turns_left = 0
         if self._turns_column:
-            messages, images, turns_left = _cut_at_turn(messages, images, record.said)
+            messages, images, turns_left = _cut_at_turn(messages, images, record.said, prefix)
             generation = replace(generation, seed=_seed_of_turn(generation.seed, len(record.said)))
+        if prefix and messages[-1]["role"] != "assistant":
+            messages = [*messages, _said(prefix)]
+        if messages[-1]["role"] == "assistant":
+            check_continued(messages[-1], self._messages_column or "task.answer_prefix")
         return Prompt(
             row_index=record.row_index,
             messages=messages,
@@ -156,11 +165,13 @@ class PromptBuilder:
         if self._messages_column:
             where = self._messages_column
             messages = read_messages(values[where], where)
-            if messages[-1]["role"] == "assistant":
+            last = messages[-1]
+            if last["role"] == "assistant" and not (self._continues or "prefix" in last):
                 # Training data: the model would see the answer and add a second one.
                 raise RowError(
                     ErrorType.PROMPT,
-                    f"{where} ends with the assistant's message, so there is nothing to answer",
+                    f"{where} ends with the assistant's message, so there is nothing to answer "
+                    "(task.continue_final_message=true continues it)",
                 )
         elif self._turns_column:
             where = self._turns_column
@@ -236,9 +247,14 @@ _ANNOTATIONS = ("$schema", "$id", "id", "$comment", "examples")
 
 
 def _cut_at_turn(
-    messages: Sequence[Message], images: tuple[ImageRef, ...], said: Sequence[Completion]
+    messages: Sequence[Message],
+    images: tuple[ImageRef, ...],
+    said: Sequence[Completion],
+    prefix: str,
 ) -> tuple[list[Message], tuple[ImageRef, ...], int]:
     """Cut a dialog after the next user turn to answer, and insert the earlier answers.
+
+    Each of these continued `prefix`.
 
     Returns:
         The messages, their images, and the number of turns after this one.
@@ -253,9 +269,13 @@ def _cut_at_turn(
         answer = next(answers, None)
         if answer is None:
             break
-        cut.append({"role": "assistant", "content": [{"type": "text", "text": answer.text}]})
+        cut.append(_said(prefix + answer.text))
     num_images = sum(part["type"] == "image" for m in cut for part in m["content"])
     return cut, images[:num_images], num_turns - len(said) - 1
+
+
+def _said(text: str) -> Message:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def _seed_of_turn(seed: int, turn: int) -> int:

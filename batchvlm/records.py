@@ -21,6 +21,9 @@ from batchvlm.errors import ErrorType
 
 Array = npt.NDArray[Any]
 
+_MAX_CHAR_TOKENS = 4
+"""The most bytes of a character; each may be a token of its own."""
+
 
 def size_of_value(value: Any) -> int:
     """Approximate bytes of a cell's Python value: text and binary count, numbers do not."""
@@ -170,7 +173,8 @@ class Prompt:
 
     row_index: int
     messages: Sequence[Mapping[str, Any]]
-    """`[{"role": ..., "content": [{"type": "text", "text": ...} | {"type": "image"}]}]`."""
+    """`[{"role": ..., "content": [{"type": "text", "text": ...} | {"type": "image"}]}]`. A last
+    message of the assistant's is continued."""
     images: tuple[ImageRef, ...]
     generation: Generation
     json_schema: str | None = None
@@ -179,6 +183,11 @@ class Prompt:
     """The row's own choices, if it has some."""
     turns_left: int = 0
     """For a dialog, the number of turns after this one."""
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether the answer continues the last message."""
+        return bool(self.messages[-1]["role"] == "assistant")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +237,8 @@ class Sample:
     """Tokens that the context length leaves for an answer; None if the model has no known limit."""
     turns_left: int = 0
     """For a dialog, the number of turns after this one."""
+    is_continued: bool = False
+    """Whether the answer continues text at the end of the prompt."""
     answer: int = 0
     """The index of the answer to sample, if the row asks for several."""
     request: ChatRequest | None = None
@@ -237,6 +248,13 @@ class Sample:
     def prompt_tokens(self) -> int:
         """Length of the prompt, image tokens included; 0 if only a server knows it."""
         return int(self.features["input_ids"].shape[-1]) if self.features else 0
+
+    @property
+    def continued_ids(self) -> tuple[int, ...]:
+        """The last ids of the prompt if the answer continues their text; else empty."""
+        if not self.is_continued:
+            return ()
+        return tuple(self.features["input_ids"][0, -_MAX_CHAR_TOKENS:].tolist())
 
     @property
     def form(self) -> Form | None:

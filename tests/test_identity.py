@@ -49,6 +49,9 @@ def test_other_weights_in_the_same_folder(
     [
         ("data.image_root=/elsewhere", True),
         ("task.system=Be brief.", True),
+        ("task.answer_prefix=A", True),
+        ("task.answer_prefix=null", False),
+        ("task.continue_final_message=true", True),
         ("model.dtype=bfloat16", True),
         ("model.dtype={vision_config: bfloat16}", True),
         ("generation.top_k=3", True),

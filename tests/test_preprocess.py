@@ -115,6 +115,28 @@ def test_without_a_template_a_prompt_is_text_and_image_tokens() -> None:
     assert ids.count(processor.image_token_id) == 36
 
 
+@pytest.mark.parametrize("begun", ["A small", "A small ", "<end_of_utterance>"])
+def test_a_prompt_can_end_within_the_answer(vqa: Preprocessor, begun: str) -> None:
+    maker = preprocessor(
+        "task=vqa", "data.columns.image=images", "task.answer_prefix='{{ begun }}'"
+    )
+    sample = maker.prepare(record(question="What?", images=[picture()], begun=begun))
+    assert isinstance(sample, Sample)
+    ids = sample.features["input_ids"][0].tolist()
+    tokenizer = maker._processor.tokenizer
+    before = prepared(vqa, "What?", picture()).features["input_ids"][0].tolist()
+    shown = begun.replace("<", "< ")
+    assert ids == before + tokenizer(shown)["input_ids"]
+    assert sample.is_continued and list(sample.continued_ids) == ids[-4:]
+
+
+def test_an_encoder_decoder_continues_nothing() -> None:
+    maker = preprocessor("task=vqa", "data.columns.image=null", "task.answer_prefix=A")
+    maker._limits = replace(maker._limits, is_encoder_decoder=True)
+    message = failure(maker, question="What?").message
+    assert "an encoder-decoder model cannot continue" in message
+
+
 def test_every_failure_has_its_type(vqa: Preprocessor) -> None:
     good = [picture()]
     assert failure(vqa, question=None, images=good).error_type is ErrorType.PROMPT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +19,7 @@ from batchvlm.config import (
 )
 from batchvlm.errors import ConfigError, ErrorType, InputError, RowError
 from batchvlm.prompts import PromptBuilder, Template
-from batchvlm.records import ImageRef, Prompt, Record
+from batchvlm.records import Completion, FinishReason, ImageRef, Prompt, Record
 
 
 def record(row_index: int = 0, **values: Any) -> Record:
@@ -40,8 +42,12 @@ def builder(
     )
 
 
+def texts(message: Mapping[str, Any]) -> list[str]:
+    return [part["text"] for part in message["content"] if part["type"] == "text"]
+
+
 def text_of(prompt: Prompt) -> list[str]:
-    return [p["text"] for m in prompt.messages for p in m["content"] if p["type"] == "text"]
+    return [text for message in prompt.messages for text in texts(message)]
 
 
 def test_a_template_over_columns() -> None:
@@ -231,6 +237,82 @@ def test_messages_that_end_with_an_answer_ask_nothing() -> None:
     with pytest.raises(RowError, match="nothing to answer") as caught:
         builder(messages="chat").build(record(chat=chat))
     assert caught.value.error_type is ErrorType.PROMPT
+
+
+def said(text: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+ASKED = {"role": "user", "content": "What?"}
+
+
+def continuing(columns: ColumnsConfig, **task: Any) -> PromptBuilder:
+    task = {"name": TaskName.vqa, "prompt": "What?", **task}
+    return PromptBuilder(task=TaskConfig(**task), columns=columns, generation=GenerationConfig())
+
+
+def test_an_answer_can_begin_with_given_text() -> None:
+    build = continuing(ColumnsConfig(), answer_prefix="{{ start or '' }}")
+    assert build.needed_columns() == {"start": "task.answer_prefix"}
+    prompt = build.build(record(start="I see"))
+    assert prompt.is_continued
+    assert [(m["role"], *texts(m)) for m in prompt.messages] == [
+        ("user", "What?"),
+        ("assistant", "I see"),
+    ]
+    assert not build.build(record(start=None)).is_continued
+    with pytest.raises(RowError, match=r"task\.answer_prefix: the message .* no text"):
+        build.build(record(start=" "))
+
+
+@pytest.mark.parametrize(
+    ("task", "last"),
+    [
+        ({"continue_final_message": True}, said("I see")),
+        ({}, said([{"type": "text", "text": "I see"}], prefix=True)),
+        ({"continue_final_message": True, "answer_prefix": "It"}, said("I see")),
+    ],
+)
+def test_a_last_message_of_the_assistant_is_continued(
+    task: dict[str, Any], last: dict[str, Any]
+) -> None:
+    prompt = continuing(ColumnsConfig(messages="chat"), **task).build(record(chat=[ASKED, last]))
+    assert prompt.is_continued
+    assert text_of(prompt) == ["What?", "I see"]
+    assert all(message.keys() == {"role", "content"} for message in prompt.messages)
+
+
+@pytest.mark.parametrize(
+    ("chat", "words"),
+    [
+        ([ASKED, said("")], "chat: the message to continue holds no text"),
+        ([ASKED, said([])], "chat: the message to continue holds no text"),
+        (
+            [ASKED, said([{"type": "image", "image": "a.png"}, "a"])],
+            "chat: the message to continue holds an image",
+        ),
+        ([said("a", prefix=True), ASKED], r"chat\[0\].prefix"),
+        ([{**ASKED, "prefix": True}], r"chat\[0\].prefix"),
+    ],
+)
+def test_what_no_answer_can_continue(chat: Any, words: str) -> None:
+    build = continuing(ColumnsConfig(messages="chat"), continue_final_message=True)
+    with pytest.raises(RowError, match=words) as caught:
+        build.build(record(chat=chat))
+    assert caught.value.error_type is ErrorType.PROMPT
+
+
+def test_each_turn_of_a_dialog_begins_with_the_prefix() -> None:
+    build = continuing(
+        ColumnsConfig(turns="turns"), name=TaskName.dialog, prompt="", answer_prefix="I see"
+    )
+    answered = Completion(
+        row_index=0, token_ids=(), text=" a star.", finish_reason=FinishReason.STOP, latency_s=0
+    )
+    first = build.build(record(turns=["One?", "Two?"]))
+    assert text_of(first) == ["One?", "I see"]
+    second = build.build(replace(record(turns=["One?", "Two?"]), said=(answered,)))
+    assert text_of(second) == ["One?", "I see a star.", "Two?", "I see"]
 
 
 def columns(**named: str) -> GenerationConfig:

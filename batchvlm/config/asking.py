@@ -112,6 +112,13 @@ class TaskConfig:
     null is a row error."""
     system: str | None = None
     """System prompt, a template like `task.prompt`."""
+    answer_prefix: str | None = None
+    """Text with which each answer begins, a template like `task.prompt`: the model continues it.
+    `generated_text`, `parsed` and grammars begin behind it. Without effect in a row where it is
+    empty, or whose messages end with an assistant's message to continue."""
+    continue_final_message: bool = False
+    """Continue the assistant's message with which chat messages of a column end, instead of
+    refusing the row. A message with `prefix: true` is always continued."""
     markdown_images: bool = False
     """Read `![](X)` in a prompt or a user's message as an image, as in TGI. X is a URL, a path or a
     `data:` URI; the same access rules apply as in image columns."""

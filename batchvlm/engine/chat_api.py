@@ -129,6 +129,9 @@ def request_body(sample: Sample, cfg: EndpointConfig, *, model: str, form: Form 
             body[name] = value
     if form is not None:
         body |= form_fields(form, cfg.response_format)
+    if sample.is_continued:
+        # Extensions of vLLM and SGLang.
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
     return json.dumps(body | cfg.extra_body).encode()
 
 

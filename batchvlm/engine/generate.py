@@ -237,7 +237,7 @@ class GenerateEngine:
             sampler.admit(i, settings, sample.features["input_ids"])
         chosen = ChosenToken(sampler, matchers, self._constraints)
         known = frozenset(self._eos_ids), self._tokenizer, self._special_ids
-        stops = [RowStop(sample.generation, *known) for sample in samples]
+        stops = [RowStop(row.generation, *known, row.continued_ids) for row in samples]
         rows = [sample.row_index if sample.answer == 0 else None for sample in samples]
         criterion = RowStops(stops, chosen, self._eos_ids, rows=rows, on_token=self.on_token)
         generate = self.generate if self._team is None else partial(self._team.run, self.generate)

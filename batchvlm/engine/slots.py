@@ -223,7 +223,13 @@ class SlotEngine:
             failure = Failure(error_type=error.error_type, message=error.message)
             self._ready.append((sample, failure))
             return
-        stop = RowStop(sample.generation, self._eos_ids, self._tokenizer, self._special_ids)
+        stop = RowStop(
+            sample.generation,
+            self._eos_ids,
+            self._tokenizer,
+            self._special_ids,
+            sample.continued_ids,
+        )
         length = sample.prompt_tokens + sample.generation.max_new_tokens
         self._parked.append(Row(prefilled, stop, length, sample.generation.max_new_tokens, matcher))
 

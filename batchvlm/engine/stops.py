@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from batchvlm.errors import ErrorType
@@ -27,6 +28,8 @@ class RowStop:
         eos_ids: ids that end a sequence.
         tokenizer: the tokenizer that decodes the answer.
         special_ids: ids that it omits from the text.
+        continued_ids: the last ids of the prompt, if the answer continues their text. Tokenizers
+            decode a token differently at the start of a text.
     """
 
     def __init__(
@@ -35,11 +38,13 @@ class RowStop:
         eos_ids: frozenset[int],
         tokenizer: Any,
         special_ids: frozenset[int] = frozenset(),
+        continued_ids: Sequence[int] = (),
     ) -> None:
         self._row = row
         self._special_ids = special_ids
         self._eos_ids = frozenset[int]() if row.ignore_eos else eos_ids
         self._tokenizer = tokenizer
+        self._before = self._whole_chars(continued_ids)
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._reason: FinishReason | None = None
@@ -89,7 +94,9 @@ class RowStop:
         """
         # An EOS id is not always a special token, so it is removed before decoding.
         ids = self._ids[:-1] if self._has_eos else self._ids
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        before = self._tokenizer.decode(self._before, skip_special_tokens=True)
+        text = self._tokenizer.decode([*self._before, *ids], skip_special_tokens=True)
+        text = text[len(before) :]
         return Completion(
             row_index=row_index,
             token_ids=self.token_ids,
@@ -98,6 +105,13 @@ class RowStop:
             finish_reason=self._reason or FinishReason.LENGTH,
             latency_s=latency_s,
         )
+
+    def _whole_chars(self, ids: Sequence[int]) -> list[int]:
+        """Return the last of these ids that start at a character's boundary."""
+        for start in reversed(range(len(ids))):
+            if not self._tokenizer.decode(list(ids[start:])).startswith(_REPLACEMENT):
+                return list(ids[start:])
+        return []
 
     def _find_reason(self, token: int) -> FinishReason | None:
         if token in self._eos_ids:

@@ -108,6 +108,7 @@ def report(
         prompt_label=prompt_label,
         prompt=prompt,
         system=cfg.task.system,
+        answer_prefix=cfg.task.answer_prefix,
         settings=flat_settings(output),
         curves=curves,
         work=work,

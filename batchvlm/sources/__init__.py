@@ -21,6 +21,7 @@ from batchvlm.records import InputFile, Record, Shard
 
 MAX_COLUMNS_NAMED = 30
 """Most column names in one error message."""
+_TEMPLATES = ("task.prompt", "task.system", "task.answer_prefix")
 
 
 class Source(Protocol):
@@ -121,7 +122,7 @@ def check_columns(schema: pa.Schema, needed: Mapping[str, str]) -> None:
             others = [name for name in schema.names if name not in needed]
             near = difflib.get_close_matches(column, others, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"set {setting} to one of them"
-            if setting in ("task.prompt", "task.system") and not near:
+            if setting in _TEMPLATES and not near:
                 hint = f"{setting} is a template: name one of them in it, or write plain text"
             if setting == "data.columns.image":
                 hint += " or" if near else ", or"

@@ -70,7 +70,6 @@ _UNSUPPORTED_FIELDS: Mapping[str, Sequence[Any]] = {
     "modalities": (["text"],),
     "echo": (False,),
     "best_of": (1,),
-    "add_generation_prompt": (True,),
     "skip_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
@@ -80,7 +79,7 @@ _UNSUPPORTED_FIELDS: Mapping[str, Sequence[Any]] = {
 
 _ENDPOINT = "/chat/completions"
 _LINE_FIELDS = {"custom_id", "method", "url", "body"}
-_MESSAGE_FIELDS = {"role", "content"}
+_MESSAGE_FIELDS = {"role", "content", "prefix"}
 _ANY_OBJECT = '{"type": "object"}'
 """The schema of `response_format={"type": "json_object"}`."""
 
@@ -176,6 +175,7 @@ def _read_request(request: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(read["model"], str | None):
         raise _RefusedError("body.model is no text")
     read["messages"] = _read_messages(body.pop("messages", None))
+    _mark_continued(body, read["messages"])
     read["json_schema"] = _schema_of(body)
     for key in _IGNORED_FIELDS:
         body.pop(key, None)
@@ -205,6 +205,27 @@ def _read_messages(value: Any) -> Any:
                 message = {**message, "role": "system"}
         messages.append(message)
     return messages
+
+
+def _mark_continued(body: dict[str, Any], messages: list[Any]) -> None:
+    """Replace vLLM's fields for the continuation of the last message by the message's `prefix`.
+
+    Raises:
+        _RefusedError: the fields contradict each other or the messages.
+    """
+    is_continued = body.pop("continue_final_message", False)
+    begins = body.pop("add_generation_prompt", not is_continued)
+    if not isinstance(is_continued, bool) or begins is not (not is_continued):
+        raise _RefusedError(
+            "body.continue_final_message and body.add_generation_prompt must be true and false, or "
+            "false and true"
+        )
+    if not is_continued:
+        return
+    last = messages[-1] if messages else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        raise _RefusedError("body.continue_final_message: the last message is not the assistant's")
+    messages[-1] = {**last, "prefix": True}
 
 
 def _schema_of(body: dict[str, Any]) -> str | None:

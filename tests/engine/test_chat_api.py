@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,12 @@ def test_settings_mean_what_they_mean_there() -> None:
     assert (body["top_k"], body["min_tokens"], body["ignore_eos"]) == (3, 2, True)
     assert body["frequency_penalty"] == -0.5 and "presence_penalty" not in body
     assert body_of(ask(), extra_body={"top_k": 5, "max_tokens": 9})["max_tokens"] == 9
+
+
+def test_a_server_is_told_to_continue_the_last_message() -> None:
+    body = body_of(replace(ask(), is_continued=True))
+    assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
+    assert not body_of(ask()).keys() & {"continue_final_message", "add_generation_prompt"}
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"const": None}}}

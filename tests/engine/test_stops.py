@@ -81,6 +81,28 @@ class TestLimit:
         assert stop.push(70)
 
 
+class TestContinued:
+    """The text of an answer that continues the prompt's is what follows it."""
+
+    @pytest.mark.parametrize("begun", ["a b", "a\u732b", "\u732b\u732b\u732b", "a "])
+    @pytest.mark.parametrize("more", [" c d", "e", "\u732bc", " \u732b"])
+    def test_text_follows_what_was_begun(
+        self, tokenizer_of_bytes: Any, begun: str, more: str
+    ) -> None:
+        ids = spelled(tokenizer_of_bytes, begun + more)
+        num_begun = len(spelled(tokenizer_of_bytes, begun))
+        stop = RowStop(row(), frozenset(), tokenizer_of_bytes, continued_ids=ids[:num_begun][-4:])
+        push_all(stop, ids[num_begun:])
+        assert answer(stop).text == more
+        assert answer(stop).token_ids == tuple(ids[num_begun:])
+
+    def test_a_stop_string_ends_it_too(self, tokenizer_of_bytes: Any) -> None:
+        ids = spelled(tokenizer_of_bytes, "ab c d e")
+        stop = RowStop(row(stop=("d",)), frozenset(), tokenizer_of_bytes, continued_ids=ids[:3])
+        assert push_all(stop, ids[3:]) == 4
+        assert answer(stop).text == " c "
+
+
 class TestEndOfSequence:
     @pytest.mark.parametrize("limit", [3, 9])
     def test_it_is_an_id_of_the_answer_but_no_text(self, tokenizer: Any, limit: int) -> None:

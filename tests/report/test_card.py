@@ -23,6 +23,7 @@ from batchvlm.report.card import (
 from batchvlm.report.outputs import Output
 from tests.report.conftest import answer
 from tests.report.make import make_output
+from tests.report.test_report import make, visible
 
 NEEDED = {
     TaskName.caption: [],
@@ -94,6 +95,13 @@ def test_hostile_words_stay_words(tmp_path: Path, source: Path) -> None:
 def test_a_fence_in_the_prompt_does_not_end_the_block(tmp_path: Path, source: Path) -> None:
     output = make_output(tmp_path / "out", source, answer, "task.prompt='say ```` and <b>'")
     assert "`````text\nsay ```` and <b>\n`````" in card(output)
+
+
+def test_the_text_that_answers_continue(tmp_path: Path, source: Path) -> None:
+    output = make_output(tmp_path / "out", source, answer, "task.answer_prefix='I see'")
+    assert "Each answer continues this text" in card(output)
+    assert "```text\nI see\n```" in card(output)
+    assert "Answers continue I see" in visible(make(output))
 
 
 def test_neither_passwords_nor_paths_of_this_machine(tmp_path: Path, source: Path) -> None:

@@ -123,7 +123,31 @@ def test_what_changes_no_answer_is_taken(tmp_path: Path) -> None:
     assert read_one(tmp_path, request(**harmless)).failure is None
 
 
+BEGUN = [*MESSAGES, {"role": "assistant", "content": "I see"}]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"continue_final_message": True, "add_generation_prompt": False},
+        {"continue_final_message": True},
+        {"messages": [*MESSAGES, {**BEGUN[-1], "prefix": True}]},
+    ],
+)
+def test_a_request_may_ask_to_continue_its_last_message(
+    tmp_path: Path, body: dict[str, Any]
+) -> None:
+    record = read_one(tmp_path, request(**{"messages": BEGUN, **body}))
+    assert record.failure is None
+    assert record.values["messages"][-1] == {**BEGUN[-1], "prefix": True}
+
+
 REFUSED = {
+    "must be true and false": request(messages=BEGUN, add_generation_prompt=False),
+    "body.continue_final_message and body.add_generation_prompt": request(
+        messages=BEGUN, continue_final_message=True, add_generation_prompt=True
+    ),
+    "the last message is not the assistant's": request(continue_final_message=True),
     "tools": request(tools=[{"type": "function"}]),
     "stream": request(stream=True),
     "'logit_bias'": request(logit_bias={"50256": -100}),
