@@ -23,7 +23,7 @@ from batchvlm.errors import UnfinishedError
 from batchvlm.identity import model_name
 from batchvlm.job import Job, announce_overwriting, open_job
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.parts import count_failed, look_into_parts
+from batchvlm.output.parts import check_parsed_type, count_failed, look_into_parts
 from batchvlm.output.run_file import save_run
 from batchvlm.records import Completion, Failure, Record, Sample, Shard
 from batchvlm.report.card import complete_card, write_finished_card, write_first_card
@@ -99,6 +99,8 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
     num_mine = sum(shard.num_rows for shard in mine)
     todo = [shard for shard in mine if shard.index not in finished]
     if todo:
+        if not job.is_overwriting:
+            check_parsed_type(job.folder, job.run, job.schema)
         if _compute_shards(job, mine, todo, metrics, engine, followers):
             num_mine = metrics.num_found + metrics.num_rows
     else:

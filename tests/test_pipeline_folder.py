@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from batchvlm.errors import FingerprintError, OutputError
@@ -151,3 +153,20 @@ def test_each_layout_gets_a_new_folder_of_its_own(tmp_path: Path, write_parquet:
     ]
     assert len({out, *roots}) == 3 and roots[0] == roots[2]
     assert [len(rows_of(root)) for root in (out, *roots[:2])] == [12, 12, 7]
+
+
+def test_no_part_is_added_to_parts_of_another_type(tmp_path: Path, write_parquet: Writer) -> None:
+    """As when another release derived another type from the same schema."""
+    source, out = write_parquet([picture()] * 20, row_group_size=10), tmp_path / "out"
+    asked = ("task=extract", "task.output.json_schema={properties: {a: {type: integer}}}")
+    run(out, source, *asked, "output.rows_per_shard=10")
+    first, second = sorted((out / "data").glob("*.parquet"))
+    table = pq.read_table(first)
+    place = table.schema.get_field_index("parsed")
+    texts = pa.nulls(table.num_rows, pa.string())
+    pq.write_table(table.set_column(place, "parsed", texts), first)
+    run(out, source, *asked, "output.rows_per_shard=10")  # nothing is left to do
+    second.unlink()
+    with pytest.raises(FingerprintError, match=r"parsed is string in its parts, and struct<a"):
+        run(out, source, *asked, "output.rows_per_shard=10")
+    assert not second.exists()

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchvlm.config import RetryConfig
-from batchvlm.errors import OutputError
+from batchvlm.errors import FingerprintError, OutputError
 from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.run_file import RunFile
 from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY
@@ -46,6 +46,29 @@ def look_into_parts(folder: OutputFolder, run: RunFile, wanted: Collection[int])
         ):
             errors.update(found)
     return errors
+
+
+def check_parsed_type(folder: OutputFolder, run: RunFile, schema: pa.Schema) -> None:
+    """Refuse to add parts whose column `parsed` has another type than in the parts that are there.
+
+    Another release may have derived another type from the same form. All parts have one type, so
+    the footer of one is enough.
+
+    Raises:
+        FingerprintError: the types differ.
+    """
+    wanted = schema.field("parsed").type
+    for part in folder.parts(len(run.plan)):
+        # Other checks report damaged files.
+        with suppress(OSError, pa.ArrowException), folder.open(part.path) as file:
+            found = pq.ParquetFile(file).schema_arrow.field("parsed").type
+            if found != wanted:
+                raise FingerprintError(
+                    f"{folder}: the column parsed is {one_line(found)} in its parts, and "
+                    f"{one_line(wanted)} by this release",
+                    hint="name another output.dir, or go on with the release that began it",
+                )
+            return
 
 
 def _check_part(
