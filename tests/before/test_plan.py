@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,27 @@ def test_a_quantized_model_takes_what_it_takes_once_it_is_loaded(
     # The bytes are those of the weights and their scales in a loaded model.
     assert found.weight_bytes == pytest.approx(size_bytes, rel=0.01)
     assert (found.dtype, found.engine) == (f"float32 and {kind}", engine)
+
+
+@pytest.mark.parametrize("has_index", [False, True])
+def test_a_checkpoint_that_is_quantized_has_the_size_of_its_files(
+    tmp_path: Path, has_index: bool
+) -> None:
+    path = shutil.copytree(compose("run").model.path, tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "model.safetensors").write_bytes(bytes(1000))
+    if has_index:
+        index = {"metadata": {"total_size": 990}, "weight_map": {}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    cfg = compose("run", ["model=hub", f"model.path={path}", "model.dtype=float32"])
+    found = estimate_footprint(cfg, row_tokens=100)
+    assert found.weight_bytes == (990 if has_index else 1000)
+    assert found.dtype == "float32 and awq"
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    if not has_index:  # counted as if it were not quantized
+        assert estimate_footprint(cfg, row_tokens=100).weight_bytes > 6_000_000
 
 
 def test_on_a_gpu_a_quantized_model_is_foreseen_to_generate() -> None:
