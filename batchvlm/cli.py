@@ -205,13 +205,9 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
     def task(node: DictConfig) -> None:
         try:
             register_schema()  # a launcher may run this job in a new process
-            if names_the_time(node) and (size := find_launch().world_size) > 1:
-                raise ConfigError(
-                    f"output.dir names the time: each of the {size} processes of this launch would "
-                    "answer every row into a folder of its own",
-                    hint="name one folder, with which a rerun goes on, too",
-                )
             cfg = read_config(node)
+            if names_the_time(node):
+                _check_is_alone(cfg)
             _set_up_process(cfg)
             job(cfg)
         except BrokenPipeError as error:
@@ -330,6 +326,22 @@ def _print_error(text: str) -> None:
     """Print to stderr; nowhere if that is a closed terminal."""
     with suppress(OSError):
         print(text, file=sys.stderr)
+
+
+def _check_is_alone(cfg: JobConfig) -> None:
+    """Refuse an output folder named by the time if several processes are to share it."""
+    if (size := find_launch().world_size) > 1:
+        raise ConfigError(
+            f"output.dir names the time: each of the {size} processes of this launch would "
+            "answer every row into a folder of its own",
+            hint="name one folder, with which a rerun goes on, too",
+        )
+    if (size := cfg.runtime.num_tasks) > 1:
+        raise ConfigError(
+            f"output.dir names the time: each of the {size} tasks of this array would write its "
+            "rows into a folder of its own",
+            hint="name one folder, with which a requeued task goes on, too",
+        )
 
 
 def _set_up_process(cfg: JobConfig) -> None:

@@ -501,11 +501,13 @@ def test_ranks_of_a_launch_have_one_folder(
     """Each reads the clock for itself; one process alone may have a folder a run."""
     folders: list[str] = []
 
-    def run_once() -> int:
-        overrides = ["output.dir=out/${now:%H-%M-%S}"]
+    def run_once(*more: str) -> int:
+        overrides = ["output.dir=out/${now:%H-%M-%S}", *more]
         return run_app("run", overrides, job=lambda cfg: folders.append(cfg.output.dir))
 
     assert run_once() == 0 and len(folders) == 1
+    assert run_once("runtime.num_tasks=3") == 2 and len(folders) == 1
+    assert "output.dir names the time: each of the 3 tasks" in capsys.readouterr().err
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     assert run_once() == 2 and len(folders) == 1
