@@ -96,6 +96,8 @@ class Decoder:
         shown = inspect.signature(model.forward).parameters
         inner = inspect.signature(model.base_model.forward).parameters
         self._types = [name for name in _TOKEN_TYPES if name in shown or name in inner]
+        # Renamed in transformers 5.24.
+        self._cache_name = "cache" if "cache" in shown else "past_key_values"
         self.device: torch.device = model.device
         self._fusing: Fusing | None = None
         self._rotations = Rotations(model)
@@ -183,8 +185,7 @@ class Decoder:
             out = self._model(
                 input_ids=ids_T[None],
                 position_ids=self._axes(positions_RT[:, None]),
-                past_key_values=cache,
-                use_cache=True,
+                **self._cached(cache),
                 logits_to_keep=last_E,
                 **inputs,
             )
@@ -217,8 +218,7 @@ class Decoder:
             out = self._model(
                 input_ids=self.to_device(torch.from_numpy(ids))[None],
                 position_ids=self._axes(self.to_device(torch.from_numpy(rope))[None, None]),
-                past_key_values=PackedCache(self._num_layers, is_prompt=False),
-                use_cache=True,
+                **self._cached(PackedCache(self._num_layers, is_prompt=False)),
                 logits_to_keep=0,
             )
         logits_TV: Tensor = out.logits[0]
@@ -308,8 +308,7 @@ class Decoder:
             out = self._model(
                 input_ids=ids_B[:, None],
                 position_ids=self._axes(rope_1B1),
-                past_key_values=cache,
-                use_cache=True,
+                **self._cached(cache),
                 logits_to_keep=1,
             )
         logits_BV: Tensor = out.logits[:, -1]
@@ -343,8 +342,7 @@ class Decoder:
             out = self._model(
                 input_ids=torch.cat([newest.ids_N[first:stop], ids_M])[None],
                 position_ids=self._axes((positions_T + newest.deltas_N[slots_T])[None, None]),
-                past_key_values=cache,
-                use_cache=True,
+                **self._cached(cache),
                 logits_to_keep=last_E,
             )
         logits_BV: Tensor = out.logits[0]
@@ -371,6 +369,10 @@ class Decoder:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
+
+    def _cached(self, cache: PackedCache | SlotCache) -> dict[str, Any]:
+        """Return the arguments by which a forward pass uses this KV cache."""
+        return {self._cache_name: cache, "use_cache": True}
 
     def _axes(self, positions: Tensor) -> Tensor:
         """Reshape positions [R, B, T] to the model's form: [B, T], or [3, B, T] with rope axes."""

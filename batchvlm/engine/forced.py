@@ -19,7 +19,8 @@ from batchvlm.engine.choices import RowChoices
 # Shape legend: B rows of the batch, E = B k choices in flight, k per row, T padded prompt length
 # plus tokens forced so far, L tokens of the longest choice, V vocabulary.
 
-_CACHES = ("past_key_values", "cache_params")
+_CACHES = ("cache", "past_key_values", "cache_params")
+"""Names of the KV cache; from transformers 5.24 on, the first."""
 
 
 class ForcedChoices:

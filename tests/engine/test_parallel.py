@@ -34,7 +34,8 @@ from .loaded import Loaded
 DIVIDED = tuple(
     family
     for family in FAMILIES
-    if family.name not in {"blip_2", "florence2", "mllama", "paligemma", "phi4_multimodal"}
+    if family.name
+    not in {"blip_2", "florence2", "mllama", "molmo2", "paligemma", "phi4_multimodal"}
 )
 """Families for which transformers has a plan, and which two processes can divide."""
 
