@@ -7,11 +7,12 @@ loading, and a forward pre-hook casts its inputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import reduce
+from functools import reduce, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from batchvlm.errors import ModelError
 
@@ -81,9 +82,38 @@ def cast_parts(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
         for weight in (*module.parameters(), *module.buffers()):
             _cast(uncast.pop(id(weight), None), dtype)
         module.register_forward_pre_hook(_CastInputs(dtype), with_kwargs=True)
+    _merge_in_any_dtype(model.base_model)
     # Weights of the model itself or of a parent module, such as LLaVA-NeXT's `image_newline`.
     for weight in uncast.values():
         _cast(weight, dtypes[REST])
+
+
+def _merge_in_any_dtype(model: nn.Module) -> None:
+    """Let image features take the places of embeddings of another dtype.
+
+    SmolVLM and Molmo 2 cast them to the dtype of the model's first weight, or not at all.
+    """
+    forward = model.forward
+
+    @wraps(forward)
+    def merging(*args: Any, **kwargs: Any) -> Any:
+        with _Merging():
+            return forward(*args, **kwargs)
+
+    model.forward = merging
+
+
+class _Merging(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.masked_scatter and len(args) == 3:
+            args = (*args[:2], args[2].to(args[0].dtype))
+        return func(*args, **(kwargs or {}))
 
 
 def _cast(weight: Tensor | None, dtype: torch.dtype) -> None:
