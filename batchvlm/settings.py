@@ -281,6 +281,9 @@ def _ambiguous(override: str) -> ConfigError:
     if key == "data.columns.image" or key in _lists(JobConfig):
         meant = f"a list: '{key}=[{value}]'"
     else:
+        # The quotes around a text that has more of them, as in "{{ names | join(", ") }}".
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
         meant = f"a text: {setting(key, value)}"
     return ConfigError(f"{key} has a comma outside quotes", hint=f"{meant}; {sweep}")
 
