@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,7 @@ def open_job(cfg: JobConfig) -> Job:
         ModelError: there is no such model.
         OutputError: the output folder cannot be written.
     """
+    _warn_of_backslashes(cfg)
     source = open_source(cfg.data)
     prompts = PromptBuilder(task=cfg.task, columns=cfg.data.columns, generation=cfg.generation)
     needed = prompts.needed_columns()
@@ -174,6 +176,20 @@ def open_job(cfg: JobConfig) -> Job:
         schema=schema,
         parsed=parsed,
     )
+
+
+def _warn_of_backslashes(cfg: JobConfig) -> None:
+    """Warn of a `\\n` that stays two characters: neither shell nor Hydra makes it a line break."""
+    stop = " ".join(cfg.generation.stop)
+    texts = {"task.prompt": cfg.task.prompt, "task.system": cfg.task.system or ""}
+    for key, text in {**texts, "generation.stop": stop}.items():
+        # In an expression, as {{ "\n" }}, it is a line break.
+        if r"\n" in re.sub(r"\{[{%].*?[%}]\}", "", text, flags=re.DOTALL):
+            log.warning(
+                r"%s has \n as two characters, a backslash and an n; for a line break, type one "
+                "inside the quotes",
+                key,
+            )
 
 
 def _parsed_column(cfg: TaskConfig) -> Parsed:

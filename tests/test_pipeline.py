@@ -486,6 +486,30 @@ def test_a_missing_column_is_named_with_those_there_are(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        (r'task.prompt="What?\nIn a word."', ["task.prompt"]),
+        (r'task.system="a\n{{ question }}"', ["task.system"]),
+        (r'generation.stop=["\n"]', ["generation.stop"]),
+        (r'''task.prompt="{{ question }}{{ '\n' }}{% set a = '\n' %}Say: {{ a }}?"''', []),
+        ('task.prompt="What?\nIn a word."', []),
+        ('generation.stop=["\n"]', []),
+    ],
+)
+def test_a_line_break_that_is_none_is_named(
+    tmp_path: Path,
+    write_parquet: Writer,
+    caplog: pytest.LogCaptureFixture,
+    override: str,
+    names: list[str],
+) -> None:
+    source = write_parquet([picture()], question=["?"])
+    run(tmp_path / "out", source, override)
+    said = [r.getMessage() for r in caplog.records if "two characters" in r.getMessage()]
+    assert [message.partition(" ")[0] for message in said] == names
+
+
 def test_an_input_without_rows(tmp_path: Path, write_parquet: Writer) -> None:
     with pytest.raises(InputError, match="holds no rows"):
         run(tmp_path / "out", write_parquet([]))
