@@ -304,6 +304,11 @@ def _check_combinations(cfg: JobConfig) -> None:
         )
     _check_dialog(cfg)
     brings_text = cfg.data.columns.messages or cfg.data.columns.turns
+    if cfg.data.columns.image_optional and (brings_text or not image_columns(cfg)):
+        raise ConfigError(
+            "data.columns.image_optional has no effect without image columns and task.prompt",
+            hint="leave it out: messages may have no image",
+        )
     if not image_columns(cfg) and not brings_text and not cfg.task.prompt.strip():
         raise ConfigError(
             "the rows bring neither images nor messages, and task.prompt is empty",

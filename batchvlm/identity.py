@@ -43,10 +43,13 @@ def answer_identity(cfg: JobConfig, files: Sequence[InputFile]) -> dict[str, Any
         ModelError: the requested image backend does not work here, or the model's files cannot be
             read.
     """
+    columns = to_plain(cfg.data.columns)
+    if not cfg.data.columns.image_optional:
+        del columns["image_optional"]  # outputs from before this setting existed stay valid
     return {
         "input": input_identity(files),
         "data": {
-            "columns": to_plain(cfg.data.columns),
+            "columns": columns,
             # Below another root the paths in rows are other files.
             "image_root": cfg.data.image_root,
             "allow_remote": cfg.data.allow_remote,

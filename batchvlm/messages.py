@@ -70,6 +70,13 @@ def image_refs(value: Any, where: str) -> list[ImageRef]:
     return [_image_ref(value, where)]
 
 
+def has_no_image(value: Any) -> bool:
+    """Whether a cell is null, an empty text or list, or a struct without bytes, path and URL."""
+    if isinstance(value, Mapping):
+        return all(value.get(key) is None for key in ("bytes", "path", "url"))
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
 def _image_ref(value: Any, where: str) -> ImageRef:
     if isinstance(value, bytes | bytearray | memoryview):
         if not len(value):

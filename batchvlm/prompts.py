@@ -24,6 +24,7 @@ from batchvlm.messages import (
     Message,
     check_continued,
     fill_slots,
+    has_no_image,
     image_refs,
     read_messages,
     read_turns,
@@ -53,6 +54,7 @@ class PromptBuilder:
         self._image_columns = (
             () if image is None else (image,) if isinstance(image, str) else tuple(image)
         )
+        self._is_image_optional = columns.image_optional
         self._messages_column = columns.messages
         self._turns_column = columns.turns
         self._schema_column = task.output.json_schema_column
@@ -152,6 +154,8 @@ class PromptBuilder:
         for column in self._image_columns:
             # Messages and turns may have no image; a templated prompt needs one.
             if values[column] is None and self._prompt is None:
+                continue
+            if self._is_image_optional and has_no_image(values[column]):
                 continue
             refs = image_refs(values[column], column)
             if not refs and self._prompt is not None:

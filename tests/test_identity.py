@@ -58,6 +58,8 @@ def test_other_weights_in_the_same_folder(
         ("generation.stop_on_repetition=false", True),
         ("generation.logprobs=true", True),
         ("data.columns.image=[image]", True),
+        ("data.columns.image_optional=true", True),
+        ("data.columns.image_optional=false", False),
         ("model.quantization=torchao_int8", True),
         ("model.attn_implementation=eager", False),
         ("model.device_map=auto", False),
@@ -72,6 +74,11 @@ def test_other_weights_in_the_same_folder(
 def test_which_settings_an_answer_depends_on(override: str, is_other: bool) -> None:
     plain, changed = (answer_identity(compose("run", o), FILES) for o in ([], [override]))
     assert (plain != changed) is is_other
+
+
+def test_settings_that_came_later_leave_old_outputs_valid() -> None:
+    data = answer_identity(compose("run", []), FILES)["data"]
+    assert data["columns"].keys() == {"id", "image", "messages", "turns"}
 
 
 @pytest.mark.parametrize(

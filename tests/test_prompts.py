@@ -207,6 +207,23 @@ def test_a_column_without_an_image_is_a_missing_image(empty: Any) -> None:
         assert caught.value.error_type is ErrorType.MISSING_IMAGE
 
 
+NO_IMAGE = [None, "", " ", [], {"bytes": None, "path": None}]
+
+
+@pytest.mark.parametrize("empty", NO_IMAGE)
+def test_an_image_may_be_optional(empty: Any) -> None:
+    build = builder(image=["a", "b"], image_optional=True)
+    assert build.build(record(a=empty, b="b.png")).images == (ImageRef(path="b.png"),)
+    alone = build.build(record(a=empty, b=empty))
+    assert (alone.images, text_of(alone)) == ((), ["Describe."])
+
+
+@pytest.mark.parametrize("broken", [b"", ["a.png", None], {"bytes": b"", "path": None}, 7])
+def test_an_optional_image_that_is_broken_is_an_error(broken: Any) -> None:
+    with pytest.raises(RowError):
+        builder(image="a", image_optional=True).build(record(a=broken))
+
+
 def test_messages_say_themselves_how_many_images_they_show() -> None:
     build = builder(image="images", messages="chat")
     text = [{"role": "user", "content": "Hello."}]

@@ -326,6 +326,9 @@ def test_impossible_combinations() -> None:
         compose("run", ["generation=null"])
     with pytest.raises(ConfigError, match=r"task.prompt is empty"):
         compose("run", ["data.columns.image=null", "task.prompt=''"])
+    for other in ("image=null", "messages=chat"):
+        with pytest.raises(ConfigError, match=r"image_optional has no effect without image col"):
+            compose("run", [f"data.columns.{other}", "data.columns.image_optional=true"])
 
 
 def test_to_plain_is_json_ready() -> None:

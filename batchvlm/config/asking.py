@@ -21,6 +21,9 @@ class ColumnsConfig:
     """Column with an image or a list of images, or a list of such columns; null: no column has
     images. With `task.prompt`, every row needs at least one image in each column; with messages, as
     many as they show."""
+    image_optional: bool = False
+    """With `task.prompt`: a null, empty text or empty list in an image column is no image, and not
+    an error. The row is answered from its other images, or from its text alone."""
     messages: str | None = None
     """Column with chat messages, used instead of `task.prompt`."""
     turns: str | None = None
