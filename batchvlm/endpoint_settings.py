@@ -63,6 +63,12 @@ def check_endpoint(cfg: JobConfig) -> None:
     ):
         if is_set:
             raise ConfigError(f"engine=endpoint does not support {setting}: it does not tokenize")
+    if cfg.model.chat_template_kwargs:
+        raise ConfigError(
+            "engine=endpoint cannot apply model.chat_template_kwargs: the server has the template",
+            hint="if it takes them by request, as vLLM does, add them to "
+            "engine.endpoint.extra_body.chat_template_kwargs",
+        )
     if cfg.task.output.guided is Guided.strict:
         raise ConfigError(
             "engine=endpoint cannot guarantee task.output.guided=strict: no server reports whether "

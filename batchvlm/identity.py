@@ -166,6 +166,8 @@ def _model_identity(cfg: ModelConfig) -> dict[str, Any]:
         "processor_kwargs": to_plain(cfg.processor_kwargs),
     }
     # Included only if set, so that outputs from before these settings existed stay valid.
+    if cfg.chat_template_kwargs:
+        identity["chat_template_kwargs"] = to_plain(cfg.chat_template_kwargs)
     if cfg.quantization is not None:
         skip = cfg.quantization_skip
         identity["quantization"] = cfg.quantization.value

@@ -25,6 +25,7 @@ from batchvlm.quantization import (
     modules_to_skip,
     quantization_config,
 )
+from batchvlm.templates import with_variables
 from batchvlm.words import num_bytes
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ def load_processor(cfg: ModelConfig) -> Any:
 
     Raises:
         ModelError: the model does not exist, or its processor cannot be loaded here.
+        ConfigError: the template does not have a variable of `chat_template_kwargs`.
     """
     backend = resolve_backend(cfg.image_backend)
     from transformers import AutoProcessor
@@ -128,7 +130,7 @@ def load_processor(cfg: ModelConfig) -> Any:
         raise ModelError(f"model.path={cfg.path} has only a tokenizer, no image processor")
     # A decoder-only model continues from the last column, so padding must not be there.
     tokenizer.padding_side = "left"
-    processor.chat_template = _default_template(processor)
+    processor.chat_template = with_variables(_default_template(processor), cfg.chat_template_kwargs)
     return processor
 
 

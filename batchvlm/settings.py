@@ -51,8 +51,9 @@ def register_schema() -> None:
     """Register `JobConfig` with Hydra as `job_schema`, and resolvers for the demo's files."""
     schema = OmegaConf.structured(JobConfig)
     _unlock(schema)
-    # The two settings with arbitrary keys, which are the processor's or the server's.
+    # The settings with arbitrary keys, which are the processor's, the template's or the server's.
     OmegaConf.set_struct(schema.model._get_node("processor_kwargs"), False)
+    OmegaConf.set_struct(schema.model._get_node("chat_template_kwargs"), False)
     OmegaConf.set_struct(schema.engine.endpoint._get_node("extra_body"), False)
     ConfigStore.instance().store(name="job_schema", node=schema)
     paths = {"model": demo.MODEL_DIR, "samples": demo.SAMPLES_PATH}

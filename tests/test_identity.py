@@ -61,6 +61,8 @@ def test_other_weights_in_the_same_folder(
         ("data.columns.image_optional=true", True),
         ("data.columns.image_optional=false", False),
         ("model.quantization=torchao_int8", True),
+        ("model.chat_template_kwargs.thinks=false", True),
+        ("model.chat_template_kwargs={}", False),
         ("model.attn_implementation=eager", False),
         ("model.device_map=auto", False),
         ("model.name=other", False),
@@ -77,8 +79,9 @@ def test_which_settings_an_answer_depends_on(override: str, is_other: bool) -> N
 
 
 def test_settings_that_came_later_leave_old_outputs_valid() -> None:
-    data = answer_identity(compose("run", []), FILES)["data"]
-    assert data["columns"].keys() == {"id", "image", "messages", "turns"}
+    identity = answer_identity(compose("run", []), FILES)
+    assert identity["data"]["columns"].keys() == {"id", "image", "messages", "turns"}
+    assert "chat_template_kwargs" not in identity["model"]
 
 
 @pytest.mark.parametrize(

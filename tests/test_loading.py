@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from batchvlm import demo, identity
 from batchvlm.config import ModelConfig
 from batchvlm.engine.select import select_engine, why_not_slots
-from batchvlm.errors import ModelError
+from batchvlm.errors import ConfigError, ModelError
 from batchvlm.identity import answer_identity, pin_model
 from batchvlm.loading import load_limits, load_model, load_processor, load_skeleton, spread
+from batchvlm.preprocess import ChatTemplate
 from batchvlm.settings import compose
 
 
@@ -68,6 +70,32 @@ def test_of_several_chat_templates_the_default_is_taken(model: Path) -> None:
     assert "chat templates named rag, tool_use and none as default" in message
     own = ModelConfig(path=str(model), processor_kwargs={"chat_template": "{{ messages }}"})
     assert load_processor(own).chat_template == "{{ messages }}"
+
+
+THINKING = """
+  {% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}
+{% if thinks is defined and not thinks %}no{% else %}yes{% endif %}{{ words | join("-") }}"""
+
+
+def test_variables_of_the_chat_template(model: Path) -> None:
+    (model / "chat_template.jinja").write_text(THINKING)
+
+    def prompt_of(**variables: Any) -> str:
+        cfg = ModelConfig(path=str(model), chat_template_kwargs=variables)
+        said = [{"role": "user", "content": [{"type": "text", "text": "Hi."}]}]
+        return ChatTemplate(load_processor(cfg)).text(said, [])
+
+    plain = prompt_of()
+    assert plain == "\nHi.yes"
+    assert prompt_of(thinks=True) == plain
+    assert prompt_of(thinks=False) == "\nHi.no"
+    assert prompt_of(thinks=None, words=["a", "it's %} {{ x }}"]) == "\nHi.noa-it's %} {{ x }}"
+    for name in ("think", "messages", "m['content'"):
+        with pytest.raises(ConfigError, match=r"^model\.chat_template_kwargs: .*variable"):
+            prompt_of(**{name: True})
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="has no variable 'thinks'"):
+        prompt_of(thinks=False)
 
 
 def test_a_chat_template_that_is_missing_is_said(

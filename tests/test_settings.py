@@ -166,6 +166,7 @@ REFUSED_OF_A_SERVER = {
     "generation.top_k=3": "add it to engine.endpoint.extra_body",
     "generation.min_p=0.1": "engine=endpoint cannot send generation.min_p",
     "generation.ignore_eos=true": "engine=endpoint cannot send generation.ignore_eos",
+    "model.chat_template_kwargs.a=1": "add them to engine.endpoint.extra_body.chat_template_kwargs",
     "output.token_ids=true": "engine=endpoint does not support output.token_ids",
     "model.max_prompt_tokens=9": "does not support model.max_prompt_tokens",
     "engine=auto": "engine.endpoint.url has no effect with engine=auto",

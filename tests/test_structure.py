@@ -41,7 +41,9 @@ ALLOWED = {
     "batchvlm.quantization": set(),
     "batchvlm.adapters": {"batchvlm.quantization"},
     "batchvlm.dtypes": set(),
-    "batchvlm.loading": {"batchvlm.adapters", "batchvlm.dtypes", "batchvlm.quantization"},
+    "batchvlm.loading": {
+        *("batchvlm.adapters", "batchvlm.dtypes", "batchvlm.quantization", "batchvlm.templates"),
+    },
     "batchvlm.preprocess": {
         "batchvlm.images",
         "batchvlm.loading",

@@ -68,6 +68,9 @@ class ModelConfig:
     processor_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for loading the processor, such as `min_pixels`, or `chat_template`: its text. If a
     repository has no template, a prompt is its text and image tokens."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the model's chat template, such as `enable_thinking: false` for a model that
+    otherwise reasons before it answers. One that the template does not name is rejected."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository, with all permissions of your user."""
 
