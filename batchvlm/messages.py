@@ -169,6 +169,12 @@ def read_messages(value: Any, where: str) -> list[Message]:
     for i, message in enumerate(value):
         role = message.get("role") if isinstance(message, Mapping) else None
         # A role is inserted into the prompt unescaped, so it must not hold control tokens.
+        if isinstance(message, Mapping) and "role" not in message:
+            keys = ", ".join(map(str, message))[:80]
+            raise RowError(
+                ErrorType.PROMPT,
+                f"{where}[{i}] has no key 'role' (its keys: {keys}); it needs role and content",
+            )
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
             raise RowError(ErrorType.PROMPT, f"{where}[{i}] has no role that is a plain word")
         if found := [key for key in _UNSUPPORTED_MESSAGE_KEYS if message.get(key)]:

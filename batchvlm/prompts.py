@@ -216,7 +216,9 @@ class PromptBuilder:
         is_list = isinstance(listed, list) and all(isinstance(c, str) and c for c in listed)
         if not is_list or not listed:
             raise RowError(
-                ErrorType.PROMPT, f"{self._choice_column} is no list of strings, none of them empty"
+                ErrorType.PROMPT,
+                f"{self._choice_column} is {type(listed).__name__}; choices are a list of strings, "
+                "none of them empty",
             )
         return tuple(dict.fromkeys(listed))
 

@@ -181,6 +181,11 @@ def test_what_is_no_chat_is_refused(value: Any) -> None:
     assert error_type(read_messages, value, "messages") is ErrorType.PROMPT
 
 
+def test_messages_under_other_keys_are_named() -> None:
+    with pytest.raises(RowError, match=r"chat\[0\] has no key 'role' \(its keys: from, value\)"):
+        read_messages([{"from": "human", "value": "What?"}], "chat")
+
+
 def user(*parts: Any) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
 

@@ -433,3 +433,13 @@ def test_a_rows_own_schema() -> None:
         with pytest.raises(RowError) as caught:
             build.build(record(schema=broken))
         assert caught.value.error_type is ErrorType.PROMPT
+
+
+@pytest.mark.parametrize("choices", ["['a', 'b']", [], ["a", ""], ["a", 1]])
+def test_choices_that_are_no_list_of_strings(choices: Any) -> None:
+    task = TaskConfig(
+        name=TaskName.extract, prompt="Which?", output=TaskOutputConfig(choice_column="options")
+    )
+    build = PromptBuilder(task=task, columns=ColumnsConfig(), generation=GenerationConfig())
+    with pytest.raises(RowError, match=f"options is {type(choices).__name__}; choices are a list"):
+        build.build(record(options=choices))

@@ -81,10 +81,10 @@ def list_files(path: str, *, suffixes: tuple[str, ...]) -> Listing:
                 p for p, i in fs.glob(fs_path, detail=True).items() if i["type"] != "directory"
             ]
         else:
-            raise InputError(
-                f"data.path: no such file or folder: {path}",
-                hint="check the spelling; relative paths start at the folder you run from",
-            )
+            hint = "check the spelling; relative paths start at the folder you run from"
+            if re.search(r"\{[^{}]*(\.\.|,)[^{}]*\}", path):
+                hint = "braces are not expanded: name the folder, or a glob such as *.tar"
+            raise InputError(f"data.path: no such file or folder: {path}", hint=hint)
     except InputError:
         raise
     except ImportError as error:

@@ -84,10 +84,10 @@ def find_metadata(cfg: DataConfig, root: str) -> MetadataSource | None:
         case _:
             rows = ParquetSource(listing, id_column=cfg.columns.id)
     if _FILE_NAME not in rows.schema.names:
-        raise InputError(
-            f"data.path: {next(iter(found))} has no column {_FILE_NAME!r}",
-            hint=f"name each row's image in {_FILE_NAME}, or move that file out of the folder",
-        )
+        hint = f"name each row's image in {_FILE_NAME}, or move that file out of the folder"
+        if named := [n for n in rows.schema.names if n.endswith(("_file_name", "file_names"))]:
+            hint = f"data=hf reads {named[0]!r}, as Hugging Face's imagefolder names other images"
+        raise InputError(f"data.path: {next(iter(found))} has no column {_FILE_NAME!r}", hint=hint)
     return MetadataSource(
         rows,
         image_root=image_root_of(cfg.image_root, root),

@@ -113,6 +113,7 @@ def test_urls(tmp_path: Path) -> None:
         ("{}/none", "no such file or folder"),
         ("{}/none*", "no \\*.parquet file"),
         ("memory://none", "no such file or folder"),
+        ("{}/{{0..9}}.tar", "no such file or folder.*braces are not expanded"),
         ("nosuchscheme://x", "cannot list nosuchscheme://x"),
     ],
 )

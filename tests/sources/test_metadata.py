@@ -99,6 +99,9 @@ def test_several_kinds_and_files_without_names_are_refused(tmp_path: Path) -> No
     write_csv(tmp_path, [{"image": "a.png"}])
     with pytest.raises(InputError, match="no column 'file_name'"):
         open_path("folder", tmp_path)
+    write_csv(tmp_path, [{"left_file_name": "a.png"}])
+    with pytest.raises(InputError, match="data=hf reads 'left_file_name'"):
+        open_path("folder", tmp_path)
     write_jsonl(tmp_path, [{"file_name": "a.png"}])
     with pytest.raises(InputError, match=r"metadata\.csv and metadata\.jsonl"):
         open_path("folder", tmp_path)
