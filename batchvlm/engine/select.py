@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from batchvlm.config import EngineName, Guided, JobConfig, TaskName
+from batchvlm.config import EngineName, GenerationConfig, Guided, JobConfig, TaskName
 from batchvlm.constraints.constraints import Constraints
 from batchvlm.engine.allocator import keep_freed_memory
 from batchvlm.engine.choices import Choices
@@ -97,6 +97,11 @@ def choose_engine(
         ModelError: the requested engine cannot run the model.
     """
     name, reason = name_engine(model, cfg)
+    if unused := _unused_defaults(model.generation_config, cfg.generation):
+        log.info(
+            "generation_config.json of the model sets %s, which is not used: generation.* decides",
+            ", ".join(unused),
+        )
     if model.device.type == "cpu":
         keep_freed_memory()
     if team is None:
@@ -127,6 +132,28 @@ def choose_engine(
         constraints=constraints,
         choices=choices,
     )
+
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_ABSENT = {"no_repeat_ngram_size": 0, "num_beams": 1, "length_penalty": 1, "typical_p": 1}
+"""Settings that generation.* does not have, with the values that have no effect."""
+
+
+def _unused_defaults(found: Any, asked: GenerationConfig) -> list[str]:
+    """Return the model's defaults of decoding that differ from the run's settings, as `key=value`.
+
+    transformers' pipelines and vLLM's server apply them.
+    """
+    plain = type(found)()
+    ours = {
+        "do_sample": asked.temperature > 0,
+        **{name: getattr(asked, name) for name in _SAMPLING},
+    }
+    return [
+        f"{name}={value}"
+        for name, own in (ours | _ABSENT).items()
+        if (value := getattr(found, name, None)) not in (getattr(plain, name, None), own)
+    ]
 
 
 def name_engine(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from batchvlm import config
 from batchvlm.config import EngineConfig, EngineName, JobConfig, ModelConfig
 from batchvlm.engine import select
 from batchvlm.engine.generate import _ALONE, GenerateEngine
@@ -57,6 +61,30 @@ def test_a_family_that_was_tried(
     assert isinstance(engine, kind)
     outcomes = run(engine, make_samples({}, {}))
     assert [list(outcome.token_ids) for outcome in outcomes] == [reference(0), reference(1)]
+
+
+def test_defaults_of_the_repository_that_are_not_used_are_said(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "model"))
+    settings = json.loads((own / "generation_config.json").read_text())
+    settings |= {"do_sample": True, "temperature": 0.5, "repetition_penalty": 1.05, "num_beams": 1}
+    (own / "generation_config.json").write_text(json.dumps(settings))
+
+    def said(**generation: Any) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="batchvlm"):
+            cfg = job(own, EngineName.auto)
+            select_engine(
+                replace(cfg, generation=config.GenerationConfig(**generation)), device="cpu"
+            )
+        messages = (r.getMessage() for r in caplog.records)
+        return [m.partition(", which")[0] for m in messages if m.startswith("generation_config")]
+
+    sets = "generation_config.json of the model sets "
+    assert said() == [f"{sets}do_sample=True, temperature=0.5, repetition_penalty=1.05"]
+    assert said(temperature=0.5) == [f"{sets}repetition_penalty=1.05"]
+    assert said(temperature=0.5, repetition_penalty=1.05) == []
 
 
 def test_every_family_of_the_tests(loaded: Loaded) -> None:
