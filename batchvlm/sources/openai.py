@@ -74,6 +74,13 @@ _UNSUPPORTED_FIELDS: Mapping[str, Sequence[Any]] = {
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "spaces_between_special_tokens": (True,),
+    "add_special_tokens": (False,),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "priority": (0,),
 }
 """Unsupported fields of the body, with the values that have no effect and are accepted."""
 
@@ -169,6 +176,8 @@ def _read_request(request: Mapping[str, Any]) -> dict[str, Any]:
         raise _RefusedError("the request has no body")
     body = {key: value for key, value in body.items() if value is not None}
     read: dict[str, Any] = {key: body.pop(key, None) for key in ("model", *_SETTINGS)}
+    if read["top_k"] == -1:
+        read["top_k"] = 0  # vLLM writes "all tokens" as either
     longest = body.pop("max_completion_tokens", None)
     if longest is not None:
         read["max_tokens"] = longest

@@ -142,6 +142,22 @@ def test_a_request_may_ask_to_continue_its_last_message(
     assert record.values["messages"][-1] == {**BEGUN[-1], "prefix": True}
 
 
+def test_vllms_values_without_effect_are_taken(tmp_path: Path) -> None:
+    values = {
+        "stop_token_ids": [],
+        "bad_words": [],
+        "skip_special_tokens": True,
+        "spaces_between_special_tokens": True,
+        "add_special_tokens": False,
+        "chat_template_kwargs": {},
+        "mm_processor_kwargs": {},
+        "priority": 0,
+        "top_k": -1,
+    }
+    record = read_one(tmp_path, request(**values))
+    assert record.failure is None and record.values["top_k"] == 0
+
+
 REFUSED = {
     "must be true and false": request(messages=BEGUN, add_generation_prompt=False),
     "body.continue_final_message and body.add_generation_prompt": request(
