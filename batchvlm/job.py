@@ -180,11 +180,13 @@ def open_job(cfg: JobConfig) -> Job:
 
 def _warn_of_backslashes(cfg: JobConfig) -> None:
     """Warn of a `\\n` that stays two characters: neither shell nor Hydra makes it a line break."""
-    stop = " ".join(cfg.generation.stop)
-    texts = {"task.prompt": cfg.task.prompt, "task.system": cfg.task.system or ""}
-    for key, text in {**texts, "generation.stop": stop}.items():
+    texts = {
+        **{f"task.{key}": getattr(cfg.task, key) for key in ("prompt", "system", "answer_prefix")},
+        "generation.stop": " ".join(cfg.generation.stop),
+    }
+    for key, text in texts.items():
         # In an expression, as {{ "\n" }}, it is a line break.
-        if r"\n" in re.sub(r"\{[{%].*?[%}]\}", "", text, flags=re.DOTALL):
+        if r"\n" in re.sub(r"\{[{%].*?[%}]\}", "", text or "", flags=re.DOTALL):
             log.warning(
                 r"%s has \n as two characters, a backslash and an n; for a line break, type one "
                 "inside the quotes",

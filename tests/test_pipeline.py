@@ -491,6 +491,7 @@ def test_a_missing_column_is_named_with_those_there_are(
     [
         (r'task.prompt="What?\nIn a word."', ["task.prompt"]),
         (r'task.system="a\n{{ question }}"', ["task.system"]),
+        (r'task.answer_prefix="a\n"', ["task.answer_prefix"]),
         (r'generation.stop=["\n"]', ["generation.stop"]),
         (r'''task.prompt="{{ question }}{{ '\n' }}{% set a = '\n' %}Say: {{ a }}?"''', []),
         ('task.prompt="What?\nIn a word."', []),
