@@ -176,11 +176,7 @@ def make_folder(path: Path) -> None:
         return
     if path.parent != path:
         make_folder(path.parent)
-    try:
-        path.mkdir()
-    except FileExistsError:
-        if not path.is_dir():
-            raise
+    path.mkdir(exist_ok=True)
     sync_folder(path.parent)
 
 
