@@ -104,6 +104,23 @@ def test_json_that_was_cut_is_told_from_json_that_is_none(
         assert rows_of(out)[0]["error_message"] == message
 
 
+def test_valid_json_that_its_column_cannot_hold_is_an_error_of_its_row(
+    tmp_path: Path, write_parquet: Writer
+) -> None:
+    source, schema = write_parquet([picture()]), tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"n": {"type": "integer"}}}')
+    engine = FakeEngine(answer='{{"n": 9223372036854775808}}')
+    run(
+        tmp_path / "out", source, "task=extract", f"task.output.json_schema={schema}", engine=engine
+    )
+    (row,) = rows_of(tmp_path / "out")
+    assert (row["error_type"], row["error_message"]) == (
+        "invalid_json",
+        "$.n is an integer beyond 64 bits",
+    )
+    assert (row["generated_text"], row["parsed"]) == ('{"n": 9223372036854775808}', None)
+
+
 def test_a_retry_computes_just_the_rows_it_names(tmp_path: Path, write_parquet: Writer) -> None:
     source, out = write_parquet([picture()] * 25), tmp_path / "out"
     run(tmp_path / "plain", source, engine=FakeEngine(failing=[4]))
@@ -235,6 +252,34 @@ def test_a_full_disk_is_waited_for_by_the_clock_and_named_by_the_next_row(
     run(out, source, engine=engine)
     assert 0 < len(engine.seen) < 25
     assert [row["row_index"] for row in rows_of(out)] == list(range(25))
+
+
+def test_a_flush_that_the_clock_began_and_the_disk_refused_is_tried_again(
+    tmp_path: Path,
+    write_parquet: Writer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    is_refused = threading.Event()
+
+    def refuse(path: Any, mode: str, **options: Any) -> Any:
+        if threading.current_thread().name == "flush" and not is_refused.is_set():
+            is_refused.set()
+            raise OSError(28, "No space left on device")
+        return open(path, mode, **options)
+
+    class Waiting(FakeEngine):
+        def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+            for number, item in enumerate(super().run(samples)):
+                if number == 3:
+                    assert is_refused.wait(60), "nothing was flushed"
+                yield item
+
+    monkeypatch.setattr(disk_module, "open", refuse, raising=False)
+    source, out = write_parquet([picture()] * 8), tmp_path / "out"
+    run(out, source, "output.flush_every_s=1", engine=Waiting())
+    assert "No space left" in caplog.text
+    assert [row["status"] for row in rows_of(out)] == ["success"] * 8
 
 
 @pytest.mark.parametrize("is_overwritten", [False, True])

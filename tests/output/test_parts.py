@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from batchvlm.errors import OutputError
@@ -33,6 +34,15 @@ def test_errors_are_those_of_the_shards_asked_for(finished: tuple[OutputFolder, 
         compact(folder, target_rows=12)
 
 
+def test_only_footers_are_read_where_no_row_failed(
+    finished: tuple[OutputFolder, RunFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, run = finished
+    read: list[object] = []
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda self, **options: read.append(self))
+    assert look_into_parts(folder, run, {1, 3, 5}) == {} and read == []
+
+
 def test_a_copy_under_another_name(finished: tuple[OutputFolder, RunFile]) -> None:
     folder, run = finished
     one, other = folder.part(1, NUM_SHARDS), folder.part(4, NUM_SHARDS)
@@ -52,3 +62,16 @@ def test_damage_and_other_runs(finished: tuple[OutputFolder, RunFile], tmp_path:
     part.write_bytes(OutputFolder(tmp_path / "other").part(0, 2).read_bytes())
     with pytest.raises(OutputError, match=r"part-00000-of-00007.parquet is of another run"):
         look_into_parts(folder, run, {0})
+    pq.write_table(pq.read_table(part).replace_schema_metadata(), part)
+    with pytest.raises(OutputError, match=r"part-00000-of-00007.parquet is of another run"):
+        look_into_parts(folder, run, {0})
+
+
+def test_parts_that_are_merged_meanwhile_are_not_missed(
+    finished: tuple[OutputFolder, RunFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, run = finished
+    listed = folder.parts(NUM_SHARDS)
+    compact(folder, target_rows=80)
+    monkeypatch.setattr(OutputFolder, "parts", lambda self, num_shards: listed)
+    assert look_into_parts(folder, run, range(NUM_SHARDS)) == {}
