@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
@@ -191,6 +193,13 @@ def test_a_row_is_answered_again_by_other_settings() -> None:
 
 
 def test_rows_for_which_there_is_no_memory_are_answered_once() -> None:
-    again = Again(3, max_bytes=-1)
-    again.keep(sample())
-    assert not again.again(3, completion(FinishReason.STOP))
+    ids = np.zeros((1, 8), dtype=np.int64)
+    first, second = (replace(sample(), row_index=i, features={"input_ids": ids}) for i in (3, 4))
+    again = Again(3, max_bytes=2 * first.size_bytes - 1)
+    again.keep(first)
+    again.keep(second)
+    assert not again.again(4, completion(FinishReason.STOP))
+    assert again.again(3, completion(FinishReason.STOP))
+    again.forget(3)
+    again.keep(second)
+    assert again.again(4, completion(FinishReason.STOP))

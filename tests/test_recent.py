@@ -80,6 +80,15 @@ def test_pictures_that_show_the_same_are_processed_once() -> None:
     assert processor.size == 7
 
 
+def test_no_more_arrays_are_kept_than_allowed() -> None:
+    inner = Processor()
+    # An array of 48 bytes and a number, which counts as 1,024.
+    processor = RecentImageProcessor(inner, 2 * (48 + 1024) - 1)
+    for key in ("a", "a", "b", "b", "a"):
+        processor([[shown(key)]])
+    assert inner.calls == 3
+
+
 def test_a_picture_that_does_not_say_what_it_shows_is_processed_each_time() -> None:
     inner = Processor()
     processor = RecentImageProcessor(inner, 1 << 20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -129,6 +130,33 @@ def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatc
     is_over.set()
 
 
+def test_a_store_that_a_heartbeat_lost_is_asked_for_no_more_shards() -> None:
+    store = Mortal(dist.HashStore())
+    (rank, _) = make_ranks(2, store)
+    claimed = rank.claim(6)
+    assert next(claimed) == 0
+    store.calls_left = 0
+    rank.tell(Metrics())
+    store.calls_left = 1_000_000
+    assert rank.is_lost and list(claimed) == [2, 4]
+
+
+def test_ranks_find_the_store_of_their_launch_and_of_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(claims, "_REQUEST_TIMEOUT_S", 0.2)
+    opened = claims.open_store.__wrapped__
+    ours = Launch(world_size=2, id="ours", host="127.0.0.1")
+    first = opened(ours)
+    ours = replace(ours, port=first.port)
+    assert [opened(replace(ours, rank=1)).add("shard", 1), first.add("shard", 1)] == [1, 2]
+    # As after a rank 0 that could not bind the port.
+    with pytest.raises(RuntimeError):
+        opened(replace(ours, rank=1, id="theirs"))
+    # A launcher's store is there before every rank.
+    assert opened(replace(ours, id="theirs", has_store=True)).add("shard", 1) == 3
+
+
 def test_jobs_and_launches_do_not_share_a_counter() -> None:
     store = dist.HashStore()
     for launch_id, key in (("a", "x"), ("a", "y"), ("b", "x")):
@@ -192,6 +220,19 @@ def test_a_rank_that_never_came_is_not_waited_for() -> None:
     first, _ = make_ranks(2, dist.HashStore())
     list(first.claim(0))
     first.see_off(lambda: pytest.fail("nobody is there"))
+    assert not first.is_lost
+
+
+def test_rank_0_waits_for_nobody_once_it_has_lost_the_store() -> None:
+    store = Mortal(dist.HashStore())
+    first, second = make_ranks(2, store)
+    for rank in (first, second):
+        list(rank.claim(0))
+    second.tell(Metrics())
+    first.hear()
+    store.calls_left = 0
+    first.hear()
+    first.see_off(lambda: pytest.fail("it cannot hear them"))
 
 
 def test_a_rank_that_died_long_ago_is_not_waited_for() -> None:
