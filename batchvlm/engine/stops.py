@@ -147,7 +147,7 @@ class RowStop:
             if not before.endswith(_REPLACEMENT):
                 break
             before = self._tokenizer.decode(tail[:-num_new])
-        num_old = len(before.rstrip(_REPLACEMENT))
+        num_old = len(before)
         stops = self._row.stop
         starts = [text.find(stop, max(0, num_old - len(stop) + 1)) for stop in stops]
         return max((len(text) - start for start in starts if start >= 0), default=0)

@@ -138,6 +138,14 @@ class TestStopStrings:
         assert answer(stop).text == "xy"
         assert answer(stop).finish_reason is FinishReason.STOP
 
+    @pytest.mark.parametrize("stops", [("z", "yz"), ("yz", "z")])
+    def test_of_two_that_one_token_completes_neither_is_left(
+        self, tokenizer: Any, stops: tuple[str, ...]
+    ) -> None:
+        stop = RowStop(row(stop=stops), frozenset(), tokenizer)
+        push_all(stop, tokenizer("xyz")["input_ids"])
+        assert answer(stop).text == "x"
+
     @settings(max_examples=200, deadline=None)
     @given(data=st.data())
     def test_a_row_ends_at_the_first_token_that_completes_one(
@@ -187,6 +195,7 @@ class TestStopStrings:
     )
     @example(text="a\U0001f600\nb", string="\n", min_new_tokens=0)
     @example(text="a\n\U0001f600b", string="\n", min_new_tokens=5)
+    @example(text="\U0001f600\n\U0001f600", string="\U0001f600\n", min_new_tokens=6)
     def test_behind_characters_spelled_in_bytes(
         self, tokenizer_of_bytes: Any, text: str, string: str, min_new_tokens: int
     ) -> None:
