@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class Processor:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, images: Any, **kwargs: Any) -> dict[str, Any]:
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self.calls += 1
         return {"pixel_values": np.asarray(images[0][0]), "num_crops": self.calls}
 
@@ -77,7 +78,11 @@ def test_pictures_that_show_the_same_are_processed_once() -> None:
     assert inner.calls == 3
     processor([[shown("a"), shown("b")]], return_tensors="np")
     assert inner.calls == 4
-    assert processor.size == 7
+    # Its arguments by position are not part of the key.
+    for _ in range(2):
+        processor([[shown("a")]], "np")
+    assert inner.calls == 6
+    assert processor.size == copy.deepcopy(processor).size == 7
 
 
 def test_no_more_arrays_are_kept_than_allowed() -> None:

@@ -172,6 +172,22 @@ class TestPlan:
             count()
         assert limits() == whole
 
+    def test_only_successes_since_it_was_lowered_count(self) -> None:
+        ceiling = Ceiling(8, try_again=3)
+        for limit in (4, 2):
+            ceiling.lower(limit)
+            for _ in range(2):
+                ceiling.count_good()
+            assert ceiling.now == limit
+        ceiling.count_good()
+        assert ceiling.now == 4
+        # One attempt failed, however often the limit is lowered after it.
+        ceiling.lower(2)
+        ceiling.lower(1)
+        for _ in range(6):
+            ceiling.count_good()
+        assert ceiling.now == 2
+
     def test_what_is_too_large_again_is_tried_less_and_less_often(self) -> None:
         ceiling = Ceiling(8, try_again=2)
         ceiling.lower(2)

@@ -109,6 +109,8 @@ class TestBeginnings:
         asks = self.asks(self.LONG, self.LONG, self.LONG)
         length = small.ask(0, *asks[0]).prompt_tokens
         assert shared_tokens(small, asks) == 2 * (length - 1)
+        # Each window by itself.
+        assert shared_tokens(small, [*asks, asks[0]], sort_window=2) == 2 * (length - 1)
         assert shared_tokens(small, asks, share_images=False) == 0
 
     def test_rows_of_other_images_share_nothing(self, small: Loaded) -> None:

@@ -274,10 +274,12 @@ def test_a_prompt_that_never_fits_leaves_packs_as_large_as_they_were(small: Load
 
     with failing(Decoder, "prefill", is_long, OUT_OF_MEMORY):
         # A beginning that rows share would be a piece by itself.
-        outcomes = run(small.slots(sort_window=2, share_images=False, eos=[]), samples)
+        engine = small.slots(sort_window=2, share_images=False, eos=[])
+        limit = engine._plan.pieces.now
+        outcomes = run(engine, samples)
     check(outcomes, answers(small, rows), [i == 1 for i in range(len(rows))])
     assert outcomes[1].error_type is ErrorType.OOM
-    assert packs[-3:] == [2, 2, 2]
+    assert packs[-3:] == [2, 2, 2] and engine._plan.pieces.now == limit
 
 
 def test_a_shared_beginning_above_the_budget_is_computed_in_pieces(small: Loaded) -> None:
