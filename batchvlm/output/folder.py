@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,12 +180,26 @@ class OutputFolder:
         """Whether `data` holds Parquet files; if the folder has no run, these are foreign."""
         return any(name.endswith(".parquet") for name in self._names(self.data))
 
-    def parts(self, num_shards: int) -> list[Part]:
-        """Return the existing parts in input order, from one listing.
+    def parts(self, num_shards: int, among: Collection[int] | None = None) -> list[Part]:
+        """Return the existing parts in input order.
+
+        Args:
+            among: the shards of interest. If they are few, the part of each is looked up by name;
+                otherwise `data` is listed, and parts of other shards are returned too.
 
         Raises:
-            OutputError: a part belongs to a plan with another number of shards.
+            OutputError: the folder cannot be read, or a part belongs to a plan with another number
+                of shards.
         """
+        is_few = among is not None and len(among) < num_shards / _NAMES_PER_LISTING
+        if among is not None and is_few and not self._has_merged():
+            paths = {index: self.part(index, num_shards) for index in sorted(among)}
+            try:
+                exist = self._files.exist(list(paths.values()))
+            except OSError as error:
+                raise output_error("read", self.data, error) from error
+            found = zip(paths.items(), exist, strict=True)
+            return [Part(index, index, path) for (index, path), is_there in found if is_there]
         parts = []
         for name in self._names(self.data):
             if match := _PART.fullmatch(name):
@@ -223,29 +237,14 @@ class OutputFolder:
             raise output_error("read", folder, error) from error
 
     def finished_shards(
-        self, num_shards: int, among: Sequence[int] | None = None
+        self, num_shards: int, among: Collection[int] | None = None
     ) -> frozenset[int]:
-        """Return the indices of the shards that are in parts.
-
-        Args:
-            among: the shards of interest. If they are few, each is checked for existence instead of
-                listing `data`; after a listing, other shards are returned too.
+        """Return the indices of the shards that are in parts; for `among`, see `parts`.
 
         Raises:
-            OutputError: the folder cannot be read, or a part belongs to a plan with another number
-                of shards.
+            OutputError: as for `parts`.
         """
-        if among is not None and len(among) < num_shards / _NAMES_PER_LISTING:
-            paths = [self.part(index, num_shards) for index in among]
-            try:
-                if not self._has_merged():
-                    exist = self._files.exist(paths)
-                    return frozenset(
-                        i for i, is_there in zip(among, exist, strict=True) if is_there
-                    )
-            except OSError as error:
-                raise output_error("read", self.data, error) from error
-        parts = self.parts(num_shards)
+        parts = self.parts(num_shards, among)
         return frozenset(index for part in parts for index in part.shards)
 
     def find_part(self, index: int, num_shards: int) -> Part | None:

@@ -151,7 +151,7 @@ def count_failed(
 
 def _parts_of(folder: OutputFolder, run: RunFile, wanted: Collection[int]) -> list[Part]:
     """Return the parts that hold at least one of these shards."""
-    parts = folder.parts(len(run.plan))
+    parts = folder.parts(len(run.plan), wanted)
     return [part for part in parts if any(index in wanted for index in part.shards)]
 
 

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchvlm.errors import OutputError
+from batchvlm.output import folder as folder_module
 from batchvlm.output.compact import compact
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.parts import look_into_parts
@@ -41,6 +42,17 @@ def test_only_footers_are_read_where_no_row_failed(
     read: list[object] = []
     monkeypatch.setattr(pq.ParquetFile, "read", lambda self, **options: read.append(self))
     assert look_into_parts(folder, run, {1, 3, 5}) == {} and read == []
+
+
+def test_few_shards_are_looked_up_by_name(
+    finished: tuple[OutputFolder, RunFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slice of an array does not list the parts of all the others."""
+    folder, run = finished
+    monkeypatch.setattr(folder_module, "_NAMES_PER_LISTING", 3)
+    monkeypatch.setattr(folder, "_names", None)
+    assert look_into_parts(folder, run, {0, 1}) == {"decode": 1}
+    assert look_into_parts(folder, run, set()) == {}
 
 
 def test_a_copy_under_another_name(finished: tuple[OutputFolder, RunFile]) -> None:
