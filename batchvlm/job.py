@@ -28,11 +28,11 @@ from batchvlm.identity import (
 )
 from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
+from batchvlm.output.parts import shards_to_retry
 from batchvlm.output.run_file import RunFile, differs, find_run, read_run
 from batchvlm.output.schema import kept_fields, output_schema
 from batchvlm.output.status import JobStatus, status
 from batchvlm.output.typed import Parsed, parsed_column
-from batchvlm.output.writer import needs_retry
 from batchvlm.plan import plan_shards
 from batchvlm.preprocess import PreprocessSpec
 from batchvlm.prompts import PromptBuilder
@@ -86,12 +86,8 @@ class Job:
         finished = folder.finished_shards(num_shards, [shard.index for shard in shards])
         if not retry.errors:
             return finished
-        return finished - {
-            shard.index
-            for shard in shards
-            if (part := folder.find_part(shard.index, num_shards)) is not None
-            and needs_retry(folder, part.path, shard, retry)
-        }
+        wanted = finished.intersection(shard.index for shard in shards)
+        return finished - shards_to_retry(folder, self.run.plan, wanted, retry)
 
     def preprocess_spec(self) -> PreprocessSpec:
         """The settings that worker processes need to make samples."""

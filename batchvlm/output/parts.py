@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from batchvlm.errors import FingerprintError, OutputError
 from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.run_file import RunFile
 from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY
+from batchvlm.records import Shard
 from batchvlm.words import one_line
 
 _NUM_THREADS = 8
@@ -42,7 +43,7 @@ def look_into_parts(folder: OutputFolder, run: RunFile, wanted: Collection[int])
     errors: Counter[str] = Counter()
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         for found in threads.map(
-            lambda part: _check_part(folder, run, part, wanted), _parts_of(folder, run, wanted)
+            lambda part: _check_part(folder, run, part, wanted), _parts_of(folder, run.plan, wanted)
         ):
             errors.update(found)
     return errors
@@ -89,12 +90,56 @@ def _check_part(
             hint="if it is damaged, delete it and run the same command again: "
             "its rows are computed again",
         ) from error
-    starts = [shard.first_row_index for shard in run.plan]
-    shards = np.searchsorted(starts, table["row_index"].to_numpy(), side="right") - 1
+    table = table.filter(pc.is_valid(table["error_type"]))
+    shards = _shards_of(table, run.plan, part)
     kinds = table["error_type"].to_pylist()
-    return Counter(
-        kind for index, kind in zip(shards.tolist(), kinds, strict=True) if kind and index in wanted
-    )
+    return Counter(kind for index, kind in zip(shards, kinds, strict=True) if index in wanted)
+
+
+def _shards_of(table: pa.Table, plan: Sequence[Shard], part: Part) -> list[int]:
+    """Return the index of each row's shard."""
+    # Only the part's own shards: the whole plan for each part would be quadratic.
+    starts = [shard.first_row_index for shard in plan[part.first : part.last + 1]]
+    places = np.searchsorted(starts, table["row_index"].to_numpy(), side="right") - 1
+    indices: list[int] = (part.first + places).tolist()
+    return indices
+
+
+def shards_to_retry(
+    folder: OutputFolder, plan: Sequence[Shard], wanted: Collection[int], retry: RetryConfig
+) -> set[int]:
+    """Return finished shards with rows to answer again, or with answers not yet in their part.
+
+    Reads each part's footer once, and three columns of parts that hold failed rows.
+
+    Args:
+        wanted: indices of the shards to look at.
+
+    Raises:
+        OutputError: a part cannot be read.
+    """
+
+    def look(part: Part) -> set[int]:
+        try:
+            with folder.open(part.path) as file:
+                parquet = pq.ParquetFile(file)
+                if not _has_errors(parquet.metadata):
+                    return set()
+                table = parquet.read(["row_index", "error_type", "attempts"])
+        except (OSError, pa.ArrowException) as error:
+            raise OutputError(f"cannot read {part.path}: {error}", hint="check the file") from error
+        is_named = pc.is_in(table["error_type"], pa.array(retry.errors, pa.string()))
+        is_left = pc.less(table["attempts"], retry.max_attempts)
+        return set(_shards_of(table.filter(pc.and_(is_named, is_left)), plan, part))
+
+    waiting = {
+        index
+        for index in folder.shards_with_segments(is_retry=True)
+        if index in wanted and folder.list_segments(index, is_retry=True)
+    }
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        found = threads.map(look, _parts_of(folder, plan, wanted))
+        return waiting.union(*found).intersection(wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +163,7 @@ def count_failed(
     Args:
         wanted: indices of the shards to count.
     """
-    parts = {part.path for part in _parts_of(folder, run, wanted)}
+    parts = {part.path for part in _parts_of(folder, run.plan, wanted)}
     segments = [
         path
         for is_retry in (False, True)
@@ -149,9 +194,9 @@ def count_failed(
     return Failed(num_again=num_again, num_given_up=len(attempts_of) - num_again)
 
 
-def _parts_of(folder: OutputFolder, run: RunFile, wanted: Collection[int]) -> list[Part]:
+def _parts_of(folder: OutputFolder, plan: Sequence[Shard], wanted: Collection[int]) -> list[Part]:
     """Return the parts that hold at least one of these shards."""
-    parts = folder.parts(len(run.plan), wanted)
+    parts = folder.parts(len(plan), wanted)
     return [part for part in parts if any(index in wanted for index in part.shards)]
 
 

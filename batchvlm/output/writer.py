@@ -43,27 +43,6 @@ def is_retried(retry: RetryConfig, error_type: str | None, attempts: int) -> boo
     return error_type in retry.errors and attempts < retry.max_attempts
 
 
-def needs_retry(folder: OutputFolder, part: Path, shard: Shard, retry: RetryConfig) -> bool:
-    """Whether a finished shard has rows to answer again, or answered ones not yet in its part.
-
-    Raises:
-        OutputError: the part cannot be read.
-    """
-    if folder.list_segments(shard.index, is_retry=True):
-        return True
-    try:
-        with folder.open(part) as file:
-            table = pq.ParquetFile(file).read(columns=["row_index", "error_type", "attempts"])
-    except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"cannot read {part}: {error}", hint="check the file") from error
-    # A merged part holds rows of other shards too.
-    first, stop = shard.first_row_index, shard.first_row_index + shard.num_rows
-    return any(
-        first <= row < stop and is_retried(retry, kind, attempts)
-        for row, kind, attempts in zip(*(column.to_pylist() for column in table), strict=True)
-    )
-
-
 class ShardWriter:
     """Takes each row of a shard once, in any order, and writes them to disk as one part.
 

@@ -17,11 +17,11 @@ from batchvlm.output import compact as compact_module
 from batchvlm.output import exchange as exchange_module
 from batchvlm.output.compact import compact
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.parts import look_into_parts
+from batchvlm.output.parts import look_into_parts, shards_to_retry
 from batchvlm.output.run_file import find_run, read_run, save_run
 from batchvlm.output.schema import Provenance
 from batchvlm.output.verify import verify
-from batchvlm.output.writer import ShardWriter, needs_retry
+from batchvlm.output.writer import ShardWriter
 from batchvlm.records import Status
 
 from .faults import FaultPoint, Killed
@@ -178,12 +178,13 @@ def test_rows_of_merged_parts_are_answered_again(tmp_path: Path) -> None:
     policy = RetryConfig(errors=["decode"])
     failed = {row["row_index"] for row in before if row["status"] == "error"}
     assert failed == {3, 10, 17, 24}
+    wanted = set(range(NUM_SHARDS))
+    assert shards_to_retry(folder, run.plan, wanted, policy) == {0, 2, 4, 6}
+    assert shards_to_retry(folder, run.plan, {1, 2}, policy) == {2}
     seen = set()
-    for shard in run.plan:
+    for shard in (run.plan[index] for index in (0, 2, 4, 6)):
         part = folder.find_part(shard.index, NUM_SHARDS)
         assert part is not None
-        if not needs_retry(folder, part.path, shard, policy):
-            continue
         writer = ShardWriter(
             folder, shard, NUM_SHARDS, SCHEMA, about, flush_every_s=1e9, retry=policy
         )
@@ -193,7 +194,8 @@ def test_rows_of_merged_parts_are_answered_again(tmp_path: Path) -> None:
             writer.add(make_result(shard, row, attempts=writer.attempts[row], **again))
             writer.flush()
         assert writer.commit() == part.path
-        assert not needs_retry(folder, part.path, shard, policy)
+        wanted.remove(shard.index)
+        assert shards_to_retry(folder, run.plan, range(NUM_SHARDS), policy) <= wanted
     assert seen == failed and names(folder) == merged
     assert folder.shards_with_segments(is_retry=True) == []
     assert verify(folder).faults == []
@@ -205,6 +207,26 @@ def test_rows_of_merged_parts_are_answered_again(tmp_path: Path) -> None:
             assert new == old
     compact(folder, target_rows=80)
     assert verify(folder).faults == []
+
+
+def test_a_merged_part_is_read_once_however_many_shards_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = job(tmp_path)
+    compact(folder, target_rows=80)
+    run = read_run(folder)
+    assert run is not None
+    opened = []
+    open_file = folder.open
+
+    def count(path: Path) -> Any:
+        opened.append(path.name)
+        return open_file(path)
+
+    monkeypatch.setattr(folder, "open", count)
+    policy = RetryConfig(errors=["decode"])
+    assert shards_to_retry(folder, run.plan, range(NUM_SHARDS), policy) == {0, 2, 4, 6}
+    assert opened == names(folder)
 
 
 def test_two_retries_of_one_merged_part(tmp_path: Path) -> None:
@@ -342,11 +364,8 @@ def test_a_fault_at_every_call_of_a_retry_of_merged_parts(
         run = read_run(folder)
         assert run is not None
         about = Provenance(model="m", fingerprint=run.fingerprint, run_id="again")
-        for shard in run.plan[:4]:
-            part = folder.find_part(shard.index, NUM_SHARDS)
-            assert part is not None
-            if not needs_retry(folder, part.path, shard, policy):
-                continue
+        for index in sorted(shards_to_retry(folder, run.plan, range(4), policy)):
+            shard = run.plan[index]
             writer = ShardWriter(
                 folder, shard, NUM_SHARDS, SCHEMA, about, flush_every_s=1e9, retry=policy
             )

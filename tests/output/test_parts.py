@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from batchvlm.config import RetryConfig
 from batchvlm.errors import OutputError
 from batchvlm.output import folder as folder_module
 from batchvlm.output.compact import compact
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.parts import look_into_parts
+from batchvlm.output.parts import look_into_parts, shards_to_retry
 from batchvlm.output.run_file import RunFile, read_run
+from batchvlm.records import Shard
 
 from .test_compact import NUM_SHARDS, job
 from .test_overwrite import run_job
@@ -42,6 +47,30 @@ def test_only_footers_are_read_where_no_row_failed(
     read: list[object] = []
     monkeypatch.setattr(pq.ParquetFile, "read", lambda self, **options: read.append(self))
     assert look_into_parts(folder, run, {1, 3, 5}) == {} and read == []
+
+
+def test_of_the_plan_only_the_shards_of_each_part_are_read(
+    finished: tuple[OutputFolder, RunFile],
+) -> None:
+    """With 100,000 parts, the whole plan for each of them would take an hour."""
+    folder, run = finished
+    num_read = 0
+
+    class Counted(tuple[Shard, ...]):
+        def __getitem__(self, place: Any) -> Any:
+            nonlocal num_read
+            found = super().__getitem__(place)
+            num_read += len(found) if isinstance(place, slice) else 1
+            return found
+
+        def __iter__(self) -> Iterator[Shard]:
+            raise AssertionError("all shards for one part")
+
+    run = replace(run, plan=Counted(run.plan))
+    assert look_into_parts(folder, run, range(NUM_SHARDS)) == {"decode": 4}
+    assert NUM_SHARDS <= num_read <= 2 * NUM_SHARDS
+    shards_to_retry(folder, run.plan, range(NUM_SHARDS), RetryConfig(errors=["decode"]))
+    assert num_read <= 3 * NUM_SHARDS
 
 
 def test_few_shards_are_looked_up_by_name(

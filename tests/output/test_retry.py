@@ -12,7 +12,8 @@ import pytest
 from batchvlm.config import RetryConfig
 from batchvlm.errors import ErrorType, OutputError
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.writer import ShardWriter, needs_retry
+from batchvlm.output.parts import shards_to_retry
+from batchvlm.output.writer import ShardWriter
 from batchvlm.records import Failure, Result, Shard, Status
 
 from .faults import FaultPoint, Killed
@@ -53,6 +54,10 @@ def retry(folder: OutputFolder, policy: RetryConfig = RETRY) -> ShardWriter:
     return open_writer(folder, PLAN, 0, retry=policy)
 
 
+def needs_retry(folder: OutputFolder, policy: RetryConfig) -> bool:
+    return shards_to_retry(folder, PLAN, {0}, policy) == {0}
+
+
 def answer(writer: ShardWriter, rows: list[int], *, flush: bool = False) -> None:
     for row in rows:
         values = vars_of(mended(row)) | {"attempts": writer.attempts[row]}
@@ -74,9 +79,8 @@ def test_a_retry_supersedes_the_rows_it_names_and_no_other(tmp_path: Path) -> No
     folder = OutputFolder(tmp_path)
     finish(folder)
     before = read_data(folder)
-    part = folder.part(0, 2)
-    assert needs_retry(folder, part, SHARD, RETRY)
-    assert not needs_retry(folder, part, SHARD, RetryConfig(errors=["timeout"]))
+    assert needs_retry(folder, RETRY)
+    assert not needs_retry(folder, RetryConfig(errors=["timeout"]))
     writer = retry(folder)
     assert writer.finished_rows == set(range(21)) - FAILED
     assert writer.attempts == dict.fromkeys(FAILED, 2)
@@ -90,7 +94,7 @@ def test_a_retry_supersedes_the_rows_it_names_and_no_other(tmp_path: Path) -> No
             assert new["generated_text"] == f"again {new['row_index']}"
         else:
             assert new == old
-    assert not needs_retry(folder, part, SHARD, RETRY)
+    assert not needs_retry(folder, RETRY)
     assert folder.shards_with_segments(is_retry=True) == []
 
 
@@ -116,7 +120,7 @@ def test_rows_that_were_all_answered_before_the_kill_only_need_the_commit(tmp_pa
     answer(retry(folder), sorted(FAILED), flush=True)
     # Whatever errors the next run names: it would otherwise leave the answers where they are.
     other = RetryConfig(errors=["timeout"])
-    assert needs_retry(folder, folder.part(0, 2), SHARD, other)
+    assert needs_retry(folder, other)
     writer = retry(folder, other)
     assert writer.finished_rows == set(range(21))
     writer.commit()
@@ -133,7 +137,7 @@ def test_a_row_is_given_up_after_max_attempts(tmp_path: Path) -> None:
             writer.add(failed(row, attempts=attempts))
         writer.commit()
         assert column(folder, "attempts").count(attempts) == 3
-    assert not needs_retry(folder, folder.part(0, 2), SHARD, RETRY)
+    assert not needs_retry(folder, RETRY)
     assert retry(folder).attempts == {}
 
 
@@ -252,7 +256,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     part = folder.part(0, 2)
     part.write_bytes(part.read_bytes()[:-9])
     with pytest.raises(OutputError, match=r"cannot read .*part-00000"):
-        needs_retry(folder, part, SHARD, RETRY)
+        needs_retry(folder, RETRY)
     with pytest.raises(OutputError, match=r"cannot read .*part-00000.*computed again"):
         retry(folder)
 
