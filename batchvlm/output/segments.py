@@ -81,11 +81,25 @@ def write_segment(folder: OutputFolder, path: Path, table: pa.Table, shard: Shar
 
 
 def write_tables(tables: Iterable[pa.Table], file: BinaryIO, schema: pa.Schema) -> None:
-    """Write tables as one Parquet file, in row groups of bounded size."""
+    """Write tables as one Parquet file, in row groups of bounded size; small tables share one."""
     # Checksums let readers detect pages that the disk damaged.
     with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
-        for table in tables:
+        for table in _joined(tables):
             writer.write_table(table, row_group_size=group_rows(table.nbytes, table.num_rows))
+
+
+def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Join neighbouring tables as long as they fit into one row group together."""
+    waiting: list[pa.Table] = []
+    num_rows = size_bytes = 0
+    for table in tables:
+        num_rows, size_bytes = num_rows + table.num_rows, size_bytes + table.nbytes
+        if waiting and (num_rows > _MAX_GROUP_ROWS or size_bytes > _MAX_GROUP_BYTES):
+            yield pa.concat_tables(waiting)
+            waiting, num_rows, size_bytes = [], table.num_rows, table.nbytes
+        waiting.append(table)
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def group_rows(size_bytes: int, num_rows: int) -> int:

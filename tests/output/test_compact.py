@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 
 from batchvlm.config import RetryConfig
@@ -117,6 +118,18 @@ def test_a_part_is_copied_where_there_are_no_hard_links(
     monkeypatch.setattr(os, "link", refuse)
     assert compact(folder, target_rows=8).num_after == 4
     assert look_into_parts(folder, run, range(NUM_SHARDS)) == errors
+
+
+def test_small_row_groups_become_one(tmp_path: Path) -> None:
+    """Twenty thousand groups of ten rows took half of a merged part for the footer alone."""
+    folder = job(tmp_path)
+    before = read_data(folder)
+    compact(folder, target_rows=80)
+    (merged,) = folder.data_files()
+    assert pq.read_metadata(merged).num_row_groups == 1
+    assert read_data(folder).equals(before)
+    job(folder.root, retry=RetryConfig(errors=["decode"]))
+    assert pq.read_metadata(merged).num_row_groups == 1
 
 
 def test_nothing_to_merge_touches_nothing(tmp_path: Path) -> None:
