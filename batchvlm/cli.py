@@ -308,13 +308,15 @@ def _report(error: Exception) -> ExitCode:
     """Print an error in one line, with `--debug` also its traceback; return its exit code."""
     if _debug.is_on:
         _print_error("".join(traceback.format_exception(error)).rstrip())
+    # A disk that refuses the rows of an interrupted run is an error of its own.
+    is_own = isinstance(error, OSError | BatchvlmError) and not isinstance(error, ConfigError)
+    if not is_own and _is_interruption(error):
+        return _report_interrupted()
     if isinstance(error, BatchvlmError):
         _print_error(f"batchvlm: error: {error}")
         if isinstance(error, TooManyErrors):
             _print_error("\n".join(error.causes))
         return error.exit_code
-    if not isinstance(error, OSError) and _is_interruption(error):
-        return _report_interrupted()
     # An unexpected error: a bug of this program or of a library.
     text = " ".join(str(error).split())[:300]
     hint = "" if _debug.is_on else "; the same command with --debug shows where"

@@ -19,7 +19,7 @@ import pytest
 
 from batchvlm import cli, demo
 from batchvlm.cli import main, run_app
-from batchvlm.errors import ExitCode
+from batchvlm.errors import ConfigError, ExitCode, OutputError
 from batchvlm.runtime.signals import Interrupted
 
 ROOT = Path(__file__).parents[1]
@@ -547,7 +547,12 @@ cli.run_app("run", [])
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(AttributeError("_flags"), ExitCode.INTERRUPTED), (OSError("disk full"), ExitCode.FAILED)],
+    [
+        (AttributeError("_flags"), ExitCode.INTERRUPTED),
+        (ConfigError("defaults: '_flags'"), ExitCode.INTERRUPTED),  # by OmegaConf, in a finally
+        (OSError("disk full"), ExitCode.FAILED),
+        (OutputError("disk full"), ExitCode.FAILED),
+    ],
 )
 def test_what_an_interruption_breaks_in_a_clean_up_is_no_error(
     error: Exception, expected: ExitCode, monkeypatch: pytest.MonkeyPatch
