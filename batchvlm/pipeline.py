@@ -100,7 +100,7 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
     todo = [shard for shard in mine if shard.index not in finished]
     if todo:
         if not job.is_overwriting:
-            check_parsed_type(job.folder, job.run, job.schema)
+            check_parsed_type(job.folder, job.run, job.schema, finished)
         if _compute_shards(job, mine, todo, metrics, engine, followers):
             num_mine = metrics.num_found + metrics.num_rows
     else:

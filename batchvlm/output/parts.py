@@ -49,17 +49,24 @@ def look_into_parts(folder: OutputFolder, run: RunFile, wanted: Collection[int])
     return errors
 
 
-def check_parsed_type(folder: OutputFolder, run: RunFile, schema: pa.Schema) -> None:
+def check_parsed_type(
+    folder: OutputFolder, run: RunFile, schema: pa.Schema, finished: Collection[int]
+) -> None:
     """Refuse to add parts whose column `parsed` has another type than in the parts that are there.
 
     Another release may have derived another type from the same form. All parts have one type, so
     the footer of one is enough.
 
+    Args:
+        schema: schema of the parts to add.
+        finished: indices of shards that have a part, as far as they are known.
+
     Raises:
         FingerprintError: the types differ.
     """
     wanted = schema.field("parsed").type
-    for part in folder.parts(len(run.plan)):
+    # By name: a slice of an array does not list the parts of all the others.
+    for part in folder.parts(len(run.plan), {min(finished, default=0)}):
         # Other checks report damaged files.
         with suppress(OSError, pa.ArrowException), folder.open(part.path) as file:
             found = pq.ParquetFile(file).schema_arrow.field("parsed").type

@@ -114,5 +114,5 @@ def test_parts_that_are_merged_meanwhile_are_not_missed(
     folder, run = finished
     listed = folder.parts(NUM_SHARDS)
     compact(folder, target_rows=80)
-    monkeypatch.setattr(OutputFolder, "parts", lambda self, num_shards: listed)
+    monkeypatch.setattr(OutputFolder, "parts", lambda self, *shards: listed)
     assert look_into_parts(folder, run, range(NUM_SHARDS)) == {}
