@@ -304,6 +304,11 @@ def _check_combinations(cfg: JobConfig) -> None:
         )
     _check_dialog(cfg)
     brings_text = cfg.data.columns.messages or cfg.data.columns.turns
+    if cfg.task.continue_final_message and not cfg.data.columns.messages:
+        raise ConfigError(
+            "task.continue_final_message has no effect without data.columns.messages",
+            hint="task.answer_prefix begins the answers to other prompts",
+        )
     if cfg.data.columns.image_optional and (brings_text or not image_columns(cfg)):
         raise ConfigError(
             "data.columns.image_optional has no effect without image columns and task.prompt",

@@ -19,6 +19,7 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.records import ImageRef
+from batchvlm.words import one_line
 
 Message = dict[str, Any]
 
@@ -168,13 +169,13 @@ def read_messages(value: Any, where: str) -> list[Message]:
     messages: list[Message] = []
     for i, message in enumerate(value):
         role = message.get("role") if isinstance(message, Mapping) else None
-        # A role is inserted into the prompt unescaped, so it must not hold control tokens.
         if isinstance(message, Mapping) and "role" not in message:
-            keys = ", ".join(map(str, message))[:80]
+            keys = one_line(", ".join(map(str, message)))
             raise RowError(
                 ErrorType.PROMPT,
                 f"{where}[{i}] has no key 'role' (its keys: {keys}); it needs role and content",
             )
+        # A role is inserted into the prompt unescaped, so it must not hold control tokens.
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
             raise RowError(ErrorType.PROMPT, f"{where}[{i}] has no role that is a plain word")
         if found := [key for key in _UNSUPPORTED_MESSAGE_KEYS if message.get(key)]:

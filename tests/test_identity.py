@@ -51,7 +51,6 @@ def test_other_weights_in_the_same_folder(
         ("task.system=Be brief.", True),
         ("task.answer_prefix=A", True),
         ("task.answer_prefix=null", False),
-        ("task.continue_final_message=true", True),
         ("model.dtype=bfloat16", True),
         ("model.dtype={vision_config: bfloat16}", True),
         ("generation.top_k=3", True),
@@ -76,6 +75,15 @@ def test_other_weights_in_the_same_folder(
 def test_which_settings_an_answer_depends_on(override: str, is_other: bool) -> None:
     plain, changed = (answer_identity(compose("run", o), FILES) for o in ([], [override]))
     assert (plain != changed) is is_other
+
+
+def test_a_continued_message_is_another_prompt() -> None:
+    chat = "data.columns.messages=chat"
+    plain, continued = (
+        answer_identity(compose("run", [chat, f"task.continue_final_message={value}"]), FILES)
+        for value in ("false", "true")
+    )
+    assert plain != continued
 
 
 def test_settings_that_came_later_leave_old_outputs_valid() -> None:

@@ -144,6 +144,7 @@ REFUSED = {
     "data.columns.turns=x": "has no effect with task=caption; choose task=dialog",
     "task=dialog": "task=dialog has no turns; set data.columns.turns=COLUMN",
     "data.fetch_attempts=0": "data.fetch_attempts=0 must be at least 1",
+    "task.continue_final_message=true": "no effect without data.columns.messages",
     "data.allow_hosts=[x]": "data.allow_hosts has no effect without data.allow_remote=true",
     "task.output.json_schema=s.json": "has no effect with task=caption; choose task=extract",
 }
