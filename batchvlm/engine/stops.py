@@ -94,9 +94,9 @@ class RowStop:
         """
         # An EOS id is not always a special token, so it is removed before decoding.
         ids = self._ids[:-1] if self._has_eos else self._ids
-        before = self._tokenizer.decode(self._before, skip_special_tokens=True)
         text = self._tokenizer.decode([*self._before, *ids], skip_special_tokens=True)
-        text = text[len(before) :]
+        if self._before:
+            text = text[len(self._tokenizer.decode(self._before, skip_special_tokens=True)) :]
         return Completion(
             row_index=row_index,
             token_ids=self.token_ids,
