@@ -19,6 +19,7 @@ from batchvlm.errors import FingerprintError, OutputError
 from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.run_file import RunFile
 from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY
+from batchvlm.output.writer import is_retried
 from batchvlm.records import Shard
 from batchvlm.words import one_line
 
@@ -135,9 +136,10 @@ def shards_to_retry(
                 table = parquet.read(["row_index", "error_type", "attempts"])
         except (OSError, pa.ArrowException) as error:
             raise OutputError(f"cannot read {part.path}: {error}", hint="check the file") from error
-        is_named = pc.is_in(table["error_type"], pa.array(retry.errors, pa.string()))
-        is_left = pc.less(table["attempts"], retry.max_attempts)
-        return set(_shards_of(table.filter(pc.and_(is_named, is_left)), plan, part))
+        table = table.filter(pc.is_valid(table["error_type"]))
+        outcomes = (table[name].to_pylist() for name in ("error_type", "attempts"))
+        rows = zip(_shards_of(table, plan, part), *outcomes, strict=True)
+        return {index for index, kind, tried in rows if is_retried(retry, kind, tried)}
 
     waiting = {
         index
