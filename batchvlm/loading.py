@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 from batchvlm.adapters import apply_adapter
+from batchvlm.chat_template import default_template, with_variables
 from batchvlm.config import ImageBackend, ModelConfig
 from batchvlm.errors import BatchvlmError, ModelError
 from batchvlm.quantization import (
@@ -25,7 +26,6 @@ from batchvlm.quantization import (
     modules_to_skip,
     quantization_config,
 )
-from batchvlm.templates import with_variables
 from batchvlm.words import num_bytes
 
 log = logging.getLogger(__name__)
@@ -130,20 +130,8 @@ def load_processor(cfg: ModelConfig) -> Any:
         raise ModelError(f"model.path={cfg.path} has only a tokenizer, no image processor")
     # A decoder-only model continues from the last column, so padding must not be there.
     tokenizer.padding_side = "left"
-    processor.chat_template = with_variables(_default_template(processor), cfg.chat_template_kwargs)
+    processor.chat_template = with_variables(default_template(processor), cfg.chat_template_kwargs)
     return processor
-
-
-def _default_template(processor: Any) -> str | None:
-    """Return the processor's only or default chat template; None if it has none."""
-    found: Any = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-    if isinstance(found, dict) and "default" not in found:
-        raise ModelError(
-            f"the model has chat templates named {', '.join(sorted(found))} and none as default",
-            hint="give the text of one by model.processor_kwargs.chat_template",
-        )
-    template: str | None = found["default"] if isinstance(found, dict) else found
-    return template
 
 
 def load_model(cfg: ModelConfig, *, device: str) -> Any:

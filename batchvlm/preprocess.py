@@ -5,17 +5,14 @@ Runs in worker processes. An error fails only the row that caused it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from batchvlm.chat_template import ChatTemplate
 from batchvlm.config import (
     ColumnsConfig,
     DataConfig,
@@ -218,120 +215,6 @@ def _request(prompt: Prompt, images: Sequence[Image.Image], kind: ImageFormat) -
             messages=prompt.messages, images=tuple(image_file(image, kind) for image in images)
         ),
     )
-
-
-class ChatTemplate:
-    """Renders a processor's chat template, with control tokens in the text of rows escaped.
-
-    A model that was not trained to chat has no template. Its prompt is the plain text, with the
-    processor's image token for each image.
-
-    "<image>" in the text of a row would become an image slot, and "<|im_end|>" would end the user's
-    turn. A space is inserted after the first character of such text, which keeps it readable.
-
-    Args:
-        processor: from `load_processor`.
-    """
-
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-        self._template: str | None = processor.chat_template
-        self._slot = _image_slot(processor) if self._template is None else ""
-        names = ("image_token", "video_token", "audio_token", "boi_token", "fake_image_token")
-        tokens = {str(getattr(processor, name, None) or "") for name in names}
-        added = processor.tokenizer.added_tokens_decoder.values()
-        tokens |= {token.content for token in added if token.special}
-        # Longest first: if one token is a prefix of another, the longer one must match.
-        control = sorted((t for t in tokens if len(t.strip()) > 1), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
-
-    def encode(
-        self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]
-    ) -> dict[str, Array]:
-        """Render the chat template, expand image slots, tokenize, and compute pixel values.
-
-        The prompt ends within the last message if that is the assistant's, for the answer to
-        continue it, and else with the beginning of an assistant's message.
-
-        Returns:
-            The processor's arrays for a batch of one row: `input_ids` int64 [1, T] and, depending
-            on the model family, `pixel_values`, `image_grid_thw`, `token_type_ids`, ...
-        """
-        filled = self._filled(messages, images)
-        if self._template is None:
-            # One list of images per prompt: a flat list would mean one image for each prompt.
-            encoded = self._processor(
-                text=[self._plain(filled)],
-                images=[list(images)] if images else None,
-                return_tensors="pt",
-            )
-        else:
-            encoded = self._processor.apply_chat_template(
-                [filled],
-                chat_template=self._template,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                **_ending(messages),
-            )
-        arrays = {key: np.asarray(value) for key, value in encoded.items()}
-        return {key: array for key, array in arrays.items() if array.dtype.kind in "biuf"}
-
-    def text(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> str:
-        """Return the rendered template, with one placeholder per image."""
-        filled = self._filled(messages, images)
-        if self._template is None:
-            return self._plain(filled)
-        rendered: str = self._processor.apply_chat_template(
-            filled, chat_template=self._template, tokenize=False, **_ending(messages)
-        )
-        return rendered
-
-    def _plain(self, filled: Sequence[Mapping[str, Any]]) -> str:
-        """Return the prompt of a model without a template."""
-        parts = [part for message in filled for part in message["content"]]
-        return "".join(p["text"] if p["type"] == "text" else self._slot for p in parts)
-
-    def _filled(
-        self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]
-    ) -> list[dict[str, Any]]:
-        pictures = iter(images)
-        return [
-            {
-                "role": m["role"],
-                "content": [self._fill(part, pictures) for part in _joined(m["content"])],
-            }
-            for m in messages
-        ]
-
-    def _fill(self, part: Mapping[str, Any], pictures: Iterator[Any]) -> dict[str, Any]:
-        if part["type"] == "image":
-            return {"type": "image", "image": next(pictures)}
-        text = self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", part["text"])
-        return {"type": "text", "text": text}
-
-
-def _ending(messages: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """Return the arguments of `apply_chat_template` that say how the prompt ends."""
-    is_continued = messages[-1]["role"] == "assistant"
-    return {"continue_final_message": is_continued, "add_generation_prompt": not is_continued}
-
-
-def _image_slot(processor: Any) -> str:
-    """Return the image token of a processor; empty if it puts images before the text itself."""
-    with contextlib.suppress(Exception):
-        processor(text=["a"], images=[[Image.new("RGB", (64, 64))]], return_tensors="pt")
-        return ""
-    return str(getattr(processor, "image_token", ""))
-
-
-def _joined(parts: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    # Adjacent texts are joined, because each could hold half of a control token.
-    for is_text, group in groupby(parts, key=lambda part: part["type"] == "text"):
-        if is_text:
-            yield {"type": "text", "text": "".join(part["text"] for part in group)}
-        else:
-            yield from group
 
 
 def is_for_gpu(device: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -66,33 +65,6 @@ class Template:
             raise RowError(
                 ErrorType.PROMPT, f"{self.setting} over {names}: {type(error).__name__}"
             ) from error
-
-
-def with_variables(template: str | None, variables: Mapping[str, Any]) -> str | None:
-    """Return a model's chat template that begins by setting variables.
-
-    Args:
-        template: the chat template, if the model has one.
-        variables: name -> JSON value.
-
-    Raises:
-        ConfigError: the template does not name a variable, or sets it by itself.
-    """
-    for name in variables:
-        if template is None or not re.search(rf"\b{re.escape(name)}\b", template):
-            raise ConfigError(
-                f"model.chat_template_kwargs: the model's chat template has no variable {name!r}",
-                hint="check the spelling, or leave it out",
-            )
-        if not name.isidentifier() or name in _RENDERED:
-            raise ConfigError(f"model.chat_template_kwargs: {name!r} is no variable to set")
-    # The line break after a block is no part of a prompt: transformers sets `trim_blocks`.
-    sets = (f"{{% set {name} = {value!r} %}}\n" for name, value in variables.items())
-    return None if template is None else "".join(sets) + template
-
-
-_RENDERED = ("messages", "tools", "documents", "add_generation_prompt")
-"""Variables of chat templates that are set for each prompt."""
 
 
 class _Environment(SandboxedEnvironment):

@@ -14,12 +14,12 @@ from accelerate.utils import get_balanced_memory
 from safetensors.torch import load_file, save_file
 
 from batchvlm import demo, identity
+from batchvlm.chat_template import ChatTemplate
 from batchvlm.config import ModelConfig
 from batchvlm.engine.select import select_engine, why_not_slots
 from batchvlm.errors import ConfigError, ModelError
 from batchvlm.identity import answer_identity, pin_model
 from batchvlm.loading import load_limits, load_model, load_processor, load_skeleton, spread
-from batchvlm.preprocess import ChatTemplate
 from batchvlm.settings import compose
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from batchvlm.chat_template import ChatTemplate
 from batchvlm.errors import ErrorType
 from batchvlm.loading import ModelLimits, load_processor
 from batchvlm.preprocess import (
-    ChatTemplate,
     Preprocessor,
     PreprocessSpec,
     image_sizes,

@@ -40,11 +40,14 @@ ALLOWED = {
     "batchvlm.pixels": set(),
     "batchvlm.quantization": set(),
     "batchvlm.adapters": {"batchvlm.quantization"},
+    "batchvlm.chat_template": set(),
     "batchvlm.dtypes": set(),
     "batchvlm.loading": {
-        *("batchvlm.adapters", "batchvlm.dtypes", "batchvlm.quantization", "batchvlm.templates"),
+        *("batchvlm.adapters", "batchvlm.chat_template", "batchvlm.dtypes"),
+        "batchvlm.quantization",
     },
     "batchvlm.preprocess": {
+        "batchvlm.chat_template",
         "batchvlm.images",
         "batchvlm.loading",
         "batchvlm.pixels",

@@ -8,11 +8,12 @@ from typing import Any
 
 from PIL import Image
 
+from batchvlm.chat_template import ChatTemplate
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.images import at_hand, capped_size, image_size
 from batchvlm.job import Job
 from batchvlm.loading import load_limits, load_processor
-from batchvlm.preprocess import ChatTemplate, check_length, room_behind
+from batchvlm.preprocess import check_length, room_behind
 from batchvlm.prompts import PromptBuilder
 from batchvlm.recent import KEY, RecentImageProcessor
 from batchvlm.records import Completion, Failure, FinishReason, Prompt, Record
