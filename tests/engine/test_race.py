@@ -1,44 +1,71 @@
-"""Which of several kernels is taken."""
+"""Which of several kernels is taken. The clock is the tests' own: each way moves it."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
 from batchvlm.engine import race
 
 
-def waits(milliseconds: float) -> object:
-    return lambda: time.sleep(milliseconds / 1e3)
+class Clock:
+    """Stands still but for the ways that are timed by it."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.num_calls: list[int] = []
+
+    def takes(self, *milliseconds: float) -> Callable[[], None]:
+        """A way whose calls take so long, the last of them from then on."""
+        way = len(self.num_calls)
+        self.num_calls.append(0)
+
+        def call() -> None:
+            self.now_s += milliseconds[min(self.num_calls[way], len(milliseconds) - 1)] / 1e3
+            self.num_calls[way] += 1
+
+        return call
 
 
-def test_the_fastest_wins() -> None:
-    assert race.winner([waits(5), waits(1), waits(3)]) == 1
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(race, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
+    return clock
 
 
-def test_the_first_stays_unless_another_is_clearly_faster() -> None:
-    counts = [0, 0]
-
-    def way(i: int, num: int) -> None:
-        counts[i] += 1
-        sum(range(num))
-
-    assert race.winner([lambda: way(0, 50_000), lambda: way(1, 49_500)]) == 0
-    assert min(counts) > 1
+def test_the_fastest_wins(clock: Clock) -> None:
+    assert race.winner([clock.takes(5), clock.takes(1), clock.takes(3)]) == 1
+    assert race.winner([clock.takes(1), clock.takes(5), clock.takes(3)]) == 0
 
 
-def test_a_way_that_does_not_work_here_is_out() -> None:
+@pytest.mark.parametrize(("share", "expected"), [(0.99, 0), (0.951, 0), (0.949, 1)])
+def test_the_first_stays_unless_another_is_clearly_faster(
+    clock: Clock, share: float, expected: int
+) -> None:
+    assert race.winner([clock.takes(1.0), clock.takes(share)]) == expected
+    assert min(clock.num_calls) > 1
+
+
+def test_a_call_that_was_disturbed_does_not_decide(clock: Clock) -> None:
+    """The first call of each way, and any that another process held up."""
+    assert race.winner([clock.takes(90, 2), clock.takes(3)]) == 0
+    assert race.winner([clock.takes(3), clock.takes(90, 90, 90, 90, 2)]) == 1
+
+
+def test_a_way_that_does_not_work_here_is_out(clock: Clock) -> None:
     def raises() -> None:
         raise RuntimeError("no instructions for this type")
 
-    assert race.winner([waits(2), raises]) == 0
-    assert race.winner([raises, waits(2)]) == 1
+    assert race.winner([clock.takes(2), raises]) == 0
+    assert race.winner([raises, clock.takes(2)]) == 1
 
 
-def test_an_error_of_another_kind_is_not_hidden() -> None:
+def test_an_error_of_another_kind_is_not_hidden(clock: Clock) -> None:
     def is_wrong() -> None:
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        race.winner([waits(1), is_wrong])
+        race.winner([clock.takes(1), is_wrong])
