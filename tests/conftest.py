@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from batchvlm.records import Generation, Sample
@@ -19,6 +20,14 @@ from batchvlm.records import Generation, Sample
 # The tests share the machine's cores with worker processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Hypothesis times each example and each draw unless told otherwise; a busy machine is no failure.
+settings.register_profile(
+    "patient",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("patient")
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

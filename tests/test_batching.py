@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batchvlm.batching import group_by_length
@@ -49,7 +49,6 @@ CONFIGS = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(LENGTHS, CONFIGS)
 def test_every_sample_comes_out_once(lengths: list[tuple[int, int]], cfg: BatchingConfig) -> None:
     batches = list(group_by_length(samples_of(lengths), cfg))
@@ -57,7 +56,6 @@ def test_every_sample_comes_out_once(lengths: list[tuple[int, int]], cfg: Batchi
     assert all(batch.samples for batch in batches)
 
 
-@settings(deadline=None)
 @given(LENGTHS, CONFIGS)
 def test_a_batch_stays_within_both_limits(
     lengths: list[tuple[int, int]], cfg: BatchingConfig
@@ -67,7 +65,6 @@ def test_a_batch_stays_within_both_limits(
         assert cells(batch) <= cfg.max_batch_tokens or len(batch.samples) == 1
 
 
-@settings(deadline=None)
 @given(LENGTHS, CONFIGS)
 def test_the_longest_of_a_window_come_first(
     lengths: list[tuple[int, int]], cfg: BatchingConfig
@@ -94,7 +91,6 @@ def window_bounds(samples: Sequence[Sample], cfg: BatchingConfig) -> list[int]:
     return bounds
 
 
-@settings(deadline=None)
 @given(LENGTHS, CONFIGS)
 def test_the_same_samples_give_the_same_batches(
     lengths: list[tuple[int, int]], cfg: BatchingConfig
@@ -132,7 +128,6 @@ def test_a_sample_above_the_budget_goes_alone() -> None:
     ]
 
 
-@settings(deadline=None)
 @given(LENGTHS, CONFIGS)
 def test_at_most_half_of_a_batch_is_padding(
     lengths: list[tuple[int, int]], cfg: BatchingConfig

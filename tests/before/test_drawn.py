@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batchvlm.before.drawn import draw_random, draw_spread, inspect_job, shard_of, spread
@@ -14,7 +14,6 @@ from batchvlm.errors import ConfigError
 from batchvlm.job import Job, open_job
 from batchvlm.records import Shard
 from batchvlm.settings import compose
-from tests.output.make import patient
 
 
 def plan_of(lengths: list[int]) -> list[Shard]:
@@ -25,7 +24,6 @@ def plan_of(lengths: list[int]) -> list[Shard]:
     ]
 
 
-@settings(patient)
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 200))
 def test_stretches_lie_in_their_shards_and_never_overlap(lengths: list[int], wanted: int) -> None:
     plan = plan_of(lengths)

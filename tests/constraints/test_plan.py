@@ -70,7 +70,7 @@ def plan_of(schema: Any) -> Plan:
 
 
 # The same schemas each time: a change of a library shows when it is made, not some other day.
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=250, derandomize=True)
 @given(SCHEMAS)
 def test_a_strict_grammar_takes_what_is_valid_and_nothing_else(schema: dict[str, Any]) -> None:
     plan = plan_of(schema)
@@ -82,7 +82,7 @@ def test_a_strict_grammar_takes_what_is_valid_and_nothing_else(schema: dict[str,
         assert accepts(first, value, schema) == validator.is_valid(value), (value, plan)
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120, derandomize=True)
 @given(SCHEMAS)
 def test_every_beginning_is_that_of_a_valid_answer(schema: dict[str, Any]) -> None:
     """Byte by byte: what may come next is what comes next in some valid value, no more, no less."""

@@ -46,7 +46,7 @@ def sees(num_new: int, num_before: int, window: int | None) -> Tensor:
     return (places <= newest) & (places > newest - (window or 1 << 30))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     heads=HEADS,
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=4),
@@ -97,7 +97,7 @@ def test_packed_rows(
         torch.testing.assert_close(out[0, here].transpose(0, 1), expected, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     heads=HEADS,
     positions=st.lists(st.integers(0, 15), min_size=1, max_size=6),

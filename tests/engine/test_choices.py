@@ -451,7 +451,7 @@ class TestGenerate:
 
 
 class TestTrees:
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(
         ids=st.lists(st.lists(st.integers(0, 2), max_size=5).map(tuple), min_size=1, max_size=12),
         max_nodes=st.integers(1, 20),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchvlm.config import BatchingConfig
@@ -70,9 +70,7 @@ def marked(num_rows: int) -> list[Sample]:
     ]
 
 
-@settings(
-    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
-)
+@settings(max_examples=60)
 @given(num_rows=st.integers(1, 20), data=st.data())
 def test_only_the_rows_at_fault_fail(num_rows: int, data: st.DataObject, failing: Any) -> None:
     at_fault = data.draw(st.sets(st.integers(0, num_rows - 1)))

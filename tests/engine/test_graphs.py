@@ -93,7 +93,7 @@ class TestParts:
         most_rows=st.integers(1, 6),
         lag=st.integers(0, 1),
     )
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     def test_rows_answer_as_alone(
         self, small: Loaded, rows: list[Row], num_slots: int, most_rows: int, lag: int
     ) -> None:

@@ -354,7 +354,7 @@ generations = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rows=st.lists(generations, min_size=1, max_size=9), data=st.data())
 def test_rows_that_come_go_and_move_choose_as_alone(
     rows: list[Generation], data: st.DataObject

@@ -37,7 +37,7 @@ pytestmark = [needs_slots, pytest.mark.usefixtures("no_collection", "small_parts
 
 
 class TestRowsAtFault:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(
         data=st.data(),
         rows=ROWS,
@@ -72,7 +72,7 @@ class TestRowsAtFault:
                 assert outcome.error_type is ErrorType.ENGINE
                 assert outcome.message == "RuntimeError: shapes do not match"
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(data=st.data(), rows=ROWS, is_shared=st.booleans(), streams=st.integers(1, 3))
     def test_an_image_that_cannot_be_encoded(
         self,

@@ -45,7 +45,7 @@ def rounded(num_tokens: int) -> int:
 
 
 class TestMemory:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(
         rows=ROWS,
         max_slots=st.integers(1, 8),

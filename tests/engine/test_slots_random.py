@@ -56,7 +56,7 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 ROWS = st.tuples(st.sampled_from(QUESTIONS), st.integers(0, 1), st.integers(1, MOST_NEW_TOKENS))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.lists(ROWS, min_size=1, max_size=12),
     cfg=st.fixed_dictionaries(

@@ -146,7 +146,7 @@ class TestStopStrings:
         push_all(stop, tokenizer("xyz")["input_ids"])
         assert answer(stop).text == "x"
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(data=st.data())
     def test_a_row_ends_at_the_first_token_that_completes_one(
         self, tokenizer: Any, data: st.DataObject
@@ -187,7 +187,7 @@ class TestStopStrings:
         assert push_all(stop, [i, reserved, s]) == (3 if is_found else None)
         assert answer(stop).text == ("" if is_found else "is")
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(
         text=st.text("ab \n\u00e9\u554f\U0001f600", min_size=1, max_size=12),
         string=st.text("ab \n\u00e9\u554f\U0001f600", min_size=1, max_size=2),
@@ -224,7 +224,7 @@ def first_cycle(ids: Sequence[int]) -> int | None:
 
 
 class TestRepetition:
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(data=st.data())
     def test_it_is_found_at_its_first_token(self, data: st.DataObject) -> None:
         with pytest.MonkeyPatch.context() as patch:

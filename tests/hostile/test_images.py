@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from batchvlm.errors import RowError
 from batchvlm.images import load_image
@@ -157,9 +158,10 @@ def test_a_run_over_all_of_them(tmp_path: Path, write_parquet: Writer) -> None:
                 wrong[case.name] = f"a corner is off by {off:.0f}"
     assert not wrong
     (peak,) = engine.peaks_mib
-    # A worker is some 460 MiB of libraries, 75 of them triton; what the largest image takes comes
-    # on top.
-    assert peak <= 600 + MAX_BYTES_PER_PIXEL * MAX_SOURCE_PIXELS / MIB
+    # A worker is some 460 MiB of libraries, 760 with a build of torch for CUDA; what the largest
+    # image takes comes on top.
+    libraries_mib = 600 if torch.version.cuda is None else 900
+    assert peak <= libraries_mib + MAX_BYTES_PER_PIXEL * MAX_SOURCE_PIXELS / MIB
 
 
 def test_a_corner_is_told_from_another() -> None:

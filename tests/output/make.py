@@ -8,16 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
-from hypothesis import HealthCheck, settings
 
 from batchvlm.errors import ErrorType
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.schema import Provenance, output_schema
 from batchvlm.output.writer import ShardWriter
 from batchvlm.records import Failure, FinishReason, Result, Shard, Status
-
-# Hypothesis times each example and each draw unless told otherwise; a busy machine is no failure.
-patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 PROVENANCE = Provenance(model="demo@1", fingerprint="0123456789abcdef", run_id="run-1")
 KEPT = [pa.field("label", pa.int16()), pa.field("blob", pa.binary())]

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 from batchvlm.output.fingerprint import differences, fingerprint
 
-from .make import patient
-
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -25,7 +23,6 @@ def test_a_known_digest_does_not_change_between_releases() -> None:
     assert fingerprint(identity) == "b0ec02fb273aeebc"
 
 
-@patient
 @given(mappings)
 def test_order_of_keys_does_not_matter(identity: dict[str, object]) -> None:
     backwards = dict(reversed(identity.items()))
@@ -33,7 +30,6 @@ def test_order_of_keys_does_not_matter(identity: dict[str, object]) -> None:
     assert re.fullmatch("[0-9a-f]{16}", fingerprint(identity))
 
 
-@patient
 @given(mappings, mappings)
 def test_there_are_differences_exactly_where_the_digests_differ(
     old: dict[str, object], new: dict[str, object]

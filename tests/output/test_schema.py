@@ -20,7 +20,7 @@ from batchvlm.output.schema import kept_fields, output_schema, to_table
 from batchvlm.output.writer import ShardWriter
 from batchvlm.records import Failure, Shard, Status
 
-from .make import PROVENANCE, make_plan, make_result, patient
+from .make import PROVENANCE, make_plan, make_result
 
 SHARD = make_plan(2, 300)[0]
 
@@ -147,7 +147,6 @@ def test_any_text_survives_in_every_text_column(text: str, stored: str) -> None:
     assert row["l"] == [stored]
 
 
-@patient
 @given(st.text(st.characters(exclude_categories=[]), max_size=20))
 def test_text_is_changed_only_where_utf8_has_no_place_for_it(text: str) -> None:
     stored = schema_module._without_surrogates(text)

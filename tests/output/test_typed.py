@@ -342,7 +342,7 @@ SCHEMAS = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SCHEMAS, st.lists(JSON_VALUES, max_size=4))
 def test_whatever_is_valid_is_held_or_named(schema: Any, values: list[Any]) -> None:
     """Never an exception but the one, and never a value that Arrow then refuses."""

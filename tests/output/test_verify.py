@@ -7,14 +7,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batchvlm.errors import InputError
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.verify import ranges, verify
 
-from .make import patient
 from .test_overwrite import run_job
 
 # Of `run_job`: shard 0 with rows 0 to 5, shard 1 with rows 6 and 7.
@@ -119,7 +118,6 @@ def test_a_folder_that_is_no_output(tmp_path: Path) -> None:
         verify(OutputFolder(tmp_path))
 
 
-@settings(patient)
 @given(st.sets(st.integers(0, 60), min_size=1))
 def test_ranges_name_what_they_are_given(rows: set[int]) -> None:
     shown = ranges(sorted(rows))

@@ -22,7 +22,7 @@ from batchvlm.output.schema import output_schema
 from batchvlm.output.writer import ShardWriter
 from batchvlm.records import Shard
 
-from .make import PROVENANCE, make_plan, make_result, open_writer, patient, read_data, undisturbed
+from .make import PROVENANCE, make_plan, make_result, open_writer, read_data, undisturbed
 
 PLAN = make_plan(1, 90)  # One shard, of 30 rows.
 SHARD = PLAN[0]
@@ -132,7 +132,7 @@ def test_wrong_rows_are_our_own_mistake(tmp_path: Path) -> None:
         open_writer(OutputFolder(tmp_path), PLAN, 0).add(make_result(SHARD, 3))
 
 
-@settings(patient, max_examples=40)
+@settings(max_examples=40)
 @given(
     order=st.permutations(range(30)),
     steps=st.lists(st.sampled_from(["add", "flush", "restart"]), max_size=60),

@@ -59,7 +59,7 @@ def in_turns(ranks: list[Iterator[int]], draw: random.Random) -> list[list[int]]
     return taken
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 30), st.integers(1, 4), st.integers(0, 99))
 def test_every_shard_goes_to_exactly_one_rank(num: int, world_size: int, seed: int) -> None:
     ranks = make_ranks(world_size, dist.HashStore())
@@ -89,7 +89,7 @@ def test_a_rank_that_comes_late_finds_the_rest() -> None:
     assert list(late.claim(8)) == []
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 12), st.integers(0, 99))
 def test_without_the_store_every_shard_is_still_somebodys(
     num: int, world_size: int, calls: int, seed: int

@@ -48,7 +48,7 @@ types = st.sampled_from(["u1", "f4", "f2", "i8", "?", "<M8[s]"])
 
 
 @given(st.lists(st.tuples(shapes, types, st.booleans(), st.integers(1, 3)), max_size=4))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_arrays_arrive_as_they_were(drawn: list[tuple[Any, str, bool, int]]) -> None:
     arrays = []
     for shape, kind, is_fortran, step in drawn:

@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchvlm.errors import ErrorType, InputError
@@ -221,11 +221,7 @@ lines_of_bytes = st.lists(
 )
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=60)
 @given(
     files=st.lists(lines_of_bytes, min_size=1, max_size=3),
     rows_per_shard=st.integers(1, 9),

@@ -254,7 +254,7 @@ lines = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(requests=st.lists(lines, min_size=1, max_size=4))
 def test_whatever_a_line_holds_is_one_row(
     tmp_path_factory: pytest.TempPathFactory, requests: list[Any]

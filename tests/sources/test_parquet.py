@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as encryption
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchvlm.errors import ErrorType, InputError
@@ -56,11 +56,7 @@ def test_the_plan_takes_row_groups_from_the_footer(tmp_path: Path) -> None:
     assert (file.name, file.num_rows, file.row_groups) == ("a.parquet", 12, (4, 1, 7))
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=25)
 @given(
     layout=st.lists(st.lists(st.integers(0, 30), max_size=4), min_size=1, max_size=3),
     rows_per_shard=st.integers(1, 20),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchvlm.errors import ErrorType, InputError
@@ -81,11 +81,7 @@ def test_rows_before_a_corrupt_page_are_read_whatever_the_shards(
         assert (record.failure is None) == (shard.first_row < found[0])
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=40)
 @given(
     place=st.floats(0, 1),
     noise=st.binary(min_size=1, max_size=40),
