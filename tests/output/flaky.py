@@ -32,7 +32,7 @@ class FlakyProxy:
         self, target: int, choose: Callable[[str, str], str | None], *, slow_s: float = 0.6
     ) -> None:
         self.faults: Counter[str] = Counter()
-        self.requests: Counter[str] = Counter()
+        self.requests: set[tuple[str, str]] = set()
         lock = threading.Lock()
         proxy = self
 
@@ -49,7 +49,7 @@ class FlakyProxy:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 with lock:
                     fault = choose(self.command, self.path)
-                    proxy.requests[self.command] += 1
+                    proxy.requests.add((self.command, self.path))
                     proxy.faults[fault or "none"] += 1
                 if fault == "cut before":
                     return self.cut()

@@ -177,14 +177,15 @@ def test_how_often_the_store_is_asked_does_not_grow_with_the_parts(
         num_shards = 50_000
         for index in (3, 4):
             folder.commit_file(lambda f: f.write(b""), folder.part(index, num_shards))
-        before = proxy.requests.total()
+        # Different requests: on a busy machine the client repeats some.
+        before = {*proxy.requests}
         # One slice of a thousand: as many requests as it has shards, not as there are parts.
         mine = range(3, num_shards, 5000)
         assert folder.finished_shards(num_shards, mine) == {3}
-        assert proxy.requests.total() - before <= 2 * (len(mine) + 1)
-        before = proxy.requests.total()
+        assert len(mine) <= len(proxy.requests - before) <= 2 * (len(mine) + 1)
+        before = {*proxy.requests}
         assert folder.find_part(7, num_shards) is None
-        assert proxy.requests.total() - before <= 4
+        assert 1 <= len(proxy.requests - before) <= 4
         assert folder.finished_shards(num_shards) == {3, 4}
 
 
