@@ -18,7 +18,7 @@ from batchvlm.job import Job
 from batchvlm.output.disk import new_attempt
 from batchvlm.output.schema import Provenance
 from batchvlm.output.typed import UnfitError
-from batchvlm.output.writer import ShardWriter
+from batchvlm.output.writer import Answered, ShardWriter, update_part
 from batchvlm.records import (
     Completion,
     Failure,
@@ -34,6 +34,7 @@ from batchvlm.runtime.launch import this_place
 from batchvlm.runtime.metrics import Metrics
 from batchvlm.runtime.progress import Progress
 from batchvlm.runtime.ranks import Rank
+from batchvlm.runtime.signals import interrupted_at_s
 from batchvlm.turns import Turns
 from batchvlm.words import number_of
 
@@ -85,6 +86,7 @@ class Collector:
             run_id=new_attempt(),
         )
         self._writers: dict[int, ShardWriter] = {}
+        self._waiting: dict[int, Answered] = {}
         self._missing: dict[int, int] = {}
         self._under_way: dict[int, tuple[Record, Sample]] = {}
         self._again = Again(job.cfg.retry.invalid_json, max_bytes=job.cfg.batching.max_window_bytes)
@@ -176,6 +178,7 @@ class Collector:
             lost = Failure(error_type=ErrorType.ENGINE, message="the engine gave no answer")
             self.finish(row_index, lost)
         self.close()
+        self._update_parts()
         if self._missing:
             index, num_missing = next(iter(self._missing.items()))
             were = "was" if num_missing == 1 else "were"
@@ -185,13 +188,18 @@ class Collector:
             )
 
     def close(self) -> None:
-        """Write every finished row to disk; commit shards that were complete from the start."""
+        """Write every finished row to disk; commit shards that were complete from the start.
+
+        After a signal, new answers of merged parts stay in segments: the next run takes them.
+        """
         with self._lock:
             # All are flushed first: if a part does not fit on the disk, other shards' rows may.
             for writer in self._writers.values():
                 writer.flush()
             for index in [index for index, missing in self._missing.items() if missing == 0]:
                 self._commit(index)
+        if interrupted_at_s() is None:
+            self._update_parts()
 
     def flush(self) -> None:
         """Write every finished row and the metrics to disk."""
@@ -297,8 +305,27 @@ class Collector:
 
     def _commit(self, index: int) -> None:
         # Deleted only after the commit: if that is interrupted, `close` still has the rows.
-        self._writers[index].commit()
+        writer = self._writers[index]
+        # A merged part takes seconds to write, for one shard or for all.
+        if (answered := writer.leave_to_update()) is not None:
+            self._waiting[index] = answered
+        else:
+            writer.commit()
         del self._writers[index], self._missing[index]
+
+    def _update_parts(self) -> None:
+        """Rewrite merged parts, each once for all of its shards that were answered again."""
+        job = self.job
+        if self._waiting:
+            num_shards = number_of(len(self._waiting), "shard")
+            log.info("putting the new answers of %s into merged parts", num_shards)
+        # Without the lock: rows that are not on disk yet can be flushed meanwhile.
+        while self._waiting:
+            for index in update_part(
+                job.folder, self._waiting, len(job.run.plan), job.schema, self._provenance
+            ):
+                del self._waiting[index]
+            self._beat()
 
 
 def _result(record: Record, failure: Failure | None, sample: Sample | None = None) -> Result:

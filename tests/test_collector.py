@@ -5,15 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batchvlm.errors import ErrorType, ExitCode, OutputError, TooManyErrors
+from batchvlm import collector as collector_module
+from batchvlm.errors import BatchvlmError, ErrorType, ExitCode, OutputError, TooManyErrors
 from batchvlm.output import disk as disk_module
+from batchvlm.output.compact import compact
 from batchvlm.output.folder import OutputFolder
+from batchvlm.pipeline import Summary
 from batchvlm.records import Completion, Failure, FinishReason, Sample
+from batchvlm.sources.parquet import ParquetSource
 from batchvlm.summary import print_summary
 from tests.conftest import picture
 from tests.test_pipeline import FakeEngine, answers, rows_of, run
@@ -158,6 +163,131 @@ def test_a_retry_computes_just_the_rows_it_names(tmp_path: Path, write_parquet: 
     run(out, source, *retry, engine=idle)
     assert idle.seen == []
     assert not list((out / "_batchvlm").glob("retries/*"))
+
+
+@pytest.fixture
+def merged(tmp_path: Path, write_parquet: Writer) -> Callable[..., Summary]:
+    """A job of six shards in two merged parts, with a failed row in four of them.
+
+    Returns:
+        Runs it again with `retry.errors`.
+    """
+    source, out = write_parquet([picture()] * 45), tmp_path / "out"
+    run(out, source, engine=OomEngine({3, 12, 25, 44}))
+    compact(OutputFolder(out), target_rows=30)
+    return partial(run, out, source, "retry.errors=[oom]")
+
+
+def tried_twice(out: Path) -> list[int]:
+    rows = rows_of(out)
+    assert [row["row_index"] for row in rows] == list(range(45))
+    return [row["row_index"] for row in rows if row["attempts"] == 2]
+
+
+def test_a_retry_rewrites_each_merged_part_once(
+    tmp_path: Path, merged: Callable[..., Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit_file, written = OutputFolder.commit_file, []
+
+    def count(self: OutputFolder, write: Any, final: Path, **options: Any) -> bool:
+        written.extend([final.name] if final.parent == self.data else [])
+        return commit_file(self, write, final, **options)
+
+    monkeypatch.setattr(OutputFolder, "commit_file", count)
+    engine = FakeEngine()
+    summary = merged(engine=engine)
+    assert written == sorted(path.name for path in (tmp_path / "out" / "data").iterdir())
+    assert len(written) == 2 and all("-to-" in name for name in written)
+    assert sorted(engine.seen) == tried_twice(tmp_path / "out") == [3, 12, 25, 44]
+    assert (summary.metrics.num_rows, summary.metrics.num_errors) == (4, 0)
+    assert not list((tmp_path / "out" / "_batchvlm").glob("retries/*"))
+
+
+def test_a_run_that_dies_before_it_rewrites_merged_parts(
+    tmp_path: Path, merged: Callable[..., Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    before = rows_of(out)
+
+    def die(*args: Any) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collector_module, "update_part", die)
+        with pytest.raises(Crash):
+            merged()
+    assert rows_of(out) == before
+    with pytest.raises(OutputError, match="rows of 4 shards were answered again"):
+        compact(OutputFolder(out), target_rows=100)
+    engine = FakeEngine()
+    merged(engine=engine)
+    assert engine.seen == []
+    assert tried_twice(out) == [3, 12, 25, 44]
+
+
+def test_a_run_that_ends_early_puts_what_it_has_into_merged_parts(
+    tmp_path: Path, merged: Callable[..., Summary]
+) -> None:
+    with pytest.raises(Crash):
+        merged(engine=CrashingOomEngine([]))
+    done = tried_twice(tmp_path / "out")
+    assert len(done) == 2
+    engine = FakeEngine()
+    merged(engine=engine)
+    assert sorted(engine.seen + done) == tried_twice(tmp_path / "out") == [3, 12, 25, 44]
+
+
+def test_a_run_that_was_told_to_stop_leaves_merged_parts_to_the_next(
+    tmp_path: Path, merged: Callable[..., Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(collector_module, "interrupted_at_s", lambda: 0.0)
+        with pytest.raises(Crash):
+            merged(engine=CrashingOomEngine([]))
+    assert tried_twice(tmp_path / "out") == []
+    engine = FakeEngine()
+    merged(engine=engine)
+    assert len(engine.seen) == 2
+    assert tried_twice(tmp_path / "out") == [3, 12, 25, 44]
+
+
+def test_a_row_of_a_merged_part_that_the_source_forgets_is_missed(
+    tmp_path: Path, merged: Callable[..., Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_shard = ParquetSource.read_shard
+
+    def forget(self: ParquetSource, *args: Any, **options: Any) -> Iterator[Any]:
+        return (row for row in read_shard(self, *args, **options) if row.row_index != 12)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ParquetSource, "read_shard", forget)
+        with pytest.raises(BatchvlmError, match="1 row of shard 1 was never answered"):
+            merged()
+    assert tried_twice(tmp_path / "out") == [3, 25, 44]
+    merged()
+    assert tried_twice(tmp_path / "out") == [3, 12, 25, 44]
+
+
+def test_a_disk_that_is_full_when_merged_parts_are_rewritten(
+    tmp_path: Path, merged: Callable[..., Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    before = rows_of(out)
+
+    def refuse(path: Any, mode: str, **options: Any) -> Any:
+        if "-to-" in Path(path).name:
+            raise OSError(28, "No space left on device")
+        return open(path, mode, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(disk_module, "open", refuse, raising=False)
+        with pytest.raises(OutputError, match=r"No space left.*make room and run the same"):
+            merged()
+    assert rows_of(out) == before
+    engine = FakeEngine()
+    merged(engine=engine)
+    assert engine.seen == []
+    assert tried_twice(out) == [3, 12, 25, 44]
 
 
 def test_rows_of_an_unfinished_shard_are_retried_too(tmp_path: Path, write_parquet: Writer) -> None:

@@ -258,19 +258,28 @@ def test_killed_dialogs(commands: Commands, request: pytest.FixtureRequest) -> N
     kill_until(commands, request, "dialog", start_over, check, "fake")
 
 
-def test_killed_retries(commands: Commands, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("is_merged", [False, True], ids=["parts", "merged parts"])
+def test_killed_retries(
+    commands: Commands, request: pytest.FixtureRequest, is_merged: bool
+) -> None:
     """Rows that failed are tried once more, no matter how often that is interrupted."""
     retry = ["retry.errors=[decode]", "retry.max_attempts=2"]
-    plain = commands.folder / "plain-retry"
-    commands.run(job(commands, plain), kind="fake", signal_after=None)
+
+    def finish(name: str) -> Path:
+        out = commands.folder / f"{name}-{'merged' if is_merged else 'alone'}"
+        commands.run(job(commands, out), kind="fake", signal_after=None)
+        if is_merged:
+            commands.run(["compact", str(out), "--rows", "32"], kind="fake", signal_after=None)
+        return out
+
+    plain = finish("plain-retry")
     timed(commands, "retry", job(commands, plain, *retry), "fake")
     expected = settled(plain)
     assert {row["attempts"] for row in expected if row["status"] == "error"} == {2}
     assert {row["attempts"] for row in expected if row["status"] == "success"} == {1}
 
     def start_over(number: int) -> tuple[Path, list[str]]:
-        out = commands.folder / f"retry-{number}"
-        commands.run(job(commands, out), kind="fake", signal_after=None)
+        out = finish(f"retry-{number}")
         return out, job(commands, out, *retry)
 
     def check(out: Path) -> None:

@@ -37,6 +37,10 @@ class UnreadableSegment(Exception):
     """A segment is damaged, missing, or of another run; the message says which."""
 
 
+class UnreadablePart(Exception):
+    """A part is damaged or missing; the message says which."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """A readable segment and an index of its content."""
@@ -155,14 +159,19 @@ def merge_segments(
     for start in range(0, shard.num_rows, step):
         stop = min(start + step, shard.num_rows)
         tables = [_read(folder, segment, start, stop, schema) for segment in segments]
-        table = pa.concat_tables([*tables, pending])
-        offsets = _row_offsets(table, shard)
-        # lexsort is stable: with equal attempts the earlier segment stays first.
-        by_attempts = np.lexsort((-table.column("attempts").to_numpy(), offsets))
-        rows, firsts = np.unique(offsets[by_attempts], return_index=True)
-        places = by_attempts[firsts][(start <= rows) & (rows < stop)]
-        assert len(places) == stop - start, f"shard {shard.index} lacks rows in {start}:{stop}"
-        yield _take(table, places)
+        yield _latest([*tables, pending], shard, start, stop)
+
+
+def _latest(tables: Sequence[pa.Table], shard: Shard, start: int, stop: int) -> pa.Table:
+    """Return each row in `start:stop` once, by the rule of `merge_segments`."""
+    table = pa.concat_tables(tables)
+    offsets = _row_offsets(table, shard)
+    # lexsort is stable: with equal attempts the earlier segment stays first.
+    by_attempts = np.lexsort((-table.column("attempts").to_numpy(), offsets))
+    rows, firsts = np.unique(offsets[by_attempts], return_index=True)
+    places = by_attempts[firsts][(start <= rows) & (rows < stop)]
+    assert len(places) == stop - start, f"shard {shard.index} lacks rows in {start}:{stop}"
+    return _take(table, places)
 
 
 def latest_segments(segments: Sequence[Segment]) -> dict[int, Segment]:
@@ -255,30 +264,54 @@ def _rows_of(table: pa.Table, shard: Shard) -> pa.Table:
 
 
 def replace_rows(
-    folder: OutputFolder, path: Path, shard: Shard, tables: Iterable[pa.Table]
+    folder: OutputFolder,
+    path: Path,
+    answers: Iterator[tuple[Shard, Sequence[Segment]]],
+    pending: pa.Table,
+    schema: pa.Schema,
 ) -> Iterator[pa.Table]:
-    """Yield a merged part's rows, with those of one shard replaced by `tables`.
+    """Yield every row of a part in input order, those of some shards as last answered.
+
+    One row group of the part is in memory at a time, and what the segments have of its rows.
+
+    Args:
+        answers: shards of the part in input order, each read when its rows are reached, with
+            segments that hold some of its rows; see `merge_segments`.
+        pending: rows of these shards that are in no segment yet.
+        schema: schema of the part.
 
     Raises:
-        UnreadableSegment: the merged part was readable before and is not any more.
+        UnreadablePart: the part is damaged or missing.
+        UnreadableSegment: a segment that was readable before is not any more.
     """
-    is_put = False
+    current = next(answers, None)
     try:
         with folder.open(path) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             for group in range(parquet.num_row_groups):
                 table = parquet.read_row_group(group).replace_schema_metadata(None)
-                low, high = np.searchsorted(_row_offsets(table, shard), [0, shard.num_rows])
-                if low:
-                    yield table.slice(0, low)
-                if low < table.num_rows and not is_put:
-                    yield from tables
-                    is_put = True
-                if high < table.num_rows:
-                    yield table.slice(high)
+                done = 0
+                while current is not None:
+                    shard, segments = current
+                    offsets = _row_offsets(table, shard)
+                    low, high = np.searchsorted(offsets, [0, shard.num_rows])
+                    if low < high:
+                        start, stop = int(offsets[low]), int(offsets[high - 1]) + 1
+                        retried = [_read(folder, s, start, stop, schema) for s in segments]
+                        if pending.num_rows or any(t.num_rows for t in retried):
+                            if done < low:
+                                yield table.slice(done, low - done)
+                            ours = table.slice(low, high - low)
+                            yield _latest([*retried, ours, pending], shard, start, stop)
+                            done = high
+                    if high == table.num_rows:
+                        break  # the next row group may hold more of its rows
+                    current = next(answers, None)
+                if done < table.num_rows:
+                    yield table.slice(done)
     except (OSError, pa.ArrowException) as error:
-        raise UnreadableSegment(f"{path}: {error}") from error
-    assert is_put, f"{path} holds no row of shard {shard.index}"
+        raise UnreadablePart(str(error)) from error
+    assert next(answers, None) is None, f"{path} lacks rows of a shard"
 
 
 def _outcomes(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,7 @@ from batchvlm.output.schema import Provenance, to_table
 from batchvlm.output.segments import (
     FINGERPRINT_KEY,
     Segment,
+    UnreadablePart,
     UnreadableSegment,
     latest_segments,
     merge_segments,
@@ -36,6 +37,14 @@ _MAX_PENDING_BYTES = 64 << 20
 """Pending rows are flushed at this size, because kept columns may hold images."""
 
 NO_RETRY = RetryConfig()
+
+
+class Answered(NamedTuple):
+    """A finished shard of which rows were answered again."""
+
+    shard: Shard
+    paths: frozenset[Path]
+    """Segments that this writer found or wrote; they hold those rows."""
 
 
 def is_retried(retry: RetryConfig, error_type: str | None, attempts: int) -> bool:
@@ -193,34 +202,37 @@ class ShardWriter:
             if part is None:
                 raise _lost_segment(lost or UnreadableSegment(f"{self._part} was removed"))
         if self._is_retry or self.attempts:
-            while not self._update_part():
+            answered, pending = {self._shard.index: self._answered()}, self._pending_table()
+            while not update_part(
+                self._folder, answered, self._num_shards, self._schema, self._provenance, pending
+            ):
                 pass
         self._folder.remove_segments(self._shard.index)
         return part.path
 
-    def _find_part(self) -> Part | None:
-        """Return the part that holds the shard; None if there is none.
+    def leave_to_update(self) -> Answered | None:
+        """Flush all rows, if they are to be put into a merged part, which `update_part` does.
+
+        Returns:
+            None if they are not, and `commit` is to be called.
 
         Raises:
-            OutputError: the part is damaged, or by its footer of another run.
+            OutputError: as for `flush`.
         """
-        part = self._folder.find_part(self._shard.index, self._num_shards)
-        if part is None:
+        if not self._is_retry:
             return None
-        try:
-            with self._folder.open(part.path) as file:
-                marks = pq.ParquetFile(file).schema_arrow.metadata or {}
-        except FileNotFoundError:
-            return part  # `compact` has just replaced it
-        except (OSError, pa.ArrowException) as error:
-            raise _damaged(part, error) from error
-        if marks.get(FINGERPRINT_KEY) != self._schema.metadata[FINGERPRINT_KEY]:
-            # The run that was overwritten wrote it late, on a file system without locks.
-            raise OutputError(
-                f"{part.path} is of another run",
-                hint="delete it and run the same command again: its rows are computed again",
-            )
-        return part
+        part = self._folder.find_part(self._shard.index, self._num_shards)
+        if part is None or len(part.shards) == 1:
+            return None
+        self.flush()
+        return self._answered()
+
+    def _answered(self) -> Answered:
+        return Answered(self._shard, frozenset(segment.path for segment in self._segments))
+
+    def _find_part(self) -> Part | None:
+        fingerprint = self._provenance.fingerprint
+        return _find_part(self._folder, self._shard.index, self._num_shards, fingerprint)
 
     def _find_rows(self) -> None:
         """Read the rows on disk and separate those that must be answered again."""
@@ -247,60 +259,121 @@ class ShardWriter:
         except UnreadableSegment as error:
             raise _damaged(part, error) from error
 
-    def _update_part(self) -> bool:
-        """Replace rows of the part by those that were answered again.
+    def _write_part(self, segments: Sequence[Segment]) -> bool:
+        """Write the shard's first part.
 
         Returns:
-            False if another writer removed a segment meanwhile: call it again.
-        """
-        # The lock keeps two retries of one shard from both reading the part before either writes.
-        with self._folder.lock():
-            parts = self._read_parts()
-            # Include the segments of other writers: whoever merges segments removes them. So some
-            # of this writer's may already be in the part. Damaged ones are removed too: nothing can
-            # read them, and their rows stay as the part has them.
-            listed = set(self._folder.list_segments(self._shard.index, is_retry=True))
-            retried = read_segments(self._folder, self._shard, self._schema, is_retry=True)
-            known = {segment.path for segment in retried}
-            for segment in self._segments:
-                if segment.path not in known and self._folder.exists(segment.path):
-                    if self._is_retry:
-                        raise _lost_segment(UnreadableSegment(str(segment.path)))
-                    retried.append(segment)
-            rows = latest_segments([*parts, *retried])
-            if self._pending or any(segment is not parts[0] for segment in rows.values()):
-                try:
-                    self._write_part([*retried, *parts], into=parts[0].path)
-                except UnreadableSegment as error:
-                    if all(self._folder.exists(segment.path) for segment in retried):
-                        raise _lost_segment(error) from error
-                    # The writer that finished the shard has just removed its segments.
-                    return False
-            self._folder.remove_segments(self._shard.index, is_retry=True, only=listed | known)
-        return True
-
-    def _write_part(self, segments: Sequence[Segment], *, into: Path | None = None) -> bool:
-        """Write the shard's first part, or rewrite the existing part `into`, which may be merged.
-
-        Returns:
-            False if another process has just written a first part.
+            False if another process has just written one.
         """
         pending, schema = self._pending_table(), self._schema
         tables = merge_segments(self._folder, segments, pending, self._shard, schema)
-        if into is not None and into != self._part:
-            tables = replace_rows(self._folder, into, self._shard, tables)
-            schema = schema.with_metadata(pq.read_schema(into).metadata)
 
         def write(file: BinaryIO) -> None:
             write_tables(tables, file, schema)
 
-        if into is None:
-            return self._folder.commit_part(write, self._shard.index, self._num_shards)
-        return self._folder.commit_file(write, into)
+        return self._folder.commit_part(write, self._shard.index, self._num_shards)
 
     def _pending_table(self) -> pa.Table:
         rows = sorted(self._pending, key=lambda result: result.row)
         return to_table(rows, self._schema, self._provenance)
+
+
+def update_part(
+    folder: OutputFolder,
+    answered: Mapping[int, Answered],
+    num_shards: int,
+    schema: pa.Schema,
+    provenance: Provenance,
+    pending: pa.Table | None = None,
+) -> list[int]:
+    """Rewrite the part of the first of these shards once, for all of them that it holds.
+
+    It also takes the segments of other writers of these shards, because it removes all of them.
+
+    Args:
+        answered: by index, finished shards that were answered again.
+        schema: from `output_schema`.
+        pending: rows of these shards that are in no segment yet.
+
+    Returns:
+        Indices of the shards in the part; none if another writer removed a segment meanwhile: call
+        it again.
+
+    Raises:
+        OutputError: the file system refuses, or the part or a segment of this writer cannot be
+            read any more. The part is as it was, and the segments stay for the next run.
+    """
+    pending = schema.empty_table() if pending is None else pending
+    # The lock keeps two retries of one part from both reading it before either writes.
+    with folder.lock():
+        first = min(answered)
+        part = _find_part(folder, first, num_shards, provenance.fingerprint)
+        if part is None:
+            raise _lost_segment(UnreadableSegment(f"the part of shard {first} was removed"))
+        indices = [index for index in sorted(answered) if index in part.shards]
+        # Damaged ones are removed too: nothing can read them, and their rows stay as the part has
+        # them.
+        used = {path for i in indices for path in folder.list_segments(i, is_retry=True)}
+        own = {path for i in indices for path in answered[i].paths}
+        used |= {path for path in own - used if folder.exists(path)}
+
+        def answers() -> Iterator[tuple[Shard, list[Segment]]]:
+            for index in indices:
+                shard, paths = answered[index]
+                marked = with_marks(schema, fingerprint=provenance.fingerprint, shard_index=index)
+                segments = read_segments(folder, shard, marked, is_retry=True)
+                # Whoever merges segments removes them. So some of this writer's may already be in
+                # the part; those that are there must be readable.
+                for path in sorted(paths & used - {segment.path for segment in segments}):
+                    try:
+                        segments.append(read_segment(folder, path, shard, marked))
+                    except UnreadableSegment as error:
+                        raise UnreadableSegment(f"{path}: {error}") from error
+                used.update(segment.path for segment in segments)
+                yield shard, segments
+
+        def write(file: BinaryIO) -> None:
+            with folder.open(part.path) as old:
+                whole = schema.with_metadata(pq.read_schema(old).metadata)
+            write_tables(replace_rows(folder, part.path, answers(), pending, schema), file, whole)
+
+        try:
+            if used or pending.num_rows:
+                folder.commit_file(write, part.path)
+        except UnreadablePart as error:
+            raise _damaged(part, error) from error
+        except UnreadableSegment as error:
+            if all(folder.exists(path) for path in used):
+                raise _lost_segment(error) from error
+            return []
+        for index in indices:
+            folder.remove_segments(index, is_retry=True, only=used)
+    return indices
+
+
+def _find_part(folder: OutputFolder, index: int, num_shards: int, fingerprint: str) -> Part | None:
+    """Return the part that holds a shard; None if there is none.
+
+    Raises:
+        OutputError: the part is damaged, or by its footer of another run.
+    """
+    part = folder.find_part(index, num_shards)
+    if part is None:
+        return None
+    try:
+        with folder.open(part.path) as file:
+            marks = pq.ParquetFile(file).schema_arrow.metadata or {}
+    except FileNotFoundError:
+        return part  # `compact` has just replaced it
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(part, error) from error
+    if marks.get(FINGERPRINT_KEY) != fingerprint.encode():
+        # The run that was overwritten wrote it late, on a file system without locks.
+        raise OutputError(
+            f"{part.path} is of another run",
+            hint="delete it and run the same command again: its rows are computed again",
+        )
+    return part
 
 
 def _damaged(part: Part, error: Exception) -> OutputError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from batchvlm.config import RetryConfig
 from batchvlm.errors import ErrorType, OutputError
+from batchvlm.output import writer as writer_module
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.parts import shards_to_retry
 from batchvlm.output.writer import ShardWriter
@@ -181,13 +183,13 @@ def test_another_process_finishes_the_shard_while_a_row_of_it_is_put_into_its_pa
     late.parent.mkdir(parents=True)
     late.write_bytes(b"")
     again._segments = [replace(segment, path=late) for segment in again._segments]
-    write_part = ShardWriter._write_part
+    replace_rows = writer_module.replace_rows
 
-    def remove_then_write(self: ShardWriter, *args: Any, **options: Any) -> bool:
+    def remove_then_replace(*args: Any) -> Iterator[Any]:
         folder.remove_segments(0)
-        return write_part(self, *args, **options)
+        return replace_rows(*args)
 
-    monkeypatch.setattr(ShardWriter, "_write_part", remove_then_write)
+    monkeypatch.setattr(writer_module, "replace_rows", remove_then_replace)
     again.commit()
     assert column(folder, "generated_text")[3] == "again 3"
     assert column(folder, "row_index") == list(range(21))
