@@ -91,7 +91,7 @@ class PromptBuilder:
         return needed
 
     def check_types(self, schema: Any) -> None:
-        """Refuse a `generation.columns` column whose Arrow type cannot hold the setting.
+        """Refuse a column whose Arrow type cannot hold what its setting takes.
 
         Args:
             schema: the input's `pyarrow.Schema`, with every needed column.
@@ -106,6 +106,13 @@ class PromptBuilder:
                 raise InputError(
                     f"generation.columns.{key} names column {column!r}, which is {kind}",
                     hint=f"generation.{key} takes {wanted}",
+                )
+        for column, setting in self.needed_columns().items():
+            kind = schema.field(column).type
+            if setting in _TAKEN and _is_plain(kind):
+                raise InputError(
+                    f"{setting} names column {column!r}, which is {kind}",
+                    hint=f"it takes {_TAKEN[setting]}",
                 )
 
     def build(self, record: Record) -> Prompt:
@@ -213,14 +220,29 @@ class PromptBuilder:
     def _choices(self, values: Mapping[str, Any]) -> tuple[str, ...] | None:
         if self._choice_column is None or (listed := values[self._choice_column]) is None:
             return None
-        is_list = isinstance(listed, list) and all(isinstance(c, str) and c for c in listed)
-        if not is_list or not listed:
+        if problem := _why_no_choices(listed):
             raise RowError(
                 ErrorType.PROMPT,
-                f"{self._choice_column} is {type(listed).__name__}; choices are a list of strings, "
+                f"{self._choice_column} {problem}; choices are a list of strings, "
                 "none of them empty",
             )
         return tuple(dict.fromkeys(listed))
+
+
+def _why_no_choices(listed: Any) -> str | None:
+    """Return what is wrong with a value of the column of choices; None if nothing is."""
+    if not isinstance(listed, list):
+        return f"is {type(listed).__name__}"
+    if not listed:
+        return "is an empty list"
+    for choice in listed:
+        if choice is None:
+            return "holds a null"
+        if not isinstance(choice, str):
+            return f"holds {type(choice).__name__}"
+        if not choice:
+            return "holds an empty text"
+    return None
 
 
 @lru_cache(maxsize=256)
@@ -297,6 +319,21 @@ def _generation_columns(columns: GenerationColumnsConfig) -> dict[str, str]:
 
 
 _TAKES = {int: "a number", float: "a number", bool: "true or false", list: "strings"}
+_TAKEN = {
+    "data.columns.image": "bytes, a path, a data: URI, base64, a struct of these, or a list",
+    "data.columns.messages": "chat messages, as a list or JSON text",
+    "data.columns.turns": "a list of user turns, or JSON text of it",
+    "task.output.json_schema_column": "a JSON schema",
+    "task.output.choice_column": "a list of strings",
+}
+"""What the columns of these settings hold; numbers and times never do."""
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether an Arrow type is of numbers, times, or true and false."""
+    from pyarrow import types
+
+    return bool(types.is_primitive(kind) or types.is_decimal(kind))
 
 
 def _may_hold(wanted: str, kind: Any) -> bool:

@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, Undefined, meta, nodes
+from jinja2 import StrictUndefined, TemplateError, Undefined, UndefinedError, meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
 from batchvlm.errors import ConfigError, ErrorType, RowError
+
+_NO_FIELD = "the row has no such field or item; write {{ column.field | default('') }} to allow it"
 
 
 class Template:
@@ -62,9 +64,11 @@ class Template:
         # An expression over a row's values can raise any exception.
         except Exception as error:
             names = ", ".join(sorted(self.columns)) or "no column"
-            raise RowError(
-                ErrorType.PROMPT, f"{self.setting} over {names}: {type(error).__name__}"
-            ) from error
+            # Jinja2's own message may quote the row: a key can be computed from its values.
+            reason = type(error).__name__
+            if isinstance(error, UndefinedError):
+                reason = _NO_FIELD
+            raise RowError(ErrorType.PROMPT, f"{self.setting} over {names}: {reason}") from error
 
 
 class _Environment(SandboxedEnvironment):

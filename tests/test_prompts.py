@@ -1,4 +1,4 @@
-"""Templates over columns, strict; settings from the row over the run's."""
+"""Prompts from a row's columns; settings from the row over the run's."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from batchvlm.config import (
     TaskName,
     TaskOutputConfig,
 )
-from batchvlm.errors import ConfigError, ErrorType, InputError, RowError
-from batchvlm.prompts import PromptBuilder, Template
+from batchvlm.errors import ErrorType, InputError, RowError
+from batchvlm.prompts import PromptBuilder
 from batchvlm.records import Completion, FinishReason, ImageRef, Prompt, Record
 
 
@@ -93,102 +93,6 @@ def test_a_null_is_an_error_unless_allowed() -> None:
     assert caught.value.error_type is ErrorType.PROMPT
     prompt = builder("Look. {{ question or '' }}").build(record(question=None))
     assert text_of(prompt) == ["Look. "]
-
-
-@pytest.mark.parametrize(
-    "source",
-    ["{{ q | trim }}", "{{ 'Q: ' ~ q }}", "{{ q | upper }}", "{{ [q] | join }}", "{{ row.q }}"],
-)
-def test_no_road_leads_a_null_into_the_prompt(source: str) -> None:
-    with pytest.raises(RowError, match="null"):
-        Template(source, "task.prompt").render({"q": None})
-
-
-def test_a_null_can_be_asked_for() -> None:
-    source = (
-        "{% if q is none %}no{% else %}yes{% endif %}{% if q == none %}no{% endif %}{{ q or 1 }}"
-    )
-    assert Template(source, "task.prompt").render({"q": None}) == "nono1"
-    assert Template("{{ row.q }}", "task.prompt").columns == {"q"}
-
-
-@pytest.mark.parametrize(
-    ("source", "values"),
-    [
-        ("{{ question }}", {"question": b"What is it?"}),
-        ("{{ 'Q: ' ~ question }}", {"question": b"What is it?"}),
-        ("{{ tags }}", {"tags": [b"a"]}),
-        ("{{ tags }}", {"tags": ["a", None]}),
-        ("{{ tags | join(', ') }}", {"tags": ["a", None]}),
-        ("{{ meta.title | trim }}", {"meta": {"title": None}}),
-        ("{{ meta.title | tojson }}", {"meta": {"title": None}}),
-        ("{{ row }}", {"row": "hello"}),
-        ("{{ [row] }}", {"question": "What?"}),
-        ("{{ row.items }}", {"question": "What?"}),
-        ("{{ question.upper }}", {"question": "What?"}),
-        ("{% for name in row %}{{ row[name] }}{% endfor %}", {"question": b"What?"}),
-    ],
-)
-def test_no_python_gets_into_the_prompt(source: str, values: dict[str, Any]) -> None:
-    with pytest.raises(RowError) as caught:
-        Template(source, "task.prompt").render(values)
-    assert caught.value.error_type is ErrorType.PROMPT
-    assert "RowError" not in caught.value.message
-
-
-@pytest.mark.parametrize(
-    ("source", "values", "text"),
-    [
-        ("{{ row.items }}", {"items": "apples"}, "apples"),
-        ("{{ order.items }} {{ order['keys'] }}", {"order": {"items": 3, "keys": 4}}, "3 4"),
-        ("{% for k, v in order.items() %}{{ k }}={{ v }}{% endfor %}", {"order": {"a": 1}}, "a=1"),
-        ("{{ question.decode() }}", {"question": b"What?"}, "What?"),
-        ("{{ meta | tojson }}", {"meta": {"title": None, "n": [None, 1]}}, None),
-        ("{{ tags | reject('none') | join }}", {"tags": ["a", None]}, "a"),
-        ("{{ meta.title or 'none' }}", {"meta": {"title": None}}, "none"),
-        ("{{ tags }}", {"tags": ["a", 1]}, "['a', 1]"),
-    ],
-)
-def test_what_values_of_values_come_to(
-    source: str, values: dict[str, Any], text: str | None
-) -> None:
-    wanted = '{"n": [null, 1], "title": null}' if text is None else text
-    assert Template(source, "task.prompt").render(values) == wanted
-
-
-@pytest.mark.parametrize(
-    ("source", "columns"),
-    [
-        ("{% for row in table %}{{ row.a }} {% endfor %}", {"table"}),
-        ("{% for row in row.table %}{{ row.a }}{% else %}{{ row.b }}{% endfor %}", {"table", "b"}),
-        ("{% for i, row in t %}{{ row['a'] }}{% endfor %}{{ row['c d'] }}", {"t", "c d"}),
-        ("{% with row = row.x %}{{ row.a }}{% endwith %}", {"x"}),
-        ("{% macro show(row) %}{{ row.a }}{% endmacro %}{{ show(row.b) }}", {"b"}),
-        ("{% for x in t if row.y %}{{ row.a }}{% endfor %}", {"t", "y", "a"}),
-    ],
-)
-def test_the_columns_of_a_template(source: str, columns: set[str]) -> None:
-    assert Template(source, "task.prompt").columns == columns
-
-
-def test_a_column_may_have_the_name_of_a_function() -> None:
-    template = Template("{{ range }} {{ dict }}", "task.prompt")
-    assert template.columns == {"range", "dict"}
-    assert template.render({"range": 1, "dict": 2}) == "1 2"
-
-
-@pytest.mark.parametrize(
-    "source", ["{{ a.b.c }}", "{{ a / 0 }}", "{{ a[7] }}", "{{ a.__class__ }}"]
-)
-def test_what_an_expression_cannot_do_is_the_rows_error(source: str) -> None:
-    with pytest.raises(RowError) as caught:
-        Template(source, "task.prompt").render({"a": 1})
-    assert caught.value.error_type is ErrorType.PROMPT
-
-
-def test_a_broken_template_is_refused_before_the_run() -> None:
-    with pytest.raises(ConfigError, match=r"task.prompt is no valid Jinja2 template"):
-        builder("{{ question")
 
 
 def test_images_of_several_columns_come_first_and_in_order() -> None:
@@ -435,11 +339,37 @@ def test_a_rows_own_schema() -> None:
         assert caught.value.error_type is ErrorType.PROMPT
 
 
-@pytest.mark.parametrize("choices", ["['a', 'b']", [], ["a", ""], ["a", 1]])
-def test_choices_that_are_no_list_of_strings(choices: Any) -> None:
+@pytest.mark.parametrize(
+    ("choices", "what"),
+    [
+        ("['a', 'b']", "is str"),
+        ([], "is an empty list"),
+        (["a", ""], "holds an empty text"),
+        (["a", 1], "holds int"),
+        (["a", None], "holds a null"),
+    ],
+)
+def test_choices_that_are_no_list_of_strings(choices: Any, what: str) -> None:
     task = TaskConfig(
         name=TaskName.extract, prompt="Which?", output=TaskOutputConfig(choice_column="options")
     )
     build = PromptBuilder(task=task, columns=ColumnsConfig(), generation=GenerationConfig())
-    with pytest.raises(RowError, match=f"options is {type(choices).__name__}; choices are a list"):
+    with pytest.raises(RowError, match=f"options {what}; choices are a list"):
         build.build(record(options=choices))
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.int64(), pa.float32(), pa.bool_(), pa.timestamp("ns"), pa.decimal128(5, 2)]
+)
+def test_a_column_of_numbers_holds_no_image_turns_or_schema(kind: pa.DataType) -> None:
+    schema = pa.schema([("label", kind), ("other", pa.null())])
+    for setting, build in (
+        ("data.columns.image", builder(image=["other", "label"])),
+        ("data.columns.turns", builder(turns="label")),
+        ("data.columns.messages", builder(messages="label")),
+        ("task.output.json_schema_column", builder(schema_column="label")),
+    ):
+        with pytest.raises(InputError) as caught:
+            build.check_types(schema)
+        assert str(caught.value).startswith(f"{setting} names column 'label', which is {kind}; ")
+    builder("{{ label }}", image=["other"]).check_types(schema)
