@@ -239,13 +239,28 @@ class Collector:
         task = f"task-{self.job.cfg.runtime.task_id:05d}-rank-{self.rank.index:03d}"
         return self.job.folder.metrics / f"{task}-{self._provenance.run_id}.{suffix}"
 
+    def _cut_off(self, sample: Sample, completion: Completion) -> Failure:
+        """The failure of an answer that was cut off, with the limit to raise."""
+        where = "" if completion.num_tokens is None else f" at {completion.num_tokens:,} tokens"
+        column = self.job.cfg.generation.columns.max_new_tokens
+        if sample.room is not None and sample.generation.max_new_tokens >= sample.room:
+            hint = "no more fits behind its prompt; shorten the prompt, or use smaller images"
+        elif column is not None:
+            hint = f"raise column {column}, or generation.max_new_tokens where that is null"
+        else:
+            hint = "raise generation.max_new_tokens"
+        return Failure(
+            error_type=ErrorType.INVALID_JSON,
+            message=f"the answer was cut{where} before its JSON ended; {hint}",
+        )
+
     def _answered(self, record: Record, sample: Sample, completion: Completion) -> Result:
         # If there are several answers, the task reads the first; tokens of all are counted.
         reading = self.job.task.read(
             completion.text, json_schema=sample.json_schema, choices=sample.choices
         )
         if reading.is_unfinished and completion.finish_reason is FinishReason.LENGTH:
-            reading = replace(reading, failure=_cut_off(completion))
+            reading = replace(reading, failure=self._cut_off(sample, completion))
         parsed: Any = None
         if reading.parsed is not None:
             try:
@@ -346,14 +361,6 @@ def _result(record: Record, failure: Failure | None, sample: Sample | None = Non
         image_tokens=sample.image_tokens if sample and is_counted else None,
         num_images=len(sample.image_sizes) if sample else None,
         image_sizes=sample.image_sizes if sample else None,
-    )
-
-
-def _cut_off(completion: Completion) -> Failure:
-    where = "" if completion.num_tokens is None else f" at {completion.num_tokens:,} tokens"
-    return Failure(
-        error_type=ErrorType.INVALID_JSON,
-        message=f"the answer was cut{where} before its JSON ended; raise generation.max_new_tokens",
     )
 
 

@@ -109,6 +109,20 @@ def test_json_that_was_cut_is_told_from_json_that_is_none(
         assert rows_of(out)[0]["error_message"] == message
 
 
+def test_an_answer_that_was_cut_names_the_limit_that_cut_it(
+    tmp_path: Path, write_parquet: Writer
+) -> None:
+    source = write_parquet([picture()], longest=[9])
+    settings = ("task=extract", "task.output.json_schema=any")
+    for name, own, ending in (
+        ("column", "generation.columns.max_new_tokens=longest", "; raise column longest, or "),
+        ("context", "generation.max_new_tokens=1000000", "; no more fits behind its prompt"),
+    ):
+        run(tmp_path / name, source, *settings, own, engine=CutEngine(answer='{{"a": "b'))
+        message = rows_of(tmp_path / name)[0]["error_message"]
+        assert message.startswith(f"the answer was cut at 3 tokens before its JSON ended{ending}")
+
+
 def test_valid_json_that_its_column_cannot_hold_is_an_error_of_its_row(
     tmp_path: Path, write_parquet: Writer
 ) -> None:
