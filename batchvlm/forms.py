@@ -9,7 +9,7 @@ import re
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, is_typeddict
 
 from batchvlm.config import TaskOutputConfig
 from batchvlm.errors import ConfigError
@@ -96,7 +96,11 @@ def _form_of(value: Any, setting: str) -> Form:
     try:
         form = form_of_type(value)
     except (TypeError, ValueError, NotImplementedError, RecursionError) as error:
-        raise ConfigError(f"{setting} is no type of an answer: {error}") from error
+        reason, hint = str(error), ""
+        if sys.version_info < (3, 12) and is_typeddict(value):
+            reason = "Pydantic takes the TypedDict of typing from Python 3.12 on"
+            hint = "write: from typing_extensions import TypedDict"
+        raise ConfigError(f"{setting} is no type of an answer: {reason}", hint=hint) from error
     return _check_form(form, setting)
 
 

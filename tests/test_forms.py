@@ -58,6 +58,21 @@ def test_a_pydantic_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     del sys.modules["animals_of_a_test"]
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Pydantic takes both")
+def test_a_typed_dict_of_typing_is_told_where_to_take_it_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, module in (("old", "typing"), ("new", "typing_extensions")):
+        code = f"from {module} import TypedDict\nclass Animal(TypedDict):\n    legs: int\n"
+        (tmp_path / f"{name}_dict_of_a_test.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"Python 3\.12.*from typing_extensions import TypedDict"):
+        form(pydantic="old_dict_of_a_test:Animal")
+    assert form(pydantic="new_dict_of_a_test:Animal") is not None
+    for name in ("old", "new"):
+        del sys.modules[f"{name}_dict_of_a_test"]
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [

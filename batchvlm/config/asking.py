@@ -83,8 +83,8 @@ class TaskOutputConfig:
     """A JSON schema: the path of a file, the schema itself, or `any` for any object. A `$ref` may
     name other files, relative to it."""
     pydantic: str | None = None
-    """`module:Class`: a Pydantic model, dataclass or typed dict. Its module is imported and runs as
-    code."""
+    """`module:Class`: a Pydantic model, dataclass or typed dict (before Python 3.12, that of
+    `typing_extensions`). Its module is imported and runs as code."""
     choice: list[Any] | None = None
     """List of possible answers."""
     regex: str | None = None
