@@ -252,7 +252,8 @@ def _unreadable(override: str) -> ConfigError:
     if not re.fullmatch(r"[\w.@/+~:-]+", key, re.ASCII):
         return ConfigError(f"{key} is no setting", hint="write key=value, as data.path=in.parquet")
     starts, ends = value[:1] in ("[", "{") and not value.startswith("{{"), value[-1:] in ("]", "}")
-    if value.startswith("[") != value.endswith("]"):
+    is_half_list = value.startswith("[") != value.endswith("]")
+    if is_half_list and not re.search(r"[\[\]]", value.strip("[]")):
         hint = f"write a list as '{key}=[{value.strip('[]')}]'"
     elif value.startswith("[") and not re.search(r"[\[\]{}\"]", inner := value[1:-1]):
         hint = f"write {_list(key, inner)}"

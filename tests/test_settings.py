@@ -108,6 +108,7 @@ REFUSED = {
     "output.keep_columns=id": "write 'output.keep_columns=[id]'",
     "data.columns.image=[image": "write a list as 'data.columns.image=[image]'",
     "data.columns.image=a,b]": "write a list as 'data.columns.image=[a,b]'",
+    "output.dir=a-[x,y]": """write 'output.dir="a-[x,y]"'""",
     "data.path=null": "data.path cannot be null; give it a value: data.path=...",
     "output.dir=${oc.env:NO_SUCH}": "output.dir: KeyError raised while resolving interpolation",
     "generation.stop=['']": "generation.stop holds an empty string",
