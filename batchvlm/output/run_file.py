@@ -147,14 +147,13 @@ def differs(stored: RunFile, new: RunFile) -> list[str]:
 
 
 def _check_same(folder: OutputFolder, stored: RunFile, new: RunFile) -> None:
-    if stored.fingerprint == new.fingerprint and (found := differs(stored, new)):
-        raise FingerprintError(
-            f"{folder} was begun with other settings: {'; '.join(found)}",
-            hint="put them back, or name another output.dir",
-        )
     if found := differs(stored, new):
+        is_same = stored.fingerprint == new.fingerprint
+        what = (
+            "was begun with other settings" if is_same else "holds the answers to another question"
+        )
         raise FingerprintError(
-            f"{folder} holds the answers to another question: {'; '.join(found)}",
+            f"{folder} {what}: {'; '.join(found)}",
             hint="put the settings back, name another output.dir, or set output.on_mismatch",
         )
 
