@@ -30,7 +30,10 @@ _VERIFIED = frozenset(
         "aya_vision",
         "deepseek_vl",
         "gemma3",
+        "glm46v",
         "glm4v",
+        "glm4v_moe",
+        "glm_ocr",
         "idefics2",
         "idefics3",
         "internvl",
@@ -45,6 +48,7 @@ _VERIFIED = frozenset(
         "qwen2_5_vl",
         "qwen2_vl",
         "qwen3_vl",
+        "qwen3_vl_moe",
         "smolvlm",
     }
 )

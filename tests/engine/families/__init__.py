@@ -19,6 +19,7 @@ from ..tiny import Built
 from .gemma import gemma3, paligemma
 from .idefics import idefics2, idefics3, smolvlm
 from .llava import llava, llava_next, llava_onevision, mistral3, pixtral
+from .mixtures import glm4v_moe, glm46v, glm_ocr, qwen3_5_moe, qwen3_vl_moe
 from .others import blip_2, deepseek_vl, florence2, janus, mllama, phi4_multimodal
 from .qwen import glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from .tiles import aya_vision, internvl, minicpmv4_6, molmo2, ovis2
@@ -140,6 +141,24 @@ FAMILIES = (
         build=glm4v,
         title="GLM-4V",
         model_class="Glm4vForConditionalGeneration",
+        image_tokens=(6, 10, 24),
+    ),
+    Family(
+        build=glm46v,
+        title="GLM-4.6V",
+        model_class="Glm46VForConditionalGeneration",
+        image_tokens=(6, 10, 24),
+    ),
+    Family(
+        build=glm4v_moe,
+        title="GLM-4.5V",
+        model_class="Glm4vMoeForConditionalGeneration",
+        image_tokens=(6, 10, 24),
+    ),
+    Family(
+        build=glm_ocr,
+        title="GLM-OCR",
+        model_class="GlmOcrForConditionalGeneration",
         image_tokens=(6, 10, 24),
     ),
     Family(
@@ -268,9 +287,22 @@ FAMILIES = (
         image_tokens=(6, 10, 16),
     ),
     Family(
+        build=qwen3_vl_moe,
+        title="Qwen3-VL MoE",
+        model_class="Qwen3VLMoeForConditionalGeneration",
+        image_tokens=(6, 10, 16),
+    ),
+    Family(
         build=qwen3_5,
         title="Qwen3.5",
         model_class="Qwen3_5ForConditionalGeneration",
+        image_tokens=(6, 10, 16),
+        why_not_slots=LINEAR,
+    ),
+    Family(
+        build=qwen3_5_moe,
+        title="Qwen3.5 MoE",
+        model_class="Qwen3_5MoeForConditionalGeneration",
         image_tokens=(6, 10, 16),
         why_not_slots=LINEAR,
     ),

@@ -28,6 +28,20 @@ HYBRID_TEXT = {
     "rope_parameters": rope([2, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.25),
 }
 
+QWEN3_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "out_hidden_size": 64,
+    "num_heads": 4,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 64,
+}
+DEEPSTACK = {"depth": 3, "deepstack_visual_indexes": [0, 1]}
+GLM_TEXT = {"rope_parameters": rope([2, 3, 3], partial_rotary_factor=1.0)}
+
 
 def qwen2_vl() -> Built:
     vision = {
@@ -40,7 +54,7 @@ def qwen2_vl() -> Built:
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
-    return _qwen(tf.Qwen2VLConfig, tf.Qwen2VLProcessor, vision, rope_parameters=rope([2, 3, 3]))
+    return qwen_of(tf.Qwen2VLConfig, tf.Qwen2VLProcessor, vision, rope_parameters=rope([2, 3, 3]))
 
 
 def qwen2_5_vl() -> Built:
@@ -56,28 +70,16 @@ def qwen2_5_vl() -> Built:
         "window_size": 56,
         "fullatt_block_indexes": [1],
     }
-    return _qwen(
+    return qwen_of(
         tf.Qwen2_5_VLConfig, tf.Qwen2_5_VLProcessor, vision, rope_parameters=rope([2, 3, 3])
     )
 
 
 def qwen3_vl() -> Built:
-    vision = {
-        "depth": 3,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "out_hidden_size": 64,
-        "num_heads": 4,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1],
-    }
-    return _qwen(
+    return qwen_of(
         tf.Qwen3VLConfig,
         tf.Qwen3VLProcessor,
-        vision,
+        {**QWEN3_VISION, **DEEPSTACK},
         video_processor="Qwen3VLVideoProcessor",
         head_dim=16,
         rope_parameters=rope([4, 2, 2], mrope_interleaved=True),
@@ -86,27 +88,16 @@ def qwen3_vl() -> Built:
 
 def qwen3_5() -> Built:
     """Some layers attend linearly: they keep a state instead of keys and values."""
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "out_hidden_size": 64,
-        "num_heads": 4,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "num_position_embeddings": 64,
-    }
-    return _qwen(
+    return qwen_of(
         tf.Qwen3_5Config,
         tf.Qwen3VLProcessor,
-        vision,
+        QWEN3_VISION,
         video_processor="Qwen3VLVideoProcessor",
         **HYBRID_TEXT,
     )
 
 
-def _qwen(
+def qwen_of(
     config_class: Any,
     processor_class: Any,
     vision: dict[str, Any],
@@ -114,6 +105,7 @@ def _qwen(
     video_processor: str = "Qwen2VLVideoProcessor",
     **text: Any,
 ) -> Built:
+    """A model of one of Qwen-VL's generations, with its processor."""
     vocabulary = tokenizer(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
     config = config_class(
         text_config=text_config(vocabulary, **text),
@@ -140,6 +132,11 @@ def _qwen(
 
 
 def glm4v() -> Built:
+    return glm_of(tf.Glm4vConfig, **GLM_TEXT)
+
+
+def glm_of(config_class: Any, *, processor: str = "Glm4v", **text: Any) -> Built:
+    """A model of one of GLM-V's generations, with the processor classes of this name."""
     tokens = {
         "image_token_id": "<|image|>",
         "video_token_id": "<|video|>",
@@ -149,7 +146,7 @@ def glm4v() -> Built:
         "video_end_token_id": "<|end_of_video|>",
     }
     vocabulary = tokenizer(list(tokens.values()))
-    config = tf.Glm4vConfig(
+    config = config_class(
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -159,18 +156,16 @@ def glm4v() -> Built:
             "out_hidden_size": 64,
             "intermediate_size": 64,
         },
-        text_config=text_config(
-            vocabulary, rope_parameters=rope([2, 3, 3], partial_rotary_factor=1.0)
-        ),
+        text_config=text_config(vocabulary, **text),
         **{key: token_id(vocabulary, token) for key, token in tokens.items()},
     )
-    processor = processor_of(
-        tf.Glm4vProcessor,
-        "Glm4vVideoProcessor",
-        image_processor=tf.Glm4vImageProcessorPil(
+    image_processor = getattr(tf, f"{processor}ImageProcessorPil")
+    return model_of(config), processor_of(
+        getattr(tf, f"{processor}Processor"),
+        f"{processor}VideoProcessor",
+        image_processor=image_processor(
             size={"shortest_edge": 4 * 28 * 28, "longest_edge": 128 * 28 * 28}
         ),
         tokenizer=vocabulary,
         chat_template=chat_template("<|begin_of_image|><|image|><|end_of_image|>"),
     )
-    return model_of(config), processor
