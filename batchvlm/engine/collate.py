@@ -19,7 +19,9 @@ from batchvlm.records import Array, Sample
 
 # Shape legend: B rows of the batch, T padded prompt length, T_i length of row i.
 
-_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+TOKEN_TYPES = "token_type_ids"
+"""How the names of features end that have a number for each token: `mm_token_type_ids` too, and
+ERNIE-4.5-VL's `moe_mm_token_type_ids`, which says whose experts a token has."""
 # Some processors return labels for every prompt; given them, a model computes a loss.
 _NOT_COLLATED = ("input_ids", "attention_mask", "labels")
 
@@ -76,7 +78,7 @@ def collate(
     batch = {"input_ids": ids_BT, "attention_mask": mask_BT}
     names = dict.fromkeys(name for sample in samples for name in sample.features)
     for name in names:
-        if name in _PER_TOKEN:
+        if name.endswith(TOKEN_TYPES):
             # A text-only row may lack the feature that marks image tokens.
             rows = [
                 s.features[name][0]
@@ -85,7 +87,7 @@ def collate(
                 for s in samples
             ]
             batch[name], _ = pad(rows, pad_id=0)
-    joined = {*names} - {*_NOT_COLLATED, *_PER_TOKEN}
+    joined = {name for name in names if not name.endswith(TOKEN_TYPES)} - {*_NOT_COLLATED}
     rest = [{n: a for n, a in with_numbers(s).items() if n in joined} for s in samples]
     return batch | join_features(rest)
 

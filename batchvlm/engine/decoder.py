@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from batchvlm.engine import attention, flash, slot_kernel
 from batchvlm.engine.cache import PackedCache, RowCache, SlotCache
+from batchvlm.engine.collate import TOKEN_TYPES
 from batchvlm.engine.fusing import Fusing
 from batchvlm.engine.graphs import StepGraphs
 from batchvlm.engine.kernels import PackedLinear
@@ -29,8 +30,6 @@ from batchvlm.engine.streams import Together
 from batchvlm.records import Sample
 
 # Shape legend: as in attention.py; R rope axes (3 for Qwen-VL and similar, else 1), V vocabulary.
-
-_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,7 @@ class Decoder:
         # Some models pass **kwargs on to the base model, so both signatures are searched.
         shown = inspect.signature(model.forward).parameters
         inner = inspect.signature(model.base_model.forward).parameters
-        self._types = [name for name in _TOKEN_TYPES if name in shown or name in inner]
+        self._types = [name for name in {**shown, **inner} if name.endswith(TOKEN_TYPES)]
         # Renamed in transformers 5.24.
         self._cache_name = "cache" if "cache" in shown else "past_key_values"
         self.device: torch.device = model.device

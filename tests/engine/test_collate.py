@@ -54,13 +54,13 @@ def test_a_text_batch_has_ids_and_mask_alone() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1], [0, 1]]
 
 
-@pytest.mark.parametrize("name", ["token_type_ids", "mm_token_type_ids"])
+@pytest.mark.parametrize("name", ["token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"])
 def test_marks_of_tokens_are_padded_as_the_tokens_are(name: str) -> None:
     batch = collate([sample(5, 6, 7, **{name: [[1, 1, 2]]}), sample(8, **{name: [[2]]})], pad_id=9)
     assert batch[name].tolist() == [[1, 1, 2], [0, 0, 2]]
 
 
-@pytest.mark.parametrize("name", ["token_type_ids", "mm_token_type_ids"])
+@pytest.mark.parametrize("name", ["token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"])
 def test_a_row_without_marks_of_tokens_is_all_text(name: str) -> None:
     batch = collate([sample(1, 2), sample(3, 4, 5, **{name: [[1, 1, 1]]})], pad_id=9)
     assert batch[name].tolist() == [[0, 0, 0], [1, 1, 1]]
