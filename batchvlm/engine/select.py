@@ -29,6 +29,7 @@ _VERIFIED = frozenset(
     {
         "aya_vision",
         "deepseek_vl",
+        "ernie4_5_vl_moe",
         "gemma3",
         "glm46v",
         "glm4v",
@@ -44,6 +45,7 @@ _VERIFIED = frozenset(
         "mistral3",
         "molmo2",
         "ovis2",
+        "paddleocr_vl",
         "paligemma",
         "qwen2_5_vl",
         "qwen2_vl",

@@ -20,12 +20,12 @@ from .test_slots import asked, mixed_rows, tokens
 
 pytestmark = needs_slots
 
-WITH_GRIDS = [
-    family
-    for family in FAMILIES
-    if not family.why_not_slots_here
-    and family.name in {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"}
-]
+NAMES = {
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+    *("glm4v", "glm4v_moe", "glm46v", "glm_ocr"),
+    *("ernie4_5_vl_moe", "paddleocr_vl"),
+}
+WITH_GRIDS = [f for f in FAMILIES if not f.why_not_slots_here and f.name in NAMES]
 
 
 @pytest.fixture(params=WITH_GRIDS, ids=lambda family: family.name)
@@ -94,7 +94,9 @@ def test_the_encoder_makes_nothing_by_itself(
     assert asking == []
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "ernie4_5_vl_moe", "paddleocr_vl"]
+)
 def test_nothing_is_read_back_from_the_device(
     name: str, load_once: Callable[[Family], Loaded], as_on_a_gpu: None
 ) -> None:

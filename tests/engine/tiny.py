@@ -99,17 +99,31 @@ def token_id(vocabulary: PreTrainedTokenizerFast, token: str) -> int:
 
 
 def processor_of(
-    processor_class: type[ProcessorMixin], video_processor: str, **parts: Any
+    processor_class: type[ProcessorMixin],
+    video_processor: str,
+    *,
+    video: Mapping[str, Any] | None = None,
+    **parts: Any,
 ) -> ProcessorMixin:
-    """A processor with its video processor, named by its class, where torchvision is here."""
+    """A processor with its video processor, named by its class, where torchvision is here.
+
+    Args:
+        video: settings of the video processor.
+        parts: the processor's other parts.
+    """
     if has_torchvision():
-        return processor_class(video_processor=getattr(transformers, video_processor)(), **parts)
+        made = getattr(transformers, video_processor)(**(video or {}))
+        return processor_class(video_processor=made, **parts)
 
     class WithoutVideo(processor_class):  # type: ignore[valid-type,misc]
         @classmethod
         def get_attributes(cls) -> list[str]:
             names = processor_class.get_attributes()
             return [name for name in names if name != "video_processor"]
+
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+            # ERNIE's own saves a font with which it writes on videos.
+            return ProcessorMixin.save_pretrained(self, *args, **kwargs)
 
     WithoutVideo.__name__ = processor_class.__name__
     return WithoutVideo(**parts)

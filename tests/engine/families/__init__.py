@@ -19,7 +19,15 @@ from ..tiny import Built
 from .gemma import gemma3, paligemma
 from .idefics import idefics2, idefics3, smolvlm
 from .llava import llava, llava_next, llava_onevision, mistral3, pixtral
-from .mixtures import glm4v_moe, glm46v, glm_ocr, qwen3_5_moe, qwen3_vl_moe
+from .mixtures import (
+    ernie4_5_vl_moe,
+    glm4v_moe,
+    glm46v,
+    glm_ocr,
+    paddleocr_vl,
+    qwen3_5_moe,
+    qwen3_vl_moe,
+)
 from .others import blip_2, deepseek_vl, florence2, janus, mllama, phi4_multimodal
 from .qwen import glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from .tiles import aya_vision, internvl, minicpmv4_6, molmo2, ovis2
@@ -119,6 +127,12 @@ FAMILIES = (
         title="DeepSeek-VL",
         model_class="DeepseekVLForConditionalGeneration",
         image_tokens=(16, 16, 32),
+    ),
+    Family(
+        build=ernie4_5_vl_moe,
+        title="ERNIE-4.5-VL",
+        model_class="Ernie4_5_VLMoeForConditionalGeneration",
+        image_tokens=(6, 10, 24),
     ),
     Family(
         build=florence2,
@@ -244,6 +258,12 @@ FAMILIES = (
         model_class="Ovis2ForConditionalGeneration",
         image_tokens=(20, 16, 24),
         is_cut=False,
+    ),
+    Family(
+        build=paddleocr_vl,
+        title="PaddleOCR-VL",
+        model_class="PaddleOCRVLForConditionalGeneration",
+        image_tokens=(6, 10, 24),
     ),
     Family(
         build=paligemma,

@@ -7,10 +7,21 @@ from itertools import chain
 import torch
 import transformers as tf
 
-from ..tiny import Built, rope
+from ..tiny import (
+    VISION,
+    Built,
+    chat_template,
+    model_of,
+    processor_of,
+    rope,
+    text_config,
+    token_id,
+    tokenizer,
+)
 from .qwen import DEEPSTACK, GLM_TEXT, HYBRID_TEXT, QWEN3_VISION, glm_of, qwen_of
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_SIZE = {"shortest_edge": 4 * 28 * 28, "longest_edge": 128 * 28 * 28}
 
 
 def qwen3_vl_moe() -> Built:
@@ -60,6 +71,70 @@ def glm46v() -> Built:
 def glm_ocr() -> Built:
     text = {"head_dim": 32, "rope_parameters": rope([4, 6, 6], partial_rotary_factor=1.0)}
     return glm_of(tf.GlmOcrConfig, processor="Glm46V", **text)
+
+
+def paddleocr_vl() -> Built:
+    vocabulary = tokenizer(
+        ["<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>", "<|video_pad|>"],
+        image_token="<|IMAGE_PLACEHOLDER|>",
+    )
+    config = tf.PaddleOCRVLConfig(
+        text_config=text_config(vocabulary, head_dim=32, rope_parameters=rope([4, 6, 6])),
+        vision_config=VISION,
+        image_token_id=token_id(vocabulary, "<|IMAGE_PLACEHOLDER|>"),
+        video_token_id=token_id(vocabulary, "<|video_pad|>"),
+        vision_start_token_id=token_id(vocabulary, "<|IMAGE_START|>"),
+        vision_end_token_id=token_id(vocabulary, "<|IMAGE_END|>"),
+        tie_word_embeddings=False,
+    )
+    processor = tf.PaddleOCRVLProcessor(
+        tf.PaddleOCRVLImageProcessorPil(size=_SIZE),
+        vocabulary,
+        chat_template=chat_template("<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"),
+    )
+    return model_of(config), processor
+
+
+def ernie4_5_vl_moe() -> Built:
+    """Tokens of images have experts of their own."""
+    named = {
+        "image_token": "<|IMAGE_PLACEHOLDER|>",
+        "image_start_token": "<|IMAGE_START|>",
+        "image_end_token": "<|IMAGE_END|>",
+        "video_token": "<|VIDEO_PLACEHOLDER|>",
+        "video_start_token": "<|VIDEO_START|>",
+        "video_end_token": "<|VIDEO_END|>",
+    }
+    vocabulary = tokenizer(list(named.values()), **named)
+    config = tf.Ernie4_5_VLMoeConfig(
+        text_config=text_config(
+            vocabulary,
+            num_hidden_layers=3,
+            moe_num_experts=6,
+            moe_k=2,
+            moe_num_shared_experts=1,
+            moe_intermediate_size=[32, 16],
+            rope_parameters=rope([3, 3, 2]),
+        ),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "patch_size": 14,
+        },
+        **{f"{name}_id": token_id(vocabulary, token) for name, token in named.items()},
+        tie_word_embeddings=False,
+    )
+    processor = processor_of(
+        tf.Ernie4_5_VLMoeProcessor,
+        "Ernie4_5_VLMoeVideoProcessor",
+        video={"draw_on_frames": False},  # needs a font
+        image_processor=tf.Ernie4_5_VLMoeImageProcessorPil(size=_SIZE),
+        tokenizer=vocabulary,
+        chat_template=chat_template("Picture: <|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"),
+    )
+    return _balanced((model_of(config), processor))
 
 
 def _balanced(built: Built) -> Built:
