@@ -388,6 +388,9 @@ def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
         hint = ""
         if isinstance(error, OSError):
             hint = "check model.path and model.revision"
+        elif cfg.tp_plan is not None and "ignore_mismatched_sizes" in reason:
+            reason = "transformers divides some of its weights wrongly"
+            hint = "model.device_map=auto spreads it layer by layer"
         elif part == "processor" and not has_torchvision():
             hint = "some processors need torchvision, which is not installed or does not import"
         raise ModelError(

@@ -35,7 +35,10 @@ DIVIDED = tuple(
     family
     for family in FAMILIES
     if family.name
-    not in {"blip_2", "florence2", "mllama", "molmo2", "paligemma", "phi4_multimodal"}
+    not in {
+        *("blip_2", "florence2", "mllama", "molmo2", "paligemma", "phi4_multimodal"),
+        "qwen3_vl_moe",
+    }
 )
 """Families for which transformers has a plan, and which two processes can divide."""
 
@@ -141,6 +144,8 @@ def test_two_halves_answer_as_the_whole_does(
         ("mllama", "transformers has no plan that divides Mllama"),
         ("blip_2", "transformers has no plan that divides Blip2"),
         ("paligemma", "2 processes cannot divide the num_key_value_heads=1 of"),
+        # transformers divides its experts first and transposes them then.
+        ("qwen3_vl_moe", "cannot load the model of .*: transformers divides some of its weights"),
     ],
 )
 def test_a_model_that_cannot_be_divided(
