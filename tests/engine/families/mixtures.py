@@ -20,7 +20,7 @@ from ..tiny import (
 )
 from .qwen import DEEPSTACK, GLM_TEXT, HYBRID_TEXT, QWEN3_VISION, glm_of, qwen_of
 
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _SIZE = {"shortest_edge": 4 * 28 * 28, "longest_edge": 128 * 28 * 28}
 
 
