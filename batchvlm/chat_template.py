@@ -70,6 +70,8 @@ class ChatTemplate:
         self._processor = processor
         self._template: str | None = processor.chat_template
         self._slot = _image_slot(processor) if self._template is None else ""
+        # Lists of images within the list would be the pages of one document (GOT-OCR 2).
+        self._is_flat = getattr(processor, "multi_page", None) is False
         names = ("image_token", "video_token", "audio_token", "boi_token", "fake_image_token")
         tokens = {str(getattr(processor, name, None) or "") for name in names}
         added = processor.tokenizer.added_tokens_decoder.values()
@@ -90,17 +92,20 @@ class ChatTemplate:
             The processor's arrays for a batch of one row: `input_ids` int64 [1, T] and, depending
             on the model family, `pixel_values`, `image_grid_thw`, `token_type_ids`, ...
         """
-        filled = self._filled(messages, images)
-        if self._template is None:
+        if self._is_flat:
+            encoded = self._processor(
+                text=[self.text(messages, images)], images=[*images] or None, return_tensors="pt"
+            )
+        elif self._template is None:
             # One list of images per prompt: a flat list would mean one image for each prompt.
             encoded = self._processor(
-                text=[self._plain(filled)],
+                text=[self.text(messages, images)],
                 images=[list(images)] if images else None,
                 return_tensors="pt",
             )
         else:
             encoded = self._processor.apply_chat_template(
-                [filled],
+                [self._filled(messages, images)],
                 chat_template=self._template,
                 tokenize=True,
                 return_dict=True,

@@ -23,7 +23,8 @@ from batchvlm.records import Array, PixelTable
 
 _NUM_COLOURS = 3
 # Wide, tall, small and large: a processor that pads or tiles by shape does so for one of them.
-_SHAPES = ((256, 192), (96, 320), (40, 40), (700, 500))
+# DeepSeek-OCR 2 tiles what is larger than 768.
+_SHAPES = ((256, 192), (96, 320), (40, 40), (800, 600))
 _NUM_BANDS = 16
 _STEPS = ("do_rescale", "do_normalize")
 
@@ -54,7 +55,10 @@ def find_table(image_processor: Any) -> PixelTable | None:
     pairs = []
     for images in _probes():
         try:
-            numbers = np.asarray(image_processor(images, return_tensors="np")["pixel_values"])
+            processed = image_processor(images, return_tensors="np")
+            if any(name != "pixel_values" and "pixel_values" in name for name in processed):
+                return None  # only one array travels as bytes
+            numbers = np.asarray(processed["pixel_values"])
             skipped = dict.fromkeys(_STEPS, False)
             made = image_processor(images, return_tensors="np", **skipped)["pixel_values"]
         except Exception:

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from batchvlm.engine.collate import collate
 from batchvlm.pixels import find_table, to_numbers
 from batchvlm.preprocess import Preprocessor
 from batchvlm.records import Sample
 
-from .engine.families import FAMILIES, Family
+from .engine.families import FAMILIES, VERSION, Family
 from .engine.loaded import ABOUT_TWO, Loaded, load
 
 
@@ -62,6 +63,12 @@ def test_a_processor_that_pads_behind_the_last_step_keeps_its_numbers(tmp_path: 
     assert isinstance(sample, Sample)
     assert sample.pixel_table is None
     assert sample.features["pixel_values"].dtype == np.float32
+
+
+@pytest.mark.skipif(VERSION < (5, 24), reason="no such processor before")
+def test_a_processor_with_pixels_elsewhere_too_keeps_its_numbers() -> None:
+    # Of images larger than 768 pixels it returns tiles, as an array of their own.
+    assert find_table(transformers.DeepseekOcr2ImageProcessorPil()) is None
 
 
 def test_a_processor_without_the_last_step_keeps_its_numbers(loaded: Loaded) -> None:

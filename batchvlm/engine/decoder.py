@@ -29,7 +29,8 @@ from batchvlm.engine.rotations import Rotations
 from batchvlm.engine.streams import Together
 from batchvlm.records import Sample
 
-# Shape legend: as in attention.py; R rope axes (3 for Qwen-VL and similar, else 1), V vocabulary.
+# Shape legend: as in attention.py; R rope axes (3 for Qwen-VL and similar, 3 or 4 for HunyuanOCR,
+# else 1), V vocabulary.
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,8 @@ class Decoder:
         self._rope_names = (
             frozenset(inspect.signature(self._rope_index).parameters) if self._rope_index else ()
         )
+        sections = (getattr(self._config, "rope_parameters", None) or {}).get("mrope_section")
+        self._num_axes = len(sections or (0, 0, 0))
         # Some models pass **kwargs on to the base model, so both signatures are searched.
         shown = inspect.signature(model.forward).parameters
         inner = inspect.signature(model.base_model.forward).parameters
@@ -374,10 +377,10 @@ class Decoder:
         return {self._cache_name: cache, "use_cache": True}
 
     def _axes(self, positions: Tensor) -> Tensor:
-        """Reshape positions [R, B, T] to the model's form: [B, T], or [3, B, T] with rope axes."""
+        """Reshape positions [R, B, T] to the model's form: [B, T], or one [B, T] for each axis."""
         if self._rope_index is None:
             return positions[0]
-        return positions.expand(3, -1, -1)
+        return positions.expand(self._num_axes, -1, -1)
 
     @contextmanager
     def _attending_by_row(self) -> Iterator[None]:

@@ -52,6 +52,8 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
 ONE_IMAGE = frozenset({"blip-2", "florence2", "instructblip"})
 # Families whose generate() delegates to their language model, which has its own generation config.
 _INNER_GENERATE = frozenset({"blip-2", "instructblip"})
+# Families whose repositories do not name the token that ends an answer.
+_ENDS = {"got_ocr2": "<|im_end|>"}
 # Families that express locations by special tokens.
 _KEEPS_SPECIAL_TOKENS = frozenset({"florence2"})
 # Families whose own generate(), which can also generate images, drops logits processors.
@@ -319,7 +321,10 @@ def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     for config in configs:
         named = config.eos_token_id
         ids += named if isinstance(named, list | tuple) else [named]
-    return tuple(dict.fromkeys(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None))
+    ids.append(tokenizer.eos_token_id)
+    if end := _ENDS.get(model.config.model_type):
+        ids.append(tokenizer.convert_tokens_to_ids(end))
+    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 
 def without_defaults(config: Any, *, pad_id: int) -> Any:

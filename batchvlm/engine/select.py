@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _VERIFIED = frozenset(
     {
         "aya_vision",
+        "deepseek_ocr2",
         "deepseek_vl",
         "ernie4_5_vl_moe",
         "gemma3",
@@ -35,10 +36,13 @@ _VERIFIED = frozenset(
         "glm4v",
         "glm4v_moe",
         "glm_ocr",
+        "got_ocr2",
+        "hunyuan_vl",
         "idefics2",
         "idefics3",
         "internvl",
         "janus",
+        "lighton_ocr",
         "llava",
         "llava_next",
         "llava_onevision",

@@ -36,6 +36,9 @@ _IDLE_BYTES = 128 << 20
 _ASYNC_DEVICES = frozenset({"cuda"})
 """Devices that run asynchronously to the host."""
 _GRIDS = "image_grid_thw"
+_TILES, _NUM_TILES = "pixel_values_local", "num_local_patches"
+"""The tiles of all images of a row, and how many are of each image (DeepSeek-OCR 2, which encodes
+each image whole as well)."""
 # Families whose processors have the row as first dimension and its tiles as second.
 _ROWS_OF_TILES = frozenset({"idefics2", "idefics3", "smolvlm"})
 
@@ -93,8 +96,8 @@ class Unit:
 
     @property
     def num_cells(self) -> int:
-        """Elements of the pixel array, a rough measure of what encoding costs."""
-        return int(self.arrays["pixel_values"].size)
+        """Elements of the pixel arrays, a rough measure of what encoding costs."""
+        return sum(int(self.arrays[n].size) for n in ("pixel_values", _TILES) if n in self.arrays)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -332,6 +335,18 @@ def _by_image(arrays: Mapping[str, Array], num_images: int) -> list[dict[str, Ar
             return None
         pixels = np.split(arrays["pixel_values"], ends[:-1])
         return [{"pixel_values": p, _GRIDS: grid[i : i + 1]} for i, p in enumerate(pixels)]
+    if _TILES in arrays:
+        nums = arrays[_NUM_TILES]
+        tiles = np.split(arrays[_TILES], np.cumsum(nums)[:-1])
+        rest = {n: a for n, a in arrays.items() if n != _TILES}
+        parts = _by_image(rest, num_images)
+        if parts is None:
+            return None
+        # An image without tiles has no array of them.
+        return [
+            {**part, _TILES: own} if len(own) else part
+            for part, own in zip(parts, tiles, strict=True)
+        ]
     # Encoders that take the number of images encode one image differently from one of several.
     is_counted = "batch_num_images" in arrays
     if not is_counted and all(len(array) == num_images for array in arrays.values()):

@@ -190,14 +190,17 @@ class Loaded:
         else:
             parts = [{"type": "image", "image": image} for image in images]
             content = [*parts, {"type": "text", "text": question.text}]
-            inputs = self.processor.apply_chat_template(
+            rendered = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}],
                 chat_template=template,
-                tokenize=True,
+                tokenize=not self.family.has_pages,
                 add_generation_prompt=True,
                 return_dict=True,
                 return_tensors="pt",
             )
+            inputs = rendered
+            if self.family.has_pages:
+                inputs = self.processor(text=[rendered], images=images, return_tensors="pt")
         plain = copy.copy(self.model)
         # BLIP-2 hands on to its language model, which heeds its own settings.
         heeded = plain.language_model if self.model.config.model_type == "blip-2" else plain

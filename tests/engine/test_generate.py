@@ -298,3 +298,13 @@ def test_answers_keep_the_tokens_that_they_consist_of(tokenizer: Any) -> None:
     said = spoken.decode(ids, skip_special_tokens=True)
     assert said == text + tokenizer.convert_ids_to_tokens(marks[0])
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_got_ocr_2_ends_with_its_turn(tokenizer: Any, model: Any) -> None:
+    other, vocabulary = copy.copy(model), copy.deepcopy(tokenizer)
+    vocabulary.add_tokens(["<|im_end|>"], special_tokens=True)
+    end = vocabulary.convert_tokens_to_ids("<|im_end|>")
+    assert end not in eos_ids(other, vocabulary)
+    other.config = copy.deepcopy(model.config)
+    other.config.model_type = "got_ocr2"
+    assert eos_ids(other, vocabulary) == (*eos_ids(model, vocabulary), end)

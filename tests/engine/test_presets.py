@@ -42,7 +42,8 @@ def test_a_preset_fits_its_family(family: Family, load_once: Callable[[Family], 
     held = engine._model
     assert type(held).__name__ == family.model_class
     assert held.get_output_embeddings().weight.dtype is getattr(torch, model.dtype)
-    assert held.config._attn_implementation == model.attn_implementation == "sdpa"
+    assert model.attn_implementation == family.attention
+    assert held.config._attn_implementation == (family.attention or "eager")
     preprocessor = Preprocessor(
         PreprocessSpec(
             model=model,

@@ -108,6 +108,23 @@ class TestUnits:
             [[1, 1, 3]],
         ]
 
+    @pytest.mark.parametrize("nums", [(2, 0), (0, 2), (1, 1), (3, 1)])
+    def test_tiles_beside_the_images_are_told_apart_by_their_numbers(
+        self, nums: tuple[int, int]
+    ) -> None:
+        images, _ = features()
+        tiles = {
+            "pixel_values_local": pixels(*range(10, 10 + sum(nums)), size=3),
+            "num_local_patches": np.array(nums),
+        }
+        row = sample(0, ("a", "b"), pixel_values=pixels(1, 2), **tiles)
+        images._names |= {*tiles}
+        units = images.units(row)
+        assert [unit.key for unit in units] == ["a", "b"]
+        assert [unit.arrays["num_local_patches"].tolist() for unit in units] == [[n] for n in nums]
+        assert [len(unit.arrays.get("pixel_values_local", ())) for unit in units] == [*nums]
+        assert [unit.num_cells for unit in units] == [12 + 27 * n for n in nums]
+
     @pytest.mark.parametrize(
         "arrays",
         [

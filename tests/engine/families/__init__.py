@@ -30,6 +30,7 @@ from .mixtures import (
 )
 from .others import blip_2, deepseek_vl, florence2, janus, mllama, phi4_multimodal
 from .qwen import glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
+from .readers import deepseek_ocr2, got_ocr2, hunyuan_vl, lighton_ocr
 from .tiles import aya_vision, internvl, minicpmv4_6, molmo2, ovis2
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -62,8 +63,12 @@ class Family:
     """Whether the answer stands alone and not behind the prompt: an encoder-decoder."""
     sees_ahead: bool = False
     """Whether image tokens attend to later ones: no prompt is cut, none shares a beginning."""
+    has_pages: bool = False
+    """Whether its processor takes lists of images within a list as the pages of one document."""
     is_cut: bool = True
     """Whether a prompt with images may be computed in pieces."""
+    attention: str | None = "sdpa"
+    """What its preset asks for; None if transformers allows that in its decoder alone."""
     why_not_slots: str = ""
     """Why `engine=auto` gives it to `generate()`, as `why_not_slots` says it."""
     is_alone: bool = False
@@ -123,6 +128,13 @@ FAMILIES = (
         why_not_slots="it takes exactly one image a row",
     ),
     Family(
+        build=deepseek_ocr2,
+        title="DeepSeek-OCR 2",
+        model_class="DeepseekOcr2ForConditionalGeneration",
+        image_tokens=(257, 545, 514),
+        since=(5, 24),
+    ),
+    Family(
         build=deepseek_vl,
         title="DeepSeek-VL",
         model_class="DeepseekVLForConditionalGeneration",
@@ -176,6 +188,23 @@ FAMILIES = (
         image_tokens=(6, 10, 24),
     ),
     Family(
+        build=got_ocr2,
+        title="GOT-OCR 2.0",
+        model_class="GotOcr2ForConditionalGeneration",
+        image_tokens=(256, 256, 512),
+        takes_text_alone=False,
+        has_pages=True,
+        attention=None,
+        since=(5, 24),
+    ),
+    Family(
+        build=hunyuan_vl,
+        title="HunyuanOCR",
+        model_class="HunYuanVLForConditionalGeneration",
+        image_tokens=(10, 17, 25),
+        since=(5, 24),
+    ),
+    Family(
         build=idefics2,
         title="Idefics2",
         model_class="Idefics2ForConditionalGeneration",
@@ -200,6 +229,13 @@ FAMILIES = (
         title="Janus",
         model_class="JanusForConditionalGeneration",
         image_tokens=(16, 16, 32),
+    ),
+    Family(
+        build=lighton_ocr,
+        title="LightOnOCR",
+        model_class="LightOnOcrForConditionalGeneration",
+        image_tokens=(6, 8, 16),
+        since=(5, 24),
     ),
     Family(
         build=llava,

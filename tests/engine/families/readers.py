@@ -1,0 +1,154 @@
+"""Families that read documents: OCR, charts and forms."""
+
+from __future__ import annotations
+
+import torch
+import transformers as tf
+
+from ..tiny import (
+    VISION,
+    Built,
+    chat_template,
+    model_of,
+    rope,
+    text_config,
+    token_id,
+    tokenizer,
+)
+
+
+def lighton_ocr() -> Built:
+    """Pixtral's encoder before Qwen3."""
+    named = {"image_token": "<|image_pad|>", "image_break_token": "<|vision_pad|>"}
+    named["image_end_token"] = "<|vision_end|>"
+    vocabulary = tokenizer(list(named.values()), **named)
+    config = tf.LightOnOcrConfig(
+        vision_config={**VISION, "model_type": "pixtral", "image_size": 112},
+        text_config=text_config(vocabulary, model_type="qwen3", head_dim=16),
+        image_token_id=token_id(vocabulary, "<|image_pad|>"),
+        spatial_merge_size=2,
+    )
+    processor = tf.LightOnOcrProcessor(
+        tf.PixtralImageProcessorPil(
+            size={"longest_edge": 112}, patch_size={"height": 14, "width": 14}
+        ),
+        vocabulary,
+        patch_size=14,
+        spatial_merge_size=2,
+        chat_template=chat_template("<|image_pad|>"),
+    )
+    return model_of(config), processor
+
+
+def got_ocr2() -> Built:
+    """Each image is 256 tokens, whatever its size."""
+    marks = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"]
+    vocabulary = tokenizer(marks)
+    config = tf.GotOcr2Config(
+        vision_config={
+            "hidden_size": 16,
+            "output_channels": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "mlp_dim": 32,
+            "image_size": 64,
+            "patch_size": 1,
+            "window_size": 8,
+            "global_attn_indexes": [],
+            "initializer_range": 0.02,
+        },
+        text_config=text_config(vocabulary, model_type="qwen2"),
+        image_token_index=token_id(vocabulary, "<imgpad>"),
+        image_seq_length=256,
+        tie_word_embeddings=False,
+    )
+    processor = tf.GotOcr2Processor(
+        tf.GotOcr2ImageProcessorPil(size={"height": 64, "width": 64}),
+        vocabulary,
+        chat_template=chat_template("<img><imgpad></img>"),
+    )
+    model = model_of(config)
+    with torch.no_grad():
+        for name, weight in model.model.language_model.named_parameters():
+            if weight.dim() >= 2 and "embed" not in name:
+                weight.mul_(2.0)  # it would say the same few tokens
+    return model, processor
+
+
+def deepseek_ocr2() -> Built:
+    """A global view of each image, and tiles of larger ones; experts in the decoder."""
+    vocabulary = tokenizer(["<image>"], image_token="<image>")
+    config = tf.DeepseekOcr2Config(
+        vision_config={
+            "sam_config": {
+                "hidden_size": 32,
+                "output_channels": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": 192,
+                "patch_size": 3,
+                "window_size": 8,
+                "global_attn_indexes": [],
+                "initializer_range": 0.02,
+                "downsample_channels": [16, 32],
+            },
+            "encoder_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+            },
+        },
+        text_config=text_config(
+            vocabulary,
+            num_key_value_heads=4,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            moe_intermediate_size=32,
+            mlp_layer_types=["dense", "sparse"],
+        ),
+        image_token_id=token_id(vocabulary, "<image>"),
+    )
+    processor = tf.DeepseekOcr2Processor(
+        tf.DeepseekOcr2ImageProcessorPil(size={"height": 192, "width": 192}, tile_size=144),
+        vocabulary,
+        patch_size=3,
+        downsample_ratio=4,
+        chat_template=chat_template("<image>"),
+    )
+    return model_of(config), processor
+
+
+def hunyuan_vl() -> Built:
+    """Rotary positions on four axes: sequence, width, height and image."""
+    named = {
+        "image_token": "<|image_pad|>",
+        "image_start_token": "<|vision_start|>",
+        "image_end_token": "<|vision_end|>",
+    }
+    vocabulary = tokenizer(list(named.values()), **named)
+    config = tf.HunYuanVLConfig(
+        vision_config={
+            **VISION,
+            "patch_size": 16,
+            "out_hidden_size": 64,
+            "max_image_size": 128,
+            "min_image_size": 32,
+        },
+        text_config=text_config(
+            vocabulary,
+            head_dim=16,
+            rope_parameters=rope([2, 2, 2, 2], rope_type="dynamic", alpha=1000.0, factor=1.0),
+        ),
+        image_token_id=token_id(vocabulary, "<|image_pad|>"),
+        im_start_id=token_id(vocabulary, "<|vision_start|>"),
+        im_end_id=token_id(vocabulary, "<|vision_end|>"),
+    )
+    processor = tf.HunYuanVLProcessor(
+        tf.HunYuanVLImageProcessorPil(size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128}),
+        vocabulary,
+        chat_template=chat_template("<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+    return model_of(config), processor
