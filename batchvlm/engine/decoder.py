@@ -98,6 +98,8 @@ class Decoder:
         shown = inspect.signature(model.forward).parameters
         inner = inspect.signature(model.base_model.forward).parameters
         self._types = [name for name in {**shown, **inner} if name.endswith(TOKEN_TYPES)]
+        self._keeps_logits = "logits_to_keep" in shown
+        """Whether the model computes the logits of chosen tokens alone."""
         # Renamed in transformers 5.24.
         self._cache_name = "cache" if "cache" in shown else "past_key_values"
         self.device: torch.device = model.device
@@ -194,7 +196,7 @@ class Decoder:
         kind = images is not None
         with self._lock:
             self._sees_ahead[kind] = self._sees_ahead.get(kind, False) or form.sees_ahead
-        return out.logits[0, : len(ends)], cache
+        return self._kept(out, last_E)[: len(ends)], cache
 
     @torch.inference_mode()
     def branch(self, branches: Sequence[Branches]) -> Tensor:
@@ -347,8 +349,7 @@ class Decoder:
                 **self._cached(cache),
                 logits_to_keep=last_E,
             )
-        logits_BV: Tensor = out.logits[0]
-        return logits_BV
+        return self._kept(out, last_E)
 
     def fuse(self) -> None:
         """Use the fused forms of the model's layers in all later forward passes."""
@@ -375,6 +376,11 @@ class Decoder:
     def _cached(self, cache: PackedCache | SlotCache) -> dict[str, Any]:
         """Return the arguments by which a forward pass uses this KV cache."""
         return {self._cache_name: cache, "use_cache": True}
+
+    def _kept(self, out: Any, last_E: Tensor) -> Tensor:
+        """Return the logits of these tokens [E, V], which may be all that were computed."""
+        logits_TV: Tensor = out.logits[0]
+        return logits_TV if self._keeps_logits else logits_TV[last_E]
 
     def _axes(self, positions: Tensor) -> Tensor:
         """Reshape positions [R, B, T] to the model's form: [B, T], or one [B, T] for each axis."""

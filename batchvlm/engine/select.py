@@ -31,12 +31,14 @@ _VERIFIED = frozenset(
         "deepseek_ocr2",
         "deepseek_vl",
         "ernie4_5_vl_moe",
+        "exaone4_5",
         "gemma3",
         "glm46v",
         "glm4v",
         "glm4v_moe",
         "glm_ocr",
         "got_ocr2",
+        "granite4_vision",
         "hunyuan_vl",
         "idefics2",
         "idefics3",
@@ -56,6 +58,7 @@ _VERIFIED = frozenset(
         "qwen3_vl",
         "qwen3_vl_moe",
         "smolvlm",
+        "video_llama_3",
     }
 )
 """Model types whose slot engine outputs were verified against `generate()`."""

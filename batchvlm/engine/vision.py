@@ -50,7 +50,7 @@ class Entry:
     pooled_PD: Tensor
     """[P, D]: one vector for each of its P image tokens."""
     deep: tuple[Tensor, ...] = ()
-    """The same for deeper layers of the decoder, [P, D] each (Qwen3-VL)."""
+    """The same for deeper layers of the decoder, [P, D] each (Qwen3-VL, Granite Vision 4)."""
 
     @property
     def size_bytes(self) -> int:
@@ -66,6 +66,9 @@ class OutputForm:
     """Whether the features of all images are one tensor rather than one for each image."""
     marks: Tensor | None
     """Embeddings of the tokens around an image, the same for all (Ovis2)."""
+    layers: tuple[int, ...] = ()
+    """Indices of the decoder's layers that take features, from the first on, if the output names
+    them (Granite Vision 4)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +217,9 @@ class ImageFeatures:
             output = self._output(pixels, joined)
         pooled = output.pooler_output
         layers = getattr(output, "deepstack_features", None) or ()
+        indices: tuple[int, ...] = ()
+        if pooled is None:
+            indices, (pooled, *layers) = zip(*layers, strict=True)
         num_entries = sum(unit.num_entries for unit in units)
         if len(pooled) != num_entries:
             raise ValueError(f"{len(pooled)} image features for {num_entries} images")
@@ -223,7 +229,8 @@ class ImageFeatures:
             for i, vectors_PD in enumerate(pooled)
         ]
         marks = getattr(output, "visual_indicator_features", None)
-        return Encoded(entries, OutputForm(type(output), isinstance(pooled, Tensor), marks))
+        form = OutputForm(type(output), isinstance(pooled, Tensor), marks, indices)
+        return Encoded(entries, form)
 
     def _output(self, pixels: Tensor, rest: Mapping[str, Tensor]) -> Any:
         """Run the encoder on pixels, which are on the device, and its other inputs, on the host."""
@@ -287,10 +294,15 @@ class ImageFeatures:
         def join(tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
             return torch.stack(list(tensors)) if form.is_stacked else tuple(tensors)
 
-        output = form.type_(pooler_output=join([entry.pooled_PD for entry in entries]))
-        if entries[0].deep:
-            by_layer = zip(*(entry.deep for entry in entries), strict=True)
-            output.deepstack_features = [join(layer) for layer in by_layer]
+        first = join([entry.pooled_PD for entry in entries])
+        by_layer = zip(*(entry.deep for entry in entries), strict=True)
+        deeper = [join(layer) for layer in by_layer]
+        if form.layers:
+            features = list(zip(form.layers, [first, *deeper], strict=True))
+            return form.type_(deepstack_features=features)
+        output = form.type_(pooler_output=first)
+        if deeper:
+            output.deepstack_features = deeper
         if form.marks is not None:
             output.visual_indicator_features = form.marks
         return output
@@ -331,10 +343,14 @@ def _by_image(arrays: Mapping[str, Array], num_images: int) -> list[dict[str, Ar
     grid = arrays.get(_GRIDS)
     if grid is not None and len(grid) == num_images:
         ends = np.cumsum(grid.prod(-1))
-        if ends[-1] != len(arrays["pixel_values"]) or set(arrays) != {"pixel_values", _GRIDS}:
+        rest = {n: a for n, a in arrays.items() if n != "pixel_values"}
+        if ends[-1] != len(arrays["pixel_values"]) or {*map(len, rest.values())} != {num_images}:
             return None
         pixels = np.split(arrays["pixel_values"], ends[:-1])
-        return [{"pixel_values": p, _GRIDS: grid[i : i + 1]} for i, p in enumerate(pixels)]
+        return [
+            {"pixel_values": own, **{n: a[i : i + 1] for n, a in rest.items()}}
+            for i, own in enumerate(pixels)
+        ]
     if _TILES in arrays:
         nums = arrays[_NUM_TILES]
         tiles = np.split(arrays[_TILES], np.cumsum(nums)[:-1])

@@ -108,6 +108,16 @@ class TestUnits:
             [[1, 1, 3]],
         ]
 
+    def test_what_else_there_is_of_each_image_goes_with_it(self) -> None:
+        images, _ = features()
+        images._names |= {"image_merge_sizes"}
+        grid = np.array([[1, 2, 2], [1, 1, 3]])
+        patches = {"pixel_values": np.ones((7, 1), np.float32), "image_grid_thw": grid}
+        row = sample(0, ("a", "b"), **patches, image_merge_sizes=np.array([1, 2]))
+        units = images.units(row)
+        assert [unit.arrays["image_merge_sizes"].tolist() for unit in units] == [[1], [2]]
+        assert [len(unit.arrays["pixel_values"]) for unit in units] == [4, 3]
+
     @pytest.mark.parametrize("nums", [(2, 0), (0, 2), (1, 1), (3, 1)])
     def test_tiles_beside_the_images_are_told_apart_by_their_numbers(
         self, nums: tuple[int, int]

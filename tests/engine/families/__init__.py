@@ -30,7 +30,15 @@ from .mixtures import (
 )
 from .others import blip_2, deepseek_vl, florence2, janus, mllama, phi4_multimodal
 from .qwen import glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
-from .readers import deepseek_ocr2, got_ocr2, hunyuan_vl, lighton_ocr
+from .readers import (
+    deepseek_ocr2,
+    exaone4_5,
+    got_ocr2,
+    granite4_vision,
+    hunyuan_vl,
+    lighton_ocr,
+    video_llama_3,
+)
 from .tiles import aya_vision, internvl, minicpmv4_6, molmo2, ovis2
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -147,6 +155,13 @@ FAMILIES = (
         image_tokens=(6, 10, 24),
     ),
     Family(
+        build=exaone4_5,
+        title="EXAONE 4.5",
+        model_class="Exaone4_5_ForConditionalGeneration",
+        image_tokens=(6, 10, 24),
+        since=(5, 24),
+    ),
+    Family(
         build=florence2,
         title="Florence-2",
         model_class="Florence2ForConditionalGeneration",
@@ -195,6 +210,13 @@ FAMILIES = (
         takes_text_alone=False,
         has_pages=True,
         attention=None,
+        since=(5, 24),
+    ),
+    Family(
+        build=granite4_vision,
+        title="Granite Vision 4",
+        model_class="Granite4VisionForConditionalGeneration",
+        image_tokens=(14, 16, 34),
         since=(5, 24),
     ),
     Family(
@@ -368,5 +390,12 @@ FAMILIES = (
         model_class="SmolVLMForConditionalGeneration",
         image_tokens=(20, 12, 40),
         needs=("torchvision", "num2words"),
+    ),
+    Family(
+        build=video_llama_3,
+        title="VideoLLaMA 3",
+        model_class="VideoLlama3ForConditionalGeneration",
+        image_tokens=(24, 55, 72),
+        since=(5, 24),
     ),
 )

@@ -6,10 +6,12 @@ import torch
 import transformers as tf
 
 from ..tiny import (
+    SIGLIP_VISION,
     VISION,
     Built,
     chat_template,
     model_of,
+    processor_of,
     rope,
     text_config,
     token_id,
@@ -150,5 +152,103 @@ def hunyuan_vl() -> Built:
         tf.HunYuanVLImageProcessorPil(size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128}),
         vocabulary,
         chat_template=chat_template("<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+    return model_of(config), processor
+
+
+def granite4_vision() -> Built:
+    """Features of several layers of the encoder, each for a layer of the decoder."""
+    vocabulary = tokenizer(["<image>"], image_token="<image>")
+    grids = [[56, 112], [112, 56], [112, 112]]
+    config = tf.Granite4VisionConfig(
+        # The projector has a head for each 64.
+        vision_config={**SIGLIP_VISION, "hidden_size": 64, "image_size": 56},
+        text_config=text_config(
+            vocabulary,
+            num_hidden_layers=6,
+            embedding_multiplier=2.0,
+            attention_multiplier=0.25,
+            residual_multiplier=0.5,
+            logits_scaling=0.5,
+        ),
+        qformer_config={"num_hidden_layers": 1, "intermediate_size": 64},
+        image_token_index=token_id(vocabulary, "<image>"),
+        image_grid_pinpoints=grids,
+        vision_feature_select_strategy="full",
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-1, 0], [0, 1]],
+        spatial_vision_layer=-1,
+        spatial_target_layers=[2, 3, 4, 5],
+    )
+    processor = tf.Granite4VisionProcessor(
+        tf.LlavaNextImageProcessorPil(
+            size={"height": 56, "width": 56},
+            crop_size={"height": 56, "width": 56},
+            image_grid_pinpoints=grids,
+        ),
+        vocabulary,
+        patch_size=14,
+        vision_feature_select_strategy="full",
+        downsample_rate="1/2",
+        chat_template=chat_template("<image>"),
+    )
+    return model_of(config), processor
+
+
+def video_llama_3() -> Built:
+    """Its model computes the logits of every token."""
+    vocabulary = tokenizer(["<|image_pad|>", "<|video_pad|>"])
+    config = tf.VideoLlama3Config(
+        vision_config={name: size for name, size in VISION.items() if name != "image_size"},
+        text_config=text_config(vocabulary, model_type="qwen2"),
+        image_token_id=token_id(vocabulary, "<|image_pad|>"),
+        video_token_id=token_id(vocabulary, "<|video_pad|>"),
+    )
+    processor = processor_of(
+        tf.VideoLlama3Processor,
+        "VideoLlama3VideoProcessor",
+        image_processor=tf.VideoLlama3ImageProcessorPil(
+            patch_size=14,
+            merge_size=1,
+            size={"shortest_edge": 4 * 14 * 14, "longest_edge": 64 * 14 * 14},
+        ),
+        tokenizer=vocabulary,
+        chat_template=chat_template("<|image_pad|>"),
+    )
+    return model_of(config), processor
+
+
+def exaone4_5() -> Built:
+    """Layers of a sliding window, and layers of full attention without rotary positions."""
+    vocabulary = tokenizer(["<vision>", "</vision>", "<|image_pad|>", "<|video_pad|>"])
+    config = tf.Exaone4_5_Config(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 64,
+            "num_heads": 4,
+            "num_key_value_heads": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+        },
+        text_config=text_config(
+            vocabulary,
+            model_type="exaone4",
+            head_dim=16,
+            sliding_window=32,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        image_token_id=token_id(vocabulary, "<|image_pad|>"),
+        video_token_id=token_id(vocabulary, "<|video_pad|>"),
+    )
+    processor = processor_of(
+        tf.Exaone4_5_Processor,
+        "Qwen2VLVideoProcessor",
+        image_processor=tf.Qwen2VLImageProcessorPil(
+            size={"shortest_edge": 4 * 28 * 28, "longest_edge": 64 * 28 * 28}
+        ),
+        tokenizer=vocabulary,
+        chat_template=chat_template("<vision><|image_pad|></vision>"),
     )
     return model_of(config), processor
