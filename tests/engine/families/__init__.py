@@ -86,7 +86,8 @@ class Family:
     needs_torchvision_before: tuple[int, int] = (0, 0)
     """The version of transformers from which on it does without."""
     since: tuple[int, int] = (5, 17)
-    """The version of transformers that brought it."""
+    """The version of transformers that brought it, or the first whose processor does what is asked
+    of it here."""
 
     @property
     def name(self) -> str:
@@ -140,7 +141,7 @@ FAMILIES = (
         title="DeepSeek-OCR 2",
         model_class="DeepseekOcr2ForConditionalGeneration",
         image_tokens=(257, 545, 514),
-        since=(5, 24),
+        since=(5, 20),
     ),
     Family(
         build=deepseek_vl,
@@ -159,7 +160,6 @@ FAMILIES = (
         title="EXAONE 4.5",
         model_class="Exaone4_5_ForConditionalGeneration",
         image_tokens=(6, 10, 24),
-        since=(5, 24),
     ),
     Family(
         build=florence2,
@@ -210,21 +210,20 @@ FAMILIES = (
         takes_text_alone=False,
         has_pages=True,
         attention=None,
-        since=(5, 24),
+        since=(5, 23),
     ),
     Family(
         build=granite4_vision,
         title="Granite Vision 4",
         model_class="Granite4VisionForConditionalGeneration",
         image_tokens=(14, 16, 34),
-        since=(5, 24),
     ),
     Family(
         build=hunyuan_vl,
         title="HunyuanOCR",
         model_class="HunYuanVLForConditionalGeneration",
         image_tokens=(10, 17, 25),
-        since=(5, 24),
+        needs_torchvision_before=(5, 22),
     ),
     Family(
         build=idefics2,
@@ -257,7 +256,6 @@ FAMILIES = (
         title="LightOnOCR",
         model_class="LightOnOcrForConditionalGeneration",
         image_tokens=(6, 8, 16),
-        since=(5, 24),
     ),
     Family(
         build=llava,
@@ -396,6 +394,5 @@ FAMILIES = (
         title="VideoLLaMA 3",
         model_class="VideoLlama3ForConditionalGeneration",
         image_tokens=(24, 55, 72),
-        since=(5, 24),
     ),
 )

@@ -161,8 +161,7 @@ def granite4_vision() -> Built:
     vocabulary = tokenizer(["<image>"], image_token="<image>")
     grids = [[56, 112], [112, 56], [112, 112]]
     config = tf.Granite4VisionConfig(
-        # The projector has a head for each 64.
-        vision_config={**SIGLIP_VISION, "hidden_size": 64, "image_size": 56},
+        vision_config={**SIGLIP_VISION, "hidden_size": 64},
         text_config=text_config(
             vocabulary,
             num_hidden_layers=6,
@@ -171,7 +170,15 @@ def granite4_vision() -> Built:
             residual_multiplier=0.5,
             logits_scaling=0.5,
         ),
-        qformer_config={"num_hidden_layers": 1, "intermediate_size": 64},
+        qformer_config={
+            "hidden_size": 64,
+            "encoder_hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "cross_attention_frequency": 1,
+            "use_qformer_text_input": False,
+        },
         image_token_index=token_id(vocabulary, "<image>"),
         image_grid_pinpoints=grids,
         vision_feature_select_strategy="full",
