@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from batchvlm.config import EngineName, JobConfig, ModelConfig
+from batchvlm.engine.cache import cached_layers
 from batchvlm.engine.memory import MemoryPlan, free_bytes
 from batchvlm.engine.select import name_engine
 from batchvlm.loading import load_skeleton
@@ -138,7 +139,4 @@ def _saved_bytes(cfg: ModelConfig) -> int:
 
 
 def _token_bytes(text: Any, dtype: torch.dtype) -> int:
-    num_heads = text.num_attention_heads
-    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
-    return int(2 * text.num_hidden_layers * num_kv_heads * head_dim * dtype.itemsize)
+    return sum(2 * heads.num_keys * heads.size * dtype.itemsize for heads in cached_layers(text))

@@ -93,7 +93,8 @@ def attention(
     score = _Scores(scaling=scaling, softcap=softcap)
     match _form.get():
         case Packed() as packed:
-            past = [None if rows is None else rows[module.layer_idx] for rows in packed.past]
+            layer = packed.layer_of(module.layer_idx, key)
+            past = [None if rows is None else rows[layer] for rows in packed.past]
             out = _packed(score, query, key, value, packed, past, attention_mask, sliding_window)
             return out, None
         case Slots() as slots:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,38 @@ from batchvlm.engine.faults import is_oom
 from batchvlm.engine.layout import KeysValues
 
 # Shape legend: as in attention.py; N slots of the cache, B <= N of them in use.
+
+
+class Heads(NamedTuple):
+    """The attention heads of one layer."""
+
+    num_heads: int
+    """Query heads."""
+    num_keys: int
+    """Key-value heads."""
+    size: int
+    """Elements of a head."""
+
+
+def cached_layers(config: Any) -> list[Heads]:
+    """Return the heads of each layer that has keys and values of its own.
+
+    In Gemma 3n and 4 the last layers use those of an earlier layer, and layers with a sliding
+    window have other heads than the rest.
+
+    Args:
+        config: the config of a decoder.
+    """
+    num_layers = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    # Where layers differ, transformers refuses to read a single number.
+    apart = getattr(config, "is_heterogeneous", False)
+    return [_heads_of(config.per_layer_config[i] if apart else config) for i in range(num_layers)]
+
+
+def _heads_of(config: Any) -> Heads:
+    num_heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return Heads(num_heads, getattr(config, "num_key_value_heads", None) or num_heads, size)
 
 
 class _PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -57,7 +89,7 @@ class PackedCache(Cache):
     """Keys and values of concatenated prompts, layer by layer.
 
     Args:
-        num_layers: of the model.
+        num_layers: of the model, without those that use another layer's keys and values.
         is_prompt: False for tokens that continue prompts computed before.
     """
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from batchvlm.engine import attention, flash, slot_kernel
-from batchvlm.engine.cache import PackedCache, RowCache, SlotCache
+from batchvlm.engine.cache import PackedCache, RowCache, SlotCache, cached_layers
 from batchvlm.engine.collate import TOKEN_TYPES
 from batchvlm.engine.fusing import Fusing
 from batchvlm.engine.graphs import StepGraphs
@@ -86,7 +86,8 @@ class Decoder:
     def __init__(self, model: Any, *, has_graphs: bool = True, has_kernel: bool = True) -> None:
         self._model = model
         self._config = model.get_decoder().config
-        self._num_layers = self._config.num_hidden_layers
+        layers = cached_layers(self._config)
+        self._num_layers = len(layers)
         self._own_attention = self._config._attn_implementation
         self._rope_index = getattr(model.base_model, "get_rope_index", None)
         self._rope_names = (
@@ -108,15 +109,18 @@ class Decoder:
         self._running = Together(self._attending_by_row)
         self._lock = threading.Lock()
         has_cap = getattr(self._config, "attn_logit_softcapping", None) is not None
-        heads = _heads_of(self._config)
+        kinds = sorted(set(layers))
         if self.device.type == "cpu":
-            attention.choose_ways(*heads, model.dtype)
-        query_like = torch.empty(0, heads[-1], dtype=model.dtype, device=self.device)
-        self.is_by_row = flash.is_able(query_like) and not has_cap
+            for heads in kinds:
+                attention.choose_ways(*heads, model.dtype)
+        like = torch.empty(0, dtype=model.dtype, device=self.device)
+        self.is_by_row = not has_cap and all(
+            flash.is_able(like.new_empty(0, heads.size)) for heads in kinds
+        )
         """Whether attention over slots reads only the positions that each row uses."""
         may_have_kernel = self.is_by_row and has_kernel
-        self.has_kernel = may_have_kernel and slot_kernel.is_faster(
-            *heads, model.dtype, self.device
+        self.has_kernel = may_have_kernel and all(
+            slot_kernel.is_faster(*heads, model.dtype, self.device) for heads in kinds
         )
         """Whether decode steps use the slot kernel instead of flash attention."""
         self._graphs: StepGraphs | None = None
@@ -398,13 +402,6 @@ class Decoder:
                 yield
         finally:
             self._config._attn_implementation = self._own_attention
-
-
-def _heads_of(config: Any) -> tuple[int, int, int]:
-    """Return the number of query heads, of key-value heads, and the head size."""
-    num_heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    return num_heads, getattr(config, "num_key_value_heads", None) or num_heads, size
 
 
 def _trim_last_layer(decoder: Any) -> None:

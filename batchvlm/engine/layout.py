@@ -38,12 +38,21 @@ class Packed:
     """For rows that are trees of tokens after a prompt: each row's mask, bool [T_i, T_i], true
     where a token attends to another of the row. All attend to the prompt. A token that attends to
     n tokens of its tree, itself included, is the n-th after the prompt."""
+    _keys: list[tuple[int, Tensor]] = field(default_factory=list)
     _flash: flash.Bounds | None = None
     _tree_masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
     @property
     def spans(self) -> list[tuple[int, int]]:
         return list(zip(self.bounds, self.bounds[1:], strict=False))
+
+    def layer_of(self, index: int, key: Tensor) -> int:
+        """The layer whose keys these are: `index`, or an earlier one that shares them (Gemma 4)."""
+        for earlier, its in self._keys:
+            if its is key:
+                return earlier
+        self._keys.append((index, key))
+        return index
 
     def flash_bounds(self, device: torch.device) -> flash.Bounds:
         """Offsets of each row's queries and of its keys, which include the earlier tokens."""

@@ -34,6 +34,8 @@ _VERIFIED = frozenset(
         "exaone4_5",
         "gemma3",
         "glm46v",
+        "gemma4",
+        "gemma4_unified",
         "glm4v",
         "glm4v_moe",
         "glm_ocr",

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import Gemma4Config
 
 from batchvlm.before.commands import plan as plan_command
 from batchvlm.before.footprint import estimate_footprint
@@ -101,6 +102,26 @@ def test_a_plan_of_the_demo(tmp_path: Path) -> None:
     # Exactly what the safetensors file holds.
     assert found.footprint.weight_bytes == pytest.approx(6.5e6, rel=0.02)
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_differ_take_what_each_takes(tmp_path: Path) -> None:
+    """Gemma 4: some layers have larger heads, and the last ones the keys of those before."""
+    text = {
+        "vocab_size": 64,
+        "vocab_size_per_layer_input": 64,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "global_head_dim": 32,
+    }
+    Gemma4Config(text_config=text, vision_config={}).save_pretrained(tmp_path)
+    cfg = compose("run", ["model=hub", f"model.path={tmp_path}", "model.dtype=float32"])
+    found = estimate_footprint(cfg, row_tokens=100)
+    assert found.token_bytes == 2 * 2 * (16 + 32) * 4
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma4TextConfig, LlamaConfig
 
-from batchvlm.engine.cache import PackedCache, RowCache, SlotCache
+from batchvlm.engine.cache import Heads, PackedCache, RowCache, SlotCache, cached_layers
+from batchvlm.engine.layout import Packed
 
 LAYERS, KEYS, SIZE = 2, 3, 4
 
@@ -26,6 +28,37 @@ def assert_equal(one: RowCache, other: RowCache) -> None:
 def test_a_row_says_what_it_takes() -> None:
     assert row(5).length == 5
     assert row(5).bytes_per_token == LAYERS * 2 * KEYS * SIZE * 4
+
+
+def test_layers_that_are_alike() -> None:
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=3)
+    assert cached_layers(config) == [Heads(num_heads=4, num_keys=4, size=16)] * 3
+    config.num_key_value_heads, config.head_dim = 2, 8
+    assert cached_layers(config) == [Heads(num_heads=4, num_keys=2, size=8)] * 3
+
+
+def test_layers_that_differ_and_layers_that_take_the_keys_of_others() -> None:
+    config = Gemma4TextConfig(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        head_dim=16,
+        global_head_dim=32,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    local, whole = Heads(4, 2, 16), Heads(4, 1, 32)
+    assert cached_layers(config) == [local, whole, local, whole]
+    config.num_kv_shared_layers = 2
+    assert cached_layers(config) == [local, whole]
+
+
+def test_a_layer_is_known_by_its_keys() -> None:
+    packed = Packed(bounds=(0, 3), past=(None,))
+    first, second = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4)
+    assert [packed.layer_of(0, first), packed.layer_of(1, second)] == [0, 1]
+    assert [packed.layer_of(2, second), packed.layer_of(3, first)] == [1, 0]
 
 
 def test_packed_rows_are_told_apart() -> None:

@@ -28,6 +28,7 @@ from .mixtures import (
     qwen3_5_moe,
     qwen3_vl_moe,
 )
+from .newer import gemma4, gemma4_moe, gemma4_unified
 from .others import blip_2, deepseek_vl, florence2, janus, mllama, phi4_multimodal
 from .qwen import glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from .readers import (
@@ -177,6 +178,29 @@ FAMILIES = (
         model_class="Gemma3ForConditionalGeneration",
         image_tokens=(4, 4, 8),
         sees_ahead=True,
+    ),
+    Family(
+        build=gemma4,
+        title="Gemma 4 E2B and E4B",
+        model_class="Gemma4ForConditionalGeneration",
+        image_tokens=(60, 60, 127),
+        needs=("torchvision",),
+    ),
+    Family(
+        build=gemma4_moe,
+        title="Gemma 4 26B and 31B",
+        model_class="Gemma4ForConditionalGeneration",
+        image_tokens=(60, 60, 127),
+        sees_ahead=True,
+        needs=("torchvision",),
+    ),
+    Family(
+        build=gemma4_unified,
+        title="Gemma 4 12B",
+        model_class="Gemma4UnifiedForConditionalGeneration",
+        image_tokens=(60, 60, 127),
+        sees_ahead=True,
+        needs=("torchvision",),
     ),
     Family(
         build=glm4v,
