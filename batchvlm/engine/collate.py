@@ -3,7 +3,7 @@
 Each sample is processed alone, so that it can be batched with any other. One rule joins the
 processor's arrays of several rows: token rows are padded on the left; other arrays are zero-padded
 in their trailing dimensions and concatenated on the first. The rule is exact for families with
-images, patches, tiles or rows on the first dimension. `join_features` handles the two exceptions.
+images, patches, tiles or rows on the first dimension. `join_features` handles the exceptions.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from batchvlm.records import Array, Sample
 TOKEN_TYPES = "token_type_ids"
 """How the names of features end that have a number for each token: `mm_token_type_ids` too, and
 ERNIE-4.5-VL's `moe_mm_token_type_ids`, which says whose experts a token has."""
+_NUM_TILED_DIMS = 5
+"""Images, tiles, colours, height and width."""
 # Some processors return labels for every prompt; given them, a model computes a loss.
 _NOT_COLLATED = ("input_ids", "attention_mask", "labels")
 
@@ -122,6 +124,9 @@ def join_features(
         if name == "pixel_values" and "target_sizes" in names:
             joined[name] = torch.from_numpy(np.concatenate(arrays, axis=-1))
             continue
+        if set(names) == {"pixel_values"} and arrays[0].ndim == _NUM_TILED_DIMS:
+            # PerceptionLM encodes every tile it is given: a tile of zeros would count as one.
+            arrays = [a.reshape(-1, 1, *a.shape[2:]) for a in arrays]
         if name == "image_token_pooling":
             # Molmo 2: for each token, the indices of its patches among all patches of the row
             # ([crops, patches, ..] flattened); -1 for none.

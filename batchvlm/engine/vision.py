@@ -12,7 +12,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,8 @@ _GRIDS = "image_grid_thw"
 _TILES, _NUM_TILES = "pixel_values_local", "num_local_patches"
 """The tiles of all images of a row, and how many are of each image (DeepSeek-OCR 2, which encodes
 each image whole as well)."""
-# Families whose processors have the row as first dimension and its tiles as second.
-_ROWS_OF_TILES = frozenset({"idefics2", "idefics3", "smolvlm"})
+# Families whose processors have the row or image as first dimension and its tiles as second.
+_ROWS_OF_TILES = frozenset({"idefics2", "idefics3", "perception_lm", "smolvlm"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,13 +294,15 @@ class ImageFeatures:
         def join(tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
             return torch.stack(list(tensors)) if form.is_stacked else tuple(tensors)
 
+        # Some forms have fields without a default, of which the model reads none here.
+        others = {f.name: None for f in fields(form.type_) if f.default is MISSING}
         first = join([entry.pooled_PD for entry in entries])
         by_layer = zip(*(entry.deep for entry in entries), strict=True)
         deeper = [join(layer) for layer in by_layer]
         if form.layers:
             features = list(zip(form.layers, [first, *deeper], strict=True))
-            return form.type_(deepstack_features=features)
-        output = form.type_(pooler_output=first)
+            return form.type_(**{**others, "deepstack_features": features})
+        output = form.type_(**{**others, "pooler_output": first})
         if deeper:
             output.deepstack_features = deeper
         if form.marks is not None:

@@ -165,3 +165,15 @@ def test_places_of_patches_are_those_in_the_batch() -> None:
     assert batch["pixel_values"].shape == (4, 4, 6)
     assert batch["image_token_pooling"].tolist() == [[0, 1], [7, -1], [8, 11], [-1, -1], [14, -1]]
     assert batch["image_token_pooling"].dtype == torch.int64
+
+
+def test_tiles_that_nothing_marks_as_padding_are_not_padded() -> None:
+    """PerceptionLM counts every tile that it is given."""
+    one, other = pixels(1, 3, 3, 2, 2), pixels(2, 5, 3, 2, 2, start=100)
+    batch = collate([sample(1, pixel_values=one), sample(2, pixel_values=other)], pad_id=0)
+    tiles = np.concatenate([one.reshape(-1, 1, 3, 2, 2), other.reshape(-1, 1, 3, 2, 2)])
+    assert np.array_equal(batch["pixel_values"].numpy(), tiles)
+    # Here each image has a size, by which the model tells its tiles from padding.
+    sizes = {"image_sizes": [[9, 9]]}
+    marked = [sample(1, pixel_values=one, **sizes), sample(2, pixel_values=other[:1], **sizes)]
+    assert collate(marked, pad_id=0)["pixel_values"].shape == (2, 5, 3, 2, 2)

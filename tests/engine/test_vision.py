@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -48,12 +49,15 @@ class Encoder(torch.nn.Module):
             starts = [0, *ends[:-1]]
             sums = torch.stack([pixel_values[a:b].sum() for a, b in zip(starts, ends, strict=True)])
         vectors = sums[:, None, None].expand(-1, 2, 3)
-        return Output(pooler_output=vectors, deepstack_features=[vectors + 100, vectors + 200])
+        return Output(None, vectors, deepstack_features=[vectors + 100, vectors + 200])
 
 
+@dataclass
 class Output:
-    def __init__(self, pooler_output: Any, deepstack_features: Any = None) -> None:
-        self.pooler_output, self.deepstack_features = pooler_output, deepstack_features
+    last_hidden_state: Any
+    """Has no default, as in the form of timm's encoders."""
+    pooler_output: Any
+    deepstack_features: Any = None
 
 
 def sample(row_index: int, keys: tuple[str, ...], **features: Array) -> Sample:
@@ -264,7 +268,7 @@ class TestEncoding:
     def test_an_encoder_that_gives_another_number_of_images_is_an_error(self) -> None:
         images, _ = features()
         (unit,) = images.units(sample(0, ("a",), pixel_values=pixels(1)))
-        images._encode = lambda **kwargs: Output(torch.zeros(2, 2, 3))
+        images._encode = lambda **kwargs: Output(None, torch.zeros(2, 2, 3))
         with pytest.raises(ValueError, match="2 image features for 1 images"):
             encode(images, [unit])
 
