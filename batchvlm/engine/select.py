@@ -27,15 +27,19 @@ log = logging.getLogger(__name__)
 
 _VERIFIED = frozenset(
     {
+        "aria",
         "aya_vision",
+        "cohere2_vision",
         "deepseek_ocr2",
         "deepseek_vl",
         "ernie4_5_vl_moe",
         "exaone4_5",
+        "fast_vlm",
         "gemma3",
-        "glm46v",
+        "gemma3n",
         "gemma4",
         "gemma4_unified",
+        "glm46v",
         "glm4v",
         "glm4v_moe",
         "glm_ocr",
@@ -55,6 +59,7 @@ _VERIFIED = frozenset(
         "ovis2",
         "paddleocr_vl",
         "paligemma",
+        "perception_lm",
         "qwen2_5_vl",
         "qwen2_vl",
         "qwen3_vl",

@@ -28,7 +28,17 @@ from .mixtures import (
     qwen3_5_moe,
     qwen3_vl_moe,
 )
-from .newer import gemma4, gemma4_moe, gemma4_unified
+from .newer import (
+    aria,
+    cohere2_vision,
+    fast_vlm,
+    gemma3n,
+    gemma4,
+    gemma4_moe,
+    gemma4_unified,
+    lfm2_vl,
+    perception_lm,
+)
 from .others import blip_2, deepseek_vl, florence2, janus, mllama, phi4_multimodal
 from .qwen import glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from .readers import (
@@ -123,6 +133,12 @@ NO_FEATURES = "it gives no image features of its own"
 
 FAMILIES = (
     Family(
+        build=aria,
+        title="Aria",
+        model_class="AriaForConditionalGeneration",
+        image_tokens=(8, 8, 16),
+    ),
+    Family(
         build=aya_vision,
         title="Aya Vision",
         model_class="AyaVisionForConditionalGeneration",
@@ -145,6 +161,13 @@ FAMILIES = (
         since=(5, 20),
     ),
     Family(
+        build=cohere2_vision,
+        title="Command A Vision",
+        model_class="Cohere2VisionForConditionalGeneration",
+        image_tokens=(80, 64, 160),
+        needs=("torchvision",),
+    ),
+    Family(
         build=deepseek_vl,
         title="DeepSeek-VL",
         model_class="DeepseekVLForConditionalGeneration",
@@ -163,6 +186,13 @@ FAMILIES = (
         image_tokens=(6, 10, 24),
     ),
     Family(
+        build=fast_vlm,
+        title="FastVLM",
+        model_class="FastVlmForConditionalGeneration",
+        image_tokens=(4, 4, 8),
+        needs=("torchvision", "timm"),
+    ),
+    Family(
         build=florence2,
         title="Florence-2",
         model_class="Florence2ForConditionalGeneration",
@@ -178,6 +208,13 @@ FAMILIES = (
         model_class="Gemma3ForConditionalGeneration",
         image_tokens=(4, 4, 8),
         sees_ahead=True,
+    ),
+    Family(
+        build=gemma3n,
+        title="Gemma 3n",
+        model_class="Gemma3nForConditionalGeneration",
+        image_tokens=(4, 4, 8),
+        needs=("torchvision", "timm"),
     ),
     Family(
         build=gemma4,
@@ -282,6 +319,14 @@ FAMILIES = (
         image_tokens=(6, 8, 16),
     ),
     Family(
+        build=lfm2_vl,
+        title="LFM2-VL",
+        model_class="Lfm2VlForConditionalGeneration",
+        image_tokens=(76, 42, 156),
+        why_not_slots="it has layers of conv",
+        needs=("torchvision",),
+    ),
+    Family(
         build=llava,
         title="LLaVA",
         model_class="LlavaForConditionalGeneration",
@@ -352,6 +397,13 @@ FAMILIES = (
         image_tokens=(16, 16, 32),
         takes_text_alone=False,
         sees_ahead=True,
+    ),
+    Family(
+        build=perception_lm,
+        title="Perception LM",
+        model_class="PerceptionLMForConditionalGeneration",
+        image_tokens=(20, 12, 40),
+        needs=("torchvision", "timm"),
     ),
     Family(
         build=phi4_multimodal,
