@@ -64,6 +64,9 @@ def cast_parts(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
     Args:
         model: a transformers model in the widest of these dtypes.
         dtypes: from `part_dtypes`.
+
+    Raises:
+        ModelError: a part has no module of its own.
     """
     configs = {id(getattr(model.config, key)): dtypes[key] for key in dtypes if key != REST}
     special = {
@@ -71,6 +74,13 @@ def cast_parts(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
         for module in model.modules()
         if module is not model and id(getattr(module, "config", None)) in configs
     }
+    found = {id(getattr(module, "config", None)) for module in model.modules()}
+    for key in dtypes:
+        if key != REST and id(getattr(model.config, key)) not in found:
+            raise ModelError(
+                f"model.dtype names {key}, which is no module of its own in {type(model).__name__}",
+                hint=f"its weights have the dtype of {REST}",
+            )
     head = model.get_output_embeddings()
     if head is not None and "text_config" in dtypes:
         special[id(head)] = dtypes["text_config"]

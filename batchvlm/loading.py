@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any
 
 from batchvlm.adapters import apply_adapter
@@ -270,8 +271,17 @@ def _check_divisible(cfg: ModelConfig) -> None:
             hint="model.device_map=auto spreads it layer by layer",
         )
     text = model.config.get_text_config(decoder=True)
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        count = getattr(text, name, None)
+    if getattr(text, "hidden_size_per_layer_input", None):
+        # Gemma 4 fails, and Gemma 3n answers wrongly.
+        raise ModelError(
+            f"model.tp_plan: the plan of transformers is wrong for {type(model).__name__} with "
+            "embeddings by layer",
+            hint="model.device_map=auto spreads it layer by layer",
+        )
+    # Where layers differ, transformers refuses to read a single number.
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    for layer, name in product(layers, ("num_attention_heads", "num_key_value_heads")):
+        count = getattr(layer, name, None)
         if isinstance(count, int) and count % size:
             raise ModelError(
                 f"model.tp_plan: {size} processes cannot divide the {name}={count} of "

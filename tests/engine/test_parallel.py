@@ -36,8 +36,8 @@ DIVIDED = tuple(
     for family in FAMILIES
     if family.name
     not in {
-        *("blip_2", "florence2", "mllama", "molmo2", "paligemma", "phi4_multimodal"),
-        "qwen3_vl_moe",
+        *("blip_2", "florence2", "gemma3n", "gemma4", "gemma4_moe", "gemma4_unified", "mllama"),
+        *("molmo2", "paligemma", "phi4_multimodal", "qwen3_vl_moe"),
     }
 )
 """Families for which transformers has a plan, and which two processes can divide."""
@@ -146,6 +146,8 @@ def test_two_halves_answer_as_the_whole_does(
         ("paligemma", "2 processes cannot divide the num_key_value_heads=1 of"),
         # transformers divides its experts first and transposes them then.
         ("qwen3_vl_moe", "cannot load the model of .*: transformers divides some of its weights"),
+        ("gemma4_unified", "2 processes cannot divide the num_key_value_heads=1 of"),
+        ("gemma4", "the plan of transformers is wrong for Gemma4.* with embeddings by layer"),
     ],
 )
 def test_a_model_that_cannot_be_divided(

@@ -154,18 +154,18 @@ FAMILIES = (
         why_not_slots="it takes exactly one image a row",
     ),
     Family(
-        build=deepseek_ocr2,
-        title="DeepSeek-OCR 2",
-        model_class="DeepseekOcr2ForConditionalGeneration",
-        image_tokens=(257, 545, 514),
-        since=(5, 20),
-    ),
-    Family(
         build=cohere2_vision,
         title="Command A Vision",
         model_class="Cohere2VisionForConditionalGeneration",
         image_tokens=(80, 64, 160),
         needs=("torchvision",),
+    ),
+    Family(
+        build=deepseek_ocr2,
+        title="DeepSeek-OCR 2",
+        model_class="DeepseekOcr2ForConditionalGeneration",
+        image_tokens=(257, 545, 514),
+        since=(5, 20),
     ),
     Family(
         build=deepseek_vl,
@@ -240,15 +240,15 @@ FAMILIES = (
         needs=("torchvision",),
     ),
     Family(
-        build=glm4v,
-        title="GLM-4V",
-        model_class="Glm4vForConditionalGeneration",
-        image_tokens=(6, 10, 24),
-    ),
-    Family(
         build=glm46v,
         title="GLM-4.6V",
         model_class="Glm46VForConditionalGeneration",
+        image_tokens=(6, 10, 24),
+    ),
+    Family(
+        build=glm4v,
+        title="GLM-4V",
+        model_class="Glm4vForConditionalGeneration",
         image_tokens=(6, 10, 24),
     ),
     Family(
@@ -313,18 +313,18 @@ FAMILIES = (
         image_tokens=(16, 16, 32),
     ),
     Family(
-        build=lighton_ocr,
-        title="LightOnOCR",
-        model_class="LightOnOcrForConditionalGeneration",
-        image_tokens=(6, 8, 16),
-    ),
-    Family(
         build=lfm2_vl,
         title="LFM2-VL",
         model_class="Lfm2VlForConditionalGeneration",
         image_tokens=(76, 42, 156),
         why_not_slots="it has layers of conv",
         needs=("torchvision",),
+    ),
+    Family(
+        build=lighton_ocr,
+        title="LightOnOCR",
+        model_class="LightOnOcrForConditionalGeneration",
+        image_tokens=(6, 8, 16),
     ),
     Family(
         build=llava,
@@ -421,28 +421,16 @@ FAMILIES = (
         needs=("torchvision",),
     ),
     Family(
-        build=qwen2_vl,
-        title="Qwen2-VL",
-        model_class="Qwen2VLForConditionalGeneration",
-        image_tokens=(6, 10, 24),
-    ),
-    Family(
         build=qwen2_5_vl,
         title="Qwen2.5-VL",
         model_class="Qwen2_5_VLForConditionalGeneration",
         image_tokens=(6, 10, 24),
     ),
     Family(
-        build=qwen3_vl,
-        title="Qwen3-VL",
-        model_class="Qwen3VLForConditionalGeneration",
-        image_tokens=(6, 10, 16),
-    ),
-    Family(
-        build=qwen3_vl_moe,
-        title="Qwen3-VL MoE",
-        model_class="Qwen3VLMoeForConditionalGeneration",
-        image_tokens=(6, 10, 16),
+        build=qwen2_vl,
+        title="Qwen2-VL",
+        model_class="Qwen2VLForConditionalGeneration",
+        image_tokens=(6, 10, 24),
     ),
     Family(
         build=qwen3_5,
@@ -457,6 +445,18 @@ FAMILIES = (
         model_class="Qwen3_5MoeForConditionalGeneration",
         image_tokens=(6, 10, 16),
         why_not_slots=LINEAR,
+    ),
+    Family(
+        build=qwen3_vl,
+        title="Qwen3-VL",
+        model_class="Qwen3VLForConditionalGeneration",
+        image_tokens=(6, 10, 16),
+    ),
+    Family(
+        build=qwen3_vl_moe,
+        title="Qwen3-VL MoE",
+        model_class="Qwen3VLMoeForConditionalGeneration",
+        image_tokens=(6, 10, 16),
     ),
     Family(
         build=smolvlm,
