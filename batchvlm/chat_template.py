@@ -53,6 +53,32 @@ def with_variables(template: str | None, variables: Mapping[str, Any]) -> str | 
     return None if template is None else "".join(sets) + template
 
 
+def check_prompt_tokens(processor: Any, tokens: Sequence[str]) -> None:
+    """Check the tokens that the text of prompts may spell.
+
+    Raises:
+        ConfigError: the tokenizer does not have one of them, or it stands for an image.
+    """
+    known = processor.tokenizer.get_vocab()
+    for token in tokens:
+        if token not in known:
+            raise ConfigError(
+                f"model.prompt_tokens: the model's tokenizer has no token {token!r}",
+                hint="check the spelling, or leave it out",
+            )
+        if token in _slots(processor):
+            raise ConfigError(
+                f"model.prompt_tokens: {token!r} stands for an image or the like",
+                hint="images come from columns and messages",
+            )
+
+
+def _slots(processor: Any) -> set[str]:
+    """Return the tokens of a processor that stand for images and other inputs."""
+    names = ("image_token", "video_token", "audio_token", "boi_token", "fake_image_token")
+    return {str(token) for name in names if (token := getattr(processor, name, None))}
+
+
 class ChatTemplate:
     """Renders a processor's chat template, with control tokens in the text of rows escaped.
 
@@ -64,18 +90,18 @@ class ChatTemplate:
 
     Args:
         processor: from `load_processor`.
+        allowed: control tokens that are not escaped.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, allowed: Sequence[str] = ()) -> None:
         self._processor = processor
         self._template: str | None = processor.chat_template
         self._slot = _image_slot(processor) if self._template is None else ""
         # Lists of images within the list would be the pages of one document (GOT-OCR 2).
         self._is_flat = getattr(processor, "multi_page", None) is False
-        names = ("image_token", "video_token", "audio_token", "boi_token", "fake_image_token")
-        tokens = {str(getattr(processor, name, None) or "") for name in names}
         added = processor.tokenizer.added_tokens_decoder.values()
-        tokens |= {token.content for token in added if token.special}
+        tokens = {token.content for token in added if token.special} - {*allowed}
+        tokens |= _slots(processor)
         # Longest first: if one token is a prefix of another, the longer one must match.
         control = sorted((t for t in tokens if len(t.strip()) > 1), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")

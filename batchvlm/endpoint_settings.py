@@ -9,7 +9,10 @@ from batchvlm.config import EngineName, GenerationConfig, Guided, JobConfig, Sou
 from batchvlm.errors import ConfigError
 
 # Settings for which the OpenAI API has no field.
-_UNSUPPORTED = ("min_new_tokens", "top_k", "min_p", "repetition_penalty", "ignore_eos")
+_UNSUPPORTED = (
+    *("min_new_tokens", "top_k", "min_p", "repetition_penalty", "ignore_eos"),
+    "skip_special_tokens",
+)
 
 
 def check_endpoint(cfg: JobConfig) -> None:
@@ -68,6 +71,11 @@ def check_endpoint(cfg: JobConfig) -> None:
             "engine=endpoint cannot apply model.chat_template_kwargs: the server has the template",
             hint="if it takes them by request, as vLLM does, add them to "
             "engine.endpoint.extra_body.chat_template_kwargs",
+        )
+    if cfg.model.prompt_tokens:
+        raise ConfigError(
+            "engine=endpoint cannot apply model.prompt_tokens: the server reads the prompts",
+            hint="leave it out; most servers take text that spells a special token for the token",
         )
     if cfg.task.output.guided is Guided.strict:
         raise ConfigError(

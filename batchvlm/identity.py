@@ -46,6 +46,9 @@ def answer_identity(cfg: JobConfig, files: Sequence[InputFile]) -> dict[str, Any
     columns = to_plain(cfg.data.columns)
     if not cfg.data.columns.image_optional:
         del columns["image_optional"]  # outputs from before this setting existed stay valid
+    generation = to_plain(cfg.generation)
+    if cfg.generation.skip_special_tokens:
+        del generation["skip_special_tokens"]
     return {
         "input": input_identity(files),
         "data": {
@@ -61,7 +64,7 @@ def answer_identity(cfg: JobConfig, files: Sequence[InputFile]) -> dict[str, Any
         "model": _served_identity(cfg.model, cfg.engine.endpoint)
         if cfg.engine.name is EngineName.endpoint
         else _model_identity(cfg.model),
-        "generation": to_plain(cfg.generation),
+        "generation": generation,
     }
 
 
@@ -168,6 +171,8 @@ def _model_identity(cfg: ModelConfig) -> dict[str, Any]:
     # Included only if set, so that outputs from before these settings existed stay valid.
     if cfg.chat_template_kwargs:
         identity["chat_template_kwargs"] = to_plain(cfg.chat_template_kwargs)
+    if cfg.prompt_tokens:
+        identity["prompt_tokens"] = sorted(cfg.prompt_tokens)
     if cfg.quantization is not None:
         skip = cfg.quantization_skip
         identity["quantization"] = cfg.quantization.value

@@ -18,7 +18,7 @@ from itertools import product
 from typing import Any
 
 from batchvlm.adapters import apply_adapter
-from batchvlm.chat_template import default_template, with_variables
+from batchvlm.chat_template import check_prompt_tokens, default_template, with_variables
 from batchvlm.config import ImageBackend, ModelConfig
 from batchvlm.errors import BatchvlmError, ModelError
 from batchvlm.quantization import (
@@ -117,7 +117,8 @@ def load_processor(cfg: ModelConfig) -> Any:
 
     Raises:
         ModelError: the model does not exist, or its processor cannot be loaded here.
-        ConfigError: the template does not have a variable of `chat_template_kwargs`.
+        ConfigError: the template does not have a variable of `chat_template_kwargs`, or the
+            tokenizer a token of `prompt_tokens`.
     """
     backend = resolve_backend(cfg.image_backend)
     from transformers import AutoProcessor
@@ -132,6 +133,7 @@ def load_processor(cfg: ModelConfig) -> Any:
     # A decoder-only model continues from the last column, so padding must not be there.
     tokenizer.padding_side = "left"
     processor.chat_template = with_variables(default_template(processor), cfg.chat_template_kwargs)
+    check_prompt_tokens(processor, cfg.prompt_tokens)
     return processor
 
 

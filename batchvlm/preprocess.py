@@ -88,7 +88,7 @@ class Preprocessor:
             self._processor.image_processor, _RECENT_BYTES
         )
         self._limits = load_limits(spec.model)
-        self._chat = ChatTemplate(self._processor)
+        self._chat = ChatTemplate(self._processor, spec.model.prompt_tokens)
 
     def prepare(self, record: Record) -> Sample | Failure:
         """Return the sample of a record, or its failure. Never raises because of a row."""

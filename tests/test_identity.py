@@ -62,6 +62,10 @@ def test_other_weights_in_the_same_folder(
         ("model.quantization=torchao_int8", True),
         ("model.chat_template_kwargs.thinks=false", True),
         ("model.chat_template_kwargs={}", False),
+        ('model.prompt_tokens=["<a>"]', True),
+        ("model.prompt_tokens=[]", False),
+        ("generation.skip_special_tokens=false", True),
+        ("generation.skip_special_tokens=true", False),
         ("model.attn_implementation=eager", False),
         ("model.device_map=auto", False),
         ("model.name=other", False),
@@ -89,7 +93,8 @@ def test_a_continued_message_is_another_prompt() -> None:
 def test_settings_that_came_later_leave_old_outputs_valid() -> None:
     identity = answer_identity(compose("run", []), FILES)
     assert identity["data"]["columns"].keys() == {"id", "image", "messages", "turns"}
-    assert "chat_template_kwargs" not in identity["model"]
+    assert not {"chat_template_kwargs", "prompt_tokens"} & {*identity["model"]}
+    assert "skip_special_tokens" not in identity["generation"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from batchvlm.chat_template import ChatTemplate
-from batchvlm.errors import ErrorType
+from batchvlm.errors import ConfigError, ErrorType
 from batchvlm.loading import ModelLimits, load_processor
 from batchvlm.preprocess import (
     Preprocessor,
@@ -78,6 +78,22 @@ def test_control_tokens_in_a_rows_text_stay_text(vqa: Preprocessor, text: str) -
     assert sample.image_tokens == 36
     assert count(sample) == count(prepared(vqa, "x", picture()))
     assert text.replace("<", "< ") in tokenizer.decode(sample.features["input_ids"][0])
+
+
+def test_tokens_that_the_text_of_prompts_may_spell() -> None:
+    end, other = "<end_of_utterance>", "<pad>"
+    maker = preprocessor("task=vqa", "data.columns.image=images", f'model.prompt_tokens=["{end}"]')
+    tokenizer = maker._processor.tokenizer
+    before = prepared(maker, "", picture()).features["input_ids"][0].tolist()
+    ids = prepared(maker, f"a {end} b {other} <image>", picture()).features["input_ids"][0].tolist()
+    end_id, other_id = tokenizer.convert_tokens_to_ids([end, other])
+    assert ids.count(end_id) == before.count(end_id) + 1
+    assert ids.count(other_id) == before.count(other_id)
+    assert "< pad> < image>" in tokenizer.decode(ids)
+    for token, why in (("<grounding>", "has no token"), ("<image>", "stands for an image")):
+        with pytest.raises(ConfigError, match=rf"^model\.prompt_tokens: .*{why}") as caught:
+            preprocessor(f'model.prompt_tokens=["{token}"]')
+        assert repr(token) in caught.value.message
 
 
 def test_halves_of_a_control_token_in_neighbouring_parts_stay_text() -> None:

@@ -169,6 +169,8 @@ REFUSED_OF_A_SERVER = {
     "generation.min_p=0.1": "engine=endpoint cannot send generation.min_p",
     "generation.ignore_eos=true": "engine=endpoint cannot send generation.ignore_eos",
     "model.chat_template_kwargs.a=1": "add them to engine.endpoint.extra_body.chat_template_kwargs",
+    "model.prompt_tokens=[a]": "engine=endpoint cannot apply model.prompt_tokens",
+    "generation.skip_special_tokens=false": "cannot send generation.skip_special_tokens",
     "output.token_ids=true": "engine=endpoint does not support output.token_ids",
     "model.max_prompt_tokens=9": "does not support model.max_prompt_tokens",
     "engine=auto": "engine.endpoint.url has no effect with engine=auto",

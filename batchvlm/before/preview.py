@@ -15,6 +15,7 @@ from transformers import TextStreamer
 from batchvlm.before.drawn import draw_random
 from batchvlm.before.thumbnail import print_thumbnail
 from batchvlm.engine import Engine, open_engine
+from batchvlm.engine.stops import SpokenTokens
 from batchvlm.errors import RowError
 from batchvlm.images import at_hand, load_image
 from batchvlm.job import Job
@@ -71,7 +72,8 @@ def _answer(
         return
     print(readable(sample.features["input_ids"][0].tolist(), tokenizer), end="", flush=True)
     # One row at a time, so that answers are not interleaved.
-    streamer = _Streamer(tokenizer)
+    is_plain = job.cfg.generation.skip_special_tokens
+    streamer = _Streamer(tokenizer if is_plain else SpokenTokens(tokenizer))
     if hasattr(engine, "on_token"):
         engine.on_token = streamer.push
     start_s = time.perf_counter()

@@ -59,7 +59,7 @@ class TokenCounter:
         )
         self._processor = load_processor(cfg.model)
         self._limits = load_limits(cfg.model)
-        self._chat = ChatTemplate(self._processor)
+        self._chat = ChatTemplate(self._processor, cfg.model.prompt_tokens)
         # Caches processed images; all blank images of one size have the same key.
         self._processor.image_processor = RecentImageProcessor(
             self._processor.image_processor, _RECENT_BYTES

@@ -71,6 +71,9 @@ class ModelConfig:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables of the model's chat template, such as `enable_thinking: false` for a model that
     otherwise reasons before it answers. One that the template does not name is rejected."""
+    prompt_tokens: list[str] = field(default_factory=list)
+    """Special tokens that the text of prompts may spell, such as `<|grounding|>` for DeepSeek-OCR.
+    All others stay text. One that the tokenizer does not have is rejected, as are image tokens."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository, with all permissions of your user."""
 

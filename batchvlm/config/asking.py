@@ -185,6 +185,10 @@ class GenerationConfig:
     """Each row has its own random generator, seeded by this number and the position of the row."""
     stop: list[Any] = field(default_factory=list)
     """Strings that end an answer. They are removed from it."""
+    skip_special_tokens: bool = True
+    """Omit special tokens from the text of an answer. `false` keeps all but those for its end and
+    padding, for models that mark places with them, such as Qwen2-VL's `<|box_start|>`. Florence-2's
+    are always kept."""
     ignore_eos: bool = False
     """Ignore the end of sequence and generate `max_new_tokens` tokens. For benchmarks."""
     stop_on_repetition: bool = True

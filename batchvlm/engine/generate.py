@@ -28,7 +28,7 @@ from batchvlm.engine.forced import ForcedChoices
 from batchvlm.engine.parallel import Team
 from batchvlm.engine.protocol import OnToken, Outcome
 from batchvlm.engine.sampling import NextTokens, RowSampler
-from batchvlm.engine.stops import RowStop, not_finite
+from batchvlm.engine.stops import RowStop, SpokenTokens, not_finite
 from batchvlm.errors import BatchvlmError, ErrorType, RowError
 from batchvlm.quantization import refuses_inference_mode
 from batchvlm.records import (
@@ -76,6 +76,7 @@ class GenerateEngine:
         constraints: constrained decoding; None without.
         pixel_dtype: dtype of image inputs; None: the model's.
         choices: the choices to score, instead of decoding; None to decode.
+        keeps_special_tokens: whether special tokens are part of an answer's text.
         team: the other processes of a tensor-parallel replica; None without.
     """
 
@@ -88,6 +89,7 @@ class GenerateEngine:
         constraints: Constraints | None = None,
         pixel_dtype: torch.dtype | None = None,
         choices: Choices | None = None,
+        keeps_special_tokens: bool = False,
         team: Team | None = None,
     ) -> None:
         self._choices = choices
@@ -101,7 +103,8 @@ class GenerateEngine:
         self._batching = batching or BatchingConfig()
         self._model = model
         kind = model.config.model_type
-        self._tokenizer = SpokenTokens(tokenizer) if kind in _KEEPS_SPECIAL_TOKENS else tokenizer
+        is_spoken = keeps_special_tokens or kind in _KEEPS_SPECIAL_TOKENS
+        self._tokenizer = SpokenTokens(tokenizer) if is_spoken else tokenizer
         self._special_ids = special_ids(self._tokenizer)
         self._takes_one_image = kind in ONE_IMAGE
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
@@ -341,24 +344,6 @@ def without_defaults(config: Any, *, pad_id: int) -> Any:
             setattr(config, name, value)
     config.update(do_sample=False, pad_token_id=pad_id)
     return config
-
-
-class SpokenTokens:
-    """A tokenizer that omits only BOS, EOS and padding from the text of an answer.
-
-    Other special tokens, such as Florence-2's `<loc_52>`, are part of the answer.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        self.all_special_ids = [i for i in ids if i is not None]
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        if skip_special_tokens:
-            ids = [i for i in ids if i not in self.all_special_ids]
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
-        return text
 
 
 class ChosenToken(LogitsProcessor):

@@ -18,6 +18,7 @@ from batchvlm.engine.kernels import tune
 from batchvlm.engine.parallel import Run, Team, ToFollowers, ToLeader, follow
 from batchvlm.engine.protocol import Engine
 from batchvlm.engine.slots import SlotEngine
+from batchvlm.engine.stops import SpokenTokens
 from batchvlm.errors import ModelError
 from batchvlm.forms import has_form, run_choices, run_form
 from batchvlm.loading import explained, load_model, load_processor
@@ -140,11 +141,12 @@ def choose_engine(
             constraints=constraints,
             pixel_dtype=pixel_dtype,
             choices=choices,
+            keeps_special_tokens=not cfg.generation.skip_special_tokens,
             team=team,
         )
     return SlotEngine(
         model,
-        tokenizer,
+        tokenizer if cfg.generation.skip_special_tokens else SpokenTokens(tokenizer),
         cfg.batching,
         cfg.engine,
         eos_ids=eos_ids(model, tokenizer),

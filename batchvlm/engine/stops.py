@@ -20,6 +20,24 @@ _REPLACEMENT = "\ufffd"
 with an incomplete character, every token decodes to it."""
 
 
+class SpokenTokens:
+    """Decodes as a tokenizer does, but omits only BOS, EOS and padding from the text of an answer.
+
+    Other special tokens, such as Florence-2's `<loc_52>`, are part of the answer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        self.all_special_ids = [i for i in ids if i is not None]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        if skip_special_tokens:
+            ids = [i for i in ids if i not in self.all_special_ids]
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+
 class RowStop:
     """Ends a row by `max_new_tokens`, stop strings, repetition and, unless ignored, EOS.
 

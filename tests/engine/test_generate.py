@@ -12,7 +12,8 @@ from transformers import GenerationConfig
 
 from batchvlm.config import BatchingConfig
 from batchvlm.engine import stops
-from batchvlm.engine.generate import SpokenTokens, eos_ids
+from batchvlm.engine.generate import eos_ids
+from batchvlm.engine.stops import SpokenTokens
 from batchvlm.records import Completion, FinishReason, Sample
 
 from .outcomes import run

@@ -63,6 +63,33 @@ def test_a_family_that_was_tried(
     assert [list(outcome.token_ids) for outcome in outcomes] == [reference(0), reference(1)]
 
 
+@pytest.mark.parametrize("name", [EngineName.slots, EngineName.generate])
+def test_special_tokens_are_part_of_the_text_where_that_is_asked_for(
+    name: EngineName,
+    folder: Path,
+    tmp_path: Path,
+    make_samples: Any,
+    reference: Any,
+    tokenizer: Any,
+) -> None:
+    """Here a token of the answer is made a special one, as `<|box_start|>` is."""
+    ids = reference(0)
+    marks = {i: tokenizer.convert_ids_to_tokens(i) for i in ids}
+    mark_id = next(i for i in ids if marks[i].isalpha() and marks[i].isascii())
+    own = Path(shutil.copytree(folder, tmp_path / "model"))
+    settings = json.loads((own / "tokenizer.json").read_text())
+    entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    mark = {"id": mark_id, "content": marks[mark_id], "special": True}
+    settings["added_tokens"].append(mark | entry)
+    (own / "tokenizer.json").write_text(json.dumps(settings))
+    for skips, expected in ((True, [i for i in ids if i != mark_id]), (False, ids)):
+        asked = config.GenerationConfig(skip_special_tokens=skips)
+        engine = select_engine(replace(job(own, name), generation=asked), device="cpu")
+        (outcome,) = run(engine, make_samples({}))
+        assert list(outcome.token_ids) == ids
+        assert outcome.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
 def test_defaults_of_the_repository_that_are_not_used_are_said(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

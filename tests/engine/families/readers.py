@@ -79,7 +79,7 @@ def got_ocr2() -> Built:
 
 def deepseek_ocr2() -> Built:
     """A global view of each image, and tiles of larger ones; experts in the decoder."""
-    vocabulary = tokenizer(["<image>"], image_token="<image>")
+    vocabulary = tokenizer(["<image>", "<|grounding|>"], image_token="<image>")
     config = tf.DeepseekOcr2Config(
         vision_config={
             "sam_config": {
