@@ -1,8 +1,6 @@
 """`python -m batchvlm` is the `batchvlm` command."""
 
-import sys
-
-from batchvlm.cli import main
+from batchvlm.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import errno
 import io
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -54,6 +56,28 @@ Interrupted? Run the same command again: it goes on where it stopped.
 Exit codes: 0 done, 1 failed, 2 wrong configuration or input, 3 more failed rows than
 runtime.max_error_rate, 75 interrupted, run me again, 130 stopped by a second Ctrl-C.
 """
+
+
+def program() -> NoReturn:
+    """Run the `batchvlm` command as this process's program."""
+    leave(main())
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with an exit code, after all registered clean-ups.
+
+    Python would then free its modules, while Arrow's and torch's own threads run on. One that asks
+    for the interpreter meanwhile aborts the process: a job that is done would end with SIGABRT.
+    """
+    # As multiprocessing does in a child before os._exit.
+    threading._shutdown()  # type: ignore[attr-defined]
+    with suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        # Closed, or nobody reads it any more.
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

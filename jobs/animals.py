@@ -6,9 +6,7 @@ The answer is in `parsed.location`, `parsed.activity`, `parsed.animals_seen` (1 
 `parsed.animals`. Decoding enforces these fields.
 """
 
-import sys
-
-from batchvlm.cli import run_app
+from batchvlm.cli import leave, run_app
 
 if __name__ == "__main__":
-    sys.exit(run_app("animals"))
+    leave(run_app("animals"))

@@ -4,9 +4,7 @@ python jobs/caption.py data=parquet data.path=IN model=hub model.path=NAME outpu
 accelerate launch jobs/caption.py ...          one process a GPU
 """
 
-import sys
-
-from batchvlm.cli import run_app
+from batchvlm.cli import leave, run_app
 
 if __name__ == "__main__":
-    sys.exit(run_app("caption"))
+    leave(run_app("caption"))

@@ -4,9 +4,7 @@ python jobs/extract.py data=parquet data.path=IN model=hub model.path=NAME outpu
 accelerate launch jobs/extract.py ...          one process a GPU
 """
 
-import sys
-
-from batchvlm.cli import run_app
+from batchvlm.cli import leave, run_app
 
 if __name__ == "__main__":
-    sys.exit(run_app("extract"))
+    leave(run_app("extract"))

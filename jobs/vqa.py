@@ -4,9 +4,7 @@ python jobs/vqa.py data=parquet data.path=IN model=hub model.path=NAME output.di
 accelerate launch jobs/vqa.py ...          one process a GPU
 """
 
-import sys
-
-from batchvlm.cli import run_app
+from batchvlm.cli import leave, run_app
 
 if __name__ == "__main__":
-    sys.exit(run_app("vqa"))
+    leave(run_app("vqa"))

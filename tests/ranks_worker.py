@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import batchvlm.pipeline
-from batchvlm.cli import main
+from batchvlm.cli import leave, main
 from batchvlm.records import Completion, Failure, Sample
 
 _MAX_WAIT_S = 120.0
@@ -54,4 +54,4 @@ if __name__ == "__main__":
         batchvlm.pipeline.open_engine = (  # type: ignore[attr-defined]
             lambda cfg, **where: Together(open_engine(cfg, **where))
         )
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -403,7 +403,7 @@ def children_of(pid: int) -> set[int]:
 SLOW_FLUSH = """
 import sys, time
 from batchvlm import collector
-from batchvlm.cli import main
+from batchvlm.cli import program
 close = collector.Collector.close
 def slow(self):
     print("closing", file=sys.stderr, flush=True)
@@ -411,7 +411,7 @@ def slow(self):
     close(self)
 collector.Collector.close = slow
 if __name__ == "__main__":
-    sys.exit(main())
+    program()
 """
 
 
@@ -578,3 +578,27 @@ def test_a_process_without_standard_streams_gets_some(tmp_path: Path) -> None:
     )
     command = f'exec {sys.executable} -c "{code}" <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", command], cwd=tmp_path).returncode > 2
+
+
+def test_a_process_that_ends_is_not_torn_down(tmp_path: Path) -> None:
+    """Threads of native libraries can abort it meanwhile: its exit code would not be the run's."""
+    code = (
+        "import atexit, os, sys, threading, time\n"
+        "from batchvlm.cli import leave\n"
+        "class Native:\n"
+        "    def __del__(self):\n"
+        "        os.abort()\n"
+        "native = Native()\n"
+        "def late():\n"
+        "    time.sleep(0.3)\n"
+        "    open('late', 'w').close()\n"
+        "threading.Thread(target=late).start()\n"
+        "atexit.register(lambda: open('cleaned', 'w').close())\n"
+        "atexit.register(lambda: 1 / 0)\n"
+        "print('done', end='')\n"
+        "leave(75)\n"
+    )
+    done = command("-c", code, cwd=tmp_path, program=[sys.executable])
+    assert done.returncode == ExitCode.INTERRUPTED, done.stderr
+    assert done.stdout == "done"
+    assert {path.name for path in tmp_path.iterdir()} == {"late", "cleaned"}

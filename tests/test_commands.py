@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,7 +84,8 @@ def test_status_is_watched_until_the_job_is_done(
         waited.append(seconds)
         run_job(tmp_path, "ours", stop_after=3 if len(waited) == 1 else 99)
 
-    monkeypatch.setattr("batchvlm.commands.time.sleep", sleep)
+    # Not time.sleep itself, which other threads call too.
+    monkeypatch.setattr("batchvlm.commands.time", SimpleNamespace(sleep=sleep))
     assert main(["status", str(tmp_path), "--watch", "0.5"]) == ExitCode.DONE
     lines = capsys.readouterr().out.splitlines()
     assert [line[:13] for line in lines if line.startswith("rows")] == [
@@ -125,8 +127,9 @@ def test_a_retry_is_watched_until_it_ends(
     metrics.mkdir(exist_ok=True)
     counts = metrics / "task-00000-rank-000-20260101T000000-a.json"
     counts.write_text(json.dumps({"rows_per_s": 2.5, "is_over": False}))
+    over = json.dumps({"is_over": True})
     monkeypatch.setattr(
-        "batchvlm.commands.time.sleep", lambda _: counts.write_text(json.dumps({"is_over": True}))
+        "batchvlm.commands.time", SimpleNamespace(sleep=lambda _: counts.write_text(over))
     )
     assert main(["status", str(tmp_path), "--watch"]) == ExitCode.DONE
     shown = capsys.readouterr().out

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 import batchvlm.pipeline
-from batchvlm.cli import main
+from batchvlm.cli import leave, main
 from batchvlm.records import Completion, EngineStats, FinishReason, Sample
 
 
@@ -41,4 +41,4 @@ class SlowEngine:
 if __name__ == "__main__":
     engine = SlowEngine(float(os.environ.get("ROW_S", "0")))
     batchvlm.pipeline.open_engine = lambda cfg, **where: engine  # type: ignore[attr-defined]
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
