@@ -583,14 +583,14 @@ def test_a_process_without_standard_streams_gets_some(tmp_path: Path) -> None:
 def test_a_process_that_ends_is_not_torn_down(tmp_path: Path) -> None:
     """Threads of native libraries can abort it meanwhile: its exit code would not be the run's."""
     code = (
-        "import atexit, os, sys, threading, time\n"
+        "import atexit, os, threading\n"
         "from batchvlm.cli import leave\n"
         "class Native:\n"
         "    def __del__(self):\n"
         "        os.abort()\n"
         "native = Native()\n"
         "def late():\n"
-        "    time.sleep(0.3)\n"
+        "    threading.main_thread().join()  # until the end has begun\n"
         "    open('late', 'w').close()\n"
         "threading.Thread(target=late).start()\n"
         "atexit.register(lambda: open('cleaned', 'w').close())\n"
