@@ -118,15 +118,12 @@ class ChatTemplate:
             The processor's arrays for a batch of one row: `input_ids` int64 [1, T] and, depending
             on the model family, `pixel_values`, `image_grid_thw`, `token_type_ids`, ...
         """
-        if self._is_flat:
-            encoded = self._processor(
-                text=[self.text(messages, images)], images=[*images] or None, return_tensors="pt"
-            )
-        elif self._template is None:
-            # One list of images per prompt: a flat list would mean one image for each prompt.
+        if self._is_flat or self._template is None:
+            # A flat list would mean one image for each prompt, but to a processor of pages.
+            pictures = [*images] if self._is_flat else [[*images]]
             encoded = self._processor(
                 text=[self.text(messages, images)],
-                images=[list(images)] if images else None,
+                images=pictures if images else None,
                 return_tensors="pt",
             )
         else:
