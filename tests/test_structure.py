@@ -67,7 +67,7 @@ ALLOWED = {
     "batchvlm.identity": {
         *("batchvlm.adapters", "batchvlm.forms", "batchvlm.loading", "batchvlm.settings"),
     },
-    "batchvlm.runtime": {"batchvlm.preprocess"},
+    "batchvlm.runtime": {"batchvlm.loading", "batchvlm.preprocess"},
     "batchvlm.report": {
         *("batchvlm.identity", "batchvlm.images", "batchvlm.output", "batchvlm.prompts"),
         "batchvlm.sources",

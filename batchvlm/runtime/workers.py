@@ -14,11 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor, TimeoutError
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
-from multiprocessing.context import SpawnContext
+from multiprocessing import forkserver, parent_process, resource_tracker
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.synchronize import RLock
 from types import TracebackType
 from typing import Any, Self
@@ -39,8 +39,11 @@ _IN_FLIGHT_PER_WORKER = 16
 _POLL_S = 0.02
 """Seconds between two polls for a record."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_TERMINATED = {signal.SIGTERM, -signal.SIGTERM}
-"""Exit codes of a worker that got SIGTERM, with Pebble's handler and without it."""
+_SERVER_DIED = 255
+"""Exit code of a worker whose server has died, as multiprocessing has it."""
+_STOPPED = {signal.SIGTERM, -signal.SIGTERM, _SERVER_DIED}
+"""Exit codes of a worker that got SIGTERM, with Pebble's handler and without it, or was killed with
+its server."""
 _MAX_BREAKS = 3
 """How many times in a row the pool may break without preparing a row."""
 
@@ -56,14 +59,13 @@ def default_num_workers() -> int:
 
 
 class _WorkerStopped(Exception):
-    """A worker got SIGTERM, which SLURM sends to all processes of a job: the row is not at
-    fault."""
+    """A worker was ended from outside: the row is not at fault."""
 
 
 class WorkerPool:
     """Prepares records in worker processes, which end with the context.
 
-    Entering starts the processes; they are ready some seconds later.
+    Entering starts the processes in the background; they are ready some seconds later.
 
     Args:
         spec: settings of the workers' `Preprocessor`.
@@ -80,43 +82,47 @@ class WorkerPool:
         self._pool: ProcessPool | None = None
         self._context: _PoolContext | None = None
         # Signals interrupt the main thread, and a pool that is half started cannot be stopped, so
-        # the pool is started in a thread of its own. PR_SET_PDEATHSIG ends the workers with the
-        # thread that started them, so the thread lives as long as they do.
+        # the pool is started in a thread of its own. It takes as long as the server's imports.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="starter")
+        self._opened: Future[None] | None = None
         self._num_breaks = 0
         self._has_prepared = False
         self._is_closed = False
 
     def __enter__(self) -> Self:
         if self._local is None:
-            try:
-                self._starter.submit(self._open_pool).result()
-            except BaseException:
-                self.__exit__(None, None, None)
-                raise
+            self._opened = self._starter.submit(self._open_pool)
         return self
 
     def _open_pool(self) -> None:
-        # Not forked: the parent has threads, and a fork could copy a lock that one of them holds.
+        # Not forked from this process: it has threads, and a fork could copy a lock that one of
+        # them holds. Their server has none, and imports for all of them.
+        has_model = self._spec.sent_as is None
         self._context = _PoolContext()
+        self._context.set_forkserver_preload(
+            ["batchvlm.runtime.imports" if has_model else "batchvlm.preprocess"]
+        )
         self._pool = ProcessPool(
             max_workers=self._num_workers,
             context=self._context,
             initializer=_start_worker,
-            initargs=(self._spec, os.getpid()),
+            initargs=(self._spec,),
         )
         manager = self._pool._pool_manager
         manager.task_manager = _TimedTasks(manager.task_manager.task_done_callback)
-        # The pool starts its processes with the first task: they load their libraries early.
         try:
             with _signals_blocked():
+                forkserver.ensure_running()
+                # The pool starts its processes with the first task: they load the processor early.
                 self._pool.schedule(_warm_up)
-        except OSError as error:
-            # The locks are in /dev/shm; the error may be about its space.
+        except (OSError, EOFError) as error:
+            # The locks are in /dev/shm; the error may be about its space. EOFError: the server is
+            # gone, for want of memory or killed.
+            reason = getattr(error, "strerror", None) or "the process that starts them died"
             raise BatchvlmError(
-                f"worker processes cannot be started: {error.strerror}",
-                hint="check the space in /dev/shm and the limits on processes and open files, or "
-                "set runtime.num_workers=0",
+                f"worker processes cannot be started: {reason}",
+                hint="check the memory, the space in /dev/shm and the limits on processes and open "
+                "files, or set runtime.num_workers=0",
             ) from error
 
     def __exit__(
@@ -126,11 +132,10 @@ class WorkerPool:
         traceback: TracebackType | None,
     ) -> None:
         self._is_closed = True
-        self._starter.submit(lambda: None).result()  # waits for a pool that is being started
+        self._starter.shutdown()  # waits for a pool that is being started
         if self._pool is not None:
             self._pool.stop()  # type: ignore[no-untyped-call]
             self._pool.join()
-        self._starter.shutdown()
 
     def prepare(
         self, records: Iterable[Record | None]
@@ -158,6 +163,8 @@ class WorkerPool:
             yield self._wait_oldest(in_flight)
 
     def _schedule(self, record: Record) -> ProcessFuture[Sample | Failure] | None:
+        assert self._opened is not None
+        self._opened.result()
         assert self._pool is not None
         try:
             return self._pool.schedule(_prepare, args=(record,), timeout=self._timeout_s)
@@ -175,8 +182,9 @@ class WorkerPool:
             except _WorkerStopped as error:
                 if self._num_breaks >= _MAX_BREAKS:
                     raise BatchvlmError(
-                        f"worker processes got SIGTERM {self._num_breaks + 1} times in a row",
-                        hint="find out what sends it, and run the same command again",
+                        f"worker processes were ended {self._num_breaks + 1} times in a row",
+                        hint="find out what sends them SIGTERM or takes their memory, and run the "
+                        "same command again",
                     ) from error
                 self._num_breaks += 1
                 future = self._schedule(record)
@@ -206,7 +214,7 @@ class WorkerPool:
             log.warning("worker processes died between rows; starting new ones")
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
-        self._starter.submit(self._open_pool).result()
+        self._opened = self._starter.submit(self._open_pool)
         for place, (record, _) in enumerate(in_flight):
             in_flight[place] = (record, self._schedule(record))
 
@@ -222,7 +230,7 @@ class WorkerPool:
                 f"runtime.sample_timeout_s={self._timeout_s:g}",
             )
         except ProcessExpired as error:
-            if error.exitcode in _TERMINATED:
+            if error.exitcode in _STOPPED:
                 raise _WorkerStopped from error
             return Failure(
                 error_type=ErrorType.PREPROCESS,
@@ -260,12 +268,36 @@ class _TimedTasks(TaskManager):
         return self._clock() - task.timestamp > task.timeout
 
 
-class _PoolContext(SpawnContext):
-    """Spawns processes, with array pipes, and keeps a reference to the locks made for them.
+class _Worker(ForkServerProcess):
+    """A worker process, which ends with its parent."""
+
+    def run(self) -> None:
+        # The kernel does this even if a decoder hangs while it holds the GIL: the server ends with
+        # the parent, and its workers with the server.
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # For systems without PR_SET_PDEATHSIG, and for a server that died before the call.
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        # Blocked since the server started. The parent's way to end a worker.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        super().run()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+class _PoolContext(ForkServerContext):
+    """Starts workers, with array pipes, and keeps a reference to the locks made for them.
 
     Pebble drops its locks before it stops its processes. A process that is still loading would not
     find them and print a traceback.
     """
+
+    Process = _Worker
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,23 +314,22 @@ class _PoolContext(SpawnContext):
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Block SIGINT and SIGHUP in the processes and threads that are started in this context.
+    """Block what the parent handles, in the processes and threads started in this context.
 
-    A terminal sends both to all its processes. One that is loading its libraries would print a
-    traceback. The parent's earlier threads still receive the signals, and it stops the workers.
+    A terminal sends SIGINT and SIGHUP to all its processes, SLURM sends SIGTERM and SIGUSR1 to all
+    of a step. The parent's earlier threads still receive them, and it stops the workers.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    # Started before SIGINT is blocked: starting it later would unblock SIGINT.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
+    # Started before these are blocked: starting it later would unblock them.
     resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(spec: PreprocessSpec, parent_pid: int) -> None:
-    _die_with_parent(parent_pid)
+def _start_worker(spec: PreprocessSpec) -> None:
     if spec.sent_as is None:
         import torch
 
@@ -310,23 +341,6 @@ def _start_worker(spec: PreprocessSpec, parent_pid: int) -> None:
         # The engine loads the same processor and reports the error in one line. Pebble would print
         # a traceback.
         os._exit(1)
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """Make this process end with its parent, which cannot stop its workers if it is killed."""
-    # SLURM sends SIGUSR1 to every process of a step; only the parent handles it.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if sys.platform == "linux":
-        # The kernel does this even if a decoder hangs while it holds the GIL.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True).start()
-
-
-def _watch_parent(parent_pid: int) -> None:
-    # For systems without PR_SET_PDEATHSIG, and for a parent that died before the call.
-    while os.getppid() == parent_pid:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 def _warm_up() -> None:

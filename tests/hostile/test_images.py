@@ -105,12 +105,21 @@ class LookingEngine(FakeEngine):
         return super().run(looked_at())
 
 
-def workers_of(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
     children: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         with suppress(FileNotFoundError):  # a thread that ended meanwhile
             children += map(int, (task / "children").read_text().split())
-    return [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    return children
+
+
+def workers_of(pid: int) -> list[int]:
+    return [
+        worker
+        for child in children_of(pid)
+        if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes()
+        for worker in children_of(child)
+    ]
 
 
 def corners(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -118,9 +118,9 @@ def test_no_room_for_locks_is_one_line_that_says_where(monkeypatch: pytest.Monke
     monkeypatch.setattr(WorkerManager, "create_channels", refuse)
     with (
         pytest.raises(BatchvlmError, match=r"No space left on device; check .* /dev/shm"),
-        WorkerPool(spec(), num_workers=1, timeout_s=60.0),
+        WorkerPool(spec(), num_workers=1, timeout_s=60.0) as pool,
     ):
-        pass
+        list(pool.prepare(records(1)))
 
 
 def end_on_first_try(record: Record) -> Any:
@@ -148,12 +148,17 @@ def test_a_worker_that_is_told_to_end_costs_nothing(
     assert [o.message for o in outcomes if isinstance(o, Failure)] == ["reached"] * 5
 
 
-def workers_alive() -> set[int]:
+def servers_alive() -> set[int]:
+    """The process that workers are forked from."""
     return {
         pid
         for pid in children_of(os.getpid())
-        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
     }
+
+
+def workers_alive() -> set[int]:
+    return {pid for server in servers_alive() for pid in children_of(server)}
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
@@ -176,7 +181,56 @@ def test_a_worker_that_dies_between_rows_costs_nothing(
     assert all(isinstance(outcome, Sample) for _, outcome in outcomes)
 
 
-def start_badly(spec: PreprocessSpec, parent: int) -> None:
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_server_that_dies_costs_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As the kernel ends it where memory is short. Its workers die with it, each on a row.
+    monkeypatch.setattr(workers, "_prepare", take_half_a_second)
+    monkeypatch.setattr(workers, "_start_worker", start_nothing)
+
+    def with_murder() -> Iterator[Record]:
+        for record in records(4):
+            if record.row_index == 2:
+                for pid in servers_alive():
+                    os.kill(pid, signal.SIGKILL)
+            yield record
+
+    with WorkerPool(spec(), num_workers=2, timeout_s=60) as pool:
+        list(pool.prepare(records(1)))
+        outcomes = [outcome for _, outcome in pool.prepare(with_murder())]
+    assert [o.message for o in outcomes if isinstance(o, Failure)] == ["reached"] * 4
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_what_a_whole_job_is_sent_passes_the_server_by(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(workers, "_start_worker", start_nothing)
+    with WorkerPool(spec(), num_workers=1, timeout_s=60) as pool:
+        list(pool.prepare(records(1, image=b"no image")))
+        before = servers_alive()
+        for pid in before:
+            os.kill(pid, number)
+        for pid in workers_alive():
+            os.kill(pid, signal.SIGKILL)
+        list(pool.prepare(records(1, image=b"no image")))
+        assert len(before) == 1 and servers_alive() == before
+
+
+def say_what_is_imported(record: Record) -> Any:
+    is_there = "transformers.processing_utils" in sys.modules
+    return Failure(error_type=ErrorType.PROMPT, message=str(is_there))
+
+
+def test_workers_find_their_libraries_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_prepare", say_what_is_imported)
+    monkeypatch.setattr(workers, "_start_worker", start_nothing)
+    with WorkerPool(spec(), num_workers=1, timeout_s=60) as pool:
+        (outcome,) = [outcome for _, outcome in pool.prepare(records(1))]
+    assert isinstance(outcome, Failure) and outcome.message == "True"
+
+
+def start_badly(spec: PreprocessSpec) -> None:
     raise OSError("no weights today")
 
 
@@ -191,7 +245,7 @@ def test_workers_that_never_start_end_the_run_and_cost_no_row(
         list(pool.prepare(records(3)))
 
 
-def start_nothing(spec: PreprocessSpec, parent: int) -> None:
+def start_nothing(spec: PreprocessSpec) -> None:
     pass
 
 
@@ -249,8 +303,11 @@ def test_a_pool_that_is_interrupted_while_it_starts_leaves_nobody(
     monkeypatch.setattr(WorkerPool, "_open_pool", interrupted)
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
-        with pytest.raises(Interrupted):
-            WorkerPool(spec(), num_workers=2, timeout_s=60).__enter__()
+        with (
+            pytest.raises(Interrupted),
+            WorkerPool(spec(), num_workers=2, timeout_s=60) as pool,
+        ):
+            list(pool.prepare(records(1)))
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert not multiprocessing.active_children()
@@ -295,6 +352,7 @@ def test_workers_do_not_outlive_a_killed_parent(is_hanging: bool) -> None:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"ready\n"
         children = children_of(parent.pid)
-        assert len(children) >= 2
+        children |= {pid for child in children for pid in children_of(child)}
+        assert len(children) >= 3
         parent.kill()
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
