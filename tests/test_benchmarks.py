@@ -42,6 +42,7 @@ def test_the_gpu_benchmark_measures_all_that_it_promises(tmp_path: Path) -> None
     assert 0 < roof["all"] < mine["wall_s"]
 
 
+@pytest.mark.soak
 def test_two_processes_answer_the_rows_of_one(tmp_path: Path) -> None:
     items = [item for item in held_out(2) if len(item.images) == 1][:5]
     rows = [

@@ -71,7 +71,9 @@ def test_run_without_arguments_captions_the_samples(tmp_path: Path) -> None:
 def test_the_job_scripts(tmp_path: Path, task: str) -> None:
     program = [sys.executable, str(ROOT / "jobs" / f"{task}.py")]
     done = command(
-        "output.dir=out", "output.keep_columns=[answer,objects]", cwd=tmp_path, program=program
+        *("output.dir=out", "output.keep_columns=[answer,objects]", "runtime.num_workers=0"),
+        cwd=tmp_path,
+        program=program,
     )
     assert done.returncode == ExitCode.DONE, done.stderr
     rows = [row for row in rows_of(tmp_path / "out") if row["status"] == "success"]
@@ -168,7 +170,7 @@ def test_help(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("args", [["--cfg", "job"], ["data.max_rows=2"]])
+@pytest.mark.parametrize("args", [["--cfg", "job"], ["data.max_rows=2", "runtime.num_workers=0"]])
 def test_a_reader_that_leaves_is_no_failure(tmp_path: Path, args: list[str]) -> None:
     with subprocess.Popen(
         [*BATCHVLM, "run", *args], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -273,6 +275,7 @@ def test_a_sweep_runs_every_job_though_one_fails(tmp_path: Path) -> None:
         "run",
         "-m",
         "data.max_rows=2",
+        "runtime.num_workers=0",
         "data.columns.image=image,no_column",
         "output.dir=out-${hydra:job.num}",
         cwd=tmp_path,
@@ -282,7 +285,10 @@ def test_a_sweep_runs_every_job_though_one_fails(tmp_path: Path) -> None:
     assert done.stderr.count("batchvlm: error: ") == 1
 
 
-def long_job(folder: Path, images: int = 600) -> list[str]:
+NUM_LONG = 400
+
+
+def long_job(folder: Path, images: int = NUM_LONG) -> list[str]:
     """A job of some seconds, in small shards, flushed often."""
     sample = [
         row for row in pq.read_table(demo.SAMPLES_PATH).to_pylist() if row["id"].startswith("scene")
@@ -342,7 +348,7 @@ def test_killed_half_way_and_run_again(
     job = long_job(undisturbed)
     out = tmp_path / "out"
     chance = random.Random(int(number))
-    aim = chance.randrange(40, 450)
+    aim = chance.randrange(40, NUM_LONG * 3 // 4)
     with subprocess.Popen(
         [*BATCHVLM, *job, f"output.dir={out}"], cwd=tmp_path, stderr=subprocess.DEVNULL
     ) as process:
@@ -354,14 +360,14 @@ def test_killed_half_way_and_run_again(
         code = process.wait(60)
     assert code == (-signal.SIGKILL if number == signal.SIGKILL else ExitCode.INTERRUPTED)
     before = num_on_disk(out)
-    assert 40 <= before < 600
+    assert 40 <= before < NUM_LONG
     done = command(*job, f"output.dir={out}", cwd=tmp_path)
     assert done.returncode == ExitCode.DONE, done.stderr
     assert "were there already" in done.stdout
     assert settled(out) == settled(undisturbed / "undisturbed")
-    assert [row["id"] for row in rows_of(out)] == [f"row-{i}" for i in range(600)]
+    assert [row["id"] for row in rows_of(out)] == [f"row-{i}" for i in range(NUM_LONG)]
     last_run = max((out / "_batchvlm" / "metrics").glob("*.json"))
-    assert json.loads(last_run.read_text())["num_rows"] <= 600 - before
+    assert json.loads(last_run.read_text())["num_rows"] <= NUM_LONG - before
     assert not any((out / "_batchvlm" / "segments").iterdir())
 
 
@@ -387,7 +393,7 @@ def test_a_terminal_that_is_closed(tmp_path: Path, undisturbed: Path, is_ignored
         code = process.wait(120)
     assert code == (ExitCode.DONE if is_ignored else ExitCode.INTERRUPTED)
     before = num_on_disk(out)
-    assert (before == 600) is is_ignored
+    assert (before == NUM_LONG) is is_ignored
     assert command(*job, cwd=tmp_path).returncode == ExitCode.DONE
     assert settled(out) == settled(undisturbed / "undisturbed")
 
