@@ -23,7 +23,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 test: $(VENV)/.installed-test
 	$(PYTEST)
 
-# Long jobs, real kills, walks over every fault point, and what docs/ tells people to type. More kills: make soak KILLS=500
+# Long jobs, real kills, walks over every fault point, the model families used less, and what docs/ tells people to
+# type. More kills: make soak KILLS=500
 KILLS ?= 40
 soak: $(VENV)/.installed-test
 	$(PYTEST) -m 'soak or kill or docs' --kills $(KILLS)

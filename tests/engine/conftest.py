@@ -27,6 +27,20 @@ QUESTIONS = (
     "a cat or a dog",
 )
 
+IN_EVERY_RUN = {
+    *("blip_2", "deepseek_ocr2", "ernie4_5_vl_moe", "florence2", "gemma3", "gemma4", "got_ocr2"),
+    *("hunyuan_vl", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mllama"),
+    *("molmo2", "paligemma", "pixtral", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe"),
+}
+"""Families of which each has what no other has, and the most used. `make soak` runs the others."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    callspec = getattr(item, "callspec", None)
+    values = callspec.params.values() if callspec is not None else ()
+    if any(isinstance(v, Family) and v.name not in IN_EVERY_RUN for v in values):
+        item.add_marker(pytest.mark.soak)
+
 
 @pytest.fixture(scope="session")
 def load_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Loaded]:
