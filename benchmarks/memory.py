@@ -41,11 +41,20 @@ def resident_mib(pid: int) -> float:
     return 0.0
 
 
-def workers_of(pid: int) -> list[int]:
-    """The worker processes of a process."""
+def children_of(pid: int) -> list[int]:
+    """The child processes of a process."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
-    children = [int(c) for task in tasks for c in (task / "children").read_text().split()]
-    return [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    return [int(c) for task in tasks for c in (task / "children").read_text().split()]
+
+
+def workers_of(pid: int) -> list[int]:
+    """The worker processes of a process, which its fork server has started."""
+    return [
+        worker
+        for child in children_of(pid)
+        if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes()
+        for worker in children_of(child)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
