@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from batchvlm.errors import ConfigError, ModelError
+from batchvlm.errors import ConfigError, ErrorType, ModelError, RowError
 from batchvlm.records import Array
 
 _RENDERED = ("messages", "tools", "documents", "add_generation_prompt")
 """Variables of chat templates that are set for each prompt."""
+_CONSTANTS = ("true", "false", "none")
+_NONE: Mapping[str, Any] = {}
+_MAX_NAME_CHARS = 80
 
 
 def default_template(processor: Any) -> str | None:
@@ -30,27 +33,34 @@ def default_template(processor: Any) -> str | None:
     return template
 
 
-def with_variables(template: str | None, variables: Mapping[str, Any]) -> str | None:
-    """Return a model's chat template that begins by setting variables.
-
-    Args:
-        template: the chat template, if the model has one.
-        variables: name -> JSON value.
+def check_variables(template: str | None, variables: Iterable[str]) -> None:
+    """Check that a model's chat template, if it has one, takes variables of these names.
 
     Raises:
-        ConfigError: the template does not name a variable, or it is one that every prompt sets.
+        ConfigError: the template does not name one, or it is one that every prompt sets.
     """
-    for name in variables:
+    if why := _why_not_set(template, variables):
+        raise ConfigError(
+            f"model.chat_template_kwargs: {why}", hint="check the spelling, or leave it out"
+        )
+
+
+def _why_not_set(template: str | None, names: Iterable[str]) -> str:
+    """Return why a variable of one of these names cannot be set; "" if all can."""
+    for name in names:
+        shown = repr(name[:_MAX_NAME_CHARS])
         if template is None or not re.search(rf"\b{re.escape(name)}\b", template):
-            raise ConfigError(
-                f"model.chat_template_kwargs: the model's chat template has no variable {name!r}",
-                hint="check the spelling, or leave it out",
-            )
-        if not name.isidentifier() or name in _RENDERED:
-            raise ConfigError(f"model.chat_template_kwargs: {name!r} is no variable to set")
+            return f"the model's chat template has no variable {shown}"
+        if not name.isidentifier() or name in _RENDERED or name.lower() in _CONSTANTS:
+            return f"{shown} is no variable to set"
+    return ""
+
+
+def _with_variables(template: str, variables: Mapping[str, Any]) -> str:
+    """Return a chat template that begins by setting variables to JSON values."""
     # The line break after a block is no part of a prompt: transformers sets `trim_blocks`.
     sets = (f"{{% set {name} = {value!r} %}}\n" for name, value in variables.items())
-    return None if template is None else "".join(sets) + template
+    return "".join(sets) + template
 
 
 def check_prompt_tokens(processor: Any, tokens: Sequence[str]) -> None:
@@ -91,10 +101,18 @@ class ChatTemplate:
     Args:
         processor: from `load_processor`.
         allowed: control tokens that are not escaped.
+        variables: the model's variables of the template, checked by `check_variables`.
     """
 
-    def __init__(self, processor: Any, allowed: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        allowed: Sequence[str] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         self._processor = processor
+        self._variables = {**(variables or {})}
         self._template: str | None = processor.chat_template
         self._slot = _image_slot(processor) if self._template is None else ""
         # Lists of images within the list would be the pages of one document (GOT-OCR 2).
@@ -107,29 +125,41 @@ class ChatTemplate:
         self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
 
     def encode(
-        self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[Image.Image],
+        variables: Mapping[str, Any] = _NONE,
     ) -> dict[str, Array]:
         """Render the chat template, expand image slots, tokenize, and compute pixel values.
 
         The prompt ends within the last message if that is the assistant's, for the answer to
         continue it, and else with the beginning of an assistant's message.
 
+        Args:
+            messages: those of a `Prompt`.
+            images: one for each slot.
+            variables: the row's own variables of the template, which override the model's.
+
         Returns:
             The processor's arrays for a batch of one row: `input_ids` int64 [1, T] and, depending
             on the model family, `pixel_values`, `image_grid_thw`, `token_type_ids`, ...
+
+        Raises:
+            RowError: a variable cannot be set (`prompt`).
         """
-        if self._is_flat or self._template is None:
+        template = self._template_with(variables)
+        if self._is_flat or template is None:
             # A flat list would mean one image for each prompt, but to a processor of pages.
             pictures = [*images] if self._is_flat else [[*images]]
             encoded = self._processor(
-                text=[self.text(messages, images)],
+                text=[self.text(messages, images, variables)],
                 images=pictures if images else None,
                 return_tensors="pt",
             )
         else:
             encoded = self._processor.apply_chat_template(
                 [self._filled(messages, images)],
-                chat_template=self._template,
+                chat_template=template,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
@@ -138,15 +168,44 @@ class ChatTemplate:
         arrays = {key: np.asarray(value) for key, value in encoded.items()}
         return {key: array for key, array in arrays.items() if array.dtype.kind in "biuf"}
 
-    def text(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> str:
+    def text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[Any],
+        variables: Mapping[str, Any] = _NONE,
+    ) -> str:
         """Return the rendered template, with one placeholder per image."""
-        filled = self._filled(messages, images)
-        if self._template is None:
+        filled, template = self._filled(messages, images), self._template_with(variables)
+        if template is None:
             return self._plain(filled)
         rendered: str = self._processor.apply_chat_template(
-            filled, chat_template=self._template, tokenize=False, **_ending(messages)
+            filled, chat_template=template, tokenize=False, **_ending(messages)
         )
         return rendered
+
+    def _template_with(self, variables: Mapping[str, Any]) -> str | None:
+        """Return the template with the model's variables and a row's own; None without one."""
+        if why := _why_not_set(self._template, variables):
+            raise RowError(
+                ErrorType.PROMPT,
+                f"chat_template_kwargs: {why} (data.columns.chat_template_kwargs=null ignores the "
+                "column)",
+            )
+        if self._template is None:
+            return None
+        own = {name: self._escaped(value) for name, value in variables.items()}
+        return _with_variables(self._template, self._variables | own)
+
+    def _escaped(self, value: Any) -> Any:
+        """Return a JSON value with the control tokens in its texts escaped."""
+        match value:
+            case str():
+                return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", value)
+            case list() | tuple():
+                return [self._escaped(item) for item in value]
+            case dict():
+                return {self._escaped(key): self._escaped(item) for key, item in value.items()}
+        return value
 
     def _plain(self, filled: Sequence[Mapping[str, Any]]) -> str:
         """Return the prompt of a model without a template."""
@@ -168,8 +227,7 @@ class ChatTemplate:
     def _fill(self, part: Mapping[str, Any], pictures: Iterator[Any]) -> dict[str, Any]:
         if part["type"] == "image":
             return {"type": "image", "image": next(pictures)}
-        text = self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", part["text"])
-        return {"type": "text", "text": text}
+        return {"type": "text", "text": self._escaped(part["text"])}
 
 
 def _ending(messages: Sequence[Mapping[str, Any]]) -> dict[str, bool]:

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from batchvlm.adapters import pin_adapter
-from batchvlm.config import EndpointConfig, EngineName, JobConfig, ModelConfig, TaskConfig
+from batchvlm.config import (
+    EndpointConfig,
+    EngineName,
+    JobConfig,
+    ModelConfig,
+    SourceKind,
+    TaskConfig,
+)
 from batchvlm.errors import ModelError
 from batchvlm.forms import run_form
 from batchvlm.loading import explained, resolve_backend
@@ -46,6 +53,10 @@ def answer_identity(cfg: JobConfig, files: Sequence[InputFile]) -> dict[str, Any
     columns = to_plain(cfg.data.columns)
     if not cfg.data.columns.image_optional:
         del columns["image_optional"]  # outputs from before this setting existed stay valid
+    # As before it existed, when a request of a batch file with variables was an error.
+    is_batch = cfg.data.source is SourceKind.openai
+    if columns["chat_template_kwargs"] == ("chat_template_kwargs" if is_batch else None):
+        del columns["chat_template_kwargs"]
     generation = to_plain(cfg.generation)
     if cfg.generation.skip_special_tokens:
         del generation["skip_special_tokens"]

@@ -18,7 +18,7 @@ from itertools import product
 from typing import Any
 
 from batchvlm.adapters import apply_adapter
-from batchvlm.chat_template import check_prompt_tokens, default_template, with_variables
+from batchvlm.chat_template import check_prompt_tokens, check_variables, default_template
 from batchvlm.config import ImageBackend, ModelConfig
 from batchvlm.errors import BatchvlmError, ModelError
 from batchvlm.quantization import (
@@ -132,7 +132,8 @@ def load_processor(cfg: ModelConfig) -> Any:
         raise ModelError(f"model.path={cfg.path} has only a tokenizer, no image processor")
     # A decoder-only model continues from the last column, so padding must not be there.
     tokenizer.padding_side = "left"
-    processor.chat_template = with_variables(default_template(processor), cfg.chat_template_kwargs)
+    processor.chat_template = default_template(processor)
+    check_variables(processor.chat_template, cfg.chat_template_kwargs)
     check_prompt_tokens(processor, cfg.prompt_tokens)
     return processor
 

@@ -163,7 +163,7 @@ def read_messages(value: Any, where: str) -> list[Message]:
         RowError: the cell is null or does not hold chat messages (`prompt`).
     """
     if isinstance(value, str):
-        value = _from_json(value, where)
+        value = read_json(value, where)
     if not isinstance(value, list) or not value:
         raise RowError(ErrorType.PROMPT, f"{where} holds no list of messages")
     messages: list[Message] = []
@@ -204,7 +204,12 @@ def check_continued(message: Message, where: str) -> None:
         raise RowError(ErrorType.PROMPT, f"{where}: the message to continue holds no text")
 
 
-def _from_json(text: str, where: str) -> Any:
+def read_json(text: str, where: str) -> Any:
+    """Parse a cell of JSON text.
+
+    Raises:
+        RowError: it is no JSON, or holds half a surrogate pair (`prompt`).
+    """
     try:
         value = json.loads(text)
         if "\\u" in text:
@@ -234,7 +239,7 @@ def read_turns(value: Any, where: str) -> list[Message]:
                 f"turns must be a list of texts, or JSON text of one; column {where!r} holds plain "
                 "text",
             )
-        value = _from_json(value, where)
+        value = read_json(value, where)
     if not isinstance(value, list) or not value:
         raise RowError(ErrorType.PROMPT, f"{where} holds no list of turns")
     turns = read_messages(

@@ -88,7 +88,11 @@ class Preprocessor:
             self._processor.image_processor, _RECENT_BYTES
         )
         self._limits = load_limits(spec.model)
-        self._chat = ChatTemplate(self._processor, spec.model.prompt_tokens)
+        self._chat = ChatTemplate(
+            self._processor,
+            allowed=spec.model.prompt_tokens,
+            variables=spec.model.chat_template_kwargs,
+        )
 
     def prepare(self, record: Record) -> Sample | Failure:
         """Return the sample of a record, or its failure. Never raises because of a row."""
@@ -134,7 +138,7 @@ class Preprocessor:
                 "the prompt ends with the beginning of the answer, which an encoder-decoder model "
                 "cannot continue",
             )
-        features = self._chat.encode(prompt.messages, images)
+        features = self._chat.encode(prompt.messages, images, prompt.template_variables)
         table = self._pixel_table if "pixel_values" in features else None
         if table is not None:
             from batchvlm.pixels import bytes_of
@@ -212,7 +216,9 @@ def _request(prompt: Prompt, images: Sequence[Image.Image], kind: ImageFormat) -
         choices=prompt.choices,
         is_continued=prompt.is_continued,
         request=ChatRequest(
-            messages=prompt.messages, images=tuple(image_file(image, kind) for image in images)
+            messages=prompt.messages,
+            images=tuple(image_file(image, kind) for image in images),
+            template_variables=prompt.template_variables,
         ),
     )
 

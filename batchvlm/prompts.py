@@ -26,6 +26,7 @@ from batchvlm.messages import (
     fill_slots,
     has_no_image,
     image_refs,
+    read_json,
     read_messages,
     read_turns,
     with_markdown_images,
@@ -57,6 +58,7 @@ class PromptBuilder:
         self._is_image_optional = columns.image_optional
         self._messages_column = columns.messages
         self._turns_column = columns.turns
+        self._variables_column = columns.chat_template_kwargs
         self._schema_column = task.output.json_schema_column
         self._choice_column = task.output.choice_column
         self._has_instructions = task.instructions is Instructions.auto
@@ -79,6 +81,8 @@ class PromptBuilder:
             needed[self._messages_column] = "data.columns.messages"
         if self._turns_column:
             needed[self._turns_column] = "data.columns.turns"
+        if self._variables_column:
+            needed[self._variables_column] = "data.columns.chat_template_kwargs"
         if self._schema_column:
             needed[self._schema_column] = "task.output.json_schema_column"
         if self._choice_column:
@@ -139,6 +143,7 @@ class PromptBuilder:
             generation=generation,
             json_schema=self._schema(record.values),
             choices=self._choices(record.values),
+            template_variables=self._template_variables(record.values),
             turns_left=turns_left,
         )
 
@@ -216,6 +221,25 @@ class PromptBuilder:
         if not self._has_instructions or self._choices(values) is not None:
             return None
         return self._schema(values) or self._run_schema
+
+    def _template_variables(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        where = self._variables_column
+        if where is None or (given := values[where]) is None:
+            return {}
+        if isinstance(given, str):
+            given = read_json(given, where)
+        if not isinstance(given, dict):
+            raise RowError(
+                ErrorType.PROMPT, f"{where} is {type(given).__name__}; it takes {_VARIABLES}"
+            )
+        try:
+            json.dumps(given, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise RowError(
+                ErrorType.PROMPT, f"{where} holds a value that is no JSON; it takes {_VARIABLES}"
+            ) from error
+        # A Parquet struct has the keys of all rows; null ones are treated as absent.
+        return {name: value for name, value in given.items() if value is not None}
 
     def _choices(self, values: Mapping[str, Any]) -> tuple[str, ...] | None:
         if self._choice_column is None or (listed := values[self._choice_column]) is None:
@@ -319,10 +343,12 @@ def _generation_columns(columns: GenerationColumnsConfig) -> dict[str, str]:
 
 
 _TAKES = {int: "a number", float: "a number", bool: "true or false", list: "strings"}
+_VARIABLES = "variables of the chat template, as an object or JSON text"
 _TAKEN = {
     "data.columns.image": "bytes, a path, a data: URI, base64, a struct of these, or a list",
     "data.columns.messages": "chat messages, as a list or JSON text",
     "data.columns.turns": "a list of user turns, or JSON text of it",
+    "data.columns.chat_template_kwargs": _VARIABLES,
     "task.output.json_schema_column": "a JSON schema",
     "task.output.choice_column": "a list of strings",
 }

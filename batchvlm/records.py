@@ -181,6 +181,8 @@ class Prompt:
     """The row's own JSON schema, if it has one."""
     choices: tuple[str, ...] | None = None
     """The row's own choices, if it has some."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    """The row's own variables of the chat template, JSON values."""
     turns_left: int = 0
     """For a dialog, the number of turns after this one."""
 
@@ -209,6 +211,8 @@ class ChatRequest:
     """The messages of the `Prompt`, with image slots."""
     images: tuple[bytes, ...]
     """An image file for each slot, in order."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    """Those of the `Prompt`."""
 
     @property
     def size_bytes(self) -> int:

@@ -59,6 +59,8 @@ def test_other_weights_in_the_same_folder(
         ("data.columns.image=[image]", True),
         ("data.columns.image_optional=true", True),
         ("data.columns.image_optional=false", False),
+        ("data.columns.chat_template_kwargs=more", True),
+        ("data.columns.chat_template_kwargs=null", False),
         ("model.quantization=torchao_int8", True),
         ("model.chat_template_kwargs.thinks=false", True),
         ("model.chat_template_kwargs={}", False),
@@ -95,6 +97,15 @@ def test_settings_that_came_later_leave_old_outputs_valid() -> None:
     assert identity["data"]["columns"].keys() == {"id", "image", "messages", "turns"}
     assert not {"chat_template_kwargs", "prompt_tokens"} & {*identity["model"]}
     assert "skip_special_tokens" not in identity["generation"]
+
+
+def test_variables_in_batch_files_leave_their_outputs_valid() -> None:
+    """A request with variables was an error; an output without one is the same either way."""
+    batch, column = ["data=openai", "data.path=x"], "data.columns.chat_template_kwargs"
+    usual = answer_identity(compose("run", batch), FILES)
+    assert "chat_template_kwargs" not in usual["data"]["columns"]
+    for other in ("null", "other"):
+        assert answer_identity(compose("run", [*batch, f"{column}={other}"]), FILES) != usual
 
 
 @pytest.mark.parametrize(

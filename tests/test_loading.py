@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from batchvlm import demo, identity
 from batchvlm.chat_template import ChatTemplate
-from batchvlm.config import ModelConfig
+from batchvlm.config import ColumnsConfig, ModelConfig
 from batchvlm.engine.select import select_engine, why_not_slots
-from batchvlm.errors import ConfigError, ModelError
+from batchvlm.errors import ConfigError, ErrorType, ModelError
 from batchvlm.identity import answer_identity, pin_model
 from batchvlm.loading import load_limits, load_model, load_processor, load_skeleton, spread
+from batchvlm.preprocess import Preprocessor, PreprocessSpec
+from batchvlm.records import Failure, Record
 from batchvlm.settings import compose
 
 
@@ -83,7 +85,7 @@ def test_variables_of_the_chat_template(model: Path) -> None:
     def prompt_of(**variables: Any) -> str:
         cfg = ModelConfig(path=str(model), chat_template_kwargs=variables)
         said = [{"role": "user", "content": [{"type": "text", "text": "Hi."}]}]
-        return ChatTemplate(load_processor(cfg)).text(said, [])
+        return ChatTemplate(load_processor(cfg), variables=variables).text(said, [])
 
     plain = prompt_of()
     assert plain == "\nHi.yes"
@@ -96,6 +98,64 @@ def test_variables_of_the_chat_template(model: Path) -> None:
     (model / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match="has no variable 'thinks'"):
         prompt_of(thinks=False)
+
+
+def prepared_text(model: Path, given: Any, **variables: Any) -> str:
+    """Return the prompt of a row with variables of its own, or the message of its error."""
+    cfg = compose("run", ["task.prompt=Hi.", "data.columns.image=null"])
+    own = ModelConfig(path=str(model), chat_template_kwargs=variables)
+    maker = Preprocessor(
+        PreprocessSpec(
+            model=own,
+            task=cfg.task,
+            columns=ColumnsConfig(chat_template_kwargs="more"),
+            generation=cfg.generation,
+            image_root=None,
+            max_source_pixels=1000,
+        )
+    )
+    row = Record(row=0, row_index=0, source_file="f", id="0", values={"more": given})
+    outcome = maker.prepare(row)
+    if isinstance(outcome, Failure):
+        assert outcome.error_type is ErrorType.PROMPT
+        assert "\n" not in outcome.message
+        return outcome.message
+    tokenizer = load_processor(own).tokenizer
+    return str(tokenizer.decode(outcome.features["input_ids"][0]))
+
+
+def test_a_rows_variables_lie_over_the_models(model: Path) -> None:
+    (model / "chat_template.jinja").write_text(THINKING)
+    for given, variables, expected in (
+        (None, {}, "yes"),
+        ({"thinks": False}, {}, "no"),
+        ({"thinks": True}, {"thinks": False}, "yes"),
+        ({"thinks": None}, {"thinks": False}, "no"),
+        ({"words": ["a", "b"]}, {"thinks": False}, "noa-b"),
+        # What a row says never becomes a control token.
+        ({"words": ["<end_of_utterance>"]}, {}, "yes< end_of_utterance>"),
+        ({"words": {"<image>": 1}}, {}, "yes< image>"),
+    ):
+        assert prepared_text(model, given, **variables).strip() == f"Hi.{expected}"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"think": False}, "the model's chat template has no variable 'think'"),
+        ({"th\nink": 1}, "has no variable 'th\\nink'"),
+        ({"messages": []}, "'messages' is no variable to set"),
+        ({"m['content": []}, "is no variable to set"),
+        ({"true": 1}, "'true' is no variable to set"),
+    ],
+)
+def test_a_variable_that_the_template_lacks_is_the_rows_error(
+    model: Path, given: Any, words: str
+) -> None:
+    (model / "chat_template.jinja").write_text(THINKING + "{# true #}")
+    message = prepared_text(model, given, thinks=False)
+    assert words in message
+    assert "data.columns.chat_template_kwargs" in message
 
 
 def test_a_chat_template_that_is_missing_is_said(

@@ -277,6 +277,34 @@ def test_a_bad_setting_is_the_rows_error(setting: str, value: Any) -> None:
     assert "column" in caught.value.message
 
 
+def test_a_rows_own_variables_of_the_chat_template() -> None:
+    build = builder(chat_template_kwargs="more")
+    assert build.needed_columns() == {"more": "data.columns.chat_template_kwargs"}
+    # A Parquet struct has the keys of all rows.
+    for given in ({"thinks": False, "budget": None}, '{"thinks": false}'):
+        assert build.build(record(more=given)).template_variables == {"thinks": False}
+    for none in (None, {}, "{}"):
+        assert build.build(record(more=none)).template_variables == {}
+    assert builder().build(record()).template_variables == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (3, "more is int"),
+        ([], "more is list"),
+        ("thinks", "more is text that is no JSON"),
+        ("[1]", "more is list"),
+        ({"a": b"x"}, "more holds a value that is no JSON"),
+        ({"a": [float("nan")]}, "more holds a value that is no JSON"),
+    ],
+)
+def test_variables_that_are_no_json_object_are_the_rows_error(given: Any, words: str) -> None:
+    with pytest.raises(RowError, match=words) as caught:
+        builder(chat_template_kwargs="more").build(record(more=given))
+    assert caught.value.error_type is ErrorType.PROMPT
+
+
 INTEGERS = [pa.int8(), pa.uint64(), pa.float32(), pa.null(), pa.dictionary(pa.int8(), pa.int64())]
 TEXTS = [pa.string(), pa.large_string(), pa.string_view(), pa.null()]
 LISTS = [pa.list_(pa.string()), pa.large_list(pa.string()), pa.list_(pa.null())]
@@ -367,6 +395,7 @@ def test_a_column_of_numbers_holds_no_image_turns_or_schema(kind: pa.DataType) -
         ("data.columns.image", builder(image=["other", "label"])),
         ("data.columns.turns", builder(turns="label")),
         ("data.columns.messages", builder(messages="label")),
+        ("data.columns.chat_template_kwargs", builder(chat_template_kwargs="label")),
         ("task.output.json_schema_column", builder(schema_column="label")),
     ):
         with pytest.raises(InputError) as caught:

@@ -59,7 +59,11 @@ class TokenCounter:
         )
         self._processor = load_processor(cfg.model)
         self._limits = load_limits(cfg.model)
-        self._chat = ChatTemplate(self._processor, cfg.model.prompt_tokens)
+        self._chat = ChatTemplate(
+            self._processor,
+            allowed=cfg.model.prompt_tokens,
+            variables=cfg.model.chat_template_kwargs,
+        )
         # Caches processed images; all blank images of one size have the same key.
         self._processor.image_processor = RecentImageProcessor(
             self._processor.image_processor, _RECENT_BYTES
@@ -128,13 +132,15 @@ class TokenCounter:
         return exact
 
     def _by_processor(self, prompt: Prompt, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        ids = self._chat.encode(prompt.messages, [_blank(size) for size in sizes])["input_ids"]
+        images = [_blank(size) for size in sizes]
+        encoded = self._chat.encode(prompt.messages, images, prompt.template_variables)
+        ids = encoded["input_ids"]
         token_id = self._limits.image_token_id
         return ids.shape[-1], 0 if token_id is None else int((ids == token_id).sum())
 
     def _by_sizes(self, prompt: Prompt, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         tokenizer = self._processor.tokenizer
-        text = self._chat.text(prompt.messages, sizes)
+        text = self._chat.text(prompt.messages, sizes, prompt.template_variables)
         num_text = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         counts: Any = self._processor._get_num_multimodal_tokens(
             image_sizes=[(height, width) for width, height in sizes]

@@ -29,6 +29,9 @@ class ColumnsConfig:
     turns: str | None = None
     """task=dialog: column with a list of user turns. Each turn is a text, a list of parts, or a
     message; the first may be a system message."""
+    chat_template_kwargs: str | None = None
+    """Column with each row's variables of the chat template, such as `{"enable_thinking": false}`,
+    as an object or JSON text. They override those of `model.chat_template_kwargs`."""
 
 
 @dataclass(frozen=True, kw_only=True)

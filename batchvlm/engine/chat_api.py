@@ -132,7 +132,10 @@ def request_body(sample: Sample, cfg: EndpointConfig, *, model: str, form: Form 
     if sample.is_continued:
         # Extensions of vLLM and SGLang.
         body |= {"continue_final_message": True, "add_generation_prompt": False}
-    return json.dumps(body | cfg.extra_body).encode()
+    body |= cfg.extra_body
+    if own := sample.request.template_variables:
+        body["chat_template_kwargs"] = {**body.get("chat_template_kwargs", {}), **own}
+    return json.dumps(body).encode()
 
 
 def _messages(request: ChatRequest) -> Iterator[dict[str, Any]]:

@@ -47,6 +47,7 @@ _SCHEMA = pa.schema(
         ("custom_id", pa.string()),
         ("model", pa.string()),
         ("messages", pa.string()),
+        ("chat_template_kwargs", pa.string()),
         *_SETTINGS.items(),
         ("json_schema", pa.string()),
     ]
@@ -78,7 +79,6 @@ _UNSUPPORTED_FIELDS: Mapping[str, Sequence[Any]] = {
     "bad_words": ([],),
     "spaces_between_special_tokens": (True,),
     "add_special_tokens": (False,),
-    "chat_template_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "priority": (0,),
 }
@@ -156,7 +156,8 @@ class _RefusedError(ValueError):
 
 
 def _stored(name: str, value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if name == "messages" else value
+    is_json = name in ("messages", "chat_template_kwargs") and value is not None
+    return json.dumps(value, ensure_ascii=False) if is_json else value
 
 
 def _read_request(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +176,9 @@ def _read_request(request: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise _RefusedError("the request has no body")
     body = {key: value for key, value in body.items() if value is not None}
-    read: dict[str, Any] = {key: body.pop(key, None) for key in ("model", *_SETTINGS)}
+    read: dict[str, Any] = {
+        key: body.pop(key, None) for key in ("model", "chat_template_kwargs", *_SETTINGS)
+    }
     if read["top_k"] == -1:
         read["top_k"] = 0  # vLLM writes "all tokens" as either
     longest = body.pop("max_completion_tokens", None)

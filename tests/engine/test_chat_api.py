@@ -119,6 +119,19 @@ def test_a_server_is_told_to_continue_the_last_message() -> None:
     assert not body_of(ask()).keys() & {"continue_final_message", "add_generation_prompt"}
 
 
+def test_a_rows_variables_of_the_chat_template_lie_over_those_of_the_run() -> None:
+    sample = ask()
+    assert sample.request is not None
+    own = replace(sample.request, template_variables={"thinks": False, "a": 1})
+    sample = replace(sample, request=own)
+    assert body_of(sample)["chat_template_kwargs"] == {"thinks": False, "a": 1}
+    runs = {"chat_template_kwargs": {"thinks": True, "b": 2}}
+    merged = {"thinks": False, "a": 1, "b": 2}
+    assert body_of(sample, extra_body=runs)["chat_template_kwargs"] == merged
+    assert body_of(ask(), extra_body=runs)["chat_template_kwargs"] == {"thinks": True, "b": 2}
+    assert "chat_template_kwargs" not in body_of(ask())
+
+
 SCHEMA = {"type": "object", "properties": {"a": {"const": None}}}
 FORMS = {
     "json": Form(FormKind.JSON_SCHEMA, json.dumps(SCHEMA)),

@@ -142,6 +142,17 @@ def test_a_request_may_ask_to_continue_its_last_message(
     assert record.values["messages"][-1] == {**BEGUN[-1], "prefix": True}
 
 
+def test_variables_of_the_chat_template(tmp_path: Path) -> None:
+    given = {"enable_thinking": False}
+    path = write(tmp_path / "in.jsonl", request(chat_template_kwargs=given), request())
+    source = open_path("openai", path, id_column="custom_id")
+    (shard,) = plan(source)
+    column = "chat_template_kwargs"
+    first, second = source.read_shard(shard, [column], kept=[column])
+    assert (first.values, first.kept) == ({column: given}, {column: json.dumps(given)})
+    assert (second.values, second.kept) == ({column: None}, {column: None})
+
+
 def test_vllms_values_without_effect_are_taken(tmp_path: Path) -> None:
     values = {
         "stop_token_ids": [],
@@ -149,7 +160,6 @@ def test_vllms_values_without_effect_are_taken(tmp_path: Path) -> None:
         "skip_special_tokens": True,
         "spaces_between_special_tokens": True,
         "add_special_tokens": False,
-        "chat_template_kwargs": {},
         "mm_processor_kwargs": {},
         "priority": 0,
         "top_k": -1,
