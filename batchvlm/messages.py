@@ -5,6 +5,9 @@ list of parts: `{"type": "text", "text"}`, `{"type": "image"}` (a slot for the n
 image columns), `{"type": "image", "image"|"path"|"url"|"bytes"|"base64"}`, OpenAI's
 `{"type": "image_url", "image_url": {"url"}}`, and Anthropic's
 `{"type": "image", "source": {"data"|"url"}}`. A part may omit its type if its keys imply it.
+
+LLaVA's and ShareGPT's `{"from": "human"|"gpt"|"system", "value"}` is another spelling. In a human's
+text, `<image>` is a slot.
 """
 
 from __future__ import annotations
@@ -28,6 +31,13 @@ _UNSUPPORTED_IMAGE_KEYS = ("file_id", "data")
 """Keys by which other APIs refer to an image, and which are not supported."""
 _UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "function_call", "images")
 """Keys of a message that would change the prompt, and which are not supported."""
+_SPEAKERS = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
+    "system": "system",
+}
+"""LLaVA's and ShareGPT's `from` -> role."""
+_PLACEHOLDER = "<image>"
+"""An image in their texts of users."""
 # No nested brackets, so that matching takes linear time.
 _MARKDOWN = re.compile(r"!\[[^\[\]]*\]\([ \t]{0,8}([^()\s]+)[ \t]{0,8}\)")
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
@@ -168,12 +178,14 @@ def read_messages(value: Any, where: str) -> list[Message]:
         raise RowError(ErrorType.PROMPT, f"{where} holds no list of messages")
     messages: list[Message] = []
     for i, message in enumerate(value):
+        message = _respelled(message, f"{where}[{i}]")
         role = message.get("role") if isinstance(message, Mapping) else None
         if isinstance(message, Mapping) and "role" not in message:
             keys = one_line(", ".join(map(str, message)))
             raise RowError(
                 ErrorType.PROMPT,
-                f"{where}[{i}] has no key 'role' (its keys: {keys}); it needs role and content",
+                f"{where}[{i}] has no key 'role' (its keys: {keys}); it needs role and content, or "
+                "from and value",
             )
         # A role is inserted into the prompt unescaped, so it must not hold control tokens.
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
@@ -189,6 +201,46 @@ def read_messages(value: Any, where: str) -> list[Message]:
                 )
             messages[i]["prefix"] = True
     return messages
+
+
+def _respelled(message: Any, where: str) -> Any:
+    """Return a message with `from` and `value` as one with role and content; others unchanged.
+
+    Raises:
+        RowError: it has keys of both spellings, or no known speaker or text (`prompt`).
+    """
+    if not isinstance(message, Mapping):
+        return message
+    # A Parquet struct has the keys of all messages; null ones are treated as absent.
+    keys = {key for key in ("role", "content", "from", "value") if message.get(key) is not None}
+    if not keys & {"from", "value"}:
+        return message
+    if keys & {"role", "content"}:
+        problem = "has keys of two spellings: keep role and content, or from and value"
+    elif len(keys) == 1:
+        problem = "needs both from and value"
+    elif not isinstance(message["from"], str) or message["from"] not in _SPEAKERS:
+        problem = f"from is none of {', '.join(_SPEAKERS)}"
+    elif not isinstance(text := message["value"], str):
+        problem = "value is no text"
+    else:
+        role = _SPEAKERS[message["from"]]
+        content = list(_split_at_placeholders(text)) if role == "user" else text
+        return {**message, "role": role, "content": content}
+    raise RowError(ErrorType.PROMPT, f"{where} {problem}")
+
+
+def _split_at_placeholders(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a text with placeholders, without the line breaks that set these apart."""
+    pieces = text.split(_PLACEHOLDER)
+    for i, piece in enumerate(pieces):
+        if i > 0:
+            yield {"type": "image"}
+            piece = piece.lstrip("\r\n")
+        if i < len(pieces) - 1:
+            piece = piece.rstrip("\r\n")
+        if piece or len(pieces) == 1:
+            yield {"type": "text", "text": piece}
 
 
 def check_continued(message: Message, where: str) -> None:
@@ -227,7 +279,7 @@ def read_turns(value: Any, where: str) -> list[Message]:
     """Normalize a cell of user turns to messages.
 
     Accepted: a list whose items are texts, lists of parts, or user messages, optionally after a
-    system message; or the same as JSON text.
+    system message; or the same as JSON text. The assistant's messages are left out.
 
     Raises:
         RowError: the cell is null or does not hold user turns (`prompt`).
@@ -242,14 +294,22 @@ def read_turns(value: Any, where: str) -> list[Message]:
         value = read_json(value, where)
     if not isinstance(value, list) or not value:
         raise RowError(ErrorType.PROMPT, f"{where} holds no list of turns")
-    turns = read_messages(
+    messages = read_messages(
         [t if isinstance(t, Mapping) else {"role": "user", "content": t} for t in value], where
     )
+    # Answers of a dataset: the turns before them are answered anew.
+    turns = [m for m in messages if m["role"] != "assistant" or "prefix" in m]
     roles = [turn["role"] for turn in turns]
-    if roles[0] == "system":
+    if roles[:1] == ["system"]:
         del roles[0]
     if not roles or set(roles) != {"user"}:
-        raise RowError(ErrorType.PROMPT, f"{where} holds other messages than the user's")
+        raise RowError(
+            ErrorType.PROMPT,
+            f"{where} holds no turn of the user's"
+            if "user" not in roles
+            else f"{where} holds messages besides a first system message, the user's turns and "
+            "answers to them",
+        )
     return turns
 
 

@@ -187,7 +187,8 @@ class PromptBuilder:
                 raise RowError(
                     ErrorType.PROMPT,
                     f"{where} ends with the assistant's message, so there is nothing to answer "
-                    "(task.continue_final_message=true continues it)",
+                    f"(task=dialog data.columns.turns={where} answers the user's turns anew; "
+                    "task.continue_final_message=true continues it)",
                 )
         elif self._turns_column:
             where = self._turns_column

@@ -10,7 +10,13 @@ import pytest
 from PIL import Image
 
 from batchvlm.errors import ErrorType, RowError
-from batchvlm.messages import fill_slots, image_refs, read_messages, with_markdown_images
+from batchvlm.messages import (
+    fill_slots,
+    image_refs,
+    read_messages,
+    read_turns,
+    with_markdown_images,
+)
 from batchvlm.records import ImageRef
 from tests.conftest import encode, picture
 
@@ -182,16 +188,123 @@ def test_what_is_no_chat_is_refused(value: Any) -> None:
 
 
 def test_messages_under_other_keys_are_named() -> None:
-    with pytest.raises(RowError, match=r"chat\[0\] has no key 'role' \(its keys: from, value\)"):
-        read_messages([{"from": "human", "value": "What?"}], "chat")
+    with pytest.raises(RowError, match=r"chat\[0\] has no key 'role' \(its keys: by, text\)"):
+        read_messages([{"by": "human", "text": "What?"}], "chat")
+
+
+SLOT = {"type": "image"}
+A, B = ImageRef(path="a"), ImageRef(path="b")
 
 
 def user(*parts: Any) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
 
 
-SLOT = {"type": "image"}
-A, B = ImageRef(path="a"), ImageRef(path="b")
+def words(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def llava(speaker: Any, value: Any, **more: Any) -> dict[str, Any]:
+    return {"from": speaker, "value": value, **more}
+
+
+def test_messages_as_llava_and_sharegpt_spell_them() -> None:
+    # A Parquet struct has the keys of both spellings.
+    value = [
+        llava("system", "Be brief.", role=None, content=None),
+        llava("human", "<image>\nWhat is this?", weight=None),
+        llava("gpt", "An <image>\nof a cat.", weight=1.0),
+        llava("user", "And this?"),
+        llava("assistant", "A dog."),
+        {"role": "user", "content": "And <image>?", "from": None, "value": None},
+    ]
+    expected = [
+        {"role": "system", "content": [words("Be brief.")]},
+        user({"type": "image"}, words("What is this?")),
+        {"role": "assistant", "content": [words("An <image>\nof a cat.")]},
+        user(words("And this?")),
+        {"role": "assistant", "content": [words("A dog.")]},
+        user(words("And <image>?")),
+    ]
+    assert read_messages(value, "conversations") == expected
+    assert read_messages(json.dumps(value), "conversations") == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("What is this?\n<image>", ["What is this?", None]),
+        ("<image>\r\n<image>\n\nWhich?", [None, None, "Which?"]),
+        ("Is <image> like\n<image> ?", ["Is ", None, " like", None, " ?"]),
+        ("<image>", [None]),
+        ("<Image>\n< image>", ["<Image>\n< image>"]),
+        ("\n" * 300_000, ["\n" * 300_000]),
+    ],
+)
+def test_placeholders_are_slots(value: str, expected: list[str | None]) -> None:
+    (message,) = read_messages([llava("human", value)], "m")
+    assert [part.get("text") for part in message["content"]] == expected
+
+
+def test_placeholders_stand_for_the_rows_images_in_order() -> None:
+    value = [llava("human", "<image>\nOne?"), llava("gpt", "Yes."), llava("human", "<image> two?")]
+    filled, images = fill_slots(read_messages(value, "m"), [A, B], "m")
+    assert images == (A, B)
+    assert [part["type"] for part in filled[2]["content"]] == ["image", "text"]
+    for some in ([], [A], [A, B, A]):
+        with pytest.raises(RowError, match=f"m holds 2 image slots and the row brings {len(some)}"):
+            fill_slots(read_messages(value, "m"), some, "m")
+    # Without a placeholder, images come before the first question.
+    value = [llava("system", "Be brief."), llava("human", "What?")]
+    filled, _ = fill_slots(read_messages(value, "m"), [A], "m")
+    assert [part["type"] for part in filled[1]["content"]] == ["image", "text"]
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        ({"role": "user", "content": "x", "value": "x"}, "has keys of two spellings"),
+        ({"from": "human", "content": "x"}, "has keys of two spellings"),
+        ({"role": "user", "value": "x"}, "has keys of two spellings"),
+        ({"from": "human"}, "needs both from and value"),
+        ({"value": "x"}, "needs both from and value"),
+        (llava("tool", "x"), "from is none of human, user, gpt, assistant, system"),
+        (llava(["human"], "x"), "from is none of human"),
+        (llava("human", [words("x")]), "value is no text"),
+        ({"from": None, "value": None}, "has no key 'role'"),
+    ],
+)
+def test_a_spelling_that_is_neither_is_refused(message: Any, what: str) -> None:
+    with pytest.raises(RowError, match=rf"chat\[1\].*{what}") as caught:
+        read_messages([llava("human", "Hello."), message], "chat")
+    assert caught.value.error_type is ErrorType.PROMPT
+
+
+def test_turns_of_a_conversation_are_its_users() -> None:
+    value = [llava("human", "<image>\nOne?"), llava("gpt", "Yes."), llava("human", "Two?")]
+    turns = [user({"type": "image"}, words("One?")), user(words("Two?"))]
+    assert read_turns(value, "m") == turns
+    assert read_turns([*value, llava("gpt", "No.")], "m") == turns
+    system = llava("system", "Be brief.")
+    assert [turn["role"] for turn in read_turns([system, *value], "m")] == [
+        "system",
+        "user",
+        "user",
+    ]
+    said = {"role": "assistant", "content": "A cat."}
+    assert read_turns(["One?", said, "Two?"], "m") == [user(words("One?")), user(words("Two?"))]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [llava("gpt", "Yes.")],
+        [llava("human", "One?"), llava("system", "Be brief."), llava("human", "Two?")],
+        [llava("human", "One?"), {"role": "assistant", "content": "Yes", "prefix": True}],
+    ],
+)
+def test_what_is_no_list_of_users_turns_is_refused(value: Any) -> None:
+    assert error_type(read_turns, value, "turns") is ErrorType.PROMPT
 
 
 def test_bare_slots_take_the_columns_images_in_order() -> None:

@@ -155,9 +155,11 @@ def test_messages_pass_through_and_take_the_system_prompt() -> None:
 
 def test_messages_that_end_with_an_answer_ask_nothing() -> None:
     chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
-    with pytest.raises(RowError, match="nothing to answer") as caught:
-        builder(messages="chat").build(record(chat=chat))
-    assert caught.value.error_type is ErrorType.PROMPT
+    llava = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    for ended in (chat, llava):
+        with pytest.raises(RowError, match=r"nothing to answer.*turns=chat answers") as caught:
+            builder(messages="chat").build(record(chat=ended))
+        assert caught.value.error_type is ErrorType.PROMPT
 
 
 def said(text: Any, **more: Any) -> dict[str, Any]:

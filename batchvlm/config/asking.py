@@ -25,10 +25,11 @@ class ColumnsConfig:
     """With `task.prompt`: a null, empty text or empty list in an image column is no image, and not
     an error. The row is answered from its other images, or from its text alone."""
     messages: str | None = None
-    """Column with chat messages, used instead of `task.prompt`."""
+    """Column with chat messages, used instead of `task.prompt`: with `role` and `content`, or with
+    `from` and `value`, as LLaVA and ShareGPT have them."""
     turns: str | None = None
     """task=dialog: column with a list of user turns. Each turn is a text, a list of parts, or a
-    message; the first may be a system message."""
+    message; the first may be a system message. Answers among them are left out."""
     chat_template_kwargs: str | None = None
     """Column with each row's variables of the chat template, such as `{"enable_thinking": false}`,
     as an object or JSON text. They override those of `model.chat_template_kwargs`."""
