@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -170,12 +171,14 @@ class _Column:
                 # Some values cannot be cast: cast row by row, so that only their rows fail.
                 self._type = wanted
         self._is_exact = _is_exact(wanted)
+        self._wanted = wanted if _holds_json(wanted) else None
 
     def value(self, place: int) -> Any:
         if self._values is None:
             raise KeyError
         scalar = self._values[place]
-        return (scalar if self._type is None else scalar.cast(self._type)).as_py()
+        value = (scalar if self._type is None else scalar.cast(self._type)).as_py()
+        return value if self._wanted is None else _parsed(value, self._wanted)
 
     def kept(self, place: int) -> Any:
         """Return a Python value if that is exact, else an Arrow array of one row."""
@@ -189,6 +192,38 @@ class _Column:
         if isinstance(row, pa.ChunkedArray):
             row = row.combine_chunks()
         return row if self._type is None else row.cast(self._type)
+
+
+def _is_json(kind: pa.DataType) -> bool:
+    is_extension = isinstance(kind, pa.BaseExtensionType)
+    return is_extension and kind.extension_name == "arrow.json"
+
+
+def _holds_json(kind: pa.DataType) -> bool:
+    """Whether a type has JSON text in it: values that have no single type (`datasets.Json`)."""
+    if pa.types.is_struct(kind):
+        return any(_holds_json(kind.field(i).type) for i in range(kind.num_fields))
+    is_list = pa.types.is_nested(kind) and hasattr(kind, "value_type")
+    return _holds_json(kind.value_type) if is_list else _is_json(kind)
+
+
+def _parsed(value: Any, kind: pa.DataType) -> Any:
+    """Return a value with the JSON text in it parsed.
+
+    Raises:
+        ValueError: text is no JSON, is nested too deeply, or holds half a surrogate pair.
+    """
+    if value is None:
+        return None
+    if _is_json(kind):
+        value = json.loads(value)
+        json.dumps(value, ensure_ascii=False).encode()
+        if is_too_deep(value):
+            raise ValueError
+        return value
+    if isinstance(value, dict):
+        return {name: _parsed(item, kind.field(name).type) for name, item in value.items()}
+    return [_parsed(item, kind.value_type) for item in value] if isinstance(value, list) else value
 
 
 def _is_exact(kind: pa.DataType) -> bool:

@@ -290,6 +290,51 @@ def test_no_columns_at_all(tmp_path: Path, streaming: bool) -> None:
     assert [(r.values, r.failure) for r in records] == [({}, None)] * 3
 
 
+CHATS: list[Any] = [
+    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}],
+    [{"from": "human", "value": "<image>\nWhat?"}],
+]
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="values of one type a column")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["json", "parquet", "saved"])
+def test_values_of_several_types_are_as_written(tmp_path: Path, form: str, streaming: bool) -> None:
+    """The library stores what has no single type as JSON text, at any level."""
+    rows = [{"chat": chat, "any": value} for chat, value in zip(CHATS, (1, None, "a"), strict=True)]
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    path = tmp_path / "in.json"
+    made = datasets.load_dataset("json", data_files=str(path), split="train")
+    if form == "parquet":
+        path = tmp_path / "in.parquet"
+        made.to_parquet(path)
+    elif form == "saved":
+        path, streaming = tmp_path / "saved", False
+        made.save_to_disk(path)
+    records = read_all(open_path("hf", path, streaming=streaming), ["chat", "any"])
+    found = [record.values["chat"] for record in records]
+    assert [[without_nulls(message) for message in chat] for chat in found] == CHATS
+    assert [record.values["any"] for record in records] == [1, None, "a"]
+
+
+def without_nulls(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def test_text_that_is_no_json_or_too_deep_fails_the_row(tmp_path: Path) -> None:
+    texts = ['{"a": 1}', "{", "[" * 200 + "]" * 200, '"\\ud800"', None]
+    table = pa.table({"any": pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts))})
+    pq.write_table(table, tmp_path / "in.parquet")
+    for kind in ("parquet", "hf"):
+        records = read_all(open_path(kind, tmp_path / "in.parquet"), ["any"])
+        assert [r.failure is None for r in records] == [True, False, False, False, True]
+        assert [records[i].values["any"] for i in (0, 4)] == [{"a": 1}, None]
+        for record in records[1:4]:
+            assert record.failure is not None
+            assert record.failure.message.startswith("column 'any' (extension<arrow.json>): ")
+
+
 # --- images ---
 
 
