@@ -222,6 +222,7 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
         read_config,
         register_schema,
     )
+    from batchvlm.sweep import RefusedSweepError
 
     codes = [ExitCode.DONE]
     pid = os.getpid()
@@ -250,6 +251,8 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
     try:
         with _ignore_closed_stdout(errno.EPIPE):
             app(task)()
+    except RefusedSweepError as error:
+        raise error.reason from error
     except Exception as error:
         if type(error).__module__.startswith("submitit."):
             raise BatchvlmError(

@@ -270,21 +270,6 @@ def test_tab_completion(tmp_path: Path, line: str, words: list[str]) -> None:
     assert "hydra_bash_completion batchvlm" in command("-sc", "install=bash", cwd=tmp_path).stdout
 
 
-def test_a_sweep_runs_every_job_though_one_fails(tmp_path: Path) -> None:
-    done = command(
-        "run",
-        "-m",
-        "data.max_rows=2",
-        "runtime.num_workers=0",
-        "data.columns.image=image,no_column",
-        "output.dir=out-${hydra:job.num}",
-        cwd=tmp_path,
-    )
-    assert done.returncode == ExitCode.USAGE
-    assert len(rows_of(tmp_path / "out-0")) == 2
-    assert done.stderr.count("batchvlm: error: ") == 1
-
-
 NUM_LONG = 400
 
 

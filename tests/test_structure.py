@@ -77,7 +77,7 @@ ALLOWED = {
 }
 TOP = {
     *("batchvlm.job", "batchvlm.turns", "batchvlm.collector", "batchvlm.pipeline"),
-    *("batchvlm.summary", "batchvlm.follow"),
+    *("batchvlm.summary", "batchvlm.follow", "batchvlm.sweep"),
     *("batchvlm.before", "batchvlm.commands", "batchvlm.cli", "batchvlm.__main__"),
 }
 
