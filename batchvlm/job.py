@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from batchvlm.identity import (
 )
 from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.parts import shards_to_retry
+from batchvlm.output.parts import Failures, failures_in_parts, shards_to_retry
 from batchvlm.output.run_file import RunFile, differs, find_run, read_run
 from batchvlm.output.schema import kept_fields, output_schema
 from batchvlm.output.status import JobStatus, status
@@ -78,16 +79,35 @@ class Job:
             }
         )
 
-    def finished_shards(self, shards: Sequence[Shard]) -> frozenset[int]:
-        """The indices of the given shards that have nothing left to compute."""
+    def failures(self, indices: Collection[int]) -> Failures:
+        """The failed rows in parts of these shards.
+
+        Raises:
+            OutputError: as for `failures_in_parts`.
+        """
+        if self.is_overwriting:
+            return Counter()
+        return failures_in_parts(self.folder, self.run.plan, self.run.fingerprint, indices)
+
+    def finished_shards(
+        self, shards: Sequence[Shard], failures: Failures | None = None
+    ) -> frozenset[int]:
+        """The indices of the given shards that have nothing left to compute.
+
+        Args:
+            failures: those in parts of these shards; None to look for them if they are needed.
+        """
         if self.is_overwriting:
             return frozenset()
         folder, retry, num_shards = self.folder, self.cfg.retry, len(self.run.plan)
-        finished = folder.finished_shards(num_shards, [shard.index for shard in shards])
+        indices = [shard.index for shard in shards]
+        finished = folder.finished_shards(num_shards, indices)
         if not retry.errors:
             return finished
-        wanted = finished.intersection(shard.index for shard in shards)
-        return finished - shards_to_retry(folder, self.run.plan, wanted, retry)
+        wanted = finished.intersection(indices)
+        if failures is None:
+            failures = self.failures(wanted)
+        return finished - shards_to_retry(folder, failures, wanted, retry)
 
     def preprocess_spec(self) -> PreprocessSpec:
         """The settings that worker processes need to make samples."""

@@ -23,7 +23,7 @@ from batchvlm.errors import UnfinishedError
 from batchvlm.identity import model_name
 from batchvlm.job import Job, announce_overwriting, open_job
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.parts import check_parsed_type, count_failed, look_into_parts
+from batchvlm.output.parts import check_parsed_type, count_failed
 from batchvlm.output.run_file import save_run
 from batchvlm.records import Completion, Failure, Record, Sample, Shard
 from batchvlm.report.card import complete_card, write_finished_card, write_first_card
@@ -88,14 +88,18 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
     if job.is_overwriting:
         announce_overwriting(job)
     mine = shards_of_task(job.run.plan, cfg.runtime)
-    finished = job.finished_shards(mine)
+    indices = {shard.index for shard in mine}
+    failures = job.failures(indices)
+    finished = job.finished_shards(mine, failures)
     metrics = Metrics()
     num_left = 0
     if not job.is_overwriting:
-        indices = {shard.index for shard in mine}
-        metrics.found_errors = look_into_parts(job.folder, job.run, indices & finished)
+        for (index, kind, _), num_rows in failures.items():
+            if index in finished:
+                metrics.found_errors[kind] += num_rows
         if cfg.retry.errors:
-            num_left = count_failed(job.folder, job.run, indices, cfg.retry).num_given_up
+            failed = count_failed(job.folder, job.run.plan, failures, indices, cfg.retry)
+            num_left = failed.num_given_up
     num_mine = sum(shard.num_rows for shard in mine)
     todo = [shard for shard in mine if shard.index not in finished]
     if todo:

@@ -15,6 +15,7 @@ import pytest
 
 from batchvlm.errors import FingerprintError, OutputError
 from batchvlm.output.disk import Disk
+from batchvlm.output.folder import OutputFolder
 from batchvlm.records import Completion, Failure, Sample
 from batchvlm.runtime import claims
 from tests.conftest import picture
@@ -47,6 +48,54 @@ def test_a_card_that_a_kill_left_undone_is_written_by_the_next_run(
     (out / "README.md").unlink()
     run(out, source, engine=FakeEngine())
     assert (out / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize(
+    ("retry", "again", "num_given_up"),
+    [
+        ("oom", set(), 0),
+        ("engine", {0, 2}, 0),
+        ("engine,decode", {0, 1, 2}, 0),
+        ("engine retry.max_attempts=1", set(), 2),
+    ],
+)
+def test_a_retry_reads_each_part_once_before_it_begins(
+    tmp_path: Path,
+    write_parquet: Writer,
+    monkeypatch: pytest.MonkeyPatch,
+    retry: str,
+    again: set[int],
+    num_given_up: int,
+) -> None:
+    images = [picture()] * 15 + [b"no image"] + [picture()] * 24
+    source, out = write_parquet(images, row_group_size=10), tmp_path / "out"
+    run(out, source, engine=FakeEngine(failing=[3, 27]))
+    opened: list[str] = []
+    open_file = OutputFolder.open
+
+    def count(self: OutputFolder, path: Path) -> Any:
+        opened.append(path.name)
+        return open_file(self, path)
+
+    monkeypatch.setattr(OutputFolder, "open", count)
+
+    class Asked(FakeEngine):
+        def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+            before.extend(opened)
+            return super().run(samples)
+
+    before: list[str] = []
+    errors, *more = retry.split()
+    engine = Asked()
+    summary = run(out, source, f"retry.errors=[{errors}]", *more, engine=engine)
+    assert summary.num_given_up == num_given_up
+    assert {row // 10 for row in engine.seen} == again - {1}
+    left = {f"part-0000{index}-of-00004.parquet" for index in {0, 1, 2, 3} - again}
+    read = [name for name in before or opened if name in left]
+    # Perhaps one of them once more, for the type of `parsed`.
+    assert set(read) == left and len(read) <= len(left) + bool(again)
+    if not again:
+        assert summary.metrics.found_errors == {"engine": 2, "decode": 1}
 
 
 def test_a_part_that_has_no_room_keeps_no_other_shards_rows_from_the_disk(

@@ -125,7 +125,8 @@ def _num_done(job: Job, shards: Sequence[Shard]) -> int:
     if not (retry.errors and num_rows):
         return num_rows
     indices = {shard.index for shard in shards}
-    return num_rows - count_failed(job.folder, job.run, indices, retry).num_again
+    failures = job.failures(indices)
+    return num_rows - count_failed(job.folder, job.run.plan, failures, indices, retry).num_again
 
 
 def _padding(counts: Sequence[RowCount], cfg: BatchingConfig) -> tuple[int, float]:

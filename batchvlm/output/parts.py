@@ -27,27 +27,32 @@ _NUM_THREADS = 8
 """Reading a footer from a network file system is mostly waiting."""
 
 
-def look_into_parts(folder: OutputFolder, run: RunFile, wanted: Collection[int]) -> Counter[str]:
-    """Check the parts of finished shards against their names and the plan.
+Failures = Counter[tuple[int, str, int]]
+"""(index of a shard, error type, attempts) -> rows of its part that failed."""
 
-    Reads footers, and two columns of parts that hold failed rows.
+
+def failures_in_parts(
+    folder: OutputFolder, plan: Sequence[Shard], fingerprint: str, wanted: Collection[int]
+) -> Failures:
+    """Check the parts of finished shards against their names and the plan; count failed rows.
+
+    Reads each part's footer once, and three columns of parts that hold failed rows.
 
     Args:
-        wanted: indices of the shards to check.
-
-    Returns:
-        The error types of their rows, counted.
+        plan: all shards of the run.
+        fingerprint: the run's.
+        wanted: indices of the shards to look at.
 
     Raises:
         OutputError: a part is damaged, of another run, or of other shards than its name says.
     """
-    errors: Counter[str] = Counter()
+    failures: Failures = Counter()
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         for found in threads.map(
-            lambda part: _check_part(folder, run, part, wanted), _parts_of(folder, run.plan, wanted)
+            lambda part: _look(folder, plan, fingerprint, part), _parts_of(folder, plan, wanted)
         ):
-            errors.update(found)
-    return errors
+            failures.update(found)
+    return Counter({key: num for key, num in failures.items() if key[0] in wanted})
 
 
 def check_parsed_type(
@@ -80,16 +85,14 @@ def check_parsed_type(
             return
 
 
-def _check_part(
-    folder: OutputFolder, run: RunFile, part: Part, wanted: Collection[int]
-) -> Counter[str]:
+def _look(folder: OutputFolder, plan: Sequence[Shard], fingerprint: str, part: Part) -> Failures:
     try:
         with folder.open(part.path) as file:
             parquet = pq.ParquetFile(file)
-            _check_marks(parquet, run, part)
+            _check_marks(parquet, plan, fingerprint, part)
             if not _has_errors(parquet.metadata):
                 return Counter()
-            table = parquet.read(columns=["row_index", "error_type"])
+            table = parquet.read(columns=["row_index", "error_type", "attempts"])
     except FileNotFoundError:
         return Counter()  # `compact` has just replaced it
     except (OSError, pa.ArrowException) as error:
@@ -99,9 +102,8 @@ def _check_part(
             "its rows are computed again",
         ) from error
     table = table.filter(pc.is_valid(table["error_type"]))
-    shards = _shards_of(table, run.plan, part)
-    kinds = table["error_type"].to_pylist()
-    return Counter(kind for index, kind in zip(shards, kinds, strict=True) if index in wanted)
+    outcomes = (table[name].to_pylist() for name in ("error_type", "attempts"))
+    return Counter(zip(_shards_of(table, plan, part), *outcomes, strict=True))
 
 
 def _shards_of(table: pa.Table, plan: Sequence[Shard], part: Part) -> list[int]:
@@ -114,41 +116,21 @@ def _shards_of(table: pa.Table, plan: Sequence[Shard], part: Part) -> list[int]:
 
 
 def shards_to_retry(
-    folder: OutputFolder, plan: Sequence[Shard], wanted: Collection[int], retry: RetryConfig
+    folder: OutputFolder, failures: Failures, wanted: Collection[int], retry: RetryConfig
 ) -> set[int]:
     """Return finished shards with rows to answer again, or with answers not yet in their part.
 
-    Reads each part's footer once, and three columns of parts that hold failed rows.
-
     Args:
+        failures: those in the parts of these shards.
         wanted: indices of the shards to look at.
-
-    Raises:
-        OutputError: a part cannot be read.
     """
-
-    def look(part: Part) -> set[int]:
-        try:
-            with folder.open(part.path) as file:
-                parquet = pq.ParquetFile(file)
-                if not _has_errors(parquet.metadata):
-                    return set()
-                table = parquet.read(["row_index", "error_type", "attempts"])
-        except (OSError, pa.ArrowException) as error:
-            raise OutputError(f"cannot read {part.path}: {error}", hint="check the file") from error
-        table = table.filter(pc.is_valid(table["error_type"]))
-        outcomes = (table[name].to_pylist() for name in ("error_type", "attempts"))
-        rows = zip(_shards_of(table, plan, part), *outcomes, strict=True)
-        return {index for index, kind, tried in rows if is_retried(retry, kind, tried)}
-
     waiting = {
         index
         for index in folder.shards_with_segments(is_retry=True)
         if index in wanted and folder.list_segments(index, is_retry=True)
     }
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        found = threads.map(look, _parts_of(folder, plan, wanted))
-        return waiting.union(*found).intersection(wanted)
+    failed = {index for index, kind, attempts in failures if is_retried(retry, kind, attempts)}
+    return (waiting | failed).intersection(wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,26 +144,33 @@ class Failed:
 
 
 def count_failed(
-    folder: OutputFolder, run: RunFile, wanted: Collection[int], retry: RetryConfig
+    folder: OutputFolder,
+    plan: Sequence[Shard],
+    failures: Failures,
+    wanted: Collection[int],
+    retry: RetryConfig,
 ) -> Failed:
     """Count the failed rows that a run with `retry` answers again, and those it does not.
 
-    Reads three columns of parts that hold failed rows, and of segments. Unreadable files are
-    skipped.
+    Reads segments, and again the parts of shards that have some: a row's latest attempt counts.
+    Unreadable files are skipped.
 
     Args:
+        plan: all shards of the run.
+        failures: those in the parts of these shards.
         wanted: indices of the shards to count.
     """
-    parts = {part.path for part in _parts_of(folder, run.plan, wanted)}
     segments = [
-        path
+        (index, path)
         for is_retry in (False, True)
         for index in folder.shards_with_segments(is_retry=is_retry)
         if index in wanted
         for path in folder.list_segments(index, is_retry=is_retry)
     ]
+    begun = {index for index, _ in segments}
+    parts = {part.path for part in _parts_of(folder, plan, begun)}
     latest: dict[int, tuple[int, str]] = {}
-    for path in [*parts, *segments]:
+    for path in [*parts, *(path for _, path in segments)]:
         # The rows of a file that vanished are in another one; other checks report damaged files.
         with suppress(OSError, pa.ArrowException), folder.open(path) as file:
             parquet = pq.ParquetFile(file)
@@ -193,14 +182,16 @@ def count_failed(
             table = table.filter(pc.or_(is_failed, pc.greater(table["attempts"], 1)))
             for row, attempts, kind in zip(*(c.to_pylist() for c in table.columns), strict=True):
                 latest[row] = max(latest.get(row, (0, "")), (attempts, kind or ""))
-    starts = [shard.first_row_index for shard in run.plan]
-    attempts_of = [
-        attempts
-        for row, (attempts, kind) in latest.items()
-        if kind in retry.errors and bisect_right(starts, row) - 1 in wanted
-    ]
-    num_again = sum(attempts < retry.max_attempts for attempts in attempts_of)
-    return Failed(num_again=num_again, num_given_up=len(attempts_of) - num_again)
+    starts = [shard.first_row_index for shard in plan]
+    tried: Counter[int] = Counter()
+    for row, (attempts, kind) in latest.items():
+        if kind in retry.errors and bisect_right(starts, row) - 1 in begun:
+            tried[attempts] += 1
+    for (index, kind, attempts), num_rows in failures.items():
+        if kind in retry.errors and index in wanted and index not in begun:
+            tried[attempts] += num_rows
+    num_again = sum(num for attempts, num in tried.items() if attempts < retry.max_attempts)
+    return Failed(num_again=num_again, num_given_up=tried.total() - num_again)
 
 
 def _parts_of(folder: OutputFolder, plan: Sequence[Shard], wanted: Collection[int]) -> list[Part]:
@@ -209,11 +200,13 @@ def _parts_of(folder: OutputFolder, plan: Sequence[Shard], wanted: Collection[in
     return [part for part in parts if any(index in wanted for index in part.shards)]
 
 
-def _check_marks(parquet: pq.ParquetFile, run: RunFile, part: Part) -> None:
+def _check_marks(
+    parquet: pq.ParquetFile, plan: Sequence[Shard], fingerprint: str, part: Part
+) -> None:
     marks = parquet.schema_arrow.metadata or {}
     shard = marks.get(SHARD_KEY, b"none of its shards").decode()
-    num_rows = sum(s.num_rows for s in run.plan[part.first : part.last + 1])
-    if marks.get(FINGERPRINT_KEY) != run.fingerprint.encode():
+    num_rows = sum(s.num_rows for s in plan[part.first : part.last + 1])
+    if marks.get(FINGERPRINT_KEY) != fingerprint.encode():
         problem = "is of another run"
     elif shard != part.mark:
         problem = f"holds shard {shard}, which is not what its name says"

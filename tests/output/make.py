@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 
+from batchvlm.config import RetryConfig
 from batchvlm.errors import ErrorType
 from batchvlm.output.folder import OutputFolder
+from batchvlm.output.parts import failures_in_parts, shards_to_retry
+from batchvlm.output.run_file import RunFile
 from batchvlm.output.schema import Provenance, output_schema
 from batchvlm.output.writer import ShardWriter
 from batchvlm.records import Failure, FinishReason, Result, Shard, Status
@@ -18,6 +22,14 @@ from batchvlm.records import Failure, FinishReason, Result, Shard, Status
 PROVENANCE = Provenance(model="demo@1", fingerprint="0123456789abcdef", run_id="run-1")
 KEPT = [pa.field("label", pa.int16()), pa.field("blob", pa.binary())]
 SCHEMA = output_schema(KEPT, token_ids=True)
+
+
+def to_retry(
+    folder: OutputFolder, run: RunFile, wanted: Collection[int], policy: RetryConfig
+) -> set[int]:
+    """The shards that a run with this policy answers again."""
+    failures = failures_in_parts(folder, run.plan, run.fingerprint, wanted)
+    return shards_to_retry(folder, failures, wanted, policy)
 
 
 def make_plan(num_shards: int, num_rows: int) -> list[Shard]:

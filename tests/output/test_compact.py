@@ -18,7 +18,7 @@ from batchvlm.output import compact as compact_module
 from batchvlm.output import exchange as exchange_module
 from batchvlm.output.compact import compact
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.parts import look_into_parts, shards_to_retry
+from batchvlm.output.parts import failures_in_parts
 from batchvlm.output.run_file import find_run, read_run, save_run
 from batchvlm.output.schema import Provenance
 from batchvlm.output.verify import verify
@@ -26,7 +26,7 @@ from batchvlm.output.writer import ShardWriter
 from batchvlm.records import Status
 
 from .faults import FaultPoint, Killed
-from .make import SCHEMA, make_plan, make_result, read_data
+from .make import SCHEMA, make_plan, make_result, read_data, to_retry
 from .test_verify import last_byte
 
 NUM_SHARDS, NUM_ROWS = 7, 4  # 25 rows
@@ -110,14 +110,14 @@ def test_a_part_is_copied_where_there_are_no_hard_links(
     folder = job(tmp_path)
     run = read_run(folder)
     assert run is not None
-    errors = look_into_parts(folder, run, range(NUM_SHARDS))
+    failures = failures_in_parts(folder, run.plan, run.fingerprint, range(NUM_SHARDS))
 
     def refuse(first: Path, second: Path) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", refuse)
     assert compact(folder, target_rows=8).num_after == 4
-    assert look_into_parts(folder, run, range(NUM_SHARDS)) == errors
+    assert failures_in_parts(folder, run.plan, run.fingerprint, range(NUM_SHARDS)) == failures
 
 
 def test_small_row_groups_become_one(tmp_path: Path) -> None:
@@ -192,8 +192,8 @@ def test_rows_of_merged_parts_are_answered_again(tmp_path: Path) -> None:
     failed = {row["row_index"] for row in before if row["status"] == "error"}
     assert failed == {3, 10, 17, 24}
     wanted = set(range(NUM_SHARDS))
-    assert shards_to_retry(folder, run.plan, wanted, policy) == {0, 2, 4, 6}
-    assert shards_to_retry(folder, run.plan, {1, 2}, policy) == {2}
+    assert to_retry(folder, run, wanted, policy) == {0, 2, 4, 6}
+    assert to_retry(folder, run, {1, 2}, policy) == {2}
     seen = set()
     for shard in (run.plan[index] for index in (0, 2, 4, 6)):
         part = folder.find_part(shard.index, NUM_SHARDS)
@@ -208,7 +208,7 @@ def test_rows_of_merged_parts_are_answered_again(tmp_path: Path) -> None:
             writer.flush()
         assert writer.commit() == part.path
         wanted.remove(shard.index)
-        assert shards_to_retry(folder, run.plan, range(NUM_SHARDS), policy) <= wanted
+        assert to_retry(folder, run, range(NUM_SHARDS), policy) <= wanted
     assert seen == failed and names(folder) == merged
     assert folder.shards_with_segments(is_retry=True) == []
     assert verify(folder).faults == []
@@ -238,7 +238,7 @@ def test_a_merged_part_is_read_once_however_many_shards_it_has(
 
     monkeypatch.setattr(folder, "open", count)
     policy = RetryConfig(errors=["decode"])
-    assert shards_to_retry(folder, run.plan, range(NUM_SHARDS), policy) == {0, 2, 4, 6}
+    assert to_retry(folder, run, range(NUM_SHARDS), policy) == {0, 2, 4, 6}
     assert opened == names(folder)
 
 
@@ -377,7 +377,7 @@ def test_a_fault_at_every_call_of_a_retry_of_merged_parts(
         run = read_run(folder)
         assert run is not None
         about = Provenance(model="m", fingerprint=run.fingerprint, run_id="again")
-        for index in sorted(shards_to_retry(folder, run.plan, range(4), policy)):
+        for index in sorted(to_retry(folder, run, range(4), policy)):
             shard = run.plan[index]
             writer = ShardWriter(
                 folder, shard, NUM_SHARDS, SCHEMA, about, flush_every_s=1e9, retry=policy

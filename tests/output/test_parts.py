@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from batchvlm.errors import OutputError
 from batchvlm.output import folder as folder_module
 from batchvlm.output.compact import compact
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.parts import look_into_parts, shards_to_retry
+from batchvlm.output.parts import Failures, failures_in_parts, shards_to_retry
 from batchvlm.output.run_file import RunFile, read_run
 from batchvlm.records import Shard
 
@@ -31,13 +32,40 @@ def finished(tmp_path: Path) -> tuple[OutputFolder, RunFile]:
     return folder, run
 
 
+def failures(folder: OutputFolder, run: RunFile, wanted: Collection[int]) -> Failures:
+    return failures_in_parts(folder, run.plan, run.fingerprint, wanted)
+
+
+def errors(folder: OutputFolder, run: RunFile, wanted: Collection[int]) -> dict[str, int]:
+    """How many rows of these shards have each error type."""
+    found: Counter[str] = Counter()
+    for (_, kind, _), num_rows in failures(folder, run, wanted).items():
+        found[kind] += num_rows
+    return found
+
+
 def test_errors_are_those_of_the_shards_asked_for(finished: tuple[OutputFolder, RunFile]) -> None:
     folder, run = finished  # rows 3, 10, 17, 24 failed: in shards 0, 2, 4, 6
     for _ in range(2):
-        assert look_into_parts(folder, run, range(NUM_SHARDS)) == {"decode": 4}
-        assert look_into_parts(folder, run, {0, 1, 2}) == {"decode": 2}
-        assert look_into_parts(folder, run, {1, 5}) == {}
+        assert errors(folder, run, range(NUM_SHARDS)) == {"decode": 4}
+        assert errors(folder, run, {0, 1, 2}) == {"decode": 2}
+        assert errors(folder, run, {1, 5}) == {}
         compact(folder, target_rows=12)
+
+
+def test_shards_to_retry_are_those_with_rows_to_answer_again(
+    finished: tuple[OutputFolder, RunFile],
+) -> None:
+    folder, run = finished
+    found = failures(folder, run, range(NUM_SHARDS))
+    assert found == {(index, "decode", 1): 1 for index in (0, 2, 4, 6)}
+    for policy, wanted, expected in (
+        (RetryConfig(errors=["decode"]), range(NUM_SHARDS), {0, 2, 4, 6}),
+        (RetryConfig(errors=["decode"]), range(4), {0, 2}),
+        (RetryConfig(errors=["decode"], max_attempts=1), range(NUM_SHARDS), set()),
+        (RetryConfig(errors=["oom"]), range(NUM_SHARDS), set()),
+    ):
+        assert shards_to_retry(folder, found, wanted, policy) == expected
 
 
 def test_only_footers_are_read_where_no_row_failed(
@@ -46,7 +74,7 @@ def test_only_footers_are_read_where_no_row_failed(
     folder, run = finished
     read: list[object] = []
     monkeypatch.setattr(pq.ParquetFile, "read", lambda self, **options: read.append(self))
-    assert look_into_parts(folder, run, {1, 3, 5}) == {} and read == []
+    assert errors(folder, run, {1, 3, 5}) == {} and read == []
 
 
 def test_of_the_plan_only_the_shards_of_each_part_are_read(
@@ -67,10 +95,8 @@ def test_of_the_plan_only_the_shards_of_each_part_are_read(
             raise AssertionError("all shards for one part")
 
     run = replace(run, plan=Counted(run.plan))
-    assert look_into_parts(folder, run, range(NUM_SHARDS)) == {"decode": 4}
+    assert errors(folder, run, range(NUM_SHARDS)) == {"decode": 4}
     assert NUM_SHARDS <= num_read <= 2 * NUM_SHARDS
-    shards_to_retry(folder, run.plan, range(NUM_SHARDS), RetryConfig(errors=["decode"]))
-    assert num_read <= 3 * NUM_SHARDS
 
 
 def test_few_shards_are_looked_up_by_name(
@@ -80,17 +106,17 @@ def test_few_shards_are_looked_up_by_name(
     folder, run = finished
     monkeypatch.setattr(folder_module, "_NAMES_PER_LISTING", 3)
     monkeypatch.setattr(folder, "_names", None)
-    assert look_into_parts(folder, run, {0, 1}) == {"decode": 1}
-    assert look_into_parts(folder, run, set()) == {}
+    assert errors(folder, run, {0, 1}) == {"decode": 1}
+    assert errors(folder, run, set()) == {}
 
 
 def test_a_copy_under_another_name(finished: tuple[OutputFolder, RunFile]) -> None:
     folder, run = finished
     one, other = folder.part(1, NUM_SHARDS), folder.part(4, NUM_SHARDS)
     other.write_bytes(one.read_bytes())
-    assert look_into_parts(folder, run, {0, 1, 2, 3}) == {"decode": 2}
+    assert errors(folder, run, {0, 1, 2, 3}) == {"decode": 2}
     with pytest.raises(OutputError, match=r"part-00004-of-00007.parquet holds shard 1, which is"):
-        look_into_parts(folder, run, {4})
+        errors(folder, run, {4})
 
 
 def test_damage_and_other_runs(finished: tuple[OutputFolder, RunFile], tmp_path: Path) -> None:
@@ -98,14 +124,14 @@ def test_damage_and_other_runs(finished: tuple[OutputFolder, RunFile], tmp_path:
     part = folder.part(0, NUM_SHARDS)
     part.write_bytes(part.read_bytes()[:-9])
     with pytest.raises(OutputError, match=r"part-00000.* cannot be read.*delete it"):
-        look_into_parts(folder, run, {0})
+        errors(folder, run, {0})
     run_job(tmp_path / "other", "theirs")
     part.write_bytes(OutputFolder(tmp_path / "other").part(0, 2).read_bytes())
     with pytest.raises(OutputError, match=r"part-00000-of-00007.parquet is of another run"):
-        look_into_parts(folder, run, {0})
+        errors(folder, run, {0})
     pq.write_table(pq.read_table(part).replace_schema_metadata(), part)
     with pytest.raises(OutputError, match=r"part-00000-of-00007.parquet is of another run"):
-        look_into_parts(folder, run, {0})
+        errors(folder, run, {0})
 
 
 def test_parts_that_are_merged_meanwhile_are_not_missed(
@@ -115,4 +141,4 @@ def test_parts_that_are_merged_meanwhile_are_not_missed(
     listed = folder.parts(NUM_SHARDS)
     compact(folder, target_rows=80)
     monkeypatch.setattr(OutputFolder, "parts", lambda self, *shards: listed)
-    assert look_into_parts(folder, run, range(NUM_SHARDS)) == {}
+    assert errors(folder, run, range(NUM_SHARDS)) == {}

@@ -14,12 +14,12 @@ from batchvlm.config import RetryConfig
 from batchvlm.errors import ErrorType, OutputError
 from batchvlm.output import writer as writer_module
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.parts import shards_to_retry
+from batchvlm.output.parts import failures_in_parts, shards_to_retry
 from batchvlm.output.writer import ShardWriter
 from batchvlm.records import Failure, Result, Shard, Status
 
 from .faults import FaultPoint, Killed
-from .make import make_plan, make_result, open_writer, read_data
+from .make import PROVENANCE, make_plan, make_result, open_writer, read_data
 
 PLAN = make_plan(2, 21)
 SHARD = PLAN[0]
@@ -57,7 +57,8 @@ def retry(folder: OutputFolder, policy: RetryConfig = RETRY) -> ShardWriter:
 
 
 def needs_retry(folder: OutputFolder, policy: RetryConfig) -> bool:
-    return shards_to_retry(folder, PLAN, {0}, policy) == {0}
+    failures = failures_in_parts(folder, PLAN, PROVENANCE.fingerprint, {0})
+    return shards_to_retry(folder, failures, {0}, policy) == {0}
 
 
 def answer(writer: ShardWriter, rows: list[int], *, flush: bool = False) -> None:
@@ -257,7 +258,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     finish(folder)
     part = folder.part(0, 2)
     part.write_bytes(part.read_bytes()[:-9])
-    with pytest.raises(OutputError, match=r"cannot read .*part-00000"):
+    with pytest.raises(OutputError, match=r"part-00000.* cannot be read"):
         needs_retry(folder, RETRY)
     with pytest.raises(OutputError, match=r"cannot read .*part-00000.*computed again"):
         retry(folder)

@@ -15,7 +15,6 @@ from batchvlm.errors import OutputError
 from batchvlm.output import segments as segments_module
 from batchvlm.output.compact import compact
 from batchvlm.output.folder import OutputFolder
-from batchvlm.output.parts import shards_to_retry
 from batchvlm.output.run_file import read_run
 from batchvlm.output.schema import Provenance
 from batchvlm.output.verify import verify
@@ -23,7 +22,7 @@ from batchvlm.output.writer import Answered, ShardWriter, update_part
 from batchvlm.records import Status
 
 from .faults import FaultPoint, Killed
-from .make import SCHEMA, make_result, read_data
+from .make import SCHEMA, make_result, read_data, to_retry
 from .test_compact import NUM_SHARDS, job, names
 from .test_verify import last_byte
 
@@ -47,7 +46,7 @@ def about(folder: OutputFolder) -> Provenance:
 def shards_left(folder: OutputFolder) -> set[int]:
     run = read_run(folder)
     assert run is not None
-    return shards_to_retry(folder, run.plan, range(NUM_SHARDS), RETRY)
+    return to_retry(folder, run, range(NUM_SHARDS), RETRY)
 
 
 def answer(
