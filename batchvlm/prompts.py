@@ -395,9 +395,15 @@ def resolve_generation(
     settings["stop"] = tuple(cfg.stop)
     digest = hashlib.blake2b(f"{cfg.seed}:{row_index}".encode(), digest_size=8).digest()
     settings["seed"] = int.from_bytes(digest) >> 1
+    names: dict[str, str] = {}
     for key, column in _generation_columns(cfg.columns).items():
         if values[column] is not None:
             settings[key] = _read_setting(key, values[column], column, type(settings[key]))
+            names[key] = column
+    low, high = "min_new_tokens", "max_new_tokens"
+    if settings[low] > settings[high]:
+        bounds = (f"{names.get(key, f'generation.{key}')}={settings[key]}" for key in (low, high))
+        raise RowError(ErrorType.PROMPT, " must be at most ".join(bounds))
     return Generation(**settings)
 
 

@@ -279,6 +279,29 @@ def test_a_bad_setting_is_the_rows_error(setting: str, value: Any) -> None:
     assert "column" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"low": 4, "high": 3}, "low=4 must be at most high=3"),
+        ({"low": 10, "high": None}, "low=10 must be at most generation.max_new_tokens=9"),
+        ({"low": None, "high": 1}, "generation.min_new_tokens=2 must be at most high=1"),
+        ({"low": 4, "high": 4}, None),
+        ({"low": None, "high": None}, None),
+    ],
+)
+def test_a_row_cannot_ask_for_more_tokens_than_it_allows(
+    row: dict[str, Any], words: str | None
+) -> None:
+    named = GenerationColumnsConfig(min_new_tokens="low", max_new_tokens="high")
+    build = builder(generation=GenerationConfig(max_new_tokens=9, min_new_tokens=2, columns=named))
+    if words is None:
+        build.build(record(**row))
+        return
+    with pytest.raises(RowError) as caught:
+        build.build(record(**row))
+    assert (caught.value.error_type, caught.value.message) == (ErrorType.PROMPT, words)
+
+
 def test_a_rows_own_variables_of_the_chat_template() -> None:
     build = builder(chat_template_kwargs="more")
     assert build.needed_columns() == {"more": "data.columns.chat_template_kwargs"}
