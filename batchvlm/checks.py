@@ -164,6 +164,8 @@ def _check_choices(cfg: JobConfig) -> None:
             f"engine.device={cfg.engine.device} must be auto, cpu, cuda, cuda:N, xpu or mps"
         )
     image = cfg.data.columns.image
+    if isinstance(image, list) and None in image:
+        raise holds_null("data.columns.image")
     is_names = isinstance(image, list) and all(isinstance(name, str) for name in image)
     if not (image is None or isinstance(image, str) or is_names):
         raise ConfigError(f"data.columns.image={image} must be a column's name or a list of names")
@@ -198,6 +200,14 @@ def _check_choices(cfg: JobConfig) -> None:
     for key, column in asdict(cfg.generation.columns).items():
         if column == "":
             raise ConfigError(f"generation.columns.{key} is empty", hint="name a column, or null")
+
+
+def holds_null(key: str) -> ConfigError:
+    """Return the error of a list of texts with a null in it, as Hydra and YAML read that word."""
+    return ConfigError(
+        f"{key} holds a null, which is no text",
+        hint=f"""if the word is meant, quote it: '{key}=["null"]'""",
+    )
 
 
 def _check_tracking(cfg: JobConfig) -> None:

@@ -28,7 +28,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from batchvlm import demo
-from batchvlm.checks import check_config
+from batchvlm.checks import check_config, holds_null
 from batchvlm.config import (
     JobConfig,
 )
@@ -157,6 +157,8 @@ def _read_texts(node: DictConfig, key: str) -> None:
                 f"{key}: {str(value).lower()} stands for a truth value and is no text",
                 hint=f"""quote each text: '{key}=["true","false"]', in YAML ["yes", "no"]""",
             )
+        if value is None:
+            raise holds_null(key)
         if not isinstance(value, str | int | float):
             raise ConfigError(f"{key} holds a {type(value).__name__}", hint="it takes texts")
     with read_write(node):
@@ -216,6 +218,10 @@ def explain(error: Exception) -> ConfigError:
             return _unknown_key(key)
         if "is not Optional" in reason:
             return ConfigError(f"{key} cannot be null", hint=f"give it a value: {key}=...")
+        if "NoneType is not a subclass of str" in reason and (
+            item := re.match(r"(.+)\[\d+\]$", key)
+        ):
+            return holds_null(item[1])
         if "is not a ListConfig" in reason:
             value = getattr(cause, "value", None)
             return ConfigError(f"{key}={value} is no list", hint=f"write '{key}=[{value}]'")

@@ -260,6 +260,24 @@ def test_what_is_no_text_is_not_made_one(override: str) -> None:
         compose("run", [*CHOOSING, override])
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("output.keep_columns", "data.columns.image", "data.allow_hosts", "generation.stop"),
+        *("retry.errors", "model.prompt_tokens", "task.output.choice"),
+    ],
+)
+def test_a_null_in_a_list_of_texts_says_how_to_quote_the_word(key: str) -> None:
+    for nulls in ("[null]", "[a,null]"):
+        with pytest.raises(ConfigError) as caught:
+            compose("run", [*CHOOSING, f"{key}={nulls}"])
+        assert str(caught.value) == (
+            f"{key} holds a null, which is no text; if the word is meant, quote it: "
+            f"""'{key}=["null"]'"""
+        )
+    compose("run", ['output.keep_columns=["null"]', 'data.columns.image=["null"]'])
+
+
 def test_words_of_a_file_that_yaml_takes_for_truth_values_are_refused(tmp_path: Path) -> None:
     (tmp_path / "task").mkdir()
     for text, is_refused in (("[yes, no]", True), ('["yes", "no"]', False)):
