@@ -106,7 +106,7 @@ class Decoder:
         self.device: torch.device = model.device
         self._fusing: Fusing | None = None
         self._rotations = Rotations(model)
-        self._running = Together(self._attending_by_row)
+        self._running = Together()
         self._lock = threading.Lock()
         has_cap = getattr(self._config, "attn_logit_softcapping", None) is not None
         kinds = sorted(set(layers))
@@ -189,7 +189,7 @@ class Decoder:
             past=tuple(p.past.layers if p.past is not None else None for p in pieces),
             last_E=last_E,
         )
-        with attention.attending(form), self._running.within():
+        with attention.attending(form), self._running.within(self._attending_by_row):
             out = self._model(
                 input_ids=ids_T[None],
                 position_ids=self._axes(positions_RT[:, None]),
@@ -222,7 +222,7 @@ class Decoder:
             past=tuple(b.past.layers for b in branches),
             trees=tuple(self.to_device(torch.from_numpy(b.sees)) for b in branches),
         )
-        with attention.attending(form), self._running.within():
+        with attention.attending(form), self._running.within(self._attending_by_row):
             out = self._model(
                 input_ids=self.to_device(torch.from_numpy(ids))[None],
                 position_ids=self._axes(self.to_device(torch.from_numpy(rope))[None, None]),
@@ -312,7 +312,7 @@ class Decoder:
         cache.use(first, first + len(ids_B), positions_B)
         rope_1B1 = (positions_B + deltas_B)[None, :, None]
         form = Slots(positions_B, spans, has_kernel=self.has_kernel)
-        with attention.attending(form), self._running.within():
+        with attention.attending(form), self._running.within(self._attending_by_row):
             out = self._model(
                 input_ids=ids_B[:, None],
                 position_ids=self._axes(rope_1B1),
@@ -346,7 +346,7 @@ class Decoder:
         last_E = self.to_device(torch.tensor(last))
         cache.use(first, stop, positions_T, slots_T)
         form = Slots(positions_T, own, runs=laid.to(self.to_device), last_E=last_E)
-        with attention.attending(form), self._running.within():
+        with attention.attending(form), self._running.within(self._attending_by_row):
             out = self._model(
                 input_ids=torch.cat([newest.ids_N[first:stop], ids_M])[None],
                 position_ids=self._axes((positions_T + newest.deltas_N[slots_T])[None, None]),

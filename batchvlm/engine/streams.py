@@ -129,24 +129,24 @@ class Streams:
 
 
 class Together:
-    """A context that several threads share: the first thread enters it, the last one exits it.
+    """A context that several threads share: the first thread enters it, the last one exits it."""
 
-    Args:
-        open_context: returns a new context.
-    """
-
-    def __init__(self, open_context: Callable[[], AbstractContextManager[Any]]) -> None:
-        self._open = open_context
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_within = 0
         self._context: AbstractContextManager[Any] | None = None
 
     @contextmanager
-    def within(self) -> Iterator[None]:
-        """Run within the shared context; any thread may call this."""
+    def within(self, open_context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """Run within the shared context; any thread may call this.
+
+        Args:
+            open_context: returns a new context. Not kept: a method of the owner's would keep the
+                owner, and with it a model, until the garbage is collected.
+        """
         with self._lock:
             if not self._num_within:
-                self._context = self._open()
+                self._context = open_context()
                 self._context.__enter__()
             self._num_within += 1
         try:
@@ -156,6 +156,7 @@ class Together:
                 self._num_within -= 1
                 if not self._num_within and self._context is not None:
                     self._context.__exit__(None, None, None)
+                    self._context = None
 
 
 def open_streams(model: Any, cfg: EngineConfig) -> Streams:

@@ -151,7 +151,7 @@ class ImageFeatures:
         self._form: OutputForm | None = None
         self._pixel_table: PixelTable | None = None
         """Maps the bytes of pixels to values, for all rows of a job; None if they are values."""
-        self._encoding = Together(self._encoder_context)
+        self._encoding = Together()
 
     def units(self, sample: Sample) -> tuple[Unit, ...]:
         """The units of a row, in the order of its images; empty for text alone."""
@@ -213,7 +213,7 @@ class ImageFeatures:
         pixels = self._to_device(joined.pop("pixel_values"))
         if self._pixel_table is not None:
             pixels = to_numbers(self._pixel_table, pixels, self._dtype)
-        with self._encoding.within():
+        with self._encoding.within(self._encoder_context):
             output = self._output(pixels, joined)
         pooled = output.pooler_output
         layers = getattr(output, "deepstack_features", None) or ()

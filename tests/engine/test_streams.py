@@ -122,10 +122,10 @@ class TestTogether:
             yield
             said.append("out")
 
-        together = Together(context)
+        together = Together()
         for _ in range(2):
-            with together.within():
-                with together.within():
+            with together.within(context):
+                with together.within(context):
                     assert said[-1] == "in"
                 assert said[-1] == "in"
         assert said == ["in", "out"] * 2
@@ -138,7 +138,7 @@ class TestTogether:
             yield
             said.append("out")
 
-        with pytest.raises(ValueError, match="no"), Together(context).within():
+        with pytest.raises(ValueError, match="no"), Together().within(context):
             raise ValueError("no")
         assert said == ["out"]
 
