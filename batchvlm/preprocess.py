@@ -214,6 +214,7 @@ def _request(prompt: Prompt, images: Sequence[Image.Image], kind: ImageFormat) -
         generation=prompt.generation,
         json_schema=prompt.json_schema,
         choices=prompt.choices,
+        turns_left=prompt.turns_left,
         is_continued=prompt.is_continued,
         request=ChatRequest(
             messages=prompt.messages,

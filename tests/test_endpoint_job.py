@@ -98,6 +98,22 @@ def test_worker_processes_prepare_without_torch(
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_every_turn_of_a_dialog_is_asked(
+    tmp_path: Path, write_parquet: Writer, server: StandIn
+) -> None:
+    turns = [["one", "two", "three"], ["alone"]]
+    source = write_parquet([picture()] * 2, turns=turns)
+    run(server, source, tmp_path / "out", "task=dialog", "data.columns.turns=turns")
+    rows = rows_of(tmp_path / "out")
+    assert [row["generated_texts"] for row in rows] == [
+        ["one [1]", "two [0]", "three [0]"],
+        ["alone [1]"],
+    ]
+    assert rows[0]["completion_tokens"] == 3 * 3
+    (last,) = [r for r in server.rows if r.text == "three"]
+    assert [m["role"] for m in last.body["messages"]] == ["user", "assistant"] * 2 + ["user"]
+
+
 def test_answers_of_an_extract_task_are_judged_and_guided(
     tmp_path: Path, write_parquet: Writer, server: StandIn
 ) -> None:
