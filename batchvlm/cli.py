@@ -22,6 +22,7 @@ from batchvlm.errors import BatchvlmError, ConfigError, ExitCode, TooManyErrors
 from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.logs import set_up_logging
 from batchvlm.runtime.signals import Interrupted, catch_signals, ignore_signals
+from batchvlm.words import described
 
 COMMANDS = ("run", "plan", "preview", "status", "verify", "report", "compare", "compact", "export")
 
@@ -345,9 +346,8 @@ def _report(error: Exception) -> ExitCode:
             _print_error("\n".join(error.causes))
         return error.exit_code
     # An unexpected error: a bug of this program or of a library.
-    text = " ".join(str(error).split())[:300]
     hint = "" if _debug.is_on else "; the same command with --debug shows where"
-    _print_error(f"batchvlm: error: {type(error).__name__}: {text}{hint}")
+    _print_error(f"batchvlm: error: {described(error)}{hint}")
     return ExitCode.FAILED
 
 

@@ -15,6 +15,7 @@ from batchvlm.config import TaskOutputConfig
 from batchvlm.errors import ConfigError
 from batchvlm.records import Form, FormKind
 from batchvlm.schemas import InvalidSchemaError, check_references, compile_schema, read_schema
+from batchvlm.words import described
 
 _JSON_TYPES = ("integer", "number", "boolean", "string")
 """Named types that are JSON types; other names are patterns of `outlines.types`."""
@@ -151,8 +152,9 @@ def _load(name: str) -> Any:
             found = getattr(found, part)
     # The user's module can raise anything.
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ConfigError(f"task.output.pydantic={name} cannot be imported ({reason})") from error
+        raise ConfigError(
+            f"task.output.pydantic={name} cannot be imported ({described(error)})"
+        ) from error
     return found
 
 

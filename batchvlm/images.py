@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from batchvlm.config import ImageFormat
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.records import Failure, ImageRef
+from batchvlm.words import described
 
 # `_check_size` checks the header instead, before decoding, and names the setting.
 Image.MAX_IMAGE_PIXELS = None
@@ -113,7 +114,7 @@ def load_image(
     # Decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, MemoryError, ...
     except Exception as error:
         raise RowError(
-            ErrorType.DECODE, f"{len(data)} bytes are no readable image: {_one_line(error)}"
+            ErrorType.DECODE, f"{len(data)} bytes are no readable image: {_reason(error)}"
         ) from error
 
 
@@ -151,7 +152,7 @@ def image_size(
             raise
         except Exception as error:
             raise RowError(
-                ErrorType.DECODE, f"{num_bytes} bytes are no readable image: {_one_line(error)}"
+                ErrorType.DECODE, f"{num_bytes} bytes are no readable image: {_reason(error)}"
             ) from error
     width, height = image.size
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -192,11 +193,8 @@ def image_file(image: Image.Image, kind: ImageFormat) -> bytes:
     return file.getvalue()
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "unknown format"
-    text = " ".join(str(error).split())[:120]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _reason(error: Exception) -> str:
+    return "unknown format" if isinstance(error, UnidentifiedImageError) else described(error)
 
 
 def _read_file(path: str | None, image_root: str | None, max_bytes: int) -> bytes:

@@ -36,7 +36,7 @@ from batchvlm.records import (
     Record,
     Sample,
 )
-from batchvlm.words import one_line
+from batchvlm.words import described
 
 _RECENT_BYTES = 128 << 20
 """Size of a worker's cache of processed images: two of Qwen-VL's at the default
@@ -109,10 +109,7 @@ class Preprocessor:
             return Failure(error_type=error.error_type, message=error.message)
         # A processor may raise any exception on an unusual image.
         except Exception as error:
-            text = one_line(error)
-            return Failure(
-                error_type=ErrorType.PREPROCESS, message=f"{type(error).__name__}: {text}"
-            )
+            return Failure(error_type=ErrorType.PREPROCESS, message=described(error))
 
     def _picture(self, ref: ImageRef) -> Image.Image:
         """Return the decoded image of a reference, with its pixel digest in `info[KEY]`."""

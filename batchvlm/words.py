@@ -24,6 +24,12 @@ def one_line(value: object) -> str:
     return " ".join(str(value).split())[:200]
 
 
+def described(error: BaseException) -> str:
+    """Describe an error in one line: its type, and its message if it has one."""
+    text = one_line(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def setting(key: str, value: str) -> str:
     """Quote a setting for Hydra and shell: `data.path=a.parquet`, `'data.path="my a.parquet"'`."""
     if re.fullmatch(r"[\w./:@%-]+", value, re.ASCII):

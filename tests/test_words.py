@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from batchvlm.words import duration, large_number, num_bytes, number_of, one_line, printable
+from batchvlm.words import (
+    described,
+    duration,
+    large_number,
+    num_bytes,
+    number_of,
+    one_line,
+    printable,
+)
 
 
 def test_a_terminal_takes_no_orders_from_data() -> None:
@@ -42,3 +50,5 @@ def test_large_numbers() -> None:
 def test_an_error_of_many_lines_is_one() -> None:
     assert one_line(ValueError("no\n  such\tthing")) == "no such thing"
     assert len(one_line("x" * 999)) == 200
+    assert described(ValueError("no\n  such\tthing")) == "ValueError: no such thing"
+    assert described(TimeoutError()) == "TimeoutError"

@@ -17,6 +17,7 @@ from batchvlm.preprocess import check_length, room_behind
 from batchvlm.prompts import PromptBuilder
 from batchvlm.recent import KEY, RecentImageProcessor
 from batchvlm.records import Completion, Failure, FinishReason, Prompt, Record
+from batchvlm.words import described
 
 _CHECKED_ROWS = 3
 """Rows with images for which the quick count must equal the processor's before it is used."""
@@ -81,10 +82,7 @@ class TokenCounter:
             failure = Failure(error_type=error.error_type, message=error.message)
         # A processor can raise any error for an unusual size.
         except Exception as error:
-            text = " ".join(str(error).split())[:200]
-            failure = Failure(
-                error_type=ErrorType.PREPROCESS, message=f"{type(error).__name__}: {text}"
-            )
+            failure = Failure(error_type=ErrorType.PREPROCESS, message=described(error))
         return RowCount(row_index=record.row_index, id=record.id, failure=failure)
 
     def _count(self, record: Record) -> RowCount:

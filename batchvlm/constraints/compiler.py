@@ -22,6 +22,7 @@ from batchvlm.constraints.fallback import Fallback, XgrammarMatcher
 from batchvlm.constraints.plan import Plan, open_matcher
 from batchvlm.constraints.worker import XGRAMMAR
 from batchvlm.records import Constraint, Form, FormKind
+from batchvlm.words import one_line
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ class Compiler:
             # llguidance releases the GIL here.
             matcher = open_matcher(self._tokenizer, plan.grammar)
             if matcher.is_error():
-                reason = " ".join(matcher.get_error().split())[:200]
+                reason = one_line(matcher.get_error())
                 plan, matcher = _none(f"with this tokenizer: {reason}"), None
         if matcher is None and not plan.is_final and form.kind is FormKind.JSON_SCHEMA:
             plan, matcher = self._compile_by_xgrammar(planner, form, plan)

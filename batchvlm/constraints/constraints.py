@@ -19,6 +19,7 @@ from batchvlm.constraints.fallback import Fallback
 from batchvlm.constraints.masks import Masks, RowMatcher
 from batchvlm.errors import ErrorType, RowError
 from batchvlm.records import Constraint, Form, Sample
+from batchvlm.words import one_line
 
 log = logging.getLogger(__name__)
 
@@ -250,8 +251,7 @@ def _engine_tokenizer(
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        reason = " ".join(str(error).split())[:200]
-        log.warning("answers are not guided: no grammar for this tokenizer (%s)", reason)
+        log.warning("answers are not guided: no grammar for this tokenizer (%s)", one_line(error))
         return None, num_known
     log.debug("tokenizer for grammars in %.1f s", time.perf_counter() - start)
     return made, num_known

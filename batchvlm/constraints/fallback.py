@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchvlm.words import one_line
+
 log = logging.getLogger(__name__)
 
 _MAX_MASK_S = 1.0
@@ -121,8 +123,7 @@ class Fallback:
             return str(self._info.serialize_json())
         # A broken installation, or a tokenizer that it cannot read.
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            log.warning("a form is not guided: xgrammar cannot be used (%s)", reason)
+            log.warning("a form is not guided: xgrammar cannot be used (%s)", one_line(error))
             return None
 
     @cached_property

@@ -19,6 +19,7 @@ from batchvlm.constraints.merge import MergeError, open_references
 from batchvlm.constraints.rewrite import Rewriter, UnsupportedSchemaError
 from batchvlm.constraints.strings import WORDS, translate
 from batchvlm.records import Constraint, Form, FormKind
+from batchvlm.words import described, one_line
 
 # One optional space where people and models write one. With any white space allowed, a model can
 # generate white space up to its token limit.
@@ -60,10 +61,10 @@ def make_plan(form: Form) -> Plan:
                 notes.append(f"left to validation: {', '.join(sorted(left_out))}")
             return Plan(constraint=constraint, grammar=grammar, notes=tuple(notes))
         except (UnsupportedSchemaError, MergeError, _NoGrammarError) as error:
-            notes.append(f"{name}: {' '.join(str(error).split())[:200]}")
+            notes.append(f"{name}: {one_line(error)}")
         # An unforeseen schema must only fail its own rows.
         except (RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
-            notes.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            notes.append(f"{name}: {described(error)}")
     return Plan(constraint=Constraint.NONE, grammar=None, notes=tuple(notes))
 
 

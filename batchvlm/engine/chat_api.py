@@ -23,6 +23,7 @@ from batchvlm.records import (
     Sample,
     Usage,
 )
+from batchvlm.words import one_line
 
 _FINISH_REASONS = {
     "stop": FinishReason.STOP,
@@ -36,7 +37,6 @@ _TOO_LONG = re.compile(
     re.IGNORECASE,
 )
 _IMAGE_URI = re.compile(r"data:image[^\s\"']*")
-_MAX_MESSAGE_CHARS = 200
 _OPTIONAL_FIELDS = {
     "frequency_penalty": "frequency_penalty",
     "presence_penalty": "presence_penalty",
@@ -178,13 +178,13 @@ def read_reply(text: bytes, sample: Sample, latency_s: float) -> Completion | Fa
         # content_filter, abort, tool_calls, ...: the answer is incomplete or missing.
         return Failure(
             error_type=ErrorType.ENGINE,
-            message=f"the server ended the answer for another reason: {one_line(reason)}",
+            message=f"the server ended the answer for another reason: {without_images(reason)}",
         )
     if refused and not answer:
         # With a requested schema, a refusal is in its own field, with finish reason `stop`.
         return Failure(
             error_type=ErrorType.ENGINE,
-            message=f"the model refused: {one_line(refused)}",
+            message=f"the model refused: {without_images(refused)}",
         )
     if sample.generation.logprobs and logprobs is None:
         return Failure(
@@ -235,7 +235,7 @@ def reason_of(text: bytes, *, secrets: Iterable[str] = ()) -> str:
         line = _message_in(json.loads(text))
     for secret in secrets:
         line = line.replace(secret, "***")
-    return one_line(line) or "no reason given"
+    return without_images(line) or "no reason given"
 
 
 def _message_in(value: Any) -> str:
@@ -251,5 +251,6 @@ def _message_in(value: Any) -> str:
     return str(value or "")
 
 
-def one_line(text: str) -> str:
-    return " ".join(_IMAGE_URI.sub("data:...", text).split())[:_MAX_MESSAGE_CHARS]
+def without_images(text: str) -> str:
+    """Return text of a server as one line, without the images that it repeats."""
+    return one_line(_IMAGE_URI.sub("data:...", text))

@@ -27,11 +27,11 @@ from batchvlm.engine.answers import expand, join
 from batchvlm.engine.chat_api import (
     SENT_KINDS,
     MalformedReplyError,
-    one_line,
     read_reply,
     reason_of,
     refusal,
     request_body,
+    without_images,
 )
 from batchvlm.engine.protocol import Outcome, SampleStream
 from batchvlm.errors import ConfigError, EndpointError, ErrorType, ModelError
@@ -372,7 +372,7 @@ class EndpointEngine:
         return ModelError(message, hint=hint)
 
     def _describe(self, error: Exception) -> str:
-        text = one_line(str(error))
+        text = without_images(str(error))
         if self._token:
             text = text.replace(self._token, "***")
         return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -9,7 +9,7 @@ import torch
 
 from batchvlm.errors import DeviceError, ErrorType
 from batchvlm.records import Failure
-from batchvlm.words import one_line
+from batchvlm.words import described
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,3 @@ def free_memory(device: torch.device) -> None:
     except RuntimeError as error:
         # torch 2.11 never frees this memory after an aborted graph capture.
         log.debug("cached memory was not freed: %s", described(error))
-
-
-def described(error: BaseException) -> str:
-    """An error's type and message on one line."""
-    return f"{type(error).__name__}: {one_line(error)}"

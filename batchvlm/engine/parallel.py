@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from batchvlm.config import JobConfig
-from batchvlm.engine.faults import described
 from batchvlm.errors import ReplicaError
 from batchvlm.records import Array
+from batchvlm.words import described
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from batchvlm.config import EngineConfig
 from batchvlm.engine.cache import RowCache
 from batchvlm.engine.clock import Clock
 from batchvlm.engine.decoder import Decoder, Piece, Prompt
-from batchvlm.engine.faults import described, device_error, failure_of, free_memory
+from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.memory import MemoryPlan
 from batchvlm.engine.streams import Streams
 from batchvlm.engine.vision import Encoded, Entry, ImageFeatures, Unit, batches
@@ -38,6 +38,7 @@ from batchvlm.engine.waiting import (
 )
 from batchvlm.errors import ErrorType
 from batchvlm.records import EngineStats, Failure, Sample
+from batchvlm.words import described
 
 log = logging.getLogger(__name__)
 

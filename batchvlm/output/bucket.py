@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from batchvlm.errors import ConfigError
-from batchvlm.words import one_line
+from batchvlm.words import described
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _SECRET = re.compile(r"[^/@]*:[^/@]*@|.*[?#]")
@@ -249,7 +249,7 @@ def _as_os_errors() -> Iterator[None]:
     except (ConfigError, FileNotFoundError, FileExistsError):
         raise
     except Exception as error:
-        text = f"{type(error).__name__}: {one_line(error)}"
+        text = described(error)
         if "PreconditionFailed" in text or "pre-conditions" in text:
             raise FileExistsError(errno.EEXIST, text) from error
         raise OSError(errno.EIO, text) from error

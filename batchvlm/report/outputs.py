@@ -18,6 +18,7 @@ from batchvlm.errors import OutputError
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import RunFile
 from batchvlm.output.verify import open_run
+from batchvlm.words import one_line
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def open_output(root: str | Path) -> Output:
 
 def _unreadable(folder: OutputFolder, path: Path, error: Exception) -> OutputError:
     return OutputError(
-        f"{folder.address(path)} cannot be read: {' '.join(str(error).split())[:200]}",
+        f"{folder.address(path)} cannot be read: {one_line(error)}",
         hint="delete it and run the job again: its rows are computed anew",
     )
 

@@ -28,6 +28,7 @@ from batchvlm.runtime.clock import RunningClock
 from batchvlm.runtime.launch import Launch
 from batchvlm.runtime.metrics import Metrics
 from batchvlm.runtime.watchdog import Ticker
+from batchvlm.words import one_line
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +218,7 @@ class Peers:
             return _TimedCall(call).within(limit_s)
         except Exception as error:  # torch's exceptions, network errors, invalid JSON
             self.is_lost = True
-            raise StoreLost(" ".join(str(error).split())[:200]) from error
+            raise StoreLost(one_line(error)) from error
 
 
 class _TimedCall(Generic[T]):

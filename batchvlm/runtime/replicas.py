@@ -29,6 +29,7 @@ from batchvlm.errors import ConfigError, ExitCode, ReplicaError
 from batchvlm.runtime.claims import open_store
 from batchvlm.runtime.launch import Launch
 from batchvlm.runtime.signals import interrupted_at_s
+from batchvlm.words import one_line
 
 _CONNECT_TIMEOUT_S = 150.0
 """Libraries load slowly from a busy disk."""
@@ -171,7 +172,7 @@ class Followers:
             try:
                 self.replica.open_store().set(_key(self.replica), address)
             except RuntimeError as error:  # includes torch.distributed's errors
-                reason = " ".join(str(error).split())[:200]
+                reason = one_line(error)
                 raise ReplicaError(f"cannot connect to the launch's store: {reason}") from error
             while len(self._connections) < self.size - 1:
                 server.settimeout(max(0.1, end_s - time.monotonic()))

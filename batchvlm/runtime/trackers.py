@@ -18,6 +18,7 @@ from typing import Any, Self
 from batchvlm.config import TrackingConfig
 from batchvlm.errors import ConfigError
 from batchvlm.runtime.metrics import Metrics
+from batchvlm.words import described
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +111,7 @@ class Trackers:
                 write()
             except Exception as error:  # a library or its server may raise anything
                 del self._writers[name]
-                text = " ".join(str(error).split())[:200]
-                log.warning("the run goes on without %s: %s: %s", name, type(error).__name__, text)
+                log.warning("the run goes on without %s: %s", name, described(error))
 
 
 def numbers(metrics: Metrics) -> dict[str, float]:
@@ -175,9 +175,8 @@ def _open_tracker(name: str, cfg: TrackingConfig, place: Place, folder: Path) ->
         if hasattr(tracker, "start"):
             tracker.start()
     except Exception as error:  # such as a missing login, or a folder that is not writable
-        text = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"tracking.trackers: {name} does not start: {type(error).__name__}: {text}",
+            f"tracking.trackers: {name} does not start: {described(error)}",
             hint="fix the cause, or remove it from tracking.trackers",
         ) from error
     return tracker

@@ -33,6 +33,7 @@ from batchvlm.records import Failure, Record, Sample
 from batchvlm.runtime.clock import RunningClock
 from batchvlm.runtime.launch import num_cores
 from batchvlm.runtime.pipes import array_pipe
+from batchvlm.words import described
 
 # Enough that a worker never waits for the next record, few enough to bound memory.
 _IN_FLIGHT_PER_WORKER = 16
@@ -239,10 +240,7 @@ class WorkerPool:
         except CancelledError:
             raise
         except Exception as error:  # the record or the sample could not be pickled
-            text = " ".join(str(error).split())[:200]
-            return Failure(
-                error_type=ErrorType.PREPROCESS, message=f"{type(error).__name__}: {text}"
-            )
+            return Failure(error_type=ErrorType.PREPROCESS, message=described(error))
 
 
 class _TimedTasks(TaskManager):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
-from batchvlm.sources.rows import one_line
+from batchvlm.words import described
 
 
 class Chunk(Protocol):
@@ -66,7 +66,7 @@ class Cursors(Generic[K, C]):
                     chunk = cursor.next_chunk(end)
                 except Exception as error:  # each format raises errors of its own
                     is_good = False
-                    broken = (cursor.row, one_line(error))
+                    broken = (cursor.row, described(error))
                     # A stream that fails at row 0 is cheap to retry and may not have been opened.
                     if cursor.row:
                         self._broken[key] = broken

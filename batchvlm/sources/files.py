@@ -13,7 +13,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from batchvlm.errors import InputError
-from batchvlm.sources.rows import one_line
+from batchvlm.words import described
 
 HAS_CHANGED = "the file has changed since the plan was made"
 _TABLE_LOGS = {
@@ -89,12 +89,12 @@ def list_files(path: str, *, suffixes: tuple[str, ...]) -> Listing:
         raise
     except ImportError as error:
         raise InputError(
-            f"data.path: {path} needs a package that is not installed: {one_line(error)}",
+            f"data.path: {path} needs a package that is not installed: {described(error)}",
             hint="install it with pip",
         ) from error
     except Exception as error:  # every file system raises errors of its own
         raise InputError(
-            f"data.path: cannot list {path}: {one_line(error)}",
+            f"data.path: cannot list {path}: {described(error)}",
             hint="check the address, the credentials and the permissions",
         ) from error
     names = {posixpath.relpath(p, root) if root else p: p for p in found}

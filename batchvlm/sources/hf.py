@@ -28,7 +28,8 @@ from batchvlm.records import InputFile, Record, Shard
 from batchvlm.sources.cursor import BrokenStreamError, Cursors
 from batchvlm.sources.files import image_root_of, listing_of
 from batchvlm.sources.parquet import ParquetSource
-from batchvlm.sources.rows import ShardRows, one_line
+from batchvlm.sources.rows import ShardRows
+from batchvlm.words import described
 
 CHUNK_ROWS = 32
 """Number of rows read at once."""
@@ -56,7 +57,7 @@ def open_hf(cfg: DataConfig) -> DatasetSource | StreamSource | ParquetSource:
             raise
         except Exception as error:  # the library and its many formats raise errors of their own
             raise InputError(
-                f"data.path: cannot load dataset {cfg.path}: {one_line(error)}",
+                f"data.path: cannot load dataset {cfg.path}: {described(error)}",
                 hint="check data.path, data.subset, data.split and data.revision",
             ) from error
 
@@ -194,7 +195,7 @@ class DatasetSource:
             try:
                 chunk = table[start : start + len(wanted)] if wanted else []
             except Exception as error:  # a cache file was removed or overwritten
-                chunk, message = [], f"{self._name}: {one_line(error)}"
+                chunk, message = [], f"{self._name}: {described(error)}"
             if len(chunk):
                 yield from rows.from_arrow(chunk, row, self.schema)
                 row += len(chunk)
@@ -252,7 +253,7 @@ class StreamSource:
             return sum(len(chunk) for chunk in self._chunks(tuple(names[:1])))
         except Exception as error:  # each format raises errors of its own
             raise InputError(
-                f"data.path: split {self._name} cannot be streamed: {one_line(error)}",
+                f"data.path: split {self._name} cannot be streamed: {described(error)}",
                 hint="load it whole by data.streaming=false",
             ) from error
 

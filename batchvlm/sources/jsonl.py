@@ -24,7 +24,8 @@ from batchvlm.errors import InputError
 from batchvlm.records import InputFile, Record, Shard
 from batchvlm.sources.cursor import BrokenStreamError, Cursors
 from batchvlm.sources.files import HAS_CHANGED, Listing, image_root_of, is_text, list_files
-from batchvlm.sources.rows import MAX_DEPTH, ShardRows, is_too_deep, one_line
+from batchvlm.sources.rows import MAX_DEPTH, ShardRows, is_too_deep
+from batchvlm.words import described
 
 SUFFIXES = tuple(f".{kind}{end}" for kind in ("jsonl", "ndjson") for end in ("", ".gz"))
 CHUNK_BYTES = 1 << 20
@@ -138,7 +139,7 @@ class JsonlSource:
                 row += 1
         # Each file system and compression has its own errors.
         except Exception as error:
-            message = str(error) if isinstance(error, BrokenStreamError) else one_line(error)
+            message = str(error) if isinstance(error, BrokenStreamError) else described(error)
         yield from rows.failed(range(row, shard.num_rows), f"{shard.source_file}: {message}")
 
     def _to_record(self, rows: ShardRows, row: int, line: bytes) -> Record:
@@ -232,7 +233,7 @@ def _not_json_lines(name: str, start: bytes, num_lines: int) -> InputError:
 
 def _unreadable(name: str, error: Exception) -> InputError:
     return InputError(
-        f"data.path: cannot read {name}: {one_line(error)}",
+        f"data.path: cannot read {name}: {described(error)}",
         hint="check that the file is whole and that you may read it",
     )
 

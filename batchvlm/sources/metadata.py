@@ -27,7 +27,8 @@ from batchvlm.sources.cursor import BrokenStreamError, Cursors
 from batchvlm.sources.files import HAS_CHANGED, Listing, image_root_of, is_text
 from batchvlm.sources.jsonl import JsonlSource
 from batchvlm.sources.parquet import ParquetSource
-from batchvlm.sources.rows import ShardRows, one_line
+from batchvlm.sources.rows import ShardRows
+from batchvlm.words import described
 
 _NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _FILE_NAME = "file_name"
@@ -223,7 +224,7 @@ class _CsvSource:
                         yield rows.record(row, values)
                 row += 1
         except Exception as error:  # csv, decoding and file system errors
-            message = str(error) if isinstance(error, BrokenStreamError) else one_line(error)
+            message = str(error) if isinstance(error, BrokenStreamError) else described(error)
         yield from rows.failed(range(row, shard.num_rows), f"{shard.source_file}: {message}")
 
     def _chunks(self, name: str) -> Iterator[list[Mapping[str, Any] | str]]:
@@ -259,7 +260,7 @@ class _CsvSource:
                 num_rows = sum(1 for line in islice(reader, max_rows) if line)
         except (OSError, csv.Error) as error:
             raise InputError(
-                f"data.path: cannot read {name}: {one_line(error)}",
+                f"data.path: cannot read {name}: {described(error)}",
                 hint="check that the file is whole CSV and that you may read it",
             ) from error
         return header, num_rows, digest.hexdigest()

@@ -27,7 +27,8 @@ from batchvlm.errors import InputError
 from batchvlm.records import InputFile, Record, Shard
 from batchvlm.sources.cursor import BrokenStreamError, Cursors
 from batchvlm.sources.files import HAS_CHANGED, Listing, image_root_of, list_files
-from batchvlm.sources.rows import ShardRows, one_line
+from batchvlm.sources.rows import ShardRows
+from batchvlm.words import described
 
 TAIL_BYTES = 1 << 16
 """Size of the first read from a file's end; only footers with very many row groups are larger."""
@@ -130,7 +131,7 @@ class ParquetSource:
             file = self._checked_file(name)
             _check_columns(name, file.schema, self.schema, rows.columns_of_values, rows.kept)
         except Exception as error:  # each file system raises errors of its own
-            yield from rows.failed(range(shard.num_rows), f"{name}: {one_line(error)}")
+            yield from rows.failed(range(shard.num_rows), f"{name}: {described(error)}")
             return
         row = 0
         while row < shard.num_rows:
@@ -310,7 +311,7 @@ def _read_footers(listing: Listing) -> dict[str, _Footer]:
             footer, _ = _read_footer(listing.fs, name, path)
         except Exception as error:  # each file system raises errors of its own
             raise InputError(
-                f"data.path: {name} is no readable Parquet file: {one_line(error)}",
+                f"data.path: {name} is no readable Parquet file: {described(error)}",
                 hint="write it again or take it out of the input; data=hf reads CSV and JSON files",
             ) from error
         # Files with equal schemas share one object: there may be ten thousand.

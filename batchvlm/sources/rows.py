@@ -11,9 +11,7 @@ import pyarrow as pa
 
 from batchvlm.errors import ErrorType
 from batchvlm.records import Failure, Record, Shard
-
-MAX_ERROR_CHARS = 200
-"""Most characters of another library's message in an error message."""
+from batchvlm.words import one_line
 
 MAX_DEPTH = 128
 """Levels of arrays and objects in a JSON value. Later stages walk values recursively, with a few
@@ -111,7 +109,7 @@ class ShardRows:
                         kept[name] = column.kept(place)
                 except Exception as error:  # Arrow, Unicode, date and overflow errors
                     # Without the error's message, which may quote the value.
-                    kind = column.description[:MAX_ERROR_CHARS]
+                    kind = one_line(column.description)
                     message = f"column {name!r} ({kind}): {type(error).__name__}"
             if message:
                 yield self._record(row, {}, self._key(read), message)
@@ -243,9 +241,3 @@ def _is_exact(kind: pa.DataType) -> bool:
     if pa.types.is_nested(kind):
         return hasattr(kind, "value_type") and _is_exact(kind.value_type)
     return not pa.types.is_temporal(kind) and not isinstance(kind, pa.BaseExtensionType)
-
-
-def one_line(error: BaseException) -> str:
-    """Return another library's error as one line of limited length, with its type."""
-    text = " ".join(str(error).split())[:MAX_ERROR_CHARS]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -24,7 +24,8 @@ from batchvlm.errors import InputError
 from batchvlm.records import InputFile, Record, Shard
 from batchvlm.sources.files import HAS_CHANGED, Listing, image_root_of, is_text, list_files
 from batchvlm.sources.folder import IMAGE_SUFFIXES
-from batchvlm.sources.rows import MAX_DEPTH, ShardRows, is_too_deep, one_line
+from batchvlm.sources.rows import MAX_DEPTH, ShardRows, is_too_deep
+from batchvlm.words import described
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
 """Key and extension, split as WebDataset does: at the first dot of the file name."""
@@ -170,7 +171,7 @@ class WebDatasetSource:
             return
         # Each file system has its own errors.
         except Exception as error:
-            message = str(error) if str(error) == HAS_CHANGED else one_line(error)
+            message = str(error) if str(error) == HAS_CHANGED else described(error)
         yield from rows.failed(range(row, shard.num_rows), f"{name}: {message}")
 
     def _record(self, rows: ShardRows, row: int, found: _Row, file: BinaryIO) -> Record:
@@ -249,7 +250,7 @@ class WebDatasetSource:
                 rows, digest = _scan(file)
         except Exception as error:  # tarfile raises many types for a damaged archive
             raise InputError(
-                f"data.path: {name} is no whole tar archive: {one_line(error)}",
+                f"data.path: {name} is no whole tar archive: {described(error)}",
                 hint="fetch or write that file again; compressed ones have to be unpacked to .tar",
             ) from error
         return _Index(rows, digest, stamp)
