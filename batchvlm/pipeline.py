@@ -28,7 +28,7 @@ from batchvlm.output.run_file import save_run
 from batchvlm.records import Completion, Failure, Record, Sample, Shard
 from batchvlm.report.card import complete_card, write_finished_card, write_first_card
 from batchvlm.report.redact import redact_all
-from batchvlm.runtime.claims import TALK_EVERY_S, Peers, claim_shards
+from batchvlm.runtime.claims import HEARTBEAT_EVERY_S, Peers, claim_shards
 from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.metrics import Metrics, TimeLine
 from batchvlm.runtime.prefetch import Prefetcher
@@ -285,8 +285,8 @@ def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Eng
         collector.finish_all()
         metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
         if peers is not None:
-            peers.tell(metrics)
-            peers.see_off(lambda: _wait_a_little(collector))
+            peers.send_heartbeat(metrics)
+            peers.wait_for_others(lambda: _wait_a_little(collector))
             progress.advance()
 
 
@@ -321,7 +321,7 @@ def _load(cfg: JobConfig, rank: Rank, followers: Followers | None) -> Engine:
 
 
 def _wait_a_little(collector: Collector) -> None:
-    time.sleep(TALK_EVERY_S)
+    time.sleep(HEARTBEAT_EVERY_S)
     collector.advance()
 
 
@@ -349,7 +349,7 @@ def _open_progress(collector: Collector, work: _Work) -> Progress:
         collector.metrics,
         total=sum(shard.num_rows for shard in work.mine),
         log_every_s=runtime.log_every_s,
-        others=work.peers.heard if work.peers is not None else tuple,
+        others=work.peers.others if work.peers is not None else tuple,
         is_shown=rank.index == 0,
         has_bar=not runtime.log_json,
         memory=lambda: memory_of(rank.device),

@@ -16,12 +16,12 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache
-from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from batchvlm.records import Shard
 from batchvlm.runtime.clock import RunningClock
@@ -40,7 +40,7 @@ _REQUEST_TIMEOUT_S = 30.0
 """A machine that fails may leave its connections open."""
 _HEARTBEAT_TIMEOUT_S = 30.0
 """A rank without a heartbeat for this long is dead or unreachable."""
-TALK_EVERY_S = 1.0
+HEARTBEAT_EVERY_S = 1.0
 """Seconds between two heartbeats of a rank."""
 
 
@@ -53,7 +53,7 @@ class Counts:
     """Rows that earlier runs finished in shards that were still incomplete."""
     num_errors: int = 0
     completion_tokens: int = 0
-    num_told: int = 0
+    num_heartbeats: int = 0
     """Number of heartbeats; it changes even during a long row or while the model loads."""
     is_over: bool = False
 
@@ -88,7 +88,7 @@ class Peers:
         self._lock = threading.Lock()
         self._store: Any = None
         self._heartbeats: dict[int, tuple[Counts, float]] = {}
-        self._num_told = 0
+        self._num_heartbeats = 0
         self._is_over = False
         self.is_lost = False
         """Whether the store was given up. Some shards may then be left to the next run."""
@@ -122,21 +122,21 @@ class Peers:
         """Send and read heartbeats every second; on exit, send one that says the rank is done."""
 
         def exchange_once() -> None:
-            self.tell(metrics)
-            self.hear()
+            self.send_heartbeat(metrics)
+            self.read_heartbeats()
 
-        with Ticker(exchange_once, every_s=TALK_EVERY_S, name="peers"):
+        with Ticker(exchange_once, every_s=HEARTBEAT_EVERY_S, name="peers"):
             try:
                 yield
             finally:
                 self._is_over = True
-                self.tell(metrics)
+                self.send_heartbeat(metrics)
 
-    def tell(self, metrics: Metrics) -> None:
+    def send_heartbeat(self, metrics: Metrics) -> None:
         """Write this rank's heartbeat to the store."""
-        self._num_told += 1
+        self._num_heartbeats += 1
         counts = Counts(
-            num_told=self._num_told,
+            num_heartbeats=self._num_heartbeats,
             num_rows=metrics.num_rows,
             num_found=metrics.num_found,
             num_errors=metrics.num_errors,
@@ -146,17 +146,17 @@ class Peers:
         key = f"{self._prefix}/{self._launch.rank}"
         self._try_request(lambda store: store.set(key, json.dumps(asdict(counts))))
 
-    def hear(self) -> None:
+    def read_heartbeats(self) -> None:
         """On rank 0, read the heartbeats of the others; on other ranks, do nothing."""
         if self._launch.rank == 0:
-            self._try_request(self._read_heartbeats)
+            self._try_request(self._read_all)
 
-    def heard(self) -> list[Counts]:
+    def others(self) -> list[Counts]:
         """Return the last counts of each other rank that was heard, dead ones included."""
         with self._lock:
             return [counts for counts, _ in self._heartbeats.values()]
 
-    def see_off(self, wait: Callable[[], object]) -> None:
+    def wait_for_others(self, wait: Callable[[], object]) -> None:
         """On rank 0, wait until the others are done: it serves the store and shows their rows.
 
         A rank without a heartbeat for 30 seconds is not waited for.
@@ -165,11 +165,11 @@ class Peers:
             wait: called between two checks; it should block for a moment.
         """
         while self._launch.rank == 0 and not self.is_lost:
-            self.hear()
+            self.read_heartbeats()
             now = self._clock()
             with self._lock:
-                heard = list(self._heartbeats.values())
-            if all(counts.is_over or now - at_s > _HEARTBEAT_TIMEOUT_S for counts, at_s in heard):
+                latest = list(self._heartbeats.values())
+            if all(counts.is_over or now - at_s > _HEARTBEAT_TIMEOUT_S for counts, at_s in latest):
                 return
             wait()
 
@@ -185,14 +185,13 @@ class Peers:
                 self._store = store
         return self._store
 
-    def _read_heartbeats(self, store: Any) -> None:
+    def _read_all(self, store: Any) -> None:
         now = self._clock()
         for rank in range(1, self._launch.world_size):
             key = f"{self._prefix}/{rank}"
             if not store.check([key]):
                 continue
-            said = json.loads(store.get(key))
-            counts = Counts(**{field.name: said[field.name] for field in fields(Counts)})
+            counts = Counts(**json.loads(store.get(key)))
             with self._lock:
                 if rank not in self._heartbeats or self._heartbeats[rank][0] != counts:
                     self._heartbeats[rank] = (counts, now)
@@ -215,34 +214,32 @@ class Peers:
         if self.is_lost:
             raise StoreLost("it did not answer before")
         try:
-            return _TimedCall(call).within(limit_s)
+            return _within(limit_s, call)
         except Exception as error:  # torch's exceptions, network errors, invalid JSON
             self.is_lost = True
             raise StoreLost(one_line(error)) from error
 
 
-class _TimedCall(Generic[T]):
-    """Runs a call that may never return in a thread of its own."""
+def _within(limit_s: float, call: Callable[[], T]) -> T:
+    """Run a call that may never return in a thread of its own, and wait for it.
 
-    def __init__(self, call: Callable[[], T]) -> None:
-        self._call = call
-        self._queue: SimpleQueue[tuple[T | None, Exception | None]] = SimpleQueue()
-        threading.Thread(target=self._run, name="store", daemon=True).start()
+    Raises:
+        TimeoutError: it has not returned within `limit_s`.
+    """
+    future: Future[T] = Future()
 
-    def within(self, limit_s: float) -> T:
+    def run() -> None:
         try:
-            value, error = self._queue.get(timeout=limit_s)
-        except Empty:
-            raise TimeoutError(f"no answer for {limit_s:g} s") from None
-        if error is not None:
-            raise error
-        return value  # type: ignore[return-value]
-
-    def _run(self) -> None:
-        try:
-            self._queue.put((self._call(), None))
+            future.set_result(call())
         except Exception as error:
-            self._queue.put((None, error))
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="store", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if not future.done():
+        raise TimeoutError(f"no answer for {limit_s:g} s")
+    return future.result()
 
 
 def claim_shards(

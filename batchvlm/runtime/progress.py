@@ -7,11 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from tqdm import tqdm
 
+from batchvlm.runtime.claims import Counts
 from batchvlm.runtime.logs import DATA
 from batchvlm.runtime.metrics import Metrics
 from batchvlm.words import number_of
@@ -19,22 +19,6 @@ from batchvlm.words import number_of
 log = logging.getLogger(__name__)
 
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
-
-
-class Counts(Protocol):
-    """The progress of another rank."""
-
-    @property
-    def num_rows(self) -> int: ...
-
-    @property
-    def num_found(self) -> int: ...
-
-    @property
-    def num_errors(self) -> int: ...
-
-    @property
-    def completion_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +88,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 

@@ -71,7 +71,7 @@ def test_every_shard_goes_to_exactly_one_rank(num: int, world_size: int, seed: i
 def test_without_a_host_the_shards_are_divided_and_nobody_is_lost() -> None:
     ranks = [Peers(Launch(rank=r, world_size=2), "job") for r in range(2)]
     assert [list(rank.claim(5)) for rank in ranks] == [[0, 2, 4], [1, 3]]
-    ranks[0].see_off(lambda: pytest.fail("there is nobody to wait for"))
+    ranks[0].wait_for_others(lambda: pytest.fail("there is nobody to wait for"))
     assert not any(rank.is_lost for rank in ranks)
 
 
@@ -136,7 +136,7 @@ def test_a_store_that_a_heartbeat_lost_is_asked_for_no_more_shards() -> None:
     claimed = rank.claim(6)
     assert next(claimed) == 0
     store.calls_left = 0
-    rank.tell(Metrics())
+    rank.send_heartbeat(Metrics())
     store.calls_left = 1_000_000
     assert rank.is_lost and list(claimed) == [2, 4]
 
@@ -180,8 +180,8 @@ def test_rank_0_hears_the_others_and_stays_until_they_are_over() -> None:
     first, second, third = make_ranks(3, dist.HashStore(), clock=lambda: now)
     for rank in (first, second, third):
         list(rank.claim(0))
-    second.tell(Metrics(num_rows=4, num_found=1))
-    third.tell(Metrics(num_rows=7))
+    second.send_heartbeat(Metrics(num_rows=4, num_found=1))
+    third.send_heartbeat(Metrics(num_rows=7))
     waits = 0
 
     def wait() -> None:
@@ -192,11 +192,11 @@ def test_rank_0_hears_the_others_and_stays_until_they_are_over() -> None:
             with second.exchange(Metrics(num_rows=9)):
                 pass
 
-    first.see_off(wait)
+    first.wait_for_others(wait)
     # The second said that it is over, the third has been silent for half a minute.
     assert 30 <= waits <= 32
-    assert sorted(counts.num_rows for counts in first.heard()) == [7, 9]
-    assert [counts.is_over for counts in first.heard()] == [True, False]
+    assert sorted(counts.num_rows for counts in first.others()) == [7, 9]
+    assert [counts.is_over for counts in first.others()] == [True, False]
 
 
 def test_a_rank_at_a_long_row_is_alive() -> None:
@@ -204,22 +204,22 @@ def test_a_rank_at_a_long_row_is_alive() -> None:
     first, second = make_ranks(2, dist.HashStore(), clock=lambda: now)
     for rank in (first, second):
         list(rank.claim(0))
-    second.tell(Metrics())
+    second.send_heartbeat(Metrics())
 
     def wait() -> None:
         nonlocal now
         now += 20.0
         if now < 200:
-            second.tell(Metrics())
+            second.send_heartbeat(Metrics())
 
-    first.see_off(wait)
+    first.wait_for_others(wait)
     assert 200 <= now <= 260
 
 
 def test_a_rank_that_never_came_is_not_waited_for() -> None:
     first, _ = make_ranks(2, dist.HashStore())
     list(first.claim(0))
-    first.see_off(lambda: pytest.fail("nobody is there"))
+    first.wait_for_others(lambda: pytest.fail("nobody is there"))
     assert not first.is_lost
 
 
@@ -228,11 +228,11 @@ def test_rank_0_waits_for_nobody_once_it_has_lost_the_store() -> None:
     first, second = make_ranks(2, store)
     for rank in (first, second):
         list(rank.claim(0))
-    second.tell(Metrics())
-    first.hear()
+    second.send_heartbeat(Metrics())
+    first.read_heartbeats()
     store.calls_left = 0
-    first.hear()
-    first.see_off(lambda: pytest.fail("it cannot hear them"))
+    first.read_heartbeats()
+    first.wait_for_others(lambda: pytest.fail("it cannot hear them"))
 
 
 def test_a_rank_that_died_long_ago_is_not_waited_for() -> None:
@@ -241,16 +241,16 @@ def test_a_rank_that_died_long_ago_is_not_waited_for() -> None:
     first, dead = make_ranks(2, dist.HashStore(), clock=RunningClock(lambda: now))
     for rank in (first, dead):
         list(rank.claim(0))
-    dead.tell(Metrics())
+    dead.send_heartbeat(Metrics())
     for _ in range(100):
-        first.hear()
+        first.read_heartbeats()
         now += 1.0
-    first.see_off(lambda: pytest.fail("it has been silent for more than a minute"))
+    first.wait_for_others(lambda: pytest.fail("it has been silent for more than a minute"))
 
 
 def test_only_rank_0_waits() -> None:
     first, second = make_ranks(2, dist.HashStore())
     for rank in (first, second):
         list(rank.claim(0))
-    first.tell(Metrics(num_rows=1))
-    second.see_off(lambda: pytest.fail("it may go"))
+    first.send_heartbeat(Metrics(num_rows=1))
+    second.wait_for_others(lambda: pytest.fail("it may go"))
