@@ -21,7 +21,6 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import TracebackType
 from typing import Any, Self
 
 from batchvlm.config import ModelConfig
@@ -147,16 +146,11 @@ class Followers:
         try:
             self._accept_followers()
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._is_left = True
         for connection in self._connections.values():
             with suppress(OSError):
@@ -265,12 +259,7 @@ class Leader:
         threading.Thread(target=self._listen, name="leader", daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # The leader sees this at once, however long this process takes to exit.
         with suppress(OSError):
             self._peer.shutdown(socket.SHUT_RDWR)

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from batchvlm.errors import ExitCode
@@ -42,12 +41,7 @@ class Ticker:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._is_stopped.set()
         # A thread within a library call when the interpreter exits can crash it. The wait is short,
         # because the call may hang on a disk that does not respond.
@@ -99,13 +93,8 @@ class Watchdog(Ticker):
             self._defers_suspension = defer_suspension()
         return super().__enter__()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, traceback)
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
         faulthandler.cancel_dump_traceback_later()
         if self._defers_suspension:
             allow_suspension()

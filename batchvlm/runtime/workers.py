@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from multiprocessing import forkserver, parent_process, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.synchronize import RLock
-from types import TracebackType
 from typing import Any, Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
@@ -126,12 +125,7 @@ class WorkerPool:
                 "files, or set runtime.num_workers=0",
             ) from error
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._is_closed = True
         self._starter.shutdown()  # waits for a pool that is being started
         if self._pool is not None:
