@@ -13,7 +13,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import NoReturn
 
 from batchvlm import __version__
@@ -83,7 +82,7 @@ def leave(code: int) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `batchvlm` command."""
-    args = _without_debug(sys.argv[1:] if argv is None else argv)
+    args = _take_debug(sys.argv[1:] if argv is None else argv)
     match args:
         case ["--version"] | [_, "--version"] if args[0] in (*COMMANDS, "--version"):
             print(f"batchvlm {__version__}")
@@ -126,19 +125,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _report(ConfigError(f"{args[0]} is no command", hint=hint))
 
 
-def _without_debug(args: Sequence[str]) -> list[str]:
-    """Return the arguments without `--debug`; `_debug` records whether it was there."""
-    _debug.is_on = "--debug" in args
+_shows_tracebacks = False
+"""Whether `--debug` is given."""
+
+
+def _take_debug(args: Sequence[str]) -> list[str]:
+    """Note whether the arguments hold `--debug`, and return the others."""
+    global _shows_tracebacks
+    _shows_tracebacks = "--debug" in args
     return [arg for arg in args if arg != "--debug"]
-
-
-@dataclass
-class _Debug:
-    is_on: bool = False
-    """Whether errors are printed with their traceback."""
-
-
-_debug = _Debug()
 
 
 def _run_command(command: Callable[[Sequence[str]], ExitCode], argv: Sequence[str]) -> int:
@@ -186,7 +181,7 @@ def run_app(
     # Makes Hydra raise errors instead of printing them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if overrides is None:
-        sys.argv[1:] = _without_debug(sys.argv[1:])
+        sys.argv[1:] = _take_debug(sys.argv[1:])
     else:
         sys.argv = [program, *overrides]
     try:
@@ -334,7 +329,7 @@ def _is_interruption(error: BaseException | None) -> bool:
 
 def _report(error: Exception) -> ExitCode:
     """Print an error in one line, with `--debug` also its traceback; return its exit code."""
-    if _debug.is_on:
+    if _shows_tracebacks:
         _print_error("".join(traceback.format_exception(error)).rstrip())
     # A disk that refuses the rows of an interrupted run is an error of its own.
     is_own = isinstance(error, OSError | BatchvlmError) and not isinstance(error, ConfigError)
@@ -346,7 +341,7 @@ def _report(error: Exception) -> ExitCode:
             _print_error("\n".join(error.causes))
         return error.exit_code
     # An unexpected error: a bug of this program or of a library.
-    hint = "" if _debug.is_on else "; the same command with --debug shows where"
+    hint = "" if _shows_tracebacks else "; the same command with --debug shows where"
     _print_error(f"batchvlm: error: {described(error)}{hint}")
     return ExitCode.FAILED
 
