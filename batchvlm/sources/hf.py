@@ -36,7 +36,7 @@ CHUNK_ROWS = 32
 SAMPLED_BYTES = 1 << 16
 """Bytes at the start and at the end of a local data file that its identity includes."""
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def open_hf(cfg: DataConfig) -> DatasetSource | StreamSource | ParquetSource:
@@ -247,7 +247,7 @@ class StreamSource:
 
     @cached_property
     def _counted_rows(self) -> int:
-        logger.info("counting the rows of split %s once, by streaming it", self._name)
+        log.info("counting the rows of split %s once, by streaming it", self._name)
         try:
             names = sorted(self.schema.names, key=self._cost)
             return sum(len(chunk) for chunk in self._chunks(tuple(names[:1])))
@@ -281,7 +281,7 @@ class StreamSource:
             message = f"the stream breaks before this row: {error}"
         yield from rows.failed(range(row, wanted.stop), f"{self._name}: {message}")
         if shard.first_row + row == self._num_rows and self._has_row(names, self._num_rows):
-            logger.warning(
+            log.warning(
                 "split %s has more rows than the %d of its metadata; the others are left out"
                 " (load it whole by data.streaming=false)",
                 self._name,
@@ -364,14 +364,14 @@ def _digest(*parts: object) -> str:
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
     """Disable progress bars and warnings of the libraries; restore their settings at the end."""
-    log = datasets.utils.logging
-    verbosity = log.get_verbosity()
+    library = datasets.utils.logging
+    verbosity = library.get_verbosity()
     bars = [
         module
         for module in (datasets.utils, huggingface_hub.utils)
         if not module.are_progress_bars_disabled()
     ]
-    log.set_verbosity_error()
+    library.set_verbosity_error()
     for module in bars:
         module.disable_progress_bars()
     try:
@@ -379,6 +379,6 @@ def _quiet_datasets() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.set_verbosity(verbosity)
+        library.set_verbosity(verbosity)
         for module in bars:
             module.enable_progress_bars()

@@ -15,7 +15,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from batchvlm.config import DataConfig
 from batchvlm.errors import InputError
 from batchvlm.records import InputFile, Record, Shard
+from batchvlm.sources import Source
 from batchvlm.sources.cursor import BrokenStreamError, Cursors
 from batchvlm.sources.files import HAS_CHANGED, Listing, image_root_of, is_text
 from batchvlm.sources.jsonl import JsonlSource
@@ -35,24 +36,6 @@ _FILE_NAME = "file_name"
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _CHUNK_ROWS = 64
 _MAX_FIELD_CHARS = 64 << 20
-
-
-class _Rows(Protocol):
-    """The interface of a source that reads metadata files."""
-
-    @property
-    def schema(self) -> pa.Schema: ...
-
-    def files(self, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> list[InputFile]: ...
-
-    def read_shard(
-        self,
-        shard: Shard,
-        columns: Sequence[str],
-        *,
-        kept: Sequence[str] = (),
-        skip: Container[int] = (),
-    ) -> Iterator[Record]: ...
 
 
 def find_metadata(cfg: DataConfig, root: str) -> MetadataSource | None:
@@ -76,7 +59,7 @@ def find_metadata(cfg: DataConfig, root: str) -> MetadataSource | None:
             hint="keep one kind of metadata file",
         )
     listing = Listing(fs=LocalFileSystem(), root=root, paths=dict(sorted(found.items())))
-    rows: _Rows
+    rows: Source
     match kinds.pop():
         case "metadata.jsonl":
             rows = JsonlSource(listing, id_column=cfg.columns.id)
@@ -105,7 +88,7 @@ class MetadataSource:
         prefix: joined before each image's path, which is relative to the input's folder.
     """
 
-    def __init__(self, rows: _Rows, *, image_root: str | None, prefix: str) -> None:
+    def __init__(self, rows: Source, *, image_root: str | None, prefix: str) -> None:
         self.image_root = image_root
         self._rows = rows
         self._prefix = prefix
@@ -160,6 +143,8 @@ def _without_image(columns: Sequence[str]) -> list[str]:
 
 class _CsvSource:
     """CSV files with a header line; every value is text, and an empty value is null."""
+
+    image_root = None
 
     def __init__(self, listing: Listing, *, id_column: str | None) -> None:
         self._listing = listing
