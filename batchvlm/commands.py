@@ -7,21 +7,20 @@ import json
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from batchvlm.arguments import Parser
+from batchvlm.arguments import Parser, at_least
 from batchvlm.errors import ExitCode
-from batchvlm.words import duration, number_of
+from batchvlm.words import counted, duration, number_of
 
 if TYPE_CHECKING:
     from batchvlm.output.status import JobStatus, Silent
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+_PREFIXES = ("", "K", "M", "G", "T")
 _MAX_SILENT = 10
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def verify(argv: Sequence[str]) -> ExitCode:
@@ -39,9 +38,9 @@ def verify(argv: Sequence[str]) -> ExitCode:
     verdict = verify(OutputFolder(args.out))
     print(f"input        {number_of(verdict.num_rows, 'row')}")
     num_there = number_of(verdict.statuses.total(), "row")
-    print(f"output       {num_there}: {_counts(verdict.statuses)}")
+    print(f"output       {num_there}: {counted(verdict.statuses) or 'none'}")
     if verdict.errors:
-        print(f"errors       {_counts(verdict.errors)}")
+        print(f"errors       {counted(verdict.errors)}")
     for fault in verdict.faults:
         print(fault)
     print("not whole" if verdict.faults else "every input row is there exactly once")
@@ -96,7 +95,7 @@ def _print_status(found: JobStatus) -> None:
     for name in found.damaged:
         print(f"damaged  {name}: delete it, and the same command computes its rows again")
     if found.errors:
-        print(f"errors   {_counts(found.errors)}")
+        print(f"errors   {counted(found.errors)}")
     if found.num_waiting:
         wait = "waits" if found.num_waiting == 1 else "wait"
         print(f"retried  {number_of(found.num_waiting, 'row')} {wait} for a run with retry.errors")
@@ -146,7 +145,7 @@ def compact(argv: Sequence[str]) -> ExitCode:
         metavar="SIZE",
         help="size of a merged part at most, such as 500MB or 2GB (default: 256MB)",
     )
-    size.add_argument("--rows", type=_count, metavar="N", help="rows of a merged part at most")
+    size.add_argument("--rows", type=at_least(1), metavar="N", help="rows of a merged part at most")
     args = parser.parse_args(argv)
     from batchvlm.output.compact import compact
     from batchvlm.output.folder import OutputFolder
@@ -161,20 +160,18 @@ def compact(argv: Sequence[str]) -> ExitCode:
 
 
 def _parser(name: str, about: str, more: str) -> Parser:
-    parser = Parser(prog=f"batchvlm {name}", description=about, epilog=more, allow_abbrev=False)
+    parser = Parser(name, about, more)
     parser.add_argument("out", metavar="OUT", help="the folder that output.dir named")
     return parser
 
 
-def _counts(counts: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {word}" for word, count in counts.most_common()) or "none"
-
-
 def _size(text: str) -> int:
     match = _SIZE.fullmatch(text)
-    if match is None or not (size := int(float(match[1]) * _UNITS[match[2].upper()])):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 2GB")
-    return size
+    if match is not None:
+        unit = 1024 if match[3] else 1000
+        if size := int(float(match[1]) * unit ** _PREFIXES.index(match[2].upper())):
+            return size
+    raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 2GB")
 
 
 def _seconds(text: str) -> float:
@@ -185,9 +182,3 @@ def _seconds(text: str) -> float:
     if not 0.1 <= seconds < 1e6:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
     return seconds
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return int(text)

@@ -175,9 +175,13 @@ def test_a_size_that_is_none(size: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "is no size" in line
 
 
-@pytest.mark.parametrize("size", ["1KB", "1kb", "1k", "1000", "0.001MB", "1KiB"])
+@pytest.mark.parametrize("size", ["1KB", "1kb", "1k", "1000", "0.001MB"])
 def test_a_size_in_any_case(size: str) -> None:
     assert _size(size) == 1000
+
+
+def test_a_size_in_powers_of_1024() -> None:
+    assert [_size(size) for size in ("1KiB", "1.5MiB", "2GiB")] == [1024, 3 << 19, 2 << 30]
 
 
 def test_the_commands_load_no_model_library() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 
-from batchvlm.arguments import Parser
+from batchvlm.arguments import Parser, at_least
 from batchvlm.config import JobConfig
 
 Command = tuple[Callable[[JobConfig], None], list[str]]
@@ -27,7 +26,7 @@ def plan(argv: Sequence[str]) -> Command:
         help="load the model, answer some rows and estimate the total time",
     )
     parser.add_argument(
-        "--sample", type=_positive, default=1000, metavar="N", help="rows looked at (1000)"
+        "--sample", type=at_least(1), default=1000, metavar="N", help="rows looked at (1000)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args, overrides = parser.parse_known_args(argv)
@@ -50,9 +49,9 @@ def preview(argv: Sequence[str]) -> Command:
         "Answer a few rows here in the terminal: image, exact prompt, the answer as it comes, "
         "tokens and time. Writes nothing.",
     )
-    parser.add_argument("-n", type=_positive, default=5, metavar="N", help="rows (5)")
+    parser.add_argument("-n", type=at_least(1), default=5, metavar="N", help="rows (5)")
     parser.add_argument(
-        "--seed", type=_number, default=0, metavar="N", help="decides which rows are drawn (0)"
+        "--seed", type=at_least(0), default=0, metavar="N", help="decides which rows are drawn (0)"
     )
     parser.add_argument(
         "--no-images", dest="images", action="store_false", help="show no thumbnails"
@@ -70,21 +69,8 @@ def preview(argv: Sequence[str]) -> Command:
 
 def _parser(name: str, about: str) -> Parser:
     return Parser(
-        prog=f"batchvlm {name}",
+        name,
+        about,
+        "Everything else is a setting of the job: batchvlm run --help lists them.",
         usage=f"batchvlm {name} [flags] [settings as for batchvlm run]",
-        description=about,
-        epilog="Everything else is a setting of the job: batchvlm run --help lists them.",
-        allow_abbrev=False,
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 1 << 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
-    return int(text)
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0 or more")
-    return int(text)

@@ -12,13 +12,12 @@ from batchvlm.errors import ExitCode, OutputError
 def export(argv: Sequence[str]) -> ExitCode:
     """`batchvlm export OUT --to openai --path FILE`, `batchvlm export OUT --to hub REPO`."""
     parser = Parser(
-        prog="batchvlm export",
-        description="Export the answers for another tool, in input order.",
-        epilog="openai: JSON lines as hosted batch APIs and vllm run-batch write them, errors "
+        "export",
+        "Export the answers for another tool, in input order.",
+        "openai: JSON lines as hosted batch APIs and vllm run-batch write them, errors "
         "included. hub: a dataset repository of the Hugging Face Hub, such as me/captions; made if "
         "need be, private unless --public. The token is hf auth login's or HF_TOKEN's. If "
         "interrupted, run it again: uploaded files are not sent again.",
-        allow_abbrev=False,
     )
     parser.add_argument("out", metavar="OUT", help="the folder that output.dir named")
     parser.add_argument("--to", choices=["openai", "hub"], required=True, help="format")

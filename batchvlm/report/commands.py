@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from batchvlm.arguments import Parser, local_file
+from batchvlm.arguments import Parser, at_least, local_file
 from batchvlm.errors import ExitCode, OutputError
+from batchvlm.words import num_bytes
 
 log = logging.getLogger(__name__)
 
 
 def report(argv: Sequence[str]) -> ExitCode:
     """`batchvlm report OUT`."""
-    parser = _parser(
+    parser = Parser(
         "report",
         "Write one HTML file about an output folder: counts, speed, distributions, errors, answers "
         "and a gallery of rows. It needs no network and can be mailed.",
@@ -31,7 +31,7 @@ def report(argv: Sequence[str]) -> ExitCode:
     )
     _add_gallery(parser)
     parser.add_argument(
-        "--failed", type=_count, default=500, metavar="N", help="failed rows at most (500)"
+        "--failed", type=at_least(0), default=500, metavar="N", help="failed rows at most (500)"
     )
     args = parser.parse_args(argv)
     from batchvlm.report.card import write_card
@@ -51,7 +51,7 @@ def report(argv: Sequence[str]) -> ExitCode:
     beside = output.folder.root if output.folder.is_local else Path()
     path = args.html or beside / "report.html"
     _write(path, page)
-    print(f"{path}  {_size(path)}")
+    print(f"{path}  {num_bytes(path.stat().st_size)}")
     try:
         write_card(output)
     except OutputError as error:
@@ -62,7 +62,7 @@ def report(argv: Sequence[str]) -> ExitCode:
 
 def compare(argv: Sequence[str]) -> ExitCode:
     """`batchvlm compare OUT_A OUT_B`."""
-    parser = _parser(
+    parser = Parser(
         "compare",
         "Compare two outputs of one input row by row: agreement, changed answers, errors, lengths, "
         "cost.",
@@ -85,20 +85,16 @@ def compare(argv: Sequence[str]) -> ExitCode:
     if args.html:
         html = page(a, b, found, images=args.images, input_path=args.input)
         _write(args.html, html)
-        print(f"\n{args.html}  {_size(args.html)}")
+        print(f"\n{args.html}  {num_bytes(args.html.stat().st_size)}")
     return ExitCode.DONE
-
-
-def _parser(name: str, about: str, more: str) -> Parser:
-    return Parser(prog=f"batchvlm {name}", description=about, epilog=more, allow_abbrev=False)
 
 
 def _add_gallery(parser: Parser) -> None:
     parser.add_argument(
-        "--rows", type=_count, default=500, metavar="N", help="rows drawn at random (500)"
+        "--rows", type=at_least(0), default=500, metavar="N", help="rows drawn at random (500)"
     )
     parser.add_argument(
-        "--seed", type=_count, default=0, metavar="N", help="decides which rows are drawn (0)"
+        "--seed", type=at_least(0), default=0, metavar="N", help="decides which rows are drawn (0)"
     )
     parser.add_argument(
         "--no-images", dest="images", action="store_false", help="make no thumbnails"
@@ -106,12 +102,6 @@ def _add_gallery(parser: Parser) -> None:
     parser.add_argument(
         "--input", metavar="PATH", help="where the input is now, if data.path has moved"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 1 << 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0 or more")
-    return int(text)
 
 
 def _write(path: Path, text: str) -> None:
@@ -123,8 +113,3 @@ def _write(path: Path, text: str) -> None:
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}", hint="name another --html FILE"
         ) from error
-
-
-def _size(path: Path) -> str:
-    num_bytes = path.stat().st_size
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.0f} kB"
