@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
-from batchvlm.records import Completion, FinishReason, Sample
+from batchvlm.records import Completion, FinishReason, Sample, derived_seed
 
 _LEAST_TEMPERATURE = 0.5
 """Least temperature of another attempt, because a greedy answer would be the same again."""
@@ -69,10 +68,9 @@ def _changed(sample: Sample, completion: Completion, times: int) -> Sample:
             max_new_tokens = min(max_new_tokens, sample.room)
         if max_new_tokens > settings.max_new_tokens:
             return replace(sample, generation=replace(settings, max_new_tokens=max_new_tokens))
-    digest = hashlib.blake2b(f"again:{settings.seed}:{times}".encode(), digest_size=8).digest()
     settings = replace(
         settings,
-        seed=int.from_bytes(digest) >> 1,
+        seed=derived_seed("again", settings.seed, times),
         temperature=max(settings.temperature, _LEAST_TEMPERATURE),
     )
     return replace(sample, generation=settings)

@@ -34,14 +34,6 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/@]*:[^/@]*@")
 
 
-def image_columns(cfg: JobConfig) -> tuple[str, ...]:
-    """Return the image columns in slot order, as a tuple."""
-    image = cfg.data.columns.image
-    if image is None:
-        return ()
-    return (image,) if isinstance(image, str) else tuple(image)
-
-
 def _is_host_entry(entry: str) -> bool:
     """Whether an entry of `data.allow_hosts` is a host or an object-store address."""
     protocol, separator, _ = entry.partition("://")
@@ -319,12 +311,12 @@ def _check_combinations(cfg: JobConfig) -> None:
             "task.continue_final_message has no effect without data.columns.messages",
             hint="task.answer_prefix begins the answers to other prompts",
         )
-    if cfg.data.columns.image_optional and (brings_text or not image_columns(cfg)):
+    if cfg.data.columns.image_optional and (brings_text or not cfg.data.columns.image):
         raise ConfigError(
             "data.columns.image_optional has no effect without image columns and task.prompt",
             hint="leave it out: messages may have no image",
         )
-    if not image_columns(cfg) and not brings_text and not cfg.task.prompt.strip():
+    if not cfg.data.columns.image and not brings_text and not cfg.task.prompt.strip():
         raise ConfigError(
             "the rows bring neither images nor messages, and task.prompt is empty",
             hint="set data.columns.image, data.columns.messages or task.prompt",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from batchvlm.records import (
     Sample,
     Shard,
     Status,
+    shard_of,
     size_of_value,
 )
 from batchvlm.runtime.launch import this_place
@@ -79,7 +79,6 @@ class Collector:
         self._beat = beat
         self._progress: Progress | None = None
         self._lock = threading.RLock()
-        self._starts = [shard.first_row_index for shard in job.run.plan]
         self._provenance = Provenance(
             model=model_name(job.cfg.model),
             fingerprint=job.run.fingerprint,
@@ -289,7 +288,7 @@ class Collector:
         )
 
     def _write(self, result: Result) -> None:
-        index = bisect_right(self._starts, result.row_index) - 1
+        index = shard_of(self.job.run.plan, result.row_index).index
         with self._lock:
             attempts = self._writers[index].attempts.get(result.row, 1) + result.attempts - 1
             self._writers[index].add(replace(result, attempts=attempts))

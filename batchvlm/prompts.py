@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,15 @@ from batchvlm.messages import (
     read_turns,
     with_markdown_images,
 )
-from batchvlm.records import Completion, FormKind, Generation, ImageRef, Prompt, Record
+from batchvlm.records import (
+    Completion,
+    FormKind,
+    Generation,
+    ImageRef,
+    Prompt,
+    Record,
+    derived_seed,
+)
 from batchvlm.schemas import InvalidSchemaError, compile_schema
 from batchvlm.templates import Template
 
@@ -131,7 +138,9 @@ class PromptBuilder:
         turns_left = 0
         if self._turns_column:
             messages, images, turns_left = _cut_at_turn(messages, images, record.said, prefix)
-            generation = replace(generation, seed=_seed_of_turn(generation.seed, len(record.said)))
+            if turn := len(record.said):
+                seed = derived_seed("turn", generation.seed, turn)
+                generation = replace(generation, seed=seed)
         if prefix and messages[-1]["role"] != "assistant":
             messages = [*messages, _said(prefix)]
         if messages[-1]["role"] == "assistant":
@@ -331,13 +340,6 @@ def _said(text: str) -> Message:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def _seed_of_turn(seed: int, turn: int) -> int:
-    if turn == 0:
-        return seed
-    digest = hashlib.blake2b(f"turn:{seed}:{turn}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
-
-
 def _generation_columns(columns: GenerationColumnsConfig) -> dict[str, str]:
     named = {f.name: getattr(columns, f.name) for f in fields(columns)}
     return {key: column for key, column in named.items() if column}
@@ -393,8 +395,7 @@ def resolve_generation(
         f.name: getattr(cfg, f.name) for f in fields(Generation) if f.name != "stop"
     }
     settings["stop"] = tuple(cfg.stop)
-    digest = hashlib.blake2b(f"{cfg.seed}:{row_index}".encode(), digest_size=8).digest()
-    settings["seed"] = int.from_bytes(digest) >> 1
+    settings["seed"] = derived_seed(cfg.seed, row_index)
     names: dict[str, str] = {}
     for key, column in _generation_columns(cfg.columns).items():
         if values[column] is not None:

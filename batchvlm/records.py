@@ -8,7 +8,9 @@ a list. A row that fails goes with a `Failure` from the stage that failed straig
 
 from __future__ import annotations
 
+import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -63,6 +65,20 @@ class Shard:
     num_rows: int
     first_row_index: int
     """Position of the first row in the whole input."""
+
+    def piece(self, first: int, num_rows: int) -> Shard:
+        """Return rows `first` to `first + num_rows` of this shard as a shard."""
+        return replace(
+            self,
+            first_row=self.first_row + first,
+            num_rows=num_rows,
+            first_row_index=self.first_row_index + first,
+        )
+
+
+def shard_of(plan: Sequence[Shard], row_index: int) -> Shard:
+    """Return the shard of a plan that holds a row."""
+    return plan[bisect_right(plan, row_index, key=lambda shard: shard.first_row_index) - 1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +140,12 @@ class Generation:
         """Whether the logits depend on earlier tokens through a penalty."""
         counts = self.frequency_penalty != 0 or self.presence_penalty != 0
         return counts or self.repetition_penalty != 1.0
+
+
+def derived_seed(*parts: object) -> int:
+    """Return a seed that depends on nothing but the text of these parts: 63 bits of its digest."""
+    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 class FormKind(StrEnum):

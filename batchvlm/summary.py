@@ -11,9 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchvlm.errors import OutputError
 from batchvlm.pipeline import Summary
-from batchvlm.words import counted, number_of, one_line, printable
+from batchvlm.words import counted, number_of, printable
 
 log = logging.getLogger(__name__)
 
@@ -113,11 +112,7 @@ def _read_rows(summary: Summary) -> Any:
                 for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=columns):
                     yield from batch.to_pylist()
         except (OSError, pa.ArrowException) as error:
-            raise OutputError(
-                f"{part.path} cannot be read: {one_line(error)}",
-                hint="if it is damaged, delete it and run the same command again: "
-                "its rows are computed again",
-            ) from error
+            raise summary.folder.damaged(part.path, error) from error
 
 
 def _print_row(name: str, text: str, width: int) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from batchvlm.config import EngineName, JobConfig, OnMismatch
 from batchvlm.errors import ConfigError
 from batchvlm.job import Job, open_job
-from batchvlm.records import Record, Shard
+from batchvlm.records import Record, Shard, shard_of
 
 _NUM_PLACES = 20
 _MAX_STREAMED = 1000
@@ -58,23 +57,8 @@ def spread(plan: Sequence[Shard], num_rows: int) -> list[Shard]:
             start = max(start, pieces[-1].first_row_index + pieces[-1].num_rows)
         first = start - shard.first_row_index
         if first < shard.num_rows:
-            pieces.append(piece_of(shard, first, min(width, shard.num_rows - first)))
+            pieces.append(shard.piece(first, min(width, shard.num_rows - first)))
     return pieces
-
-
-def shard_of(plan: Sequence[Shard], row_index: int) -> Shard:
-    """Return the shard that holds a row."""
-    return plan[bisect_right(plan, row_index, key=lambda shard: shard.first_row_index) - 1]
-
-
-def piece_of(shard: Shard, first: int, num_rows: int) -> Shard:
-    """Return rows `first` to `first + num_rows` of a shard as a shard."""
-    return replace(
-        shard,
-        first_row=shard.first_row + first,
-        num_rows=num_rows,
-        first_row_index=shard.first_row_index + first,
-    )
 
 
 def draw_spread(job: Job, num_rows: int, *, clock: Callable[[], float] = time.monotonic) -> Drawn:
@@ -126,7 +110,7 @@ def _within_reach(job: Job, num_rows: int) -> Sequence[Shard]:
         return plan
     starts = [shard for shard in plan if shard.first_row_index < num_rows]
     rest = num_rows - starts[-1].first_row_index
-    return [*starts[:-1], piece_of(starts[-1], 0, min(rest, starts[-1].num_rows))]
+    return [*starts[:-1], starts[-1].piece(0, min(rest, starts[-1].num_rows))]
 
 
 def draw_random(job: Job, num_rows: int, *, seed: int) -> list[Record]:
@@ -137,7 +121,7 @@ def draw_random(job: Job, num_rows: int, *, seed: int) -> list[Record]:
     records: list[Record] = []
     for row_index in chosen:
         shard = shard_of(plan, row_index)
-        single = piece_of(shard, row_index - shard.first_row_index, 1)
+        single = shard.piece(row_index - shard.first_row_index, 1)
         records += job.source.read_shard(single, job.prompt_columns)
     return _with_images(job, records)
 

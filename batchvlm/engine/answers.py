@@ -5,12 +5,11 @@ engine.run(samples) = join(answered(expand(samples)))
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from batchvlm.engine.protocol import SampleStream
-from batchvlm.records import Completion, Failure, Sample
+from batchvlm.records import Completion, Failure, Sample, derived_seed
 
 
 def expand(samples: Iterable[Sample]) -> SampleStream:
@@ -60,9 +59,8 @@ def join(
 
 
 def _copy(sample: Sample, answer: int) -> Sample:
-    text = f"answer:{sample.generation.seed}:{answer}"
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    generation = replace(sample.generation, seed=int.from_bytes(digest) >> 1)
+    seed = derived_seed("answer", sample.generation.seed, answer)
+    generation = replace(sample.generation, seed=seed)
     return replace(sample, answer=answer, generation=generation)
 
 

@@ -27,6 +27,7 @@ from batchvlm.errors import OutputError
 from batchvlm.output.bucket import Bucket, is_url
 from batchvlm.output.disk import Disk, output_error
 from batchvlm.output.files import Files
+from batchvlm.words import one_line
 
 _FILE_URL = re.compile(r"^file:/+")
 _PART = re.compile(r"part-(\d{5,})(?:-to-(\d{5,}))?-of-(\d{5,})\.parquet")
@@ -98,6 +99,14 @@ class OutputFolder:
     def __str__(self) -> str:
         """Return the address of the folder."""
         return self.address(self.root)
+
+    def damaged(self, part: Path, error: Exception) -> OutputError:
+        """Return the error for a part that cannot be read."""
+        return OutputError(
+            f"{self.address(part)} cannot be read: {one_line(error)}",
+            hint="if it is damaged, delete it and run the same command again: its rows are "
+            "computed again",
+        )
 
     def check_local(self, what: str) -> None:
         """Check that the output is on a disk, which `what` needs.

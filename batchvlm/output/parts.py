@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.run_file import RunFile
 from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY
 from batchvlm.output.writer import is_retried
-from batchvlm.records import Shard
+from batchvlm.records import Shard, shard_of
 from batchvlm.words import one_line
 
 _NUM_THREADS = 8
@@ -96,11 +95,7 @@ def _look(folder: OutputFolder, plan: Sequence[Shard], fingerprint: str, part: P
     except FileNotFoundError:
         return Counter()  # `compact` has just replaced it
     except (OSError, pa.ArrowException) as error:
-        raise OutputError(
-            f"{part.path} cannot be read: {one_line(error)}",
-            hint="if it is damaged, delete it and run the same command again: "
-            "its rows are computed again",
-        ) from error
+        raise folder.damaged(part.path, error) from error
     table = table.filter(pc.is_valid(table["error_type"]))
     outcomes = (table[name].to_pylist() for name in ("error_type", "attempts"))
     return Counter(zip(_shards_of(table, plan, part), *outcomes, strict=True))
@@ -182,10 +177,9 @@ def count_failed(
             table = table.filter(pc.or_(is_failed, pc.greater(table["attempts"], 1)))
             for row, attempts, kind in zip(*(c.to_pylist() for c in table.columns), strict=True):
                 latest[row] = max(latest.get(row, (0, "")), (attempts, kind or ""))
-    starts = [shard.first_row_index for shard in plan]
     tried: Counter[int] = Counter()
     for row, (attempts, kind) in latest.items():
-        if kind in retry.errors and bisect_right(starts, row) - 1 in begun:
+        if kind in retry.errors and shard_of(plan, row).index in begun:
             tried[attempts] += 1
     for (index, kind, attempts), num_rows in failures.items():
         if kind in retry.errors and index in wanted and index not in begun:

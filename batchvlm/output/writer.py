@@ -257,7 +257,7 @@ class ShardWriter:
         try:
             return [read_segment(self._folder, part.path, self._shard, self._schema, merged=merged)]
         except UnreadableSegment as error:
-            raise _damaged(part, error) from error
+            raise self._folder.damaged(part.path, error) from error
 
     def _write_part(self, segments: Sequence[Segment]) -> bool:
         """Write the shard's first part.
@@ -341,7 +341,7 @@ def update_part(
             if used or pending.num_rows:
                 folder.commit_file(write, part.path)
         except UnreadablePart as error:
-            raise _damaged(part, error) from error
+            raise folder.damaged(part.path, error) from error
         except UnreadableSegment as error:
             if all(folder.exists(path) for path in used):
                 raise _lost_segment(error) from error
@@ -366,7 +366,7 @@ def _find_part(folder: OutputFolder, index: int, num_shards: int, fingerprint: s
     except FileNotFoundError:
         return part  # `compact` has just replaced it
     except (OSError, pa.ArrowException) as error:
-        raise _damaged(part, error) from error
+        raise folder.damaged(part.path, error) from error
     if marks.get(FINGERPRINT_KEY) != fingerprint.encode():
         # The run that was overwritten wrote it late, on a file system without locks.
         raise OutputError(
@@ -374,13 +374,6 @@ def _find_part(folder: OutputFolder, index: int, num_shards: int, fingerprint: s
             hint="delete it and run the same command again: its rows are computed again",
         )
     return part
-
-
-def _damaged(part: Part, error: Exception) -> OutputError:
-    return OutputError(
-        f"cannot read {part.path}: {error}",
-        hint="delete the file and run the same command again: its rows are computed again",
-    )
 
 
 def _lost_segment(error: UnreadableSegment) -> OutputError:

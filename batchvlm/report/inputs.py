@@ -17,7 +17,7 @@ from batchvlm.identity import input_identity
 from batchvlm.images import load_image
 from batchvlm.output.run_file import RunFile
 from batchvlm.prompts import PromptBuilder
-from batchvlm.records import ImageRef, Record, Shard
+from batchvlm.records import ImageRef, Record, shard_of
 from batchvlm.report.redact import redact
 from batchvlm.sources import Source, open_source
 
@@ -74,14 +74,9 @@ class Inputs:
     def _record(self, row: int) -> Record | str:
         """Return the input's row, or why it cannot be read."""
         assert self._source is not None and self._prompts is not None
-        shard = _shard_of(self.run.plan, row)
-        # A shard of one row; the source reads on from one row to the next in a file.
-        single = replace(
-            shard,
-            first_row=shard.first_row + row - shard.first_row_index,
-            num_rows=1,
-            first_row_index=row,
-        )
+        shard = shard_of(self.run.plan, row)
+        # A source reads on from one row to the next in a file.
+        single = shard.piece(row - shard.first_row_index, 1)
         try:
             return next(iter(self._source.read_shard(single, list(self._prompts.needed_columns()))))
         except Exception as error:  # each format and file system has its own errors
@@ -150,14 +145,6 @@ def open_inputs(run: RunFile, cfg: JobConfig, *, path: str | None = None) -> Inp
     if found != run.identity.get("input"):
         return Inputs(run, cfg, f"{redact(cfg.data.path)} is not what the run has read any more")
     return Inputs(run, cfg, _source=source, _prompts=prompts)
-
-
-def _shard_of(plan: Sequence[Shard], row: int) -> Shard:
-    low, high = 0, len(plan)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if plan[middle].first_row_index <= row else (low, middle)
-    return plan[low]
 
 
 def _text_of(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -18,7 +18,6 @@ from batchvlm.errors import OutputError
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import RunFile
 from batchvlm.output.verify import open_run
-from batchvlm.words import one_line
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class Output:
                     )
                     yield from map(_with_parsed_as_text, batches)
             except (OSError, pa.ArrowException) as error:
-                raise _unreadable(self.folder, path, error) from error
+                raise self.folder.damaged(path, error) from error
 
 
 def open_output(root: str | Path) -> Output:
@@ -101,15 +100,8 @@ def open_output(root: str | Path) -> Output:
             if (place := schema.get_field_index("parsed")) >= 0:
                 schema = schema.set(place, pa.field("parsed", pa.string()))
         except (OSError, pa.ArrowException) as error:
-            raise _unreadable(folder, parts[0], error) from error
+            raise folder.damaged(parts[0], error) from error
     return Output(folder=folder, run=run, parts=parts, schema=schema)
-
-
-def _unreadable(folder: OutputFolder, path: Path, error: Exception) -> OutputError:
-    return OutputError(
-        f"{folder.address(path)} cannot be read: {one_line(error)}",
-        hint="delete it and run the job again: its rows are computed anew",
-    )
 
 
 def _with_parsed_as_text(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchvlm.before.drawn import draw_random, draw_spread, inspect_job, shard_of, spread
+from batchvlm.before.drawn import draw_random, draw_spread, inspect_job, spread
 from batchvlm.errors import ConfigError
 from batchvlm.job import Job, open_job
-from batchvlm.records import Shard
+from batchvlm.records import Shard, shard_of
 from batchvlm.settings import compose
 
 
