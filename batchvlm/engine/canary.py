@@ -56,7 +56,7 @@ class Canary:
         self._model, self._decoder, self._is_scoring = model, decoder, is_scoring
         self._is_checked = self._has_checked_images = not is_on
 
-    def look(self, window: Sequence[Sample], images: ImageFeatures) -> None:
+    def check_window(self, window: Sequence[Sample], images: ImageFeatures) -> None:
         """Check rows of a window, unless rows of their kind were checked before.
 
         Args:

@@ -238,7 +238,7 @@ class Decoder:
         kinds = (True,) if has_images else (True, False)
         return any(self._sees_ahead.get(kind) is False for kind in kinds)
 
-    def knows(self, *, has_images: bool) -> bool:
+    def has_prefilled(self, *, has_images: bool) -> bool:
         """Whether a prompt with or without images was prefilled, so that `is_causal` is exact."""
         return has_images in self._sees_ahead
 

@@ -156,7 +156,7 @@ class Prefill:
         """Take the next rows, in as many packs as are computed at once."""
         kinds = {bool(row.units) for row in self._waiting}
         # Whether a kind of prompt is causal is known once the first of the kind is computed.
-        is_known = all(self._decoder.knows(has_images=kind) for kind in kinds)
+        is_known = all(self._decoder.has_prefilled(has_images=kind) for kind in kinds)
         most = self._streams.num_packs(self._plan.pack_tokens) if is_known else 1
         packs: list[list[WaitingRow]] = []
         num_tokens = 0
@@ -190,12 +190,14 @@ class Prefill:
         if not units:
             return
         num_cells = sum(unit.num_cells for unit in units)
+        keys = {unit.key for unit in units}
         for row in rows[num_needed:]:
-            more = [u for u in row.units if u.key not in {unit.key for unit in units}]
+            more = self.images.missing(u for u in row.units if u.key not in keys)
             num_cells += sum(unit.num_cells for unit in more)
             if num_cells > self._plan.vision_cells:
                 break
-            units += self.images.missing(more)
+            units += more
+            keys |= {unit.key for unit in more}
         parts = batches(units, self._plan.vision_cells)
         with self._clock.measure("vision_s"):
             outcomes = self._streams.map(self._try_encode, parts, again=_is_oom)

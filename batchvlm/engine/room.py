@@ -54,7 +54,7 @@ class SlotRoom:
         """Enough slots for all rows, as a power of two: a short job takes little memory."""
         return max(self._min_slots, 1 << (num_rows - 1).bit_length())
 
-    def has_slot_for(
+    def provide_slot(
         self, row: Row, rows: Sequence[Row], *, max_tokens: int, num_rows: int
     ) -> bool | Failure:
         """Provide a free slot for one more row, resizing the cache if necessary.

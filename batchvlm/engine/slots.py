@@ -162,7 +162,7 @@ class SlotEngine:
             self._fuse_after(time.perf_counter() - start_s)
             if not self._prefill.num_waiting and len(feed):
                 window = feed.take_window()
-                self._canary.look(window, self._prefill.images)
+                self._canary.check_window(window, self._prefill.images)
                 self._prefill.add(window)
             if not self._is_busy() and feed.is_done and not len(feed):
                 break
@@ -241,15 +241,15 @@ class SlotEngine:
     def _admit(self) -> None:
         """Move waiting rows into free slots and choose their first tokens."""
         first = len(self._decoding.rows)
-        while self._parked and self._has_slot_for(self._parked[0]):
+        while self._parked and self._provide_slot(self._parked[0]):
             self._decoding.admit(self._parked.popleft())
         self._decoding.begin(first)
 
-    def _has_slot_for(self, row: Row) -> bool:
+    def _provide_slot(self, row: Row) -> bool:
         """Provide a free slot that is long enough for this row; return whether there is one."""
         rows = self._decoding.rows
         longest = max((*self._parked, *rows), key=lambda other: other.length)
-        outcome = self._room.has_slot_for(
+        outcome = self._room.provide_slot(
             row, rows, max_tokens=longest.length, num_rows=self._num_rows()
         )
         if not isinstance(outcome, Failure):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,8 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchvlm.engine.vision import Entry
-from batchvlm.engine.waiting import common_length, cut
+from batchvlm.engine.prefill import Prefill
+from batchvlm.engine.streams import Streams
+from batchvlm.engine.vision import Entry, Unit
+from batchvlm.engine.waiting import WaitingRow, common_length, cut
 
 from .families import needs_slots
 from .loaded import ABOUT_NONE, ABOUT_ONE, Loaded, Question
@@ -73,6 +78,36 @@ def test_a_prompt_whose_image_tokens_cannot_be_told_is_notcut() -> None:
     entries = [entry(4)]
     for places in (None, np.arange(3)):
         assert list(cut(0, 50, 10, places, entries)) == [(0, 50, entries)]
+
+
+class Encoder:
+    """Stands in for `ImageFeatures`: notes what it encodes."""
+
+    def __init__(self, known: Iterable[str]) -> None:
+        self.known = {*known}
+        self.batches: list[list[str]] = []
+
+    def missing(self, units: Iterable[Unit]) -> list[Unit]:
+        return list({u.key: u for u in units if u.key not in self.known}.values())
+
+    def encode(self, units: Sequence[Unit]) -> None:
+        self.batches.append(sorted(unit.key for unit in units))
+
+    def keep(self, units: Sequence[Unit], encoded: None) -> None:
+        self.known.update(unit.key for unit in units)
+
+
+def test_an_image_that_is_encoded_already_takes_no_room_in_a_batch() -> None:
+    prefill: Any = object.__new__(Prefill)
+    prefill.images = Encoder(known=["shared"])
+    prefill._plan = SimpleNamespace(vision_cells=30, count_good_images=lambda: None)
+    prefill._clock = SimpleNamespace(measure=lambda name: nullcontext())
+    prefill._streams = Streams()
+    pixels = {"pixel_values": np.zeros((1, 10))}
+    sample: Any = None
+    rows = [WaitingRow(sample, (Unit("shared", pixels), Unit(key, pixels))) for key in "abcd"]
+    prefill._encode(rows, num_needed=1)
+    assert prefill.images.batches == [["a", "b", "c"]]
 
 
 @given(rows=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=4))
