@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batchvlm.again import Again
 from batchvlm.errors import BatchvlmError, ErrorType, OutputError, TooManyErrors
+from batchvlm.form_retries import FormRetries
 from batchvlm.identity import model_name
 from batchvlm.job import Job
 from batchvlm.output.disk import new_attempt
@@ -88,7 +88,9 @@ class Collector:
         self._waiting: dict[int, Answered] = {}
         self._missing: dict[int, int] = {}
         self._under_way: dict[int, tuple[Record, Sample]] = {}
-        self._again = Again(job.cfg.retry.invalid_json, max_bytes=job.cfg.batching.max_window_bytes)
+        self._retries = FormRetries(
+            job.cfg.retry.invalid_json, max_bytes=job.cfg.batching.max_window_bytes
+        )
 
     def start(self, progress: Progress) -> None:
         """Begin to report progress, once the model is loaded, however long that took."""
@@ -130,21 +132,21 @@ class Collector:
         """Pass samples on to the engine; write the rows that have failed already."""
         for item in prepared:
             if isinstance(item.outcome, Failure):
-                self.metrics.count_prepared(0, is_again=bool(item.record.said))
+                self.metrics.count_prepared(0, is_again=bool(item.record.answers))
                 self._write(_result(item.record, item.outcome))
             else:
                 # Only the engine holds the pixels, and no longer than it needs them.
                 sample = item.outcome.without_images()
-                is_again = bool(item.record.said)
+                is_again = bool(item.record.answers)
                 self.metrics.count_prepared(sample.prompt_tokens, is_again=is_again)
-                self._again.keep(item.outcome)
+                self._retries.keep(item.outcome)
                 self._under_way[item.record.row_index] = (item.record, sample)
                 yield item.outcome
-            yield from self.take_again()
+            yield from self.take_retries()
 
-    def take_again(self) -> Iterator[Sample]:
+    def take_retries(self) -> Iterator[Sample]:
         """Pass on again the samples whose answers did not have the requested form."""
-        return self._again.take()
+        return self._retries.take()
 
     def finish(self, row_index: int, outcome: Completion | Failure) -> None:
         """Take an outcome of the engine: write the row, or send it on for a turn or a retry."""
@@ -152,9 +154,9 @@ class Collector:
         record, sample = self._under_way[row_index]
         if sample.turns_left and isinstance(outcome, Completion):
             del self._under_way[row_index]
-            self._again.forget(row_index)
+            self._retries.forget(row_index)
             assert self.turns is not None
-            self.turns.again(replace(record, said=(*record.said, outcome)))
+            self.turns.requeue(replace(record, answers=(*record.answers, outcome)))
             self._beat()
             return
         if isinstance(outcome, Failure):
@@ -162,10 +164,10 @@ class Collector:
         else:
             result = self._answered(record, sample, outcome)
             is_invalid = result.failure and result.failure.error_type is ErrorType.INVALID_JSON
-            if is_invalid and self._again.again(row_index, outcome):
+            if is_invalid and self._retries.retry(row_index, outcome):
                 return
         del self._under_way[row_index]
-        self._write(replace(result, attempts=self._again.forget(row_index)))
+        self._write(replace(result, attempts=self._retries.forget(row_index)))
 
     def finish_all(self) -> None:
         """Write rows that the engine left unanswered as errors, and commit all shards.
@@ -267,7 +269,7 @@ class Collector:
             except UnfitError as error:
                 failure = Failure(error_type=ErrorType.INVALID_JSON, message=str(error))
                 reading = replace(reading, failure=failure)
-        answers = (*record.said, completion, *completion.alternatives)
+        answers = (*record.answers, completion, *completion.alternatives)
         result = _result(record, reading.failure, sample)
         if completion.usage is not None:
             result = replace(result, prompt_tokens=completion.usage.prompt_tokens)
@@ -284,7 +286,7 @@ class Collector:
             scores=completion.scores,
             finish_reason=completion.finish_reason,
             completion_tokens=_num_tokens(answers),
-            latency_s=completion.latency_s + sum(answer.latency_s for answer in record.said),
+            latency_s=completion.latency_s + sum(answer.latency_s for answer in record.answers),
         )
 
     def _write(self, result: Result) -> None:
@@ -312,7 +314,7 @@ class Collector:
             raise TooManyErrors(
                 f"{metrics.num_errors} of {num_seen} rows failed, more than "
                 f"runtime.max_error_rate={limits.max_error_rate:g}",
-                hint="mend the cause and run the same command again, with "
+                hint="fix the cause and run the same command again, with "
                 f"retry.errors=[{','.join(metrics.errors)}] for the rows that failed",
                 causes=metrics.causes(),
             )
@@ -353,9 +355,9 @@ def _result(record: Record, failure: Failure | None, sample: Sample | None = Non
         kept=record.kept,
         status=Status.SUCCESS if failure is None else Status.ERROR,
         failure=failure,
-        generated_texts=tuple(answer.text for answer in record.said) or None,
-        finish_reasons=tuple(answer.finish_reason for answer in record.said) or None,
-        completion_tokens=_num_tokens(record.said) or None,
+        generated_texts=tuple(answer.text for answer in record.answers) or None,
+        finish_reasons=tuple(answer.finish_reason for answer in record.answers) or None,
+        completion_tokens=_num_tokens(record.answers) or None,
         prompt_tokens=sample.prompt_tokens if sample and is_counted else None,
         image_tokens=sample.image_tokens if sample and is_counted else None,
         num_images=len(sample.image_sizes) if sample else None,

@@ -281,7 +281,7 @@ def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Eng
             if deadline.has_come:
                 raise _time_is_up(cfg)
             # Rows to retry whose invalid answers came after the last sample; dialogs have none.
-            samples, turns = list(collector.take_again()), None
+            samples, turns = list(collector.take_retries()), None
         collector.finish_all()
         metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
         if peers is not None:

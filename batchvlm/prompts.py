@@ -137,12 +137,12 @@ class PromptBuilder:
         prefix = self._answer_prefix.render(record.values) if self._answer_prefix else ""
         turns_left = 0
         if self._turns_column:
-            messages, images, turns_left = _cut_at_turn(messages, images, record.said, prefix)
-            if turn := len(record.said):
+            messages, images, turns_left = _cut_at_turn(messages, images, record.answers, prefix)
+            if turn := len(record.answers):
                 seed = derived_seed("turn", generation.seed, turn)
                 generation = replace(generation, seed=seed)
         if prefix and messages[-1]["role"] != "assistant":
-            messages = [*messages, _said(prefix)]
+            messages = [*messages, _assistant_message(prefix)]
         if messages[-1]["role"] == "assistant":
             check_continued(messages[-1], self._messages_column or "task.answer_prefix")
         return Prompt(
@@ -311,18 +311,20 @@ _ANNOTATIONS = ("$schema", "$id", "id", "$comment", "examples")
 def _cut_at_turn(
     messages: Sequence[Message],
     images: tuple[ImageRef, ...],
-    said: Sequence[Completion],
+    answered: Sequence[Completion],
     prefix: str,
 ) -> tuple[list[Message], tuple[ImageRef, ...], int]:
     """Cut a dialog after the next user turn to answer, and insert the earlier answers.
 
-    Each of these continued `prefix`.
+    Args:
+        answered: the answers to the first turns.
+        prefix: the text that each of these continued.
 
     Returns:
         The messages, their images, and the number of turns after this one.
     """
     cut: list[Message] = []
-    answers = iter(said)
+    answers = iter(answered)
     num_turns = sum(message["role"] == "user" for message in messages)
     for message in messages:
         cut.append(message)
@@ -331,12 +333,12 @@ def _cut_at_turn(
         answer = next(answers, None)
         if answer is None:
             break
-        cut.append(_said(prefix + answer.text))
+        cut.append(_assistant_message(prefix + answer.text))
     num_images = sum(part["type"] == "image" for m in cut for part in m["content"])
-    return cut, images[:num_images], num_turns - len(said) - 1
+    return cut, images[:num_images], num_turns - len(answered) - 1
 
 
-def _said(text: str) -> Message:
+def _assistant_message(text: str) -> Message:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 

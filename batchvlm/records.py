@@ -106,7 +106,7 @@ class Record:
     if Python has no equal value."""
     failure: Failure | None = None
     """Set if the row itself could not be read; `values` and `kept` are then empty."""
-    said: tuple[Completion, ...] = ()
+    answers: tuple[Completion, ...] = ()
     """For a dialog, the answers to earlier turns."""
     fetched: Mapping[str, bytes | Failure] = field(default_factory=dict)
     """Image address to the bytes fetched from it or the failure, if fetching is allowed."""

@@ -31,7 +31,7 @@ class Turns:
         self.on_idle: Callable[[], None] = lambda: None
         """Called when `is_idle` becomes true."""
         self._records = records
-        self._again: deque[Record] = deque()
+        self._requeued: deque[Record] = deque()
         self._num_open = 0
         self._num_with_pool = 0
         self._is_read = False
@@ -51,10 +51,10 @@ class Turns:
         """Whether the input is read and every row has ended."""
         return self._is_read and self._num_open == 0
 
-    def again(self, record: Record) -> None:
+    def requeue(self, record: Record) -> None:
         """Return a row for its next turn."""
         with self._changed:
-            self._again.append(record)
+            self._requeued.append(record)
             self.is_idle = False
             self._changed.notify_all()
 
@@ -72,8 +72,8 @@ class Turns:
         """Yield rows to `WorkerPool.prepare`, once for each turn; None while no row is ready."""
         for record in self._records:
             # Returned rows come first, because dialogs that have begun are held in memory.
-            while self._again:
-                yield self._out(self._again.popleft())
+            while self._requeued:
+                yield self._out(self._requeued.popleft())
             if record is None:
                 yield None
                 continue
@@ -82,8 +82,8 @@ class Turns:
             yield self._out(record)
         self._is_read = True
         while not self.is_over and not self._is_left:
-            if self._again:
-                yield self._out(self._again.popleft())
+            if self._requeued:
+                yield self._out(self._requeued.popleft())
             elif self._num_with_pool:
                 yield None
             else:
@@ -95,7 +95,7 @@ class Turns:
 
     def _wait(self) -> None:
         def is_needed() -> bool:
-            return bool(self._again or self.is_over or self._is_left)
+            return bool(self._requeued or self.is_over or self._is_left)
 
         with self._changed:
             self.is_idle = not is_needed()

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
-from batchvlm.again import Again
+from batchvlm.form_retries import FormRetries
 from batchvlm.pipeline import run_job
 from batchvlm.prompts import instructions
 from batchvlm.records import Completion, FinishReason, Generation, Sample
@@ -174,32 +174,32 @@ def completion(reason: FinishReason) -> Completion:
 
 
 def test_a_row_is_answered_again_by_other_settings() -> None:
-    again = Again(3, max_bytes=1 << 20)
-    again.keep(sample())
-    assert again.again(3, completion(FinishReason.LENGTH))
-    (longer,) = again.take()
+    retries = FormRetries(3, max_bytes=1 << 20)
+    retries.keep(sample())
+    assert retries.retry(3, completion(FinishReason.LENGTH))
+    (longer,) = retries.take()
     assert (longer.generation.max_new_tokens, longer.generation.temperature) == (12, 0.0)
     # There is no more room, so it is drawn.
-    assert again.again(3, completion(FinishReason.LENGTH))
-    (drawn,) = again.take()
+    assert retries.retry(3, completion(FinishReason.LENGTH))
+    (drawn,) = retries.take()
     assert drawn.generation.temperature == 0.5
-    assert again.again(3, completion(FinishReason.STOP))
-    (other,) = again.take()
+    assert retries.retry(3, completion(FinishReason.STOP))
+    (other,) = retries.take()
     assert other.generation.seed != drawn.generation.seed
-    assert not again.again(3, completion(FinishReason.STOP))
-    assert again.forget(3) == 4
-    assert again.forget(3) == 1
-    assert not again.again(3, completion(FinishReason.STOP))
+    assert not retries.retry(3, completion(FinishReason.STOP))
+    assert retries.forget(3) == 4
+    assert retries.forget(3) == 1
+    assert not retries.retry(3, completion(FinishReason.STOP))
 
 
 def test_rows_for_which_there_is_no_memory_are_answered_once() -> None:
     ids = np.zeros((1, 8), dtype=np.int64)
     first, second = (replace(sample(), row_index=i, features={"input_ids": ids}) for i in (3, 4))
-    again = Again(3, max_bytes=2 * first.size_bytes - 1)
-    again.keep(first)
-    again.keep(second)
-    assert not again.again(4, completion(FinishReason.STOP))
-    assert again.again(3, completion(FinishReason.STOP))
-    again.forget(3)
-    again.keep(second)
-    assert again.again(4, completion(FinishReason.STOP))
+    retries = FormRetries(3, max_bytes=2 * first.size_bytes - 1)
+    retries.keep(first)
+    retries.keep(second)
+    assert not retries.retry(4, completion(FinishReason.STOP))
+    assert retries.retry(3, completion(FinishReason.STOP))
+    retries.forget(3)
+    retries.keep(second)
+    assert retries.retry(4, completion(FinishReason.STOP))

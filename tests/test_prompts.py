@@ -234,7 +234,7 @@ def test_each_turn_of_a_dialog_begins_with_the_prefix() -> None:
     )
     first = build.build(record(turns=["One?", "Two?"]))
     assert text_of(first) == ["One?", "I see"]
-    second = build.build(replace(record(turns=["One?", "Two?"]), said=(answered,)))
+    second = build.build(replace(record(turns=["One?", "Two?"]), answers=(answered,)))
     assert text_of(second) == ["One?", "I see a star.", "Two?", "I see"]
 
 

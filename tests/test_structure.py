@@ -55,7 +55,7 @@ ALLOWED = {
         "batchvlm.recent",
     },
     "batchvlm.batching": set(),
-    "batchvlm.again": set(),
+    "batchvlm.form_retries": set(),
     "batchvlm.forms": {"batchvlm.constraints", "batchvlm.schemas"},
     "batchvlm.constraints": set(),
     "batchvlm.engine": {

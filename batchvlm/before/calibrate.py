@@ -104,7 +104,7 @@ def _answer(
                 continue
             completion_tokens += sum(len(c.token_ids) for c in (outcome, *outcome.alternatives))
             record = current[row_index]
-            current[row_index] = replace(record, said=(*record.said, outcome))
+            current[row_index] = replace(record, answers=(*record.answers, outcome))
             if row_index in unfinished:
                 again.append(current[row_index])
         samples, further_s = _prepare(preprocessor, again)

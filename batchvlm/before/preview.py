@@ -21,7 +21,6 @@ from batchvlm.images import at_hand, load_image
 from batchvlm.job import Job
 from batchvlm.loading import load_processor
 from batchvlm.preprocess import Preprocessor
-from batchvlm.prompts import PromptBuilder
 from batchvlm.records import Completion, Failure, Record, Sample
 from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.ranks import find_rank
@@ -93,7 +92,7 @@ def _answer(
     reading = job.task.read(outcome.text, json_schema=sample.json_schema, choices=sample.choices)
     if sample.turns_left:
         # The next turn of a dialog: the answer is part of its prompt.
-        record = replace(record, said=(*record.said, outcome))
+        record = replace(record, answers=(*record.answers, outcome))
         _answer(job, record, preprocessor, tokenizer, engine)
     elif reading.failure is not None:
         print(f"{reading.failure.error_type}: {printable(reading.failure.message)}")
@@ -117,10 +116,9 @@ def _show_images(job: Job, record: Record) -> None:
     cfg = job.cfg
     if record.failure is not None:
         return
-    prompts = PromptBuilder(task=cfg.task, columns=cfg.data.columns, generation=cfg.generation)
     # Errors of a row are printed once, when its sample is prepared.
     with suppress(RowError):
-        for ref in prompts.build(record).images[:_MAX_THUMBNAILS]:
+        for ref in job.prompts.build(record).images[:_MAX_THUMBNAILS]:
             print_thumbnail(
                 load_image(
                     at_hand(ref, record.fetched),

@@ -14,7 +14,6 @@ from batchvlm.images import at_hand, capped_size, image_size
 from batchvlm.job import Job
 from batchvlm.loading import load_limits, load_processor
 from batchvlm.preprocess import check_length, room_behind
-from batchvlm.prompts import PromptBuilder
 from batchvlm.recent import KEY, RecentImageProcessor
 from batchvlm.records import Completion, Failure, FinishReason, Prompt, Record
 from batchvlm.words import described
@@ -55,9 +54,7 @@ class TokenCounter:
         cfg = job.cfg
         self._cfg = cfg
         self._image_root = job.source.image_root
-        self._prompts = PromptBuilder(
-            task=cfg.task, columns=cfg.data.columns, generation=cfg.generation
-        )
+        self._prompts = job.prompts
         self._processor = load_processor(cfg.model)
         self._limits = load_limits(cfg.model)
         self._chat = ChatTemplate(
@@ -90,8 +87,8 @@ class TokenCounter:
         prompt = self._prompts.build(record)
         num_turns = 1 + prompt.turns_left
         if prompt.turns_left:
-            said = (_empty_completion(record.row_index),) * prompt.turns_left
-            prompt = self._prompts.build(replace(record, said=said))
+            answers = (_empty_completion(record.row_index),) * prompt.turns_left
+            prompt = self._prompts.build(replace(record, answers=answers))
         sizes = [
             image_size(
                 at_hand(ref, record.fetched),

@@ -12,7 +12,7 @@ _LEAST_TEMPERATURE = 0.5
 """Least temperature of another attempt, because a greedy answer would be the same again."""
 
 
-class Again:
+class FormRetries:
     """Keeps the samples of rows that may be answered again.
 
     Args:
@@ -34,7 +34,7 @@ class Again:
             self._kept[sample.row_index] = sample
             self._size_bytes += sample.size_bytes
 
-    def again(self, row_index: int, completion: Completion) -> bool:
+    def retry(self, row_index: int, completion: Completion) -> bool:
         """Queue the row to be answered again with changed settings; return whether it is."""
         times = self._times.get(row_index, 0)
         sample = self._kept.get(row_index)
