@@ -43,7 +43,7 @@ def verify(argv: Sequence[str]) -> ExitCode:
         print(f"errors       {counted(verdict.errors)}")
     for fault in verdict.faults:
         print(fault)
-    print("not whole" if verdict.faults else "every input row is there exactly once")
+    print("incomplete or damaged" if verdict.faults else "every input row is there exactly once")
     return ExitCode.FAILED if verdict.faults else ExitCode.DONE
 
 

@@ -220,7 +220,7 @@ def _parsed_column(cfg: TaskConfig) -> Parsed:
         form = None
     parsed = parsed_column(form, is_by_row=is_by_row)
     if parsed.notes:
-        log.info("JSON text in parsed, for want of a fixed type: %s", ", ".join(parsed.notes[:20]))
+        log.info("stored as JSON text in parsed: %s", ", ".join(parsed.notes[:20]))
     return parsed
 
 
@@ -294,16 +294,16 @@ def announce_overwriting(job: Job) -> None:
         return
     if found is not None and found.num_live:
         raise FingerprintError(
-            f"{job.folder} holds the answers to another question: {changes}; "
-            f"output.on_mismatch=overwrite takes them from no process that is at work on them, "
-            f"and {found.num_live} are",
+            f"{job.folder} holds the answers of another job: {changes}; "
+            "output.on_mismatch=overwrite deletes nothing while processes are at work on it, and "
+            f"{found.num_live} are",
             hint="end them first (one that was killed counts for a minute), or name another "
             "output.dir; batchvlm status tells more",
         )
     rows = "its rows" if found is None else f"{found.num_done:,} rows that it has answered"
     log.warning(
-        "%s holds the answers to another question: %s; once the model has loaded, "
-        "output.on_mismatch=overwrite gives up %s",
+        "%s holds the answers of another job: %s; once the model has loaded, "
+        "output.on_mismatch=overwrite deletes %s",
         job.folder,
         changes,
         rows,

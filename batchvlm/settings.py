@@ -300,7 +300,7 @@ def _broken_file(error: YAMLError | UnicodeDecodeError) -> ConfigError:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     place = "a file of your configuration" if mark is None else f"{mark.name}, line {mark.line + 1}"
-    return ConfigError(f"{place}: no YAML that can be read: {problem}", hint="mend that file")
+    return ConfigError(f"{place}: no YAML that can be read: {problem}", hint="correct that file")
 
 
 def _causes(error: BaseException | None) -> Iterable[BaseException]:

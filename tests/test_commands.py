@@ -30,7 +30,7 @@ def test_verify_says_yes_or_what_is_wrong(
         "errors       1 decode",
         "missing     1 row: 7",
         "unfinished  1 row: 6; they are in segments, the same command brings them into parts",
-        "not whole",
+        "incomplete or damaged",
     ]
     run_job(tmp_path, "ours")
     assert main(["verify", out]) == ExitCode.DONE

@@ -133,7 +133,7 @@ def test_what_is_overwritten_is_said(
     source, out = write_parquet([picture()] * 25), tmp_path / "out"
     run(out, source)
     run(out, source, "task.prompt=Why?", "output.on_mismatch=overwrite")
-    (said,) = [text for text in caplog.messages if "gives up" in text]
+    (said,) = [text for text in caplog.messages if "deletes" in text]
     assert "'Why?'" in said and "25 rows that it has answered" in said
 
 
@@ -150,7 +150,7 @@ def test_what_another_process_is_at_is_not_overwritten(
                     (path,) = (out / "_batchvlm" / "metrics").glob("*.json*")
                     path.with_suffix(".json").write_text(json.dumps({"rows_per_s": 1.0}))
                     with pytest.raises(
-                        FingerprintError, match="no process that is at work"
+                        FingerprintError, match="while processes are at work on it"
                     ) as error:
                         run(out, source, "task.prompt=Why?", over, engine=engine)
                     refused.append(error.value)

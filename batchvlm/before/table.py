@@ -78,9 +78,7 @@ def _job(plan: Plan) -> Iterator[str]:
     if job.is_overwriting:
         stored = read_run(job.folder)
         is_same = stored is not None and stored.fingerprint == job.run.fingerprint
-        state = (
-            "was begun with other settings" if is_same else "holds the answers to another question"
-        )
+        state = "was started with other settings" if is_same else "holds the answers of another job"
         state += "; a run would " + _ON_MISMATCH[job.cfg.output.on_mismatch]
     elif plan.num_done:
         state = f"{number_of(plan.num_done, 'row')} done, {plan.num_todo:,} left"
@@ -103,7 +101,7 @@ def _job(plan: Plan) -> Iterator[str]:
         yield _line(
             "looked at",
             f"{number_of(num_drawn, 'row')} from {places} of the input; "
-            "what follows is told by them (--sample N)",
+            "all that follows is estimated from them (--sample N)",
         )
 
 
@@ -181,7 +179,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _time(plan: Plan) -> Iterator[str]:
     estimate = plan.estimate
     if estimate is None:
-        yield _line("time", "--calibrate answers some rows to tell")
+        yield _line("time", "unknown; --calibrate answers some rows to estimate it")
         return
     speed = estimate.speed
     yield _line(
@@ -209,11 +207,11 @@ def _failures(plan: Plan) -> Iterator[str]:
     yield ""
     num_drawn = len(plan.drawn.records)
     if not plan.failed:
-        yield "nothing is seen that cannot work"
+        yield "no row is seen that will fail"
         return
     share = len(plan.failed) / num_drawn
     about = "" if plan.drawn.is_all else f", about {share * plan.num_rows:,.0f} of the whole input"
-    yield f"cannot work: {len(plan.failed):,} of {number_of(num_drawn, 'row')} ({share:.1%}{about})"
+    yield f"will fail: {len(plan.failed):,} of {number_of(num_drawn, 'row')} ({share:.1%}{about})"
     for kind, rows in _by_kind(plan.failed).items():
         yield f"  {len(rows):,} {kind}"
         for row in rows[:_NUM_EXAMPLES]:

@@ -307,7 +307,7 @@ class EndpointEngine:
             raise EndpointError(
                 f"the server at {self._url} has answered nothing for "
                 f"engine.endpoint.patience_s={self._cfg.patience_s:g}: {fault.reason}",
-                hint="finished rows are on disk; see to the server and run the same command again",
+                hint="finished rows are on disk; check the server and run the same command again",
             )
 
     async def _await_server(self) -> None:

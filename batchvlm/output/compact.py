@@ -65,7 +65,7 @@ def compact(
     restore_data(folder)
     if faults := verify(folder).faults:
         raise OutputError(
-            f"{folder} is not whole, {faults[0]}",
+            f"{folder} is incomplete or damaged: {faults[0]}",
             hint=f"only a finished job is compacted; see batchvlm verify {folder}",
         )
     retried = folder.shards_with_segments(is_retry=True)

@@ -149,9 +149,7 @@ def differs(stored: RunFile, new: RunFile) -> list[str]:
 def _check_same(folder: OutputFolder, stored: RunFile, new: RunFile) -> None:
     if found := differs(stored, new):
         is_same = stored.fingerprint == new.fingerprint
-        what = (
-            "was begun with other settings" if is_same else "holds the answers to another question"
-        )
+        what = "was started with other settings" if is_same else "holds the answers of another job"
         raise FingerprintError(
             f"{folder} {what}: {'; '.join(found)}",
             hint="put the settings back, name another output.dir, or set output.on_mismatch",

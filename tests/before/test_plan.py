@@ -95,10 +95,10 @@ def test_a_plan_of_the_demo(tmp_path: Path) -> None:
     assert "1.63 M parameters in float32; engine slots" in lines[2]
     assert "looked at  every row" in lines
     assert any(line.split() == ["prompt", "tokens", *["58"] * 5] for line in lines)
-    assert "cannot work: 4 of 29 rows (13.8%)" in lines
+    assert "will fail: 4 of 29 rows (13.8%)" in lines
     assert any("broken-bomb: the header claims 30000 x 30000 pixels" in line for line in lines)
     assert any("'no-such-folder/no-such-file.png' cannot be read" in line for line in lines)
-    assert "time       --calibrate answers some rows to tell" in lines
+    assert "time       unknown; --calibrate answers some rows to estimate it" in lines
     # Exactly what the safetensors file holds.
     assert found.footprint.weight_bytes == pytest.approx(6.5e6, rel=0.02)
     assert not (tmp_path / "out").exists()
@@ -184,7 +184,7 @@ def test_padding_slices_and_a_part_of_the_input(tmp_path: Path) -> None:
     assert found.num_batches >= 2 and 0 < found.padding_share < 0.3
     (padding,) = [line for line in lines if line.startswith("padding")]
     assert f"{found.padding_share:.0%} of the prompts, in batches of" in padding
-    assert any(line.startswith("cannot work: ") and "of the whole input)" in line for line in lines)
+    assert any(line.startswith("will fail: ") and "of the whole input)" in line for line in lines)
 
 
 def test_calibrating_answers_rows(tmp_path: Path) -> None:
@@ -285,10 +285,10 @@ def test_another_question_in_the_folder_is_no_mistake_yet(
     ):
         show(compose("run", [*overrides, f"output.on_mismatch={on_mismatch}"]))
         line = capsys.readouterr().out.splitlines()[1]
-        assert line.endswith(f"out: holds the answers to another question; {words}")
+        assert line.endswith(f"out: holds the answers of another job; {words}")
     layout = [f"output.dir={out.root}", "output.rows_per_shard=3"]
     show(compose("run", [*layout, "output.on_mismatch=overwrite"]))
-    assert "out: was begun with other settings; a run would" in capsys.readouterr().out
+    assert "out: was started with other settings; a run would" in capsys.readouterr().out
     show(compose("run", [f"output.dir={out.root}"]))
     assert capsys.readouterr().out.splitlines()[1].endswith("out: nothing done yet")
 

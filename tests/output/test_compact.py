@@ -142,7 +142,9 @@ def test_nothing_to_merge_touches_nothing(tmp_path: Path) -> None:
 
 def test_an_unfinished_job_is_refused(tmp_path: Path) -> None:
     folder = job(tmp_path, stop_after=6)
-    with pytest.raises(OutputError, match=r"not whole, missing .* 24.*only a finished job"):
+    with pytest.raises(
+        OutputError, match=r"incomplete or damaged: missing .* 24.*only a finished job"
+    ):
         compact(folder, target_rows=80)
     assert len(names(folder)) == 6
 

@@ -64,7 +64,7 @@ def test_another_layout_is_no_other_question(tmp_path: Path) -> None:
     with pytest.raises(FingerprintError) as caught:
         open_here(tmp_path, layout={"output.rows_per_shard": 50, "output.keep_columns": ()})
     assert str(caught.value) == (
-        f"{tmp_path} was begun with other settings: output.rows_per_shard: 100 -> 50; put the "
+        f"{tmp_path} was started with other settings: output.rows_per_shard: 100 -> 50; put the "
         "settings back, name another output.dir, or set output.on_mismatch"
     )
 
