@@ -28,15 +28,16 @@ import numpy as np
 from pebble import ProcessPool
 
 from batchvlm import schemas
-from batchvlm.constraints.instances import accepts
 from batchvlm.constraints.plan import Plan, byte_matcher, make_plan
 from batchvlm.records import Constraint, Form, FormKind
 from batchvlm.schemas import why_invalid
 
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = map(str, Path(__file__).parents[:2])
 from results import environment, write_section
 from systems import SYSTEMS, tokenizer_at
+
+from tests.constraints.instances import accepts
 
 MAX_TOKENS = 1024
 TIMEOUT_S = 60.0

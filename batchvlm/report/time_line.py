@@ -36,8 +36,6 @@ class TimeLine:
     """The running times at which the job continued after a pause."""
     start_s: float
     """Start in seconds since 1970."""
-    end_s: float
-    """End in seconds since 1970."""
 
     @property
     def active_s(self) -> float:
@@ -91,7 +89,6 @@ def merge(processes: Sequence[Floats]) -> TimeLine | None:
         wait_share=np.clip(wait, 0, 1),
         resumes_s=[float(active[i]) for i in range(2, len(active), 2)],
         start_s=float(starts_s[0]),
-        end_s=float(starts_s[-1]),
     )
 
 

@@ -30,7 +30,7 @@ _LOG_LOW, _LOG_HIGH, _PER_DECADE = -4, 6, 40
 _COLUMNS = (
     *("row_index", "id", "status", "error_type", "error_message", "attempts", "generated_text"),
     *("parsed", "finish_reason", "prompt_tokens", "image_tokens", "completion_tokens"),
-    *("num_images", "latency_s", "run_id", "constraint"),
+    *("num_images", "latency_s", "constraint"),
 )
 TOKENS = ("prompt_tokens", "image_tokens", "completion_tokens")
 
@@ -171,7 +171,6 @@ class Totals:
     finish_reasons: Counter[str] = field(default_factory=Counter)
     constraints: Counter[str] = field(default_factory=Counter)
     """Rows by how strictly decoding enforced the form."""
-    run_ids: set[str] = field(default_factory=set)
     tokens: dict[str, TokenCounts] = field(
         default_factory=lambda: {name: TokenCounts() for name in TOKENS}
     )
@@ -179,7 +178,6 @@ class Totals:
     answers: Values = field(default_factory=Values)
     fields: dict[str, Values] = field(default_factory=dict)
     """For JSON answers: dotted path -> its values."""
-    has_more_fields: bool = False
 
     @property
     def num_errors(self) -> int:
@@ -213,7 +211,6 @@ def _add(totals: Totals, batch: Any) -> None:
     totals.failed.add(rows[is_error])
     totals.num_images += pc.sum(batch.column("num_images")).as_py() or 0
     totals.num_retried += pc.sum(pc.greater(batch.column("attempts"), 1)).as_py() or 0
-    totals.run_ids |= {value for value in pc.unique(batch.column("run_id")).to_pylist() if value}
     for counts, name in (
         (totals.errors, "error_type"),
         (totals.finish_reasons, "finish_reason"),
@@ -254,7 +251,6 @@ def _add_fields(totals: Totals, text: str) -> None:
         return
     for path, value in leaves(parsed):
         if path not in totals.fields and len(totals.fields) >= _MAX_FIELDS:
-            totals.has_more_fields = True
             continue
         values = totals.fields.setdefault(path, Values())
         values.add(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchvlm.constraints.instances import accepts
 from batchvlm.constraints.plan import Plan, byte_matcher, fits, make_plan
 from batchvlm.records import Constraint, Form, FormKind
 from batchvlm.schemas import compile_schema
+from tests.constraints.instances import accepts
 
 VALUES: list[Any] = [
     *(None, True, False, -1, 0, 1, 2, 1.5, "", "a", "ab", "b"),

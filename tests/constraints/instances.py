@@ -1,7 +1,7 @@
 """Check whether a grammar accepts a JSON value in some order of its keys.
 
 A grammar fixes the order of an object's keys, which JSON does not: declared keys come first, in the
-order of the schema. Tests use this to check grammars against example values.
+order of the schema.
 """
 
 from __future__ import annotations
