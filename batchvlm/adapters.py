@@ -13,6 +13,7 @@ from typing import Any
 from batchvlm.config import ModelConfig
 from batchvlm.errors import ModelError
 from batchvlm.quantization import is_quantized
+from batchvlm.words import first_line
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +124,7 @@ def _explained(cfg: ModelConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
         raise ModelError(
-            f"cannot load model.adapter={cfg.adapter}: {reason[:300]}",
+            f"cannot load model.adapter={cfg.adapter}: {first_line(error)}",
             hint="check model.adapter, model.adapter_revision and model.adapter_subfolder",
         ) from error

@@ -27,7 +27,7 @@ from batchvlm.quantization import (
     modules_to_skip,
     quantization_config,
 )
-from batchvlm.words import num_bytes
+from batchvlm.words import first_line, num_bytes
 
 log = logging.getLogger(__name__)
 
@@ -388,8 +388,7 @@ def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
         raise
     # Libraries raise their own types: safetensors' error derives directly from Exception.
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        reason = first_line(error)
         if isinstance(error, KeyError | AttributeError):
             reason = f"{type(error).__name__}: {reason}"
         if "trust_remote_code" in str(error) and not cfg.trust_remote_code:
@@ -407,7 +406,7 @@ def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
         elif part == "processor" and not has_torchvision():
             hint = "some processors need torchvision, which is not installed or does not import"
         raise ModelError(
-            f"cannot load the {part} of model.path={cfg.path}: {reason[:300]}", hint=hint
+            f"cannot load the {part} of model.path={cfg.path}: {reason}", hint=hint
         ) from error
 
 

@@ -42,10 +42,9 @@ def print_summary(summary: Summary) -> None:
         print(f"{'guided':<8} {counted(metrics.constraints)}")
     engine = metrics.engine
     if metrics.num_rows:
-        per_s = 1 / max(metrics.run_s, 1e-9)
         print(
-            f"speed    {metrics.num_rows * per_s:,.1f} rows/s, "
-            f"{metrics.completion_tokens * per_s:,.0f} tokens/s; "
+            f"speed    {metrics.rows_per_s:,.1f} rows/s, "
+            f"{metrics.completion_tokens_per_s:,.0f} tokens/s; "
             f"{metrics.start_s:.1f} s to load, {metrics.run_s:.1f} s to answer"
         )
         batches = number_of(engine.num_batches, "batch")

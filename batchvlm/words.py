@@ -24,6 +24,12 @@ def one_line(value: object) -> str:
     return " ".join(str(value).split())[:200]
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has no message."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line[:300] for line in lines if line), type(error).__name__)
+
+
 def described(error: BaseException) -> str:
     """Describe an error in one line: its type, and its message if it has one."""
     text = one_line(error)

@@ -7,6 +7,7 @@ import pytest
 from batchvlm.words import (
     described,
     duration,
+    first_line,
     large_number,
     num_bytes,
     number_of,
@@ -52,3 +53,5 @@ def test_an_error_of_many_lines_is_one() -> None:
     assert len(one_line("x" * 999)) == 200
     assert described(ValueError("no\n  such\tthing")) == "ValueError: no such thing"
     assert described(TimeoutError()) == "TimeoutError"
+    assert first_line(OSError("\n no such model \nTraceback")) == "no such model"
+    assert first_line(KeyError()) == "KeyError"

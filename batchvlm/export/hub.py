@@ -18,6 +18,7 @@ import pyarrow as pa
 from batchvlm.errors import BatchvlmError, OutputError
 from batchvlm.report.card import card
 from batchvlm.report.outputs import Output
+from batchvlm.words import first_line
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def push(output: Output, repo: str, *, is_private: bool = True) -> str:
         raise
     except Exception as error:  # errors of the Hub or the network, or an invalid name
         raise OutputError(
-            f"cannot export to {repo}: {_reason(error)}",
+            f"cannot export to {repo}: {first_line(error)}",
             hint="check the name and `hf auth whoami`, then export again: "
             "what is there is not sent again",
         ) from error
@@ -94,11 +95,6 @@ def push(output: Output, repo: str, *, is_private: bool = True) -> str:
 def _content(output: Output, path: Path) -> Any:
     # Given a path, the Hub's client uploads only the chunks that the Hub lacks.
     return str(path) if output.folder.is_local else output.folder.open(path)
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def _features(schema: pa.Schema) -> Sequence[dict[str, Any]]:

@@ -17,7 +17,7 @@ from batchvlm.config import RetryConfig
 from batchvlm.errors import FingerprintError, OutputError
 from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.run_file import RunFile
-from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY
+from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY, column_statistics
 from batchvlm.output.writer import is_retried
 from batchvlm.records import Shard, shard_of
 from batchvlm.words import one_line
@@ -218,9 +218,7 @@ def _has_errors(metadata: pq.FileMetaData) -> bool:
     """Whether any row has an error type, by the footer's null counts; True if these are missing."""
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
-        columns = (group.column(j) for j in range(group.num_columns))
-        column = next((c for c in columns if c.path_in_schema == "error_type"), None)
-        stats = column.statistics if column is not None else None
+        stats = column_statistics(group, "error_type")
         if stats is None or not stats.has_null_count or stats.null_count < group.num_rows:
             return True
     return False

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -246,15 +246,17 @@ def read_segment(
 
 def _may_hold(metadata: pq.FileMetaData, group: int, shard: Shard) -> bool:
     """Whether a row group may hold rows of a shard, by the footer's statistics."""
-    columns = metadata.row_group(group)
-    for i in range(columns.num_columns):
-        if columns.column(i).path_in_schema == "row_index":
-            stats = columns.column(i).statistics
-            if stats is None or not stats.has_min_max:
-                return True
-            stop = shard.first_row_index + shard.num_rows
-            return bool(stats.min < stop and shard.first_row_index <= stats.max)
-    return True
+    stats = column_statistics(metadata.row_group(group), "row_index")
+    if stats is None or not stats.has_min_max:
+        return True
+    stop = shard.first_row_index + shard.num_rows
+    return bool(stats.min < stop and shard.first_row_index <= stats.max)
+
+
+def column_statistics(group: Any, name: str) -> Any | None:
+    """Return a column's statistics in the metadata of a row group; None if it has none."""
+    columns = (group.column(i) for i in range(group.num_columns))
+    return next((c.statistics for c in columns if c.path_in_schema == name), None)
 
 
 def _rows_of(table: pa.Table, shard: Shard) -> pa.Table:

@@ -17,6 +17,7 @@ from batchvlm.config import JobConfig
 from batchvlm.errors import OutputError
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import RunFile
+from batchvlm.output.segments import column_statistics
 from batchvlm.output.verify import open_run
 
 T = TypeVar("T")
@@ -116,13 +117,8 @@ def _with_parsed_as_text(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _row_range(group: Any) -> tuple[int, int]:
-    for index in range(group.num_columns):
-        column = group.column(index)
-        if column.path_in_schema == "row_index":
-            stats = column.statistics
-            if stats is not None and stats.has_min_max:
-                return stats.min, stats.max
-    return 0, 1 << 62
+    stats = column_statistics(group, "row_index")
+    return (stats.min, stats.max) if stats is not None and stats.has_min_max else (0, 1 << 62)
 
 
 def job_config(run: RunFile) -> JobConfig:

@@ -61,6 +61,14 @@ class Metrics:
         """Fraction of `run_s` for which the engine waited for samples."""
         return self.wait_s / self.run_s if self.run_s else 0.0
 
+    @property
+    def rows_per_s(self) -> float:
+        return self.num_rows / self.run_s if self.run_s else 0.0
+
+    @property
+    def completion_tokens_per_s(self) -> float:
+        return self.completion_tokens / self.run_s if self.run_s else 0.0
+
     def count_prepared(self, prompt_tokens: int, *, is_again: bool = False) -> None:
         """Count a row that is ready for the engine, or failed in preprocessing (0 tokens).
 
@@ -128,15 +136,14 @@ class Metrics:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all counters and rates as JSON-serializable values."""
-        per_s = 1 / self.run_s if self.run_s else 0.0
         return {
             **{
                 key: dict(value) if isinstance(value, Counter) else value
                 for key, value in vars(self).items()
             },
             "engine": asdict(self.engine),
-            "rows_per_s": self.num_rows * per_s,
-            "completion_tokens_per_s": self.completion_tokens * per_s,
+            "rows_per_s": self.rows_per_s,
+            "completion_tokens_per_s": self.completion_tokens_per_s,
             "padding_share": self.engine.padding_share,
             "wait_share": self.wait_share,
         }

@@ -110,15 +110,14 @@ class Trackers:
 
 def numbers(metrics: Metrics) -> dict[str, float]:
     """Return the values that trackers plot, by name."""
-    per_s = 1 / metrics.run_s if metrics.run_s else 0.0
     return {
         "rows": metrics.num_rows,
         "errors": metrics.num_errors,
         **{f"errors/{kind}": count for kind, count in metrics.errors.items()},
         "prompt_tokens": metrics.prompt_tokens,
         "completion_tokens": metrics.completion_tokens,
-        "rows_per_s": metrics.num_rows * per_s,
-        "completion_tokens_per_s": metrics.completion_tokens * per_s,
+        "rows_per_s": metrics.rows_per_s,
+        "completion_tokens_per_s": metrics.completion_tokens_per_s,
         "wait_share": metrics.wait_share,
         "padding_share": metrics.engine.padding_share,
     }
