@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ def list_files(path: str, *, suffixes: tuple[str, ...]) -> Listing:
         if fs.isdir(fs_path):
             root = fs_path
             # Writers leave `_SUCCESS`, `_metadata` and hidden incomplete files beside the data.
-            listed = fs.find(fs_path)
+            listed = _walked(fs_path) if isinstance(fs, LocalFileSystem) else fs.find(fs_path)
             _refuse_table(path, [posixpath.relpath(p, root) for p in listed])
             found = [p for p in listed if p.lower().endswith(suffixes)]
         elif "*" in fs_path or "?" in fs_path or "[" in fs_path:
@@ -133,6 +133,29 @@ def image_root_of(setting: str | None, own_folder: str | None) -> str | None:
             hint="name a folder of this machine that holds the images",
         )
     return root
+
+
+def walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk a folder of this machine like `os.walk`, but refuse a subfolder that cannot be listed.
+
+    Without it, its rows would be lost silently.
+
+    Raises:
+        InputError: a folder whose name is not hidden cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        if error.filename == root or not _is_hidden(os.path.relpath(error.filename, root)):
+            raise InputError(
+                f"data.path: cannot list {error.filename}: {error.strerror}",
+                hint="check the permissions",
+            )
+
+    return os.walk(root, onerror=refuse)
+
+
+def _walked(root: str) -> list[str]:
+    return [os.path.join(folder, name) for folder, _, names in walk(root) for name in names]
 
 
 def _refuse_table(path: str, names: list[str]) -> None:

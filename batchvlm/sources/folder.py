@@ -12,7 +12,7 @@ from batchvlm.config import DataConfig
 from batchvlm.errors import ErrorType, InputError
 from batchvlm.records import Failure, InputFile, Record, Shard
 from batchvlm.sources import Source
-from batchvlm.sources.files import image_root_of, is_text
+from batchvlm.sources.files import image_root_of, is_text, walk
 from batchvlm.sources.metadata import find_metadata
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -129,15 +129,7 @@ class FolderSource:
 
 def _find_images(root: str) -> Iterator[tuple[str, int]]:
     """Yield (path relative to `root`, size in bytes) of each image."""
-
-    def refuse(error: OSError) -> None:
-        # Skipping a folder would silently lose its rows.
-        raise InputError(
-            f"data.path: cannot list {error.filename}: {error.strerror}",
-            hint="check the permissions",
-        )
-
-    for folder, subfolders, names in os.walk(root, onerror=refuse):
+    for folder, subfolders, names in walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):

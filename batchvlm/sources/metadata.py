@@ -11,6 +11,7 @@ import csv
 import hashlib
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -25,7 +26,7 @@ from batchvlm.errors import InputError
 from batchvlm.records import InputFile, Record, Shard
 from batchvlm.sources import Source
 from batchvlm.sources.cursor import BrokenStreamError, Cursors
-from batchvlm.sources.files import HAS_CHANGED, Listing, image_root_of, is_text
+from batchvlm.sources.files import HAS_CHANGED, Listing, image_root_of, is_text, walk
 from batchvlm.sources.jsonl import JsonlSource
 from batchvlm.sources.parquet import ParquetSource
 from batchvlm.sources.rows import ShardRows
@@ -45,7 +46,7 @@ def find_metadata(cfg: DataConfig, root: str) -> MetadataSource | None:
         InputError: the metadata files are of several formats, or have no column `file_name`.
     """
     found: dict[str, str] = {}
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in set(names) & set(_NAMES):
             path = os.path.join(folder, name)
@@ -168,12 +169,17 @@ class _CsvSource:
         """Return the files by name, each read once for its number of rows and digest.
 
         Raises:
-            InputError: a file cannot be read, or lacks one of `columns`.
+            InputError: a file cannot be read, lacks one of `columns`, or has two of one name.
         """
         files = []
         for name in self._listing.paths:
             stamp = self._listing.stamp(name)
             header, num_rows, digest = self._scan(name)
+            if twice := [column for column, num in Counter(header).items() if num > 1]:
+                raise InputError(
+                    f"data.path: {name} has several columns {twice[0]!r}",
+                    hint="give each its own name",
+                )
             if missing := [column for column in columns if column not in header]:
                 raise InputError(
                     f"data.path: {name} has no column {missing[0]!r}",

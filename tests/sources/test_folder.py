@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,12 +139,30 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         open_path("folder", tmp_path / "a.png")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
-def test_a_folder_that_cannot_be_listed_is_no_silent_loss(tmp_path: Path) -> None:
-    touch(tmp_path, "a.png", "shut/b.png")
-    (tmp_path / "shut").chmod(0)
-    try:
-        with pytest.raises(InputError, match="cannot list"):
-            open_path("folder", tmp_path)
-    finally:
-        (tmp_path / "shut").chmod(0o755)
+@pytest.mark.parametrize(
+    ("kind", "name", "content"),
+    [
+        ("folder", "a.png", ""),
+        ("folder", "metadata.csv", "file_name\na.png\n"),
+        ("jsonl", "a.jsonl", '{"image": "a.png"}\n'),
+    ],
+)
+def test_a_folder_that_cannot_be_listed_is_no_silent_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str, content: str
+) -> None:
+    for folder in (tmp_path, tmp_path / "shut", tmp_path / ".hidden"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    real, closed = os.scandir, ".hidden"
+
+    def scandir(path: str) -> Any:
+        if os.path.basename(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    # As for anybody but root.
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert open_path(kind, tmp_path).files()[0].num_rows
+    closed = "shut"
+    with pytest.raises(InputError, match=r"cannot list .*shut: Permission denied"):
+        open_path(kind, tmp_path)

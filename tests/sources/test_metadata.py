@@ -107,6 +107,12 @@ def test_several_kinds_and_files_without_names_are_refused(tmp_path: Path) -> No
         open_path("folder", tmp_path)
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_text("file_name,question,question\na.png,Why?,How?\n")
+    with pytest.raises(InputError, match=r"metadata\.csv has several columns 'question'"):
+        open_path("folder", tmp_path).files()
+
+
 def test_lines_of_csv_that_do_not_fit_are_failed_rows(tmp_path: Path) -> None:
     lines = [
         b"\xef\xbb\xbffile_name,q",
