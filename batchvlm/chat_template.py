@@ -85,7 +85,11 @@ def check_prompt_tokens(processor: Any, tokens: Sequence[str]) -> None:
 
 def _slots(processor: Any) -> set[str]:
     """Return the tokens of a processor that stand for images and other inputs."""
-    names = ("image_token", "video_token", "audio_token", "boi_token", "fake_image_token")
+    names = (
+        *("image_token", "video_token", "audio_token", "boi_token", "fake_image_token"),
+        # What Qianfan-OCR's chat template writes for an image, which is no token.
+        "image_placeholder_token",
+    )
     return {str(token) for name in names if (token := getattr(processor, name, None))}
 
 

@@ -43,8 +43,9 @@ log = logging.getLogger(__name__)
 # Shape legend: B rows of the batch, T padded prompt length plus tokens generated so far,
 # V vocabulary.
 
-# Families whose results are wrong if rows of a batch have different numbers of images.
-_ALONE = frozenset({"mllama"})
+# Families whose results are wrong if rows of a batch have different numbers of images (Mllama), or
+# images of different sizes (Emu3, whose encoder sees the padding).
+_ALONE = frozenset({"emu3", "mllama"})
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
     # These versions merge all images of a batch by the grid of the first image.
     _ALONE |= {"minicpmv4_6"}

@@ -30,9 +30,12 @@ _VERIFIED = frozenset(
     {
         "aria",
         "aya_vision",
+        "chameleon",
         "cohere2_vision",
         "deepseek_ocr2",
         "deepseek_vl",
+        "deepseek_vl_hybrid",
+        "emu3",
         "ernie4_5_vl_moe",
         "exaone4_5",
         "fast_vlm",
@@ -54,6 +57,7 @@ _VERIFIED = frozenset(
         "lighton_ocr",
         "llava",
         "llava_next",
+        "llava_next_video",
         "llava_onevision",
         "mistral3",
         "molmo2",
@@ -61,12 +65,15 @@ _VERIFIED = frozenset(
         "paddleocr_vl",
         "paligemma",
         "perception_lm",
+        "qianfan_ocr",
         "qwen2_5_vl",
         "qwen2_vl",
         "qwen3_vl",
         "qwen3_vl_moe",
         "smolvlm",
         "video_llama_3",
+        "video_llava",
+        "vipllava",
     }
 )
 """Model types whose slot engine outputs were verified against `generate()`."""
@@ -255,11 +262,15 @@ def why_not_slots(
         return "it is an encoder-decoder"
     if config.model_type in ONE_IMAGE:
         return "it takes exactly one image a row"
-    if not hasattr(model.base_model, "get_image_features"):
+    encode = getattr(model.base_model, "get_image_features", None)
+    if encode is None:
         return "it gives no image features of its own"
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         # No family has it before transformers 5.18.
         return f"it takes no image features from outside in transformers {transformers.__version__}"
+    if "pixel_values" not in inspect.signature(encode).parameters:
+        # Video-LLaVA before transformers 5.22.
+        return f"its encoder takes no pixel_values in transformers {transformers.__version__}"
     if refuses_inference_mode(model):
         return "Quanto's int4 weights do not run in inference mode"
     text = config.get_text_config(decoder=True)

@@ -39,8 +39,12 @@ _GRIDS = "image_grid_thw"
 _TILES, _NUM_TILES = "pixel_values_local", "num_local_patches"
 """The tiles of all images of a row, and how many are of each image (DeepSeek-OCR 2, which encodes
 each image whole as well)."""
+_OLD_NAMES = {"pixel_values_images": "pixel_values"}
+"""Names in a processor's output -> names in `get_image_features` (Video-LLaVA)."""
 # Families whose processors have the row or image as first dimension and its tiles as second.
 _ROWS_OF_TILES = frozenset({"idefics2", "idefics3", "perception_lm", "smolvlm"})
+# Families whose encoder sees how far an image is padded to the largest one of its row.
+_SEES_PADDING = frozenset({"emu3"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +159,8 @@ class ImageFeatures:
 
     def units(self, sample: Sample) -> tuple[Unit, ...]:
         """The units of a row, in the order of its images; empty for text alone."""
-        arrays = {n: a for n, a in sample.features.items() if n in self._names}
+        named = {_OLD_NAMES.get(n, n): a for n, a in sample.features.items()}
+        arrays = {n: a for n, a in named.items() if n in self._names}
         if "pixel_values" not in arrays:
             return ()
         self._pixel_table = sample.pixel_table
@@ -164,7 +169,8 @@ class ImageFeatures:
         keys = sample.image_keys
         if not self._is_shared or not keys:
             return (Unit(f"{sample.row_index}", arrays),)
-        parts = _by_image(arrays, len(keys)) if len(keys) > 1 else None
+        is_split = len(keys) > 1 and self._model_type not in _SEES_PADDING
+        parts = _by_image(arrays, len(keys)) if is_split else None
         if parts is None:
             return (Unit("+".join(keys), arrays),)
         return tuple(Unit(key, part) for key, part in zip(keys, parts, strict=True))

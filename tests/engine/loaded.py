@@ -185,8 +185,11 @@ class Loaded:
         images = pictures(question, seed)
         template = self.processor.chat_template or self.processor.tokenizer.chat_template
         if template is None:
-            # Those that have no template put the slot of their one image by themselves.
-            inputs = self.processor(text=[question.text], images=[images], return_tensors="pt")
+            # Those that take one image put its slot by themselves.
+            slot = self.processor.image_token if self.family.takes_several else ""
+            text = slot * len(images) + question.text
+            given = [images] if images else None
+            inputs = self.processor(text=[text], images=given, return_tensors="pt")
         else:
             parts = [{"type": "image", "image": image} for image in images]
             content = [*parts, {"type": "text", "text": question.text}]

@@ -24,6 +24,7 @@ from .loaded import (
     ABOUT_TWO,
     NUM_NEW_TOKENS,
     Loaded,
+    Question,
 )
 from .tiny import save
 
@@ -102,6 +103,15 @@ def test_a_row_that_does_not_have_one_image_is_its_error_where_a_family_takes_on
     assert all(isinstance(failure, Failure) for failure in failures)
     kinds = [failure.error_type for failure in failures if isinstance(failure, Failure)]
     assert kinds == [ErrorType.PROMPT, ErrorType.MISSING_IMAGE]
+
+
+def test_what_a_template_writes_for_an_image_stays_text_in_a_row(
+    load_once: Callable[[Family], Loaded],
+) -> None:
+    """Qianfan-OCR's writes "<image>", which is no token of its vocabulary."""
+    (found,) = (family for family in FAMILIES if family.name == "qianfan_ocr")
+    question = Question(text="an <image>?", sizes=ABOUT_ONE.sizes)
+    assert load_once(found).sample(0, question).image_tokens == found.image_tokens[0]
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="with torchvision it may load")

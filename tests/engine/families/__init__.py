@@ -16,6 +16,15 @@ import transformers
 from batchvlm.loading import has_torchvision
 
 from ..tiny import Built
+from .further import (
+    chameleon,
+    deepseek_vl_hybrid,
+    emu3,
+    llava_next_video,
+    qianfan_ocr,
+    video_llava,
+    vipllava,
+)
 from .gemma import gemma3, paligemma
 from .idefics import idefics2, idefics3, smolvlm
 from .llava import llava, llava_next, llava_onevision, mistral3, pixtral
@@ -154,6 +163,12 @@ FAMILIES = (
         why_not_slots="it takes exactly one image a row",
     ),
     Family(
+        build=chameleon,
+        title="Chameleon",
+        model_class="ChameleonForConditionalGeneration",
+        image_tokens=(64, 64, 128),
+    ),
+    Family(
         build=cohere2_vision,
         title="Command A Vision",
         model_class="Cohere2VisionForConditionalGeneration",
@@ -172,6 +187,19 @@ FAMILIES = (
         title="DeepSeek-VL",
         model_class="DeepseekVLForConditionalGeneration",
         image_tokens=(16, 16, 32),
+    ),
+    Family(
+        build=deepseek_vl_hybrid,
+        title="DeepSeek-VL hybrid",
+        model_class="DeepseekVLHybridForConditionalGeneration",
+        image_tokens=(16, 16, 32),
+    ),
+    Family(
+        build=emu3,
+        title="Emu3",
+        model_class="Emu3ForConditionalGeneration",
+        image_tokens=(60, 66, 112),
+        is_alone=True,
     ),
     Family(
         build=ernie4_5_vl_moe,
@@ -339,6 +367,13 @@ FAMILIES = (
         image_tokens=(70, 56, 106),
     ),
     Family(
+        build=llava_next_video,
+        title="LLaVA-NeXT-Video",
+        model_class="LlavaNextVideoForConditionalGeneration",
+        image_tokens=(70, 56, 106),
+        needs=("torchvision",),
+    ),
+    Family(
         build=llava_onevision,
         title="LLaVA-OneVision",
         model_class="LlavaOnevisionForConditionalGeneration",
@@ -421,6 +456,12 @@ FAMILIES = (
         needs=("torchvision",),
     ),
     Family(
+        build=qianfan_ocr,
+        title="Qianfan-OCR",
+        model_class="QianfanOCRForConditionalGeneration",
+        image_tokens=(12, 12, 24),
+    ),
+    Family(
         build=qwen2_5_vl,
         title="Qwen2.5-VL",
         model_class="Qwen2_5_VLForConditionalGeneration",
@@ -470,5 +511,19 @@ FAMILIES = (
         title="VideoLLaMA 3",
         model_class="VideoLlama3ForConditionalGeneration",
         image_tokens=(24, 55, 72),
+    ),
+    Family(
+        build=video_llava,
+        title="Video-LLaVA",
+        model_class="VideoLlavaForConditionalGeneration",
+        image_tokens=(16, 16, 32),
+        needs=("torchvision",),
+        since=(5, 22),
+    ),
+    Family(
+        build=vipllava,
+        title="ViP-LLaVA",
+        model_class="VipLlavaForConditionalGeneration",
+        image_tokens=(16, 16, 32),
     ),
 )
