@@ -9,6 +9,7 @@ images, patches, tiles or rows on the first dimension. `join_features` handles t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ _NUM_TILED_DIMS = 5
 """Images, tiles, colours, height and width."""
 # Some processors return labels for every prompt; given them, a model computes a loss.
 _NOT_COLLATED = ("input_ids", "attention_mask", "labels")
+_LISTS = ("num_local_patches", "patches_grid")
+"""Features of images that models may take as lists alone (Unlimited-OCR)."""
 
 
 def left_pad(rows: Sequence[Array], *, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +67,7 @@ def right_pad(rows: Sequence[Array], *, pad_id: int) -> tuple[Tensor, Tensor]:
 def collate(
     samples: Sequence[Sample], *, pad_id: int, pads_right: bool = False
 ) -> dict[str, Tensor]:
-    """Join samples into the keyword arguments of the model's `generate`.
+    """Join samples into tensors for the model's `generate`.
 
     Args:
         samples: at least one.
@@ -73,7 +76,7 @@ def collate(
 
     Returns:
         `input_ids` and `attention_mask` [B, T], padded; every other feature joined by
-        `join_features` over the samples that have it.
+        `join_features` over the samples that have it. `as_arguments` makes arguments of it.
     """
     pad = right_pad if pads_right else left_pad
     ids_BT, mask_BT = pad([s.features["input_ids"][0] for s in samples], pad_id=pad_id)
@@ -92,6 +95,11 @@ def collate(
     joined = {name for name in names if not name.endswith(TOKEN_TYPES)} - {*_NOT_COLLATED}
     rest = [{n: a for n, a in with_numbers(s).items() if n in joined} for s in samples]
     return batch | join_features(rest)
+
+
+def as_arguments(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return a batch from `collate` in the form in which models take it."""
+    return {n: tensor.tolist() if n in _LISTS else tensor for n, tensor in batch.items()}
 
 
 def with_numbers(sample: Sample) -> Mapping[str, Array]:

@@ -22,7 +22,7 @@ from batchvlm.constraints.constraints import Constraints, Unconstrained, special
 from batchvlm.constraints.masks import RowMatcher
 from batchvlm.engine.answers import expand, join
 from batchvlm.engine.choices import Choices
-from batchvlm.engine.collate import collate
+from batchvlm.engine.collate import as_arguments, collate
 from batchvlm.engine.faults import device_error, failure_of, free_memory
 from batchvlm.engine.forced import ForcedChoices
 from batchvlm.engine.parallel import Team
@@ -302,8 +302,11 @@ class GenerateEngine:
         generate = self._model.generate
         if self._model.config.model_type in _OWN_GENERATE:
             generate = partial(GenerationMixin.generate, self._model)
-        tensors = {name: self._to_device(tensor) for name, tensor in batch.items()}
-        ids_BT: Tensor = generate(**tensors, **how)
+        arguments = {
+            name: self._to_device(value) if isinstance(value, Tensor) else value
+            for name, value in as_arguments(batch).items()
+        }
+        ids_BT: Tensor = generate(**arguments, **how)
         return ids_BT
 
     def _to_device(self, tensor: Tensor) -> Tensor:

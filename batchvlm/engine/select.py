@@ -49,6 +49,7 @@ _VERIFIED = frozenset(
         "glm_ocr",
         "got_ocr2",
         "granite4_vision",
+        "granite_docling",
         "hunyuan_vl",
         "idefics2",
         "idefics3",

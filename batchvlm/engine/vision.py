@@ -42,7 +42,7 @@ each image whole as well)."""
 _OLD_NAMES = {"pixel_values_images": "pixel_values"}
 """Names in a processor's output -> names in `get_image_features` (Video-LLaVA)."""
 # Families whose processors have the row or image as first dimension and its tiles as second.
-_ROWS_OF_TILES = frozenset({"idefics2", "idefics3", "perception_lm", "smolvlm"})
+_ROWS_OF_TILES = frozenset({"granite_docling", "idefics2", "idefics3", "perception_lm", "smolvlm"})
 # Families whose encoder sees how far an image is padded to the largest one of its row.
 _SEES_PADDING = frozenset({"emu3"})
 

@@ -24,7 +24,7 @@ from batchvlm.config import (
 )
 from batchvlm.constraints.constraints import Constraints
 from batchvlm.engine.choices import Choices
-from batchvlm.engine.collate import collate
+from batchvlm.engine.collate import as_arguments, collate
 from batchvlm.engine.generate import _ALONE, GenerateEngine, eos_ids
 from batchvlm.engine.kernels import tune
 from batchvlm.engine.slots import SlotEngine
@@ -172,7 +172,7 @@ class Loaded:
         )
         with torch.inference_mode():
             out = self.model.generate(
-                **inputs,
+                **as_arguments(inputs),
                 max_new_tokens=1,
                 do_sample=False,
                 output_logits=True,

@@ -59,6 +59,7 @@ from .readers import (
     lighton_ocr,
     video_llama_3,
 )
+from .recent import granite_docling, lfm3_vl, minicpm_ocr, minicpmv4_7, unlimited_ocr
 from .tiles import aya_vision, internvl, minicpmv4_6, molmo2, ovis2
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -308,6 +309,13 @@ FAMILIES = (
         image_tokens=(14, 16, 34),
     ),
     Family(
+        build=granite_docling,
+        title="Granite Docling",
+        model_class="GraniteDoclingForConditionalGeneration",
+        image_tokens=(12, 12, 24),
+        since=(5, 23),
+    ),
+    Family(
         build=hunyuan_vl,
         title="HunyuanOCR",
         model_class="HunYuanVLForConditionalGeneration",
@@ -349,6 +357,14 @@ FAMILIES = (
         needs=("torchvision",),
     ),
     Family(
+        build=lfm3_vl,
+        title="LFM3-VL",
+        model_class="Lfm3VlForConditionalGeneration",
+        image_tokens=(6, 10, 16),
+        why_not_slots="it has layers of conv",
+        since=(5, 23),
+    ),
+    Family(
         build=lighton_ocr,
         title="LightOnOCR",
         model_class="LightOnOcrForConditionalGeneration",
@@ -380,12 +396,30 @@ FAMILIES = (
         image_tokens=(70, 56, 34),
     ),
     Family(
+        build=minicpm_ocr,
+        title="MiniCPM-OCR",
+        model_class="MiniCPMOcrForConditionalGeneration",
+        image_tokens=(15, 18, 66),
+        why_not_slots=LINEAR,
+        needs=("torchvision",),
+        since=(5, 22),
+    ),
+    Family(
         build=minicpmv4_6,
         title="MiniCPM-V 4.6",
         model_class="MiniCPMV4_6ForConditionalGeneration",
         image_tokens=(4, 3, 16),
         why_not_slots=LINEAR,
         needs=("torchvision",),
+    ),
+    Family(
+        build=minicpmv4_7,
+        title="MiniCPM-V 4.7",
+        model_class="MiniCPMV4_7ForConditionalGeneration",
+        image_tokens=(4, 3, 16),
+        why_not_slots=LINEAR,
+        needs=("torchvision",),
+        since=(5, 20),
     ),
     Family(
         build=mistral3,
@@ -505,6 +539,15 @@ FAMILIES = (
         model_class="SmolVLMForConditionalGeneration",
         image_tokens=(20, 12, 40),
         needs=("torchvision", "num2words"),
+    ),
+    Family(
+        build=unlimited_ocr,
+        title="Unlimited-OCR",
+        model_class="UnlimitedOcrForConditionalGeneration",
+        image_tokens=(57, 61, 114),
+        why_not_slots="it has layers of reference_sliding_attention",
+        needs=("torchvision",),
+        since=(5, 20),
     ),
     Family(
         build=video_llama_3,
