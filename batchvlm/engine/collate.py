@@ -20,9 +20,10 @@ from batchvlm.records import Array, Sample
 
 # Shape legend: B rows of the batch, T padded prompt length, T_i length of row i.
 
-TOKEN_TYPES = "token_type_ids"
+TOKEN_TYPES = ("token_type_ids", "image_embeds_position_mask")
 """How the names of features end that have a number for each token: `mm_token_type_ids` too, and
-ERNIE-4.5-VL's `moe_mm_token_type_ids`, which says whose experts a token has."""
+ERNIE-4.5-VL's `moe_mm_token_type_ids`, which says whose experts a token has. Kosmos-2's mask says
+which tokens are of the image."""
 _NUM_TILED_DIMS = 5
 """Images, tiles, colours, height and width."""
 # Some processors return labels for every prompt; given them, a model computes a loss.

@@ -43,16 +43,21 @@ log = logging.getLogger(__name__)
 # Shape legend: B rows of the batch, T padded prompt length plus tokens generated so far,
 # V vocabulary.
 
-# Families whose results are wrong if rows of a batch have different numbers of images (Mllama), or
-# images of different sizes (Emu3, whose encoder sees the padding).
-_ALONE = frozenset({"emu3", "mllama"})
+# Families whose results are wrong if rows of a batch have different numbers of images (Mllama),
+# images of different sizes (Emu3, whose encoder sees the padding), or prompts of different lengths
+# (Kosmos-2 and -2.5, which count the padding as positions of the answer).
+_ALONE = frozenset({"emu3", "kosmos-2", "kosmos-2.5", "mllama"})
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
     # These versions merge all images of a batch by the grid of the first image.
     _ALONE |= {"minicpmv4_6"}
 # Families that take exactly one image per row. Given several, some silently use only the first.
-ONE_IMAGE = frozenset({"blip-2", "florence2", "instructblip"})
-# Families whose generate() delegates to their language model, which has its own generation config.
-_INNER_GENERATE = frozenset({"blip-2", "instructblip"})
+ONE_IMAGE = frozenset({"blip-2", "florence2", "instructblip", "kosmos-2", "kosmos-2.5"})
+# Families whose generate() delegates to a part of them, which has its own generation config.
+_INNER_GENERATE = {
+    "blip-2": "language_model",
+    "instructblip": "language_model",
+    "kosmos-2": "text_model",
+}
 # Families whose repositories do not name the token that ends an answer.
 _ENDS = {"got_ocr2": "<|im_end|>"}
 # Families that express locations by special tokens.
@@ -112,10 +117,8 @@ class GenerateEngine:
         self._eos_ids = eos_ids(model, tokenizer)
         pad_id = tokenizer.pad_token_id
         self._pad_id = pad_id if pad_id is not None else next(iter(self._eos_ids), 0)
-        model.generation_config = without_defaults(model.generation_config, pad_id=self._pad_id)
-        if kind in _INNER_GENERATE:
-            inner = model.language_model
-            inner.generation_config = without_defaults(inner.generation_config, pad_id=self._pad_id)
+        for part in generating(model):
+            part.generation_config = without_defaults(part.generation_config, pad_id=self._pad_id)
 
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
         """Answer every sample exactly once; see `Engine.run`."""
@@ -315,18 +318,21 @@ class GenerateEngine:
         return tensor.to(self._model.device)
 
 
+def generating(model: Any) -> list[Any]:
+    """Return a model and, if its `generate()` delegates to a part of it, that part."""
+    name = _INNER_GENERATE.get(model.config.model_type)
+    return [model] if name is None else [model, getattr(model, name)]
+
+
 def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Return all EOS ids, from the generation config and the tokenizer.
 
     As in vLLM, both are used: repositories often have the end of text in one, and the end of turn
     in the other.
     """
-    configs = [model.generation_config]
-    if model.config.model_type in _INNER_GENERATE:
-        configs.append(model.language_model.generation_config)
     ids: list[int | None] = []
-    for config in configs:
-        named = config.eos_token_id
+    for part in generating(model):
+        named = part.generation_config.eos_token_id
         ids += named if isinstance(named, list | tuple) else [named]
     ids.append(tokenizer.eos_token_id)
     if end := _ENDS.get(model.config.model_type):

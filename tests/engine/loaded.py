@@ -25,7 +25,7 @@ from batchvlm.config import (
 from batchvlm.constraints.constraints import Constraints
 from batchvlm.engine.choices import Choices
 from batchvlm.engine.collate import as_arguments, collate
-from batchvlm.engine.generate import _ALONE, GenerateEngine, eos_ids
+from batchvlm.engine.generate import _ALONE, GenerateEngine, eos_ids, generating
 from batchvlm.engine.kernels import tune
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.loading import load_model, load_processor
@@ -206,7 +206,7 @@ class Loaded:
                 inputs = self.processor(text=[rendered], images=images, return_tensors="pt")
         plain = copy.copy(self.model)
         # BLIP-2 hands on to its language model, which heeds its own settings.
-        heeded = plain.language_model if self.model.config.model_type == "blip-2" else plain
+        heeded = generating(plain)[-1]
         heeded.generation_config = copy.deepcopy(heeded.generation_config)
         heeded.generation_config.update(
             **{"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False, **changes}

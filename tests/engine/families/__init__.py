@@ -48,6 +48,7 @@ from .newer import (
     lfm2_vl,
     perception_lm,
 )
+from .older import instructblip, kosmos2
 from .others import blip_2, deepseek_vl, florence2, janus, mllama, phi4_multimodal
 from .qwen import glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from .readers import (
@@ -337,6 +338,15 @@ FAMILIES = (
         needs_torchvision_before=(5, 18),
     ),
     Family(
+        build=instructblip,
+        title="InstructBLIP",
+        model_class="InstructBlipForConditionalGeneration",
+        image_tokens=(8, 8, 0),
+        takes_text_alone=False,
+        takes_several=False,
+        why_not_slots="it takes exactly one image a row",
+    ),
+    Family(
         build=internvl,
         title="InternVL",
         model_class="InternVLForConditionalGeneration",
@@ -347,6 +357,16 @@ FAMILIES = (
         title="Janus",
         model_class="JanusForConditionalGeneration",
         image_tokens=(16, 16, 32),
+    ),
+    Family(
+        build=kosmos2,
+        title="Kosmos-2",
+        model_class="Kosmos2ForConditionalGeneration",
+        image_tokens=(0, 0, 0),
+        takes_text_alone=False,
+        takes_several=False,
+        why_not_slots="it takes exactly one image a row",
+        is_alone=True,
     ),
     Family(
         build=lfm2_vl,
