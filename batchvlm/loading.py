@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -21,6 +21,7 @@ from batchvlm.adapters import apply_adapter
 from batchvlm.chat_template import check_prompt_tokens, check_variables, default_template
 from batchvlm.config import ImageBackend, ModelConfig
 from batchvlm.errors import BatchvlmError, ModelError
+from batchvlm.kinds import check_answers, from_auto_class, reads_prompts
 from batchvlm.quantization import (
     check_installed,
     check_quantized,
@@ -105,7 +106,7 @@ def load_limits(cfg: ModelConfig) -> ModelLimits:
         max_positions=positions if isinstance(positions, int) and positions > 0 else None,
         image_token_id=token_id,
         patch_size=patch if isinstance(patch, int) else None,
-        is_encoder_decoder=bool(config.is_encoder_decoder),
+        is_encoder_decoder=reads_prompts(config),
     )
 
 
@@ -116,13 +117,17 @@ def load_processor(cfg: ModelConfig) -> Any:
         A transformers `ProcessorMixin` that pads on the left and has at most one chat template.
 
     Raises:
-        ModelError: the model does not exist, or its processor cannot be loaded here.
+        ModelError: the model does not exist, does not answer prompts, or its processor cannot be
+            loaded here.
         ConfigError: the template does not have a variable of `chat_template_kwargs`, or the
             tokenizer a token of `prompt_tokens`.
     """
     backend = resolve_backend(cfg.image_backend)
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, PreTrainedConfig
 
+    with contextlib.suppress(OSError):  # without a config, what follows says what is missing
+        found, _ = PreTrainedConfig.get_config_dict(cfg.path, revision=cfg.revision or "main")
+        check_answers(found.get("model_type", ""))
     with explained(cfg, "processor"), _without_video():
         processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             cfg.path, backend=backend.value, **_hub_kwargs(cfg), **cfg.processor_kwargs
@@ -187,8 +192,9 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
             kwargs["distributed_config"] = DistributedConfig(
                 tp_size=cfg.gpus_per_replica, tp_plan="auto"
             )
-        model, info = _from_auto_class(
-            cfg, lambda auto: auto.from_pretrained(cfg.path, output_loading_info=True, **kwargs)
+        model, info = from_auto_class(
+            lambda auto: auto.from_pretrained(cfg.path, output_loading_info=True, **kwargs),
+            has_remote_code=cfg.trust_remote_code,
         )
         _check_whole(model, sorted(info["missing_keys"]), cfg)
         if (
@@ -321,33 +327,6 @@ def _check_whole(model: Any, missing: Sequence[str], cfg: ModelConfig) -> None:
     )
 
 
-def _from_auto_class(cfg: ModelConfig, make: Callable[[Any], Any]) -> Any:
-    """Create a model with the first of transformers' auto classes that supports its config.
-
-    Raises:
-        ValueError: none does.
-    """
-    from transformers import (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoModelForMultimodalLM,
-    )
-
-    autos: list[Any] = [AutoModelForImageTextToText, AutoModelForMultimodalLM]
-    if cfg.trust_remote_code:
-        # Remote code may register itself under these as well.
-        autos += [AutoModelForCausalLM, AutoModel]
-    for auto in autos:
-        try:
-            return make(auto)
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise
-            unknown = error
-    raise unknown
-
-
 def load_skeleton(cfg: ModelConfig) -> Any:
     """Create the model on the meta device: its class, shapes and dtypes, without weights.
 
@@ -369,7 +348,10 @@ def load_skeleton(cfg: ModelConfig) -> Any:
             dtype = saved_dtype(config) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         kwargs = {"trust_remote_code": cfg.trust_remote_code, "dtype": dtype}
         with torch.device("meta"):
-            model = _from_auto_class(cfg, lambda auto: auto.from_config(config, **kwargs))
+            model = from_auto_class(
+                lambda auto: auto.from_config(config, **kwargs),
+                has_remote_code=cfg.trust_remote_code,
+            )
         if dtypes is not None:
             cast_parts(model, dtypes)
         return model

@@ -12,6 +12,7 @@ import torch
 from accelerate import infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from batchvlm import demo, identity
 from batchvlm.chat_template import ChatTemplate
@@ -19,6 +20,7 @@ from batchvlm.config import ColumnsConfig, ModelConfig
 from batchvlm.engine.select import select_engine, why_not_slots
 from batchvlm.errors import ConfigError, ErrorType, ModelError
 from batchvlm.identity import answer_identity, pin_model
+from batchvlm.kinds import _OTHERWISE
 from batchvlm.loading import load_limits, load_model, load_processor, load_skeleton, spread
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
 from batchvlm.records import Failure, Record
@@ -182,6 +184,15 @@ def test_large_weights_without_a_header(
     (model / "model.safetensors").write_bytes(head)
     cfg = compose("run", ["model=hub", f"model.path={model}"])
     assert "cannot load the files of model.path" in refused(answer_identity, cfg, [])
+
+
+@pytest.mark.parametrize("model_type", sorted(_OTHERWISE))
+def test_a_model_that_does_another_thing_than_answer(model: Path, model_type: str) -> None:
+    assert model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    message = refused(load_processor, ModelConfig(path=str(model)))
+    assert message == f"models of type {model_type} are not supported: {_OTHERWISE[model_type]}"
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ ALLOWED = {
     "batchvlm.adapters": {"batchvlm.quantization"},
     "batchvlm.chat_template": set(),
     "batchvlm.dtypes": set(),
+    "batchvlm.kinds": set(),
     "batchvlm.loading": {
-        *("batchvlm.adapters", "batchvlm.chat_template", "batchvlm.dtypes"),
+        *("batchvlm.adapters", "batchvlm.chat_template", "batchvlm.dtypes", "batchvlm.kinds"),
         "batchvlm.quantization",
     },
     "batchvlm.preprocess": {
@@ -59,8 +60,8 @@ ALLOWED = {
     "batchvlm.forms": {"batchvlm.constraints", "batchvlm.schemas"},
     "batchvlm.constraints": set(),
     "batchvlm.engine": {
-        *("batchvlm.batching", "batchvlm.constraints", "batchvlm.forms", "batchvlm.loading"),
-        *("batchvlm.pixels", "batchvlm.quantization", "batchvlm.schemas"),
+        *("batchvlm.batching", "batchvlm.constraints", "batchvlm.forms", "batchvlm.kinds"),
+        *("batchvlm.loading", "batchvlm.pixels", "batchvlm.quantization", "batchvlm.schemas"),
     },
     "batchvlm.tasks": {"batchvlm.constraints", "batchvlm.forms", "batchvlm.schemas"},
     "batchvlm.output": set(),

@@ -30,6 +30,7 @@ from batchvlm.engine.protocol import OnToken, Outcome
 from batchvlm.engine.sampling import NextTokens, RowSampler
 from batchvlm.engine.stops import RowStop, SpokenTokens, not_finite
 from batchvlm.errors import BatchvlmError, ErrorType, RowError
+from batchvlm.kinds import reads_prompts
 from batchvlm.quantization import refuses_inference_mode
 from batchvlm.records import (
     Completion,
@@ -45,13 +46,15 @@ log = logging.getLogger(__name__)
 
 # Families whose results are wrong if rows of a batch have different numbers of images (Mllama),
 # images of different sizes (Emu3, whose encoder sees the padding), or prompts of different lengths
-# (Kosmos-2 and -2.5, which count the padding as positions of the answer).
-_ALONE = frozenset({"emu3", "kosmos-2", "kosmos-2.5", "mllama"})
+# (Kosmos-2 and -2.5, which count the padding as positions of the answer, and Donut's decoder).
+_ALONE = frozenset({"emu3", "kosmos-2", "kosmos-2.5", "mllama", "vision-encoder-decoder"})
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
     # These versions merge all images of a batch by the grid of the first image.
     _ALONE |= {"minicpmv4_6"}
 # Families that take exactly one image per row. Given several, some silently use only the first.
-ONE_IMAGE = frozenset({"blip-2", "florence2", "instructblip", "kosmos-2", "kosmos-2.5"})
+ONE_IMAGE = frozenset(
+    {"blip-2", "florence2", "instructblip", "kosmos-2", "kosmos-2.5", "vision-encoder-decoder"}
+)
 # Families whose generate() delegates to a part of them, which has its own generation config.
 _INNER_GENERATE = {
     "blip-2": "language_model",
@@ -113,7 +116,7 @@ class GenerateEngine:
         self._tokenizer = SpokenTokens(tokenizer) if is_spoken else tokenizer
         self._special_ids = special_ids(self._tokenizer)
         self._takes_one_image = kind in ONE_IMAGE
-        self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self._is_encoder_decoder = reads_prompts(model.config)
         self._eos_ids = eos_ids(model, tokenizer)
         pad_id = tokenizer.pad_token_id
         self._pad_id = pad_id if pad_id is not None else next(iter(self._eos_ids), 0)

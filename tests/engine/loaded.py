@@ -190,6 +190,7 @@ class Loaded:
             text = slot * len(images) + question.text
             given = [images] if images else None
             inputs = self.processor(text=[text], images=given, return_tensors="pt")
+            inputs.pop("labels", None)
         else:
             parts = [{"type": "image", "image": image} for image in images]
             content = [*parts, {"type": "text", "text": question.text}]

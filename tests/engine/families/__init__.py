@@ -48,7 +48,7 @@ from .newer import (
     lfm2_vl,
     perception_lm,
 )
-from .older import instructblip, kosmos2
+from .older import donut, instructblip, kosmos2
 from .others import blip_2, deepseek_vl, florence2, janus, mllama, phi4_multimodal
 from .qwen import glm4v, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from .readers import (
@@ -195,6 +195,17 @@ FAMILIES = (
         title="DeepSeek-VL hybrid",
         model_class="DeepseekVLHybridForConditionalGeneration",
         image_tokens=(16, 16, 32),
+    ),
+    Family(
+        build=donut,
+        title="Donut",
+        model_class="VisionEncoderDecoderModel",
+        image_tokens=(0, 0, 0),
+        takes_text_alone=False,
+        takes_several=False,
+        attention=None,
+        why_not_slots="it is an encoder-decoder",
+        is_alone=True,
     ),
     Family(
         build=emu3,

@@ -74,3 +74,41 @@ def kosmos2() -> Built:
             elif "embed_tokens" in name or ".model.layers" in name:
                 weight.mul_(5.0)
     return model, processor
+
+
+def donut() -> Built:
+    """An encoder-decoder whose prompt is the beginning of what the decoder writes."""
+    vocabulary = tokenizer(["<s_docvqa>", "<s_question>", "</s_question>", "<s_answer>"])
+    ids = {
+        "pad_token_id": vocabulary.pad_token_id,
+        "bos_token_id": vocabulary.bos_token_id,
+        "eos_token_id": vocabulary.eos_token_id,
+        "decoder_start_token_id": vocabulary.bos_token_id,
+    }
+    config = tf.VisionEncoderDecoderConfig(
+        encoder={
+            "model_type": "donut-swin",
+            "image_size": [64, 64],
+            "patch_size": 4,
+            "embed_dim": 16,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "window_size": 4,
+        },
+        decoder={
+            "model_type": "mbart",
+            "vocab_size": len(vocabulary),
+            "d_model": 32,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 64,
+            "max_position_embeddings": 128,
+            "is_decoder": True,
+            "add_cross_attention": True,
+            "forced_eos_token_id": None,
+            **ids,
+        },
+        **ids,
+    )
+    image_processor = tf.DonutImageProcessorPil(size={"height": 64, "width": 64})
+    return model_of(config), tf.DonutProcessor(image_processor, vocabulary)
