@@ -14,6 +14,7 @@ _OTHERWISE = {
     "pi0": "it answers with movements of a robot",
     "pix2struct": "its prompt is drawn into the image, or begins the answer",
     "pp_formulanet": "it takes no prompt",
+    "shieldgemma2": "its processor puts questions of its own in place of the prompt",
     "udop": "it needs the words of a page and their places",
 }
 """Types among transformers' image-text-to-text that do not answer a prompt and images with text."""

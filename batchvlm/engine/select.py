@@ -66,6 +66,7 @@ _VERIFIED = frozenset(
         "paddleocr_vl",
         "paligemma",
         "perception_lm",
+        "pp_chart2table",
         "qianfan_ocr",
         "qwen2_5_vl",
         "qwen2_vl",

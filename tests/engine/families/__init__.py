@@ -21,7 +21,9 @@ from .further import (
     deepseek_vl_hybrid,
     emu3,
     llava_next_video,
+    pp_chart2table,
     qianfan_ocr,
+    t5gemma2,
     video_llava,
     vipllava,
 )
@@ -521,6 +523,14 @@ FAMILIES = (
         needs=("torchvision",),
     ),
     Family(
+        build=pp_chart2table,
+        title="PP-Chart2Table",
+        model_class="GotOcr2ForConditionalGeneration",
+        image_tokens=(256, 256, 512),
+        takes_text_alone=False,
+        attention=None,
+    ),
+    Family(
         build=qianfan_ocr,
         title="Qianfan-OCR",
         model_class="QianfanOCRForConditionalGeneration",
@@ -570,6 +580,14 @@ FAMILIES = (
         model_class="SmolVLMForConditionalGeneration",
         image_tokens=(20, 12, 40),
         needs=("torchvision", "num2words"),
+    ),
+    Family(
+        build=t5gemma2,
+        title="T5Gemma 2",
+        model_class="T5Gemma2ForConditionalGeneration",
+        image_tokens=(4, 4, 8),
+        answers_apart=True,
+        why_not_slots="it is an encoder-decoder",
     ),
     Family(
         build=unlimited_ocr,

@@ -1,9 +1,10 @@
-"""Families related to LLaVA, InternVL and DeepSeek-VL, and families with images as tokens."""
+"""Families near to LLaVA, InternVL, DeepSeek-VL, GOT-OCR 2.0 and Gemma 3; images as tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers as tf
 
 from ..tiny import (
@@ -204,5 +205,75 @@ def emu3() -> Built:
         tf.Emu3ImageProcessor(min_pixels=32 * 32, max_pixels=64 * 64),
         vocabulary,
         chat_template=chat_template("<image>"),
+    )
+    return model_of(config), processor
+
+
+def pp_chart2table() -> Built:
+    """GOT-OCR 2.0's model with a processor of its own."""
+    vocabulary = tokenizer(["<img>", "</img>", "<imgpad>"])
+    config = tf.PPChart2TableConfig(
+        vision_config={
+            "hidden_size": 16,
+            "output_channels": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "mlp_dim": 32,
+            "image_size": 64,
+            "patch_size": 1,
+            "window_size": 8,
+            "global_attn_indexes": [],
+            "initializer_range": 0.02,
+        },
+        text_config=text_config(vocabulary, model_type="qwen2"),
+        image_token_index=token_id(vocabulary, "<imgpad>"),
+        image_seq_length=256,
+        tie_word_embeddings=False,
+    )
+    processor = tf.PPChart2TableProcessor(
+        tf.PPChart2TableImageProcessorPil(size={"height": 64, "width": 64}),
+        vocabulary,
+        chat_template=chat_template("<img>" + "<imgpad>" * 256 + "</img>"),
+    )
+    model = model_of(config)
+    with torch.no_grad():
+        for name, weight in model.model.language_model.named_parameters():
+            if weight.dim() >= 2 and "embed" not in name:
+                weight.mul_(2.0)  # it would say the same few tokens
+    return model, processor
+
+
+def t5gemma2() -> Built:
+    """Gemma 3's image tokens in an encoder."""
+    named = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    vocabulary = tokenizer(list(named.values()), **named)
+    ids = {f"{name}_index": token_id(vocabulary, token) for name, token in named.items()}
+    text = text_config(
+        vocabulary,
+        head_dim=16,
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=16,
+    )
+    config = tf.T5Gemma2Config(
+        encoder={
+            "text_config": text,
+            "vision_config": SIGLIP_VISION,
+            "mm_tokens_per_image": 4,
+            **ids,
+        },
+        decoder=text,
+        image_token_index=ids["image_token_index"],
+        tie_word_embeddings=False,
+    )
+    processor = tf.Gemma3Processor(
+        tf.Gemma3ImageProcessorPil(size={"height": 56, "width": 56}),
+        vocabulary,
+        image_seq_length=4,
+        chat_template=chat_template("<start_of_image>"),
     )
     return model_of(config), processor
