@@ -194,7 +194,7 @@ FAMILIES = (
     ),
     Family(
         build=deepseek_vl_hybrid,
-        title="DeepSeek-VL hybrid",
+        title="DeepSeek-VL 7B",
         model_class="DeepseekVLHybridForConditionalGeneration",
         image_tokens=(16, 16, 32),
     ),
