@@ -171,6 +171,7 @@ FAMILIES = (
         title="Chameleon",
         model_class="ChameleonForConditionalGeneration",
         image_tokens=(64, 64, 128),
+        since=(5, 23),
     ),
     Family(
         build=cohere2_vision,

@@ -55,7 +55,7 @@ def vipllava() -> Built:
         vision_config=CLIP_VISION,
         text_config=text_config(vocabulary, model_type="llama"),
         image_token_index=token_id(vocabulary, "<image>"),
-        vision_feature_layer=[-2, 0],
+        vision_feature_layers=[-2, 0],
     )
     processor = tf.LlavaProcessor(
         tf.CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
