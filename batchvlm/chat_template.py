@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -241,11 +240,18 @@ def _ending(messages: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
 
 
 def _image_slot(processor: Any) -> str:
-    """Return the image token of a processor; empty if it puts images before the text itself."""
-    with contextlib.suppress(Exception):
-        processor(text=["a"], images=[[Image.new("RGB", (64, 64))]], return_tensors="pt")
-        return ""
-    return str(getattr(processor, "image_token", ""))
+    """Return the image token of a processor; empty if it puts images before the text itself.
+
+    Raises:
+        ModelError: it makes no tokens of a prompt (TrOCR's).
+    """
+    try:
+        probe = processor(text=["a"], images=[[Image.new("RGB", (64, 64))]], return_tensors="pt")
+    except Exception:
+        return str(getattr(processor, "image_token", ""))
+    if "input_ids" not in probe:
+        raise ModelError(f"{type(processor).__name__} makes no tokens of a prompt")
+    return ""
 
 
 def _joined(parts: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

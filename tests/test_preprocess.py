@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import CLIPImageProcessorPil, TrOCRProcessor
 
 from batchvlm.chat_template import ChatTemplate
-from batchvlm.errors import ConfigError, ErrorType
+from batchvlm.errors import ConfigError, ErrorType, ModelError
 from batchvlm.loading import ModelLimits, load_processor
 from batchvlm.preprocess import (
     Preprocessor,
@@ -21,6 +22,7 @@ from batchvlm.preprocess import (
 from batchvlm.records import Failure, Record, Sample
 from batchvlm.settings import compose
 from tests.conftest import encode, picture
+from tests.engine import tiny
 
 
 def preprocessor(*overrides: str) -> Preprocessor:
@@ -129,6 +131,12 @@ def test_without_a_template_a_prompt_is_text_and_image_tokens() -> None:
     assert chat.text(messages, images) == "a <image> b"
     ids = chat.encode(messages, images)["input_ids"][0].tolist()
     assert ids.count(processor.image_token_id) == 36
+
+
+def test_a_processor_that_makes_no_tokens_of_a_prompt_is_refused() -> None:
+    image_processor = CLIPImageProcessorPil(size={"height": 56, "width": 56}, do_center_crop=False)
+    with pytest.raises(ModelError, match="TrOCRProcessor makes no tokens of a prompt"):
+        ChatTemplate(TrOCRProcessor(image_processor, tiny.tokenizer()))
 
 
 @pytest.mark.parametrize("begun", ["A small", "A small ", "<end_of_utterance>"])

@@ -17,7 +17,7 @@ from transformers import GenerationMixin
 from batchvlm.config import BatchingConfig
 from batchvlm.engine import choices, forced, memory
 from batchvlm.engine.choices import AT_PROMPT, Choices, RowChoices
-from batchvlm.engine.collate import collate
+from batchvlm.engine.collate import as_arguments, collate
 from batchvlm.engine.decoder import Branches, Decoder
 from batchvlm.engine.generate import _OWN_GENERATE, GenerateEngine, eos_ids
 from batchvlm.engine.slots import SlotEngine
@@ -80,7 +80,7 @@ def logits_of(loaded: Loaded, sample: Sample, ids: Sequence[int]) -> torch.Tenso
     inputs = collate([sample], pad_id=0, pads_right=loaded.family.answers_apart)
     with torch.inference_mode():
         out = generate_of(
-            **inputs,
+            **as_arguments(inputs),
             max_new_tokens=len(ids) + 1 + skipped,
             min_new_tokens=len(ids) + 1 + skipped,
             do_sample=False,

@@ -36,8 +36,9 @@ DIVIDED = tuple(
     for family in FAMILIES
     if family.name
     not in {
-        *("blip_2", "florence2", "gemma3n", "gemma4", "gemma4_moe", "gemma4_unified", "mllama"),
-        *("molmo2", "paligemma", "phi4_multimodal", "qwen3_vl_moe"),
+        *("blip_2", "chameleon", "donut", "florence2", "gemma3n", "gemma4", "gemma4_moe"),
+        *("gemma4_unified", "kosmos2", "mllama", "molmo2", "paligemma", "phi4_multimodal"),
+        "qwen3_vl_moe",
     }
 )
 """Families for which transformers has a plan, and which two processes can divide."""
