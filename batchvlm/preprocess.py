@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -104,7 +105,7 @@ class Preprocessor:
             pictures = [self._picture(ref) for ref in refs]
             if self._spec.sent_as is not None:
                 return _request(prompt, pictures, self._spec.sent_as)
-            return self._sample(prompt, pictures)
+            return self._processed(prompt, pictures)
         except RowError as error:
             return Failure(error_type=error.error_type, message=error.message)
         # A processor may raise any exception on an unusual image.
@@ -128,7 +129,8 @@ class Preprocessor:
         key = ref.path if ref.data is None else hashlib.blake2b(ref.data, digest_size=16).digest()
         return self._recent.get(key, load, lambda picture: 3 * picture.width * picture.height)
 
-    def _sample(self, prompt: Prompt, images: Sequence[Image.Image]) -> Sample:
+    def _processed(self, prompt: Prompt, images: Sequence[Image.Image]) -> Sample:
+        """Return the sample of a prompt, with the processor's features."""
         if prompt.is_continued and self._limits.is_encoder_decoder:
             raise RowError(
                 ErrorType.PROMPT,
@@ -156,19 +158,14 @@ class Preprocessor:
                 min_new_tokens=min(generation.min_new_tokens, room),
             )
         check_length(self._spec.model, self._limits, num_tokens, num_image_tokens, len(images))
-        return Sample(
-            row_index=prompt.row_index,
+        return _sample(
+            replace(prompt, generation=generation),
             features=features,
             image_tokens=num_image_tokens,
             image_sizes=image_sizes(features, [image.size for image in images], self._limits),
             image_keys=tuple(image.info[KEY] for image in images),
             pixel_table=table,
-            generation=generation,
-            json_schema=prompt.json_schema,
-            turns_left=prompt.turns_left,
-            choices=prompt.choices,
             room=room,
-            is_continued=prompt.is_continued,
         )
 
 
@@ -203,21 +200,29 @@ def check_length(
 
 def _request(prompt: Prompt, images: Sequence[Image.Image], kind: ImageFormat) -> Sample:
     """Return the sample of a prompt that a server tokenizes."""
-    return Sample(
-        row_index=prompt.row_index,
+    return _sample(
+        prompt,
         features={},
         image_tokens=0,
         image_sizes=tuple(image.size for image in images),
-        generation=prompt.generation,
-        json_schema=prompt.json_schema,
-        choices=prompt.choices,
-        turns_left=prompt.turns_left,
-        is_continued=prompt.is_continued,
         request=ChatRequest(
             messages=prompt.messages,
             images=tuple(image_file(image, kind) for image in images),
             template_variables=prompt.template_variables,
         ),
+    )
+
+
+def _sample(prompt: Prompt, **inputs: Any) -> Sample:
+    """Return a sample with these inputs of the model or server, and all else that a prompt asks."""
+    return Sample(
+        row_index=prompt.row_index,
+        generation=prompt.generation,
+        json_schema=prompt.json_schema,
+        choices=prompt.choices,
+        turns_left=prompt.turns_left,
+        is_continued=prompt.is_continued,
+        **inputs,
     )
 
 
