@@ -139,4 +139,4 @@ def _saved_bytes(cfg: ModelConfig) -> int:
 
 
 def _token_bytes(text: Any, dtype: torch.dtype) -> int:
-    return sum(2 * heads.num_keys * heads.size * dtype.itemsize for heads in cached_layers(text))
+    return sum(heads.num_cached * dtype.itemsize for heads in cached_layers(text))

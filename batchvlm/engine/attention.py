@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from batchvlm.engine import flash, products, race, slot_kernel
+from batchvlm.engine.latent import Latents, padded
 from batchvlm.engine.layout import KeysValues, Packed, Runs, Slots, Span
 
 # Shape legend: B rows, T tokens of all packed rows, T_i of row i, P_i earlier tokens of row i,
@@ -63,6 +64,19 @@ def attending(form: Packed | Slots) -> Iterator[None]:
         _form.reset(token)
 
 
+def keep_latents(decoder: nn.Module) -> None:
+    """Let layers with latent keys and values attend to the latents themselves over slots."""
+    module: Any
+    for module in decoder.modules():
+        expand = getattr(module, "expand_kv", None)
+        if expand is not None and not isinstance(expand, Latents):
+            module.expand_kv = Latents(module, _is_over_slots)
+
+
+def _is_over_slots() -> bool:
+    return isinstance(_form.get(), Slots)
+
+
 def attention(
     module: Any,
     query: Tensor,
@@ -93,16 +107,29 @@ def attention(
     score = _Scores(scaling=scaling, softcap=softcap)
     match _form.get():
         case Packed() as packed:
-            layer = packed.layer_of(module.layer_idx, key)
-            past = [None if rows is None else rows[layer] for rows in packed.past]
+            past = _past(module, key, packed)
             out = _packed(score, query, key, value, packed, past, attention_mask, sliding_window)
             return out, None
         case Slots() as slots:
-            if slots.runs is None:
-                return _over_slots(score, query, key, value, slots, sliding_window), None
-            out = _over_slots_with_runs(score, query, key, value, slots, slots.runs, sliding_window)
-            return out, None
+            latents = getattr(module, "expand_kv", None)
+            if isinstance(latents, Latents) and latents.are_kept:
+                longest = max(span.length for span in slots.spans)
+                key = torch.cat([key[:, :, :longest], value[:, :, :longest]], dim=-1)
+                query = latents.query(query)
+                out = _over(score, query, key, key, slots, sliding_window)
+                return latents.value(out), None
+            return _over(score, query, key, value, slots, sliding_window), None
     raise RuntimeError(f"attention {NAME!r} outside of `attending`")
+
+
+def _past(module: Any, key: Tensor, packed: Packed) -> list[KeysValues | None]:
+    """Return the keys and values of each row's earlier tokens in the layer of these keys."""
+    latents = getattr(module, "expand_kv", None)
+    if isinstance(latents, Latents):
+        rows = [None if rows is None else rows[module.layer_idx] for rows in packed.past]
+        return [latents.expanded(row) for row in rows]
+    layer = packed.layer_of(module.layer_idx, key)
+    return [None if rows is None else rows[layer] for rows in packed.past]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +188,11 @@ def _packed(
     masks: Tensor | None,
     window: int | None,
 ) -> Tensor:
+    size = query.shape[-1]
+    if value.shape[-1] != size:
+        past = [before and (before[0], padded(before[1], size)) for before in past]
+        out = _packed(score, query, key, padded(value, size), packed, past, masks, window)
+        return out[..., : value.shape[-1]]
     is_plain = masks is None and packed.trees is None
     if is_plain and score.softcap is None and flash.is_able(query):
         return flash.attend(
@@ -215,6 +247,17 @@ def _causal(num_new: int, num_before: int, window: int | None, device: torch.dev
     places = torch.arange(num_before + num_new, device=device)
     mask = places <= newest
     return mask if window is None else mask & (places > newest - window)
+
+
+def _over(
+    score: _Scores, query: Tensor, key: Tensor, value: Tensor, slots: Slots, window: int | None
+) -> Tensor:
+    whole = padded(value, query.shape[-1])
+    if slots.runs is None:
+        out = _over_slots(score, query, key, whole, slots, window)
+    else:
+        out = _over_slots_with_runs(score, query, key, whole, slots, slots.runs, window)
+    return out[..., : value.shape[-1]]
 
 
 def _over_slots(

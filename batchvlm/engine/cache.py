@@ -26,6 +26,13 @@ class Heads(NamedTuple):
     """Key-value heads."""
     size: int
     """Elements of a head."""
+    is_latent: bool = False
+    """Whether the one key head holds latents, which are keys and values at once."""
+
+    @property
+    def num_cached(self) -> int:
+        """Elements of a token's keys and values."""
+        return self.num_keys * self.size * (1 if self.is_latent else 2)
 
 
 def cached_layers(config: Any) -> list[Heads]:
@@ -45,6 +52,8 @@ def cached_layers(config: Any) -> list[Heads]:
 
 def _heads_of(config: Any) -> Heads:
     num_heads = config.num_attention_heads
+    if latent_size := getattr(config, "kv_lora_rank", None):
+        return Heads(num_heads, 1, latent_size + config.qk_rope_head_dim, is_latent=True)
     size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     return Heads(num_heads, getattr(config, "num_key_value_heads", None) or num_heads, size)
 

@@ -95,33 +95,33 @@ def llava_onevision() -> Built:
 
 def pixtral() -> Built:
     """Pixtral in transformers: LLaVA over another vision tower, images of their own sizes."""
-    vocabulary = tokenizer(_PIXTRAL_TOKENS)
+    vocabulary = tokenizer(PIXTRAL_TOKENS)
     config = tf.LlavaConfig(
-        vision_config=_PIXTRAL_VISION,
+        vision_config=PIXTRAL_VISION,
         text_config=text_config(vocabulary, model_type="mistral", head_dim=16, sliding_window=None),
         image_token_index=token_id(vocabulary, "[IMG]"),
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
     )
-    return model_of(config), _pixtral_processor(vocabulary, spatial_merge_size=1)
+    return model_of(config), pixtral_processor(vocabulary, spatial_merge_size=1)
 
 
 def mistral3() -> Built:
-    vocabulary = tokenizer(_PIXTRAL_TOKENS)
+    vocabulary = tokenizer(PIXTRAL_TOKENS)
     config = tf.Mistral3Config(
-        vision_config=_PIXTRAL_VISION,
+        vision_config=PIXTRAL_VISION,
         text_config=text_config(vocabulary, model_type="mistral", head_dim=16, sliding_window=None),
         image_token_index=token_id(vocabulary, "[IMG]"),
         spatial_merge_size=2,
     )
-    return model_of(config), _pixtral_processor(vocabulary, spatial_merge_size=2)
+    return model_of(config), pixtral_processor(vocabulary, spatial_merge_size=2)
 
 
-_PIXTRAL_TOKENS = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
-_PIXTRAL_VISION = {**VISION, "model_type": "pixtral", "image_size": 112}
+PIXTRAL_TOKENS = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+PIXTRAL_VISION = {**VISION, "model_type": "pixtral", "image_size": 112}
 
 
-def _pixtral_processor(vocabulary: Any, *, spatial_merge_size: int) -> Any:
+def pixtral_processor(vocabulary: Any, *, spatial_merge_size: int) -> Any:
     return tf.PixtralProcessor(
         tf.PixtralImageProcessorPil(
             size={"longest_edge": 112}, patch_size={"height": 14, "width": 14}
