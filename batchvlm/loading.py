@@ -1,14 +1,13 @@
 """Loads a processor and a model from a Hub name or a folder, by transformers.
 
-All workarounds for loading are here: a torchvision that is installed but fails to import,
-processors that require a video processor, and remote code.
+A torchvision that is installed but fails to import is dealt with here, other faults of what is
+loaded in workarounds.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import inspect
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from batchvlm.quantization import (
     quantization_config,
 )
 from batchvlm.words import first_line, num_bytes
+from batchvlm.workarounds import mend_model, mend_processor, without_video
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +91,8 @@ class ModelLimits:
 
 def load_limits(cfg: ModelConfig) -> ModelLimits:
     """Read a model's limits from its config, without loading weights."""
-    from transformers import AutoConfig
-
     with explained(cfg, "config"):
-        config = AutoConfig.from_pretrained(cfg.path, **_hub_kwargs(cfg))
+        config = _read_config(cfg)
     text = config.get_text_config(decoder=True)
     vision = getattr(config, "vision_config", None)
     patch = getattr(vision, "patch_size", None)
@@ -108,6 +106,14 @@ def load_limits(cfg: ModelConfig) -> ModelLimits:
         patch_size=patch if isinstance(patch, int) else None,
         is_encoder_decoder=reads_prompts(config),
     )
+
+
+def _read_config(cfg: ModelConfig) -> Any:
+    """Read a model's config; of one that also speaks (Qwen-Omni), that of the part that writes."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(cfg.path, **_hub_kwargs(cfg))
+    return getattr(config, "thinker_config", config)
 
 
 def load_processor(cfg: ModelConfig) -> Any:
@@ -128,7 +134,7 @@ def load_processor(cfg: ModelConfig) -> Any:
     with contextlib.suppress(OSError):  # without a config, what follows says what is missing
         found, _ = PreTrainedConfig.get_config_dict(cfg.path, revision=cfg.revision or "main")
         check_answers(found.get("model_type", ""))
-    with explained(cfg, "processor"), _without_video():
+    with explained(cfg, "processor"), without_video(has_torchvision()):
         processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             cfg.path, backend=backend.value, **_hub_kwargs(cfg), **cfg.processor_kwargs
         )
@@ -137,6 +143,7 @@ def load_processor(cfg: ModelConfig) -> Any:
         raise ModelError(f"model.path={cfg.path} has only a tokenizer, no image processor")
     # A decoder-only model continues from the last column, so padding must not be there.
     tokenizer.padding_side = "left"
+    mend_processor(processor)
     processor.chat_template = default_template(processor)
     check_variables(processor.chat_template, cfg.chat_template_kwargs)
     check_prompt_tokens(processor, cfg.prompt_tokens)
@@ -151,7 +158,6 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
     """
     has_torchvision()
     import torch
-    from transformers import AutoConfig
     from transformers.utils import logging as hub_logging
 
     from batchvlm.dtypes import cast_parts, part_dtypes, widest
@@ -166,8 +172,10 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
         kwargs["attn_implementation"] = cfg.attn_implementation
     skip: list[str] = []
     with explained(cfg, "model"):
+        config = _read_config(cfg)
+        if config.model_type.endswith("_thinker"):
+            kwargs["config"] = config
         if isinstance(cfg.dtype, dict):
-            config = AutoConfig.from_pretrained(cfg.path, **_hub_kwargs(cfg))
             dtypes = part_dtypes(cfg.dtype, config)
             # Loaded in the widest dtype, so that no part loses precision before it is cast.
             kwargs["dtype"] = widest(dtypes)
@@ -210,6 +218,7 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
             model = model.to(device)
         if cfg.adapter is not None:
             apply_adapter(model, cfg)
+        mend_model(model)
         return model.eval()
 
 
@@ -335,12 +344,11 @@ def load_skeleton(cfg: ModelConfig) -> Any:
     """
     has_torchvision()
     import torch
-    from transformers import AutoConfig
 
     from batchvlm.dtypes import cast_parts, part_dtypes, saved_dtype, widest
 
     with explained(cfg, "config"):
-        config = AutoConfig.from_pretrained(cfg.path, **_hub_kwargs(cfg))
+        config = _read_config(cfg)
         dtypes = part_dtypes(cfg.dtype, config) if isinstance(cfg.dtype, dict) else None
         if dtypes is not None:
             dtype = widest(dtypes)
@@ -390,42 +398,3 @@ def explained(cfg: ModelConfig, part: str) -> Iterator[None]:
         raise ModelError(
             f"cannot load the {part} of model.path={cfg.path}: {reason}", hint=hint
         ) from error
-
-
-@contextlib.contextmanager
-def _without_video() -> Iterator[None]:
-    """Avoid failures of video processors, which are not used here."""
-    if has_torchvision():
-        from transformers.video_processing_utils import BaseVideoProcessor
-
-        # transformers 5.17 and 5.18 pass the image backend on to video processors, which raise.
-        with _replaced(BaseVideoProcessor, "from_dict") as from_dict:
-
-            def without_backend(cls: type, values: Any, /, **kwargs: Any) -> Any:
-                kwargs.pop("backend", None)
-                return from_dict(cls, values, **kwargs)
-
-            setattr(BaseVideoProcessor, "from_dict", classmethod(without_backend))  # noqa: B010
-            yield
-        return
-    from transformers import ProcessorMixin
-
-    # Video processors need torchvision, and processors like Qwen-VL's do not load without theirs.
-    # No row here is a video, so the video processor is left out.
-    with _replaced(ProcessorMixin, "get_attributes") as get_attributes:
-
-        def without_video(cls: type) -> list[str]:
-            return [name for name in get_attributes(cls) if name != "video_processor"]
-
-        setattr(ProcessorMixin, "get_attributes", classmethod(without_video))  # noqa: B010
-        yield
-
-
-@contextlib.contextmanager
-def _replaced(owner: type, name: str) -> Iterator[Any]:
-    """Yield the function of a class method, and restore the class method on exit."""
-    original = inspect.getattr_static(owner, name)
-    try:
-        yield original.__func__
-    finally:
-        setattr(owner, name, original)

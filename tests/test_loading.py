@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,9 @@ from batchvlm.loading import load_limits, load_model, load_processor, load_skele
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
 from batchvlm.records import Failure, Record
 from batchvlm.settings import compose
+
+from .engine.families.larger import OMNI, qwen2_5_thinker
+from .engine.tiny import tokenizer
 
 
 @pytest.fixture
@@ -60,6 +64,22 @@ def test_weights_that_are_missing(model: Path, caplog: pytest.LogCaptureFixture)
     save_file({k: v for k, v in weights.items() if k != unused}, model / "model.safetensors")
     load_model(ModelConfig(path=str(model)), device="cpu")
     assert f"{model} lacks 1 weights, which are initialized at random, such as" in caplog.text
+
+
+def test_of_a_model_that_also_speaks_the_part_that_writes_is_loaded(tmp_path: Path) -> None:
+    thinker = qwen2_5_thinker(tokenizer(list(OMNI.values()), **OMNI))
+    whole = transformers.Qwen2_5OmniForConditionalGeneration(
+        transformers.Qwen2_5OmniConfig(thinker_config=thinker.to_dict(), enable_audio_output=False)
+    )
+    whole.save_pretrained(tmp_path)
+    cfg = ModelConfig(path=str(tmp_path), dtype="float32")
+    model = load_model(cfg, device="cpu")
+    assert type(model).__name__ == type(load_skeleton(cfg)).__name__
+    assert type(model).__name__ == "Qwen2_5OmniThinkerForConditionalGeneration"
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight, whole.thinker.get_parameter(name))
+    limits = load_limits(cfg)
+    assert (limits.image_token_id, limits.patch_size) == (thinker.image_token_id, 14)
 
 
 def test_of_several_chat_templates_the_default_is_taken(model: Path) -> None:

@@ -43,9 +43,10 @@ ALLOWED = {
     "batchvlm.chat_template": set(),
     "batchvlm.dtypes": set(),
     "batchvlm.kinds": set(),
+    "batchvlm.workarounds": set(),
     "batchvlm.loading": {
         *("batchvlm.adapters", "batchvlm.chat_template", "batchvlm.dtypes", "batchvlm.kinds"),
-        "batchvlm.quantization",
+        *("batchvlm.quantization", "batchvlm.workarounds"),
     },
     "batchvlm.preprocess": {
         "batchvlm.chat_template",
