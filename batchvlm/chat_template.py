@@ -168,7 +168,7 @@ class ChatTemplate:
                 return_tensors="pt",
                 **_ending(messages),
             )
-        arrays = {key: np.asarray(value) for key, value in encoded.items()}
+        arrays = {key: array_of(value) for key, value in encoded.items()}
         return {key: array for key, array in arrays.items() if array.dtype.kind in "biuf"}
 
     def text(
@@ -231,6 +231,13 @@ class ChatTemplate:
         if part["type"] == "image":
             return {"type": "image", "image": next(pictures)}
         return {"type": "text", "text": self._escaped(part["text"])}
+
+
+def array_of(value: Any) -> Array:
+    """Return a tensor or a list as an array."""
+    # NumPy has no bfloat16, in which Llama 4's processor returns pixels.
+    is_bfloat16 = str(getattr(value, "dtype", "")) == "torch.bfloat16"
+    return np.asarray(value.float() if is_bfloat16 else value)
 
 
 def _ending(messages: Sequence[Mapping[str, Any]]) -> dict[str, bool]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, TrOCRProcessor
 
-from batchvlm.chat_template import ChatTemplate
+from batchvlm.chat_template import ChatTemplate, array_of
 from batchvlm.errors import ConfigError, ErrorType, ModelError
 from batchvlm.loading import ModelLimits, load_processor
 from batchvlm.preprocess import (
@@ -256,3 +257,11 @@ class TestImageKeys:
         assert self.keys(vqa, red, blue) == self.keys(vqa, blue, red)[::-1]
         text = preprocessor("task=vqa", "data.columns.image=null")
         assert self.keys(text) == ()
+
+
+def test_arrays_of_a_dtype_that_numpy_does_not_have() -> None:
+    numbers = torch.tensor([[0.5, -2.0]])
+    array = array_of(numbers.bfloat16())
+    assert array.dtype == np.float32 and array.tolist() == numbers.tolist()
+    assert array_of(torch.tensor([3])).dtype == np.int64
+    assert array_of([1.5]).tolist() == [1.5]

@@ -24,8 +24,7 @@ TOKEN_TYPES = ("token_type_ids", "image_embeds_position_mask")
 """How the names of features end that have a number for each token: `mm_token_type_ids` too, and
 ERNIE-4.5-VL's `moe_mm_token_type_ids`, which says whose experts a token has. Kosmos-2's mask says
 which tokens are of the image."""
-_NUM_TILED_DIMS = 5
-"""Images, tiles, colours, height and width."""
+_NUM_COLOURS = 3
 # Some processors return labels for every prompt; given them, a model computes a loss.
 _NOT_COLLATED = ("input_ids", "attention_mask", "labels")
 _LISTS = ("num_local_patches", "patches_grid")
@@ -133,7 +132,7 @@ def join_features(
         if name == "pixel_values" and "target_sizes" in names:
             joined[name] = torch.from_numpy(np.concatenate(arrays, axis=-1))
             continue
-        if set(names) == {"pixel_values"} and arrays[0].ndim == _NUM_TILED_DIMS:
+        if set(names) == {"pixel_values"} and arrays[0].shape[2:-2] == (_NUM_COLOURS,):
             # PerceptionLM encodes every tile it is given: a tile of zeros would count as one.
             arrays = [a.reshape(-1, 1, *a.shape[2:]) for a in arrays]
         if name == "image_token_pooling":

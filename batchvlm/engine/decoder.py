@@ -148,7 +148,6 @@ class Decoder:
             given = {n: f for n, f in features.items() if n in self._rope_names}
             if "mm_token_type_ids" in self._rope_names:
                 given.setdefault("mm_token_type_ids", none_1T)
-            given.pop("attention_mask", None)
             positions_R1T, delta_1 = self._rope_index(**given)
             positions_RT, delta = positions_R1T[:, 0], int(delta_1)
         return Prompt(

@@ -45,9 +45,12 @@ log = logging.getLogger(__name__)
 # V vocabulary.
 
 # Families whose results are wrong if rows of a batch have different numbers of images (Mllama),
-# images of different sizes (Emu3, whose encoder sees the padding), or prompts of different lengths
-# (Kosmos-2 and -2.5, which count the padding as positions of the answer, and Donut's decoder).
-_ALONE = frozenset({"emu3", "kosmos-2", "kosmos-2.5", "mllama", "vision-encoder-decoder"})
+# images of different sizes (Emu3, whose encoder sees the padding), prompts of different lengths
+# (Kosmos-2 and -2.5, which count the padding as positions of the answer, and Donut's decoder), or
+# padding that moves the ends of the blocks of keys among which layers choose (MiniMax M3).
+_ALONE = frozenset(
+    {"emu3", "kosmos-2", "kosmos-2.5", "minimax_m3_vl", "mllama", "vision-encoder-decoder"}
+)
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
     # These versions merge all images of a batch by the grid of the first image.
     _ALONE |= {"minicpmv4_6"}

@@ -177,3 +177,10 @@ def test_tiles_that_nothing_marks_as_padding_are_not_padded() -> None:
     sizes = {"image_sizes": [[9, 9]]}
     marked = [sample(1, pixel_values=one, **sizes), sample(2, pixel_values=other[:1], **sizes)]
     assert collate(marked, pad_id=0)["pixel_values"].shape == (2, 5, 3, 2, 2)
+
+
+def test_patches_of_two_frames_are_no_tiles() -> None:
+    """Inkling's processor returns each patch twice, with the colours last."""
+    one, other = pixels(6, 2, 4, 4, 3), pixels(2, 2, 4, 4, 3, start=900)
+    batch = collate([sample(1, pixel_values=one), sample(2, pixel_values=other)], pad_id=0)
+    assert np.array_equal(batch["pixel_values"].numpy(), np.concatenate([one, other]))

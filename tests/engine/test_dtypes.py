@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,14 @@ def load(dtype: Any, path: str | Path = demo.MODEL_DIR) -> Any:
     return load_model(ModelConfig(path=str(path), dtype=dtype), device="cpu")
 
 
-def dtypes_of(module: torch.nn.Module) -> set[torch.dtype]:
-    return {p.dtype for p in module.parameters()}
+def dtypes_of(module: torch.nn.Module, kept: Iterable[str] = ()) -> set[torch.dtype]:
+    """Dtypes of a module's weights but those that transformers keeps in float32."""
+    parts = [f".{name}." for name in kept]
+    return {
+        weight.dtype
+        for name, weight in module.named_parameters()
+        if not any(part in f".{name}." for part in parts)
+    }
 
 
 def part(model: Any, key: str) -> torch.nn.Module:
@@ -51,8 +58,12 @@ def test_every_family_runs_in_two_dtypes(loaded: Loaded, dtype: dict[str, str]) 
         return
     model = load(dtype, loaded.path)
     for key in ("vision_config", "text_config"):
-        assert dtypes_of(part(model, key)) == {getattr(torch, dtype[key])}
-    assert dtypes_of(model.get_output_embeddings()) == {getattr(torch, dtype["text_config"])}
+        kept = model._keep_in_fp32_modules_strict
+        assert dtypes_of(part(model, key), kept) == {getattr(torch, dtype[key])}
+    last = model.get_output_embeddings() or model.get_decoder()
+    assert dtypes_of(last, model._keep_in_fp32_modules_strict) == {
+        getattr(torch, dtype["text_config"])
+    }
     angles = [b.dtype for name, b in model.named_buffers() if name.endswith("inv_freq")]
     assert set(angles) <= {torch.float32}
     seen: list[torch.dtype] = []
