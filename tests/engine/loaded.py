@@ -31,6 +31,7 @@ from batchvlm.engine.slots import SlotEngine
 from batchvlm.loading import load_model, load_processor
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
 from batchvlm.records import Completion, Failure, Record, Sample
+from batchvlm.workarounds import mend_model
 
 from ..conftest import encode
 from .families import Family
@@ -213,7 +214,7 @@ class Loaded:
             **{"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False, **changes}
         )
         with torch.inference_mode():
-            ids_BT = plain.generate(**inputs.to(plain.device))
+            ids_BT = plain.generate(**inputs.to(plain.device, plain.dtype))
         num_before = 1 if self.family.answers_apart else inputs["input_ids"].shape[1]
         return ids_BT[0, num_before:].tolist()
 
@@ -236,6 +237,8 @@ def load(family: Family, folder: Path) -> Loaded:
     # A row without images comes early, so that rows behind it would notice a shift.
     early = (ABOUT_NONE,) if family.takes_text_alone else ()
     several = (ABOUT_TWO,) if family.takes_several else (ABOUT_ONE_SMALL,)
+    model = transformers.AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32)
+    mend_model(model)  # transformers could not answer by itself
     return Loaded(
         family=family,
         path=str(folder),
@@ -244,7 +247,5 @@ def load(family: Family, folder: Path) -> Loaded:
         text_preprocessor=Preprocessor(replace(spec, columns=ColumnsConfig())),
         engine=GenerateEngine(load_model(cfg, device="cpu"), processor.tokenizer, BatchingConfig()),
         processor=processor,
-        model=transformers.AutoModelForMultimodalLM.from_pretrained(
-            folder, dtype=torch.float32
-        ).eval(),
+        model=model.eval(),
     )

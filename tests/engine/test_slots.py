@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,11 +18,13 @@ from batchvlm.engine import room
 from batchvlm.engine.cache import SlotCache
 from batchvlm.engine.decoder import Decoder, Piece
 from batchvlm.engine.memory import Ceiling
+from batchvlm.engine.select import why_not_slots
 from batchvlm.engine.slots import SlotEngine
 from batchvlm.records import Completion, FinishReason, Sample
 
-from .families import FAMILIES, Family
-from .loaded import ABOUT_ONE, MOST_NEW_TOKENS, Loaded, Question
+from .families import FAMILIES, Family, needs_slots
+from .families.mixtures import glmga
+from .loaded import ABOUT_ONE, MOST_NEW_TOKENS, Loaded, Question, load
 from .outcomes import run
 
 Row = tuple[Question, int, int]
@@ -184,13 +188,28 @@ class TestFamilies:
         # The first prompt, whole, says what the family allows.
         pieces = [length for pack in packs[1:] for length in pack]
         assert len(pieces) >= 3 * (len(rows) - 1)
-        # An image stays in one piece.
-        assert max(pieces) <= max(budget, *(sample.image_tokens for sample in samples))
+        # An image stays in one piece, with the marks between its tiles.
+        found = (engine._decoder.image_places(sample) for sample in samples)
+        extents = [
+            int(np.ptp(places)) + 1 for places in found if places is not None and len(places)
+        ]
+        assert max(pieces) <= max(budget, *extents)
 
     def test_the_model_is_left_as_it_was(self, loaded: Loaded) -> None:
         before = loaded.reference(ABOUT_ONE)
         run(loaded.slots(), [loaded.ask(0, ABOUT_ONE)])
         assert loaded.reference(ABOUT_ONE) == before
+
+
+@needs_slots
+def test_a_type_that_has_the_class_of_another(tmp_path: Path) -> None:
+    loaded = load(Family(build=glmga, image_tokens=(6, 10, 24)), tmp_path)
+    assert loaded.model.config.model_type == "glmga"
+    assert type(loaded.model).__name__ == "Glm46VForConditionalGeneration"
+    assert not why_not_slots(loaded.model)
+    rows = [(question, 0, 6) for question in loaded.questions]
+    outcomes = run(loaded.slots(eos=[]), asked(loaded, rows))
+    assert tokens(outcomes) == [loaded.known(question)[:6] for question in loaded.questions]
 
 
 @pytest.fixture

@@ -133,7 +133,8 @@ def model_of(config: Any) -> PreTrainedModel:
     """A model of random weights, always the same, whose answers depend on its images."""
     torch.manual_seed(0)
     model = transformers.AutoModelForMultimodalLM.from_config(config)
-    embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = [end.weight for end in ends if end is not None]
     with torch.no_grad():
         for name, weight in model.named_parameters():
             # As initialised, attention is near uniform and a layer adds next to nothing to a

@@ -28,7 +28,34 @@ from .further import (
     vipllava,
 )
 from .gemma import gemma3, paligemma
+from .hybrid import (
+    apertus1p5,
+    dots3_note,
+    glm5_next,
+    hy_v4_vl,
+    inkling,
+    inkling2,
+    inkling2_loop,
+    mistral_large4,
+    mistral_small4,
+    nemotron_h_omni,
+    qwen4_exp,
+)
 from .idefics import idefics2, idefics3, smolvlm
+from .larger import (
+    cohere_compass,
+    cosmos3_edge,
+    cosmos3_omni,
+    hyperclovax_vision_v2,
+    kimi_k25,
+    llama4,
+    minimax_m3_vl,
+    muse_glimmer,
+    muse_spark,
+    qwen2_5_omni,
+    qwen3_omni_moe,
+    step3p7,
+)
 from .llava import llava, llava_next, llava_onevision, mistral3, pixtral
 from .mixtures import (
     ernie4_5_vl_moe,
@@ -142,9 +169,21 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+HYBRID = "it has layers of hybrid, hybrid_sliding"
+INDEXED = "it has layers of indexed_attention"
+INDEXED_AND_LINEAR = "it has layers of indexed_attention, linear_attention"
 NO_FEATURES = "it gives no image features of its own"
 
 FAMILIES = (
+    Family(
+        build=apertus1p5,
+        title="Apertus 1.5",
+        model_class="Apertus1p5ForConditionalGeneration",
+        image_tokens=(54, 55, 127),
+        attention=None,
+        needs=("torchvision",),
+        since=(5, 24),
+    ),
     Family(
         build=aria,
         title="Aria",
@@ -181,6 +220,24 @@ FAMILIES = (
         needs=("torchvision",),
     ),
     Family(
+        build=cohere_compass,
+        title="North Micro Vision",
+        model_class="CohereCompassForConditionalGeneration",
+        image_tokens=(6, 10, 16),
+    ),
+    Family(
+        build=cosmos3_edge,
+        title="Cosmos3 Edge",
+        model_class="Cosmos3EdgeForConditionalGeneration",
+        image_tokens=(6, 10, 24),
+    ),
+    Family(
+        build=cosmos3_omni,
+        title="Cosmos3",
+        model_class="Cosmos3OmniForConditionalGeneration",
+        image_tokens=(6, 10, 16),
+    ),
+    Family(
         build=deepseek_ocr2,
         title="DeepSeek-OCR 2",
         model_class="DeepseekOcr2ForConditionalGeneration",
@@ -209,6 +266,15 @@ FAMILIES = (
         attention=None,
         why_not_slots="it is an encoder-decoder",
         is_alone=True,
+    ),
+    Family(
+        build=dots3_note,
+        title="dots3 note",
+        model_class="Dots3NoteForConditionalGeneration",
+        image_tokens=(6, 10, 24),
+        why_not_slots=INDEXED,
+        needs=("torchvision",),
+        since=(5, 23),
     ),
     Family(
         build=emu3,
@@ -302,6 +368,13 @@ FAMILIES = (
         image_tokens=(6, 10, 24),
     ),
     Family(
+        build=glm5_next,
+        title="GLM-5.3-Flash",
+        model_class="Glm5NextForConditionalGeneration",
+        image_tokens=(12, 18, 24),
+        why_not_slots=INDEXED_AND_LINEAR,
+    ),
+    Family(
         build=glm_ocr,
         title="GLM-OCR",
         model_class="GlmOcrForConditionalGeneration",
@@ -338,6 +411,22 @@ FAMILIES = (
         needs_torchvision_before=(5, 22),
     ),
     Family(
+        build=hy_v4_vl,
+        title="Hy4",
+        model_class="HYV4VLForConditionalGeneration",
+        image_tokens=(8, 15, 30),
+        attention=None,
+        why_not_slots=INDEXED,
+        since=(5, 24),
+    ),
+    Family(
+        build=hyperclovax_vision_v2,
+        title="HyperCLOVA X SEED Think",
+        model_class="HyperCLOVAXVisionV2ForConditionalGeneration",
+        image_tokens=(6, 10, 24),
+        since=(5, 18),
+    ),
+    Family(
         build=idefics2,
         title="Idefics2",
         model_class="Idefics2ForConditionalGeneration",
@@ -350,6 +439,34 @@ FAMILIES = (
         model_class="Idefics3ForConditionalGeneration",
         image_tokens=(20, 12, 40),
         needs_torchvision_before=(5, 18),
+    ),
+    Family(
+        build=inkling,
+        title="Inkling",
+        model_class="InklingForConditionalGeneration",
+        image_tokens=(6, 8, 16),
+        why_not_slots=HYBRID,
+        needs=("torchvision", "scipy"),
+    ),
+    Family(
+        build=inkling2,
+        title="Inkling 2 Small",
+        model_class="Inkling2ForConditionalGeneration",
+        image_tokens=(6, 8, 16),
+        attention=None,
+        why_not_slots=HYBRID,
+        needs=("torchvision",),
+        since=(5, 23),
+    ),
+    Family(
+        build=inkling2_loop,
+        title="Inkling 2 Mini",
+        model_class="Inkling2LoopForConditionalGeneration",
+        image_tokens=(6, 8, 16),
+        attention=None,
+        why_not_slots=HYBRID,
+        needs=("torchvision",),
+        since=(5, 24),
     ),
     Family(
         build=instructblip,
@@ -371,6 +488,13 @@ FAMILIES = (
         title="Janus",
         model_class="JanusForConditionalGeneration",
         image_tokens=(16, 16, 32),
+    ),
+    Family(
+        build=kimi_k25,
+        title="Kimi K2.5",
+        model_class="Kimi_K25ForConditionalGeneration",
+        image_tokens=(12, 8, 20),
+        needs=("torchvision",),
     ),
     Family(
         build=kosmos2,
@@ -403,6 +527,14 @@ FAMILIES = (
         title="LightOnOCR",
         model_class="LightOnOcrForConditionalGeneration",
         image_tokens=(6, 8, 16),
+    ),
+    Family(
+        build=llama4,
+        title="Llama 4",
+        model_class="Llama4ForConditionalGeneration",
+        image_tokens=(20, 16, 24),
+        why_not_slots="it has layers of chunked_attention",
+        needs=("torchvision",),
     ),
     Family(
         build=llava,
@@ -456,8 +588,33 @@ FAMILIES = (
         since=(5, 20),
     ),
     Family(
+        build=minimax_m3_vl,
+        title="MiniMax M3",
+        model_class="MiniMaxM3SparseForConditionalGeneration",
+        image_tokens=(6, 10, 24),
+        why_not_slots="it has layers of minimax_m3_sparse",
+        is_alone=True,
+        needs=("torchvision",),
+    ),
+    Family(
         build=mistral3,
         title="Mistral Small 3",
+        model_class="Mistral3ForConditionalGeneration",
+        image_tokens=(12, 8, 20),
+        needs=("torchvision",),
+    ),
+    Family(
+        build=mistral_large4,
+        title="Mistral Large 4",
+        model_class="MistralLarge4ForConditionalGeneration",
+        image_tokens=(12, 8, 20),
+        needs=("torchvision",),
+        why_not_slots=INDEXED,
+        since=(5, 22),
+    ),
+    Family(
+        build=mistral_small4,
+        title="Mistral Small 4",
         model_class="Mistral3ForConditionalGeneration",
         image_tokens=(12, 8, 20),
         needs=("torchvision",),
@@ -478,6 +635,30 @@ FAMILIES = (
         image_tokens=(10, 10, 18),
         sees_ahead=True,
         needs=("torchvision",),
+    ),
+    Family(
+        build=muse_glimmer,
+        title="Muse Glimmer",
+        model_class="MuseGlimmerForConditionalGeneration",
+        image_tokens=(6, 18, 13),
+        needs=("torchvision",),
+    ),
+    Family(
+        build=muse_spark,
+        title="Muse Spark",
+        model_class="MuseSparkForConditionalGeneration",
+        image_tokens=(6, 18, 13),
+        needs=("torchvision",),
+        since=(5, 20),
+    ),
+    Family(
+        build=nemotron_h_omni,
+        title="Nemotron 3 Nano Omni",
+        model_class="NemotronH_Omni_Reasoning_V3",
+        image_tokens=(15, 12, 24),
+        why_not_slots="it has layers of linear_attention, moe",
+        needs=("torchvision",),
+        since=(5, 18),
     ),
     Family(
         build=ovis2,
@@ -538,6 +719,13 @@ FAMILIES = (
         image_tokens=(12, 12, 24),
     ),
     Family(
+        build=qwen2_5_omni,
+        title="Qwen2.5-Omni",
+        model_class="Qwen2_5OmniThinkerForConditionalGeneration",
+        image_tokens=(6, 10, 24),
+        needs=("torchvision",),
+    ),
+    Family(
         build=qwen2_5_vl,
         title="Qwen2.5-VL",
         model_class="Qwen2_5_VLForConditionalGeneration",
@@ -564,6 +752,13 @@ FAMILIES = (
         why_not_slots=LINEAR,
     ),
     Family(
+        build=qwen3_omni_moe,
+        title="Qwen3-Omni",
+        model_class="Qwen3OmniMoeThinkerForConditionalGeneration",
+        image_tokens=(6, 10, 16),
+        needs=("torchvision",),
+    ),
+    Family(
         build=qwen3_vl,
         title="Qwen3-VL",
         model_class="Qwen3VLForConditionalGeneration",
@@ -576,11 +771,25 @@ FAMILIES = (
         image_tokens=(6, 10, 16),
     ),
     Family(
+        build=qwen4_exp,
+        title="Qwen4-Exp",
+        model_class="Qwen4ExpForConditionalGeneration",
+        image_tokens=(6, 10, 16),
+        why_not_slots=INDEXED_AND_LINEAR,
+    ),
+    Family(
         build=smolvlm,
         title="SmolVLM",
         model_class="SmolVLMForConditionalGeneration",
         image_tokens=(20, 12, 40),
         needs=("torchvision", "num2words"),
+    ),
+    Family(
+        build=step3p7,
+        title="Step 3.7 Flash",
+        model_class="Step3p7ForConditionalGeneration",
+        image_tokens=(4, 10, 14),
+        needs=("torchvision",),
     ),
     Family(
         build=t5gemma2,

@@ -74,6 +74,11 @@ def glm46v() -> Built:
     return glm_of(tf.Glm46VConfig, processor="Glm46V", **GLM_TEXT)
 
 
+def glmga() -> Built:
+    """GLM-4.6V by another name, of which transformers has no processor of its own."""
+    return glm_of(tf.GlmgaConfig, processor="Glm46V", **GLM_TEXT)
+
+
 def glm_ocr() -> Built:
     text = {"head_dim": 32, "rope_parameters": rope([4, 6, 6], partial_rotary_factor=1.0)}
     return glm_of(tf.GlmOcrConfig, processor="Glm46V", **text)
