@@ -147,7 +147,8 @@ class Family:
     @property
     def why_not_slots_here(self) -> str:
         """`why_not_slots` with the transformers that is here."""
-        if VERSION >= SLOTS_SINCE or self.why_not_slots not in ("", LINEAR):
+        is_of_layers = self.why_not_slots.startswith("it has layers")
+        if VERSION >= SLOTS_SINCE or (self.why_not_slots and not is_of_layers):
             return self.why_not_slots
         return f"it takes no image features from outside in transformers {transformers.__version__}"
 
@@ -230,6 +231,7 @@ FAMILIES = (
         title="Cosmos3 Edge",
         model_class="Cosmos3EdgeForConditionalGeneration",
         image_tokens=(6, 10, 24),
+        since=(5, 23),
     ),
     Family(
         build=cosmos3_omni,
@@ -373,6 +375,7 @@ FAMILIES = (
         model_class="Glm5NextForConditionalGeneration",
         image_tokens=(12, 18, 24),
         why_not_slots=INDEXED_AND_LINEAR,
+        since=(5, 18),
     ),
     Family(
         build=glm_ocr,
@@ -658,7 +661,7 @@ FAMILIES = (
         image_tokens=(15, 12, 24),
         why_not_slots="it has layers of linear_attention, moe",
         needs=("torchvision",),
-        since=(5, 18),
+        since=(5, 23),
     ),
     Family(
         build=ovis2,
@@ -776,6 +779,7 @@ FAMILIES = (
         model_class="Qwen4ExpForConditionalGeneration",
         image_tokens=(6, 10, 16),
         why_not_slots=INDEXED_AND_LINEAR,
+        since=(5, 18),
     ),
     Family(
         build=smolvlm,
