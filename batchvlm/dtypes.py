@@ -81,19 +81,19 @@ def cast_parts(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
                 f"model.dtype names {key}, which is no module of its own in {type(model).__name__}",
                 hint=f"its weights have the dtype of {REST}",
             )
-    head = model.get_output_embeddings()
-    if head is not None and "text_config" in dtypes:
-        special[id(head)] = dtypes["text_config"]
     # Only what a checkpoint holds is cast: rotary frequencies keep their precision. So do weights
     # that transformers uses in float32 whatever the dtype (those that choose experts in Inkling 2).
     is_saved = model.state_dict().keys()
     saved = {*model.named_parameters(), *model.named_buffers()}
-    kept = [f".{part}." for part in model._keep_in_fp32_modules_strict or ()]
+    parts = [f".{part}." for part in model._keep_in_fp32_modules_strict or ()]
+    kept = {id(weight) for name, weight in saved if any(part in f".{name}." for part in parts)}
     uncast = {
-        id(weight): weight
-        for name, weight in saved
-        if name in is_saved and not any(part in f".{name}." for part in kept)
+        id(weight): weight for name, weight in saved if name in is_saved and id(weight) not in kept
     }
+    head = model.get_output_embeddings()
+    if head is not None and "text_config" in dtypes:
+        is_kept = id(head.weight) in kept
+        special[id(head)] = torch.float32 if is_kept else dtypes["text_config"]
     for module, dtype in _uniform_modules(model, special, dtypes[REST]):
         for weight in (*module.parameters(), *module.buffers()):
             _cast(uncast.pop(id(weight), None), dtype)
