@@ -27,7 +27,7 @@ from batchvlm.preprocess import Preprocessor, PreprocessSpec
 from batchvlm.records import Failure, Record
 from batchvlm.settings import compose
 
-from .engine.families.larger import OMNI, qwen2_5_thinker
+from .engine.families.omni import OMNI, qwen2_5_thinker
 from .engine.tiny import tokenizer
 
 

@@ -16,7 +16,8 @@ from transformers import GenerationConfig
 from batchvlm.engine.generate import GenerateEngine
 from batchvlm.records import Generation, Sample
 
-from .families import FAMILIES, Family, llava
+from .families import FAMILIES, Family
+from .families.llava import llava
 from .loaded import Loaded, load
 from .tiny import save
 

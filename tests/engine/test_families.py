@@ -15,7 +15,8 @@ from batchvlm.errors import ErrorType, ModelError
 from batchvlm.loading import load_processor
 from batchvlm.records import Completion, Failure, FinishReason
 
-from .families import FAMILIES, Family, llava
+from .families import FAMILIES, Family
+from .families.llava import llava
 from .loaded import (
     ABOUT_NONE,
     ABOUT_ONE,

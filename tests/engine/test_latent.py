@@ -11,8 +11,9 @@ from transformers import DeepseekV3Config
 from batchvlm.engine.cache import Heads, cached_layers
 from batchvlm.engine.latent import Latents
 
-from .families import Family, llava, needs_slots
+from .families import Family, needs_slots
 from .families.hybrid import LATENT
+from .families.llava import llava
 from .loaded import Loaded, load
 from .outcomes import run
 from .test_choices import COLORS, check, expected, made

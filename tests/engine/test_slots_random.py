@@ -8,9 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .families import Built, Family, gemma3, llava, needs_slots, qwen2_vl
+from .families import Family, needs_slots
+from .families.gemma import gemma3
+from .families.llava import llava
+from .families.qwen import qwen2_vl
 from .loaded import MOST_NEW_TOKENS, Loaded, Question, load
 from .outcomes import run
+from .tiny import Built
 
 pytestmark = [needs_slots, pytest.mark.usefixtures("small_parts")]
 

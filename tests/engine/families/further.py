@@ -19,8 +19,15 @@ from ..tiny import (
     token_id,
     tokenizer,
 )
+from .family import family
 
 
+@family(
+    title="LLaVA-NeXT-Video",
+    model_class="LlavaNextVideoForConditionalGeneration",
+    image_tokens=(70, 56, 106),
+    needs=("torchvision",),
+)
 def llava_next_video() -> Built:
     vocabulary = tokenizer(["<image>", "<video>"], image_token="<image>", video_token="<video>")
     grids = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
@@ -48,6 +55,11 @@ def llava_next_video() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="ViP-LLaVA",
+    model_class="VipLlavaForConditionalGeneration",
+    image_tokens=(16, 16, 32),
+)
 def vipllava() -> Built:
     """Features of several layers of the encoder, side by side."""
     vocabulary = tokenizer(["<image>"], image_token="<image>")
@@ -68,6 +80,13 @@ def vipllava() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Video-LLaVA",
+    model_class="VideoLlavaForConditionalGeneration",
+    image_tokens=(16, 16, 32),
+    needs=("torchvision",),
+    since=(5, 22),
+)
 def video_llava() -> Built:
     vocabulary = tokenizer(["<image>", "<video>"], image_token="<image>", video_token="<video>")
     config = tf.VideoLlavaConfig(
@@ -89,6 +108,11 @@ def video_llava() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Qianfan-OCR",
+    model_class="QianfanOCRForConditionalGeneration",
+    image_tokens=(12, 12, 24),
+)
 def qianfan_ocr() -> Built:
     """InternVL's encoder and tiles before Qwen3."""
     named = {
@@ -115,6 +139,11 @@ def qianfan_ocr() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="DeepSeek-VL 7B",
+    model_class="DeepseekVLHybridForConditionalGeneration",
+    image_tokens=(16, 16, 32),
+)
 def deepseek_vl_hybrid() -> Built:
     """Each image in two resolutions, for SigLIP and for SAM's encoder."""
     image = "<image_placeholder>"
@@ -158,6 +187,12 @@ _VQ_ENCODER: dict[str, Any] = {
 }
 
 
+@family(
+    title="Chameleon",
+    model_class="ChameleonForConditionalGeneration",
+    image_tokens=(64, 64, 128),
+    since=(5, 23),
+)
 def chameleon() -> Built:
     """Images become tokens of the vocabulary."""
     codes = [f"IMGIMG{''.join(chr(ord('A') + int(d)) for d in str(i))}Z" for i in range(32)]
@@ -179,6 +214,12 @@ def chameleon() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Emu3",
+    model_class="Emu3ForConditionalGeneration",
+    image_tokens=(60, 66, 112),
+    is_alone=True,
+)
 def emu3() -> Built:
     """Images become tokens of the vocabulary, row by row."""
     codes = [f"<|visual token {i:06d}|>" for i in range(32)]
@@ -209,6 +250,13 @@ def emu3() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="PP-Chart2Table",
+    model_class="GotOcr2ForConditionalGeneration",
+    image_tokens=(256, 256, 512),
+    takes_text_alone=False,
+    attention=None,
+)
 def pp_chart2table() -> Built:
     """GOT-OCR 2.0's model with a processor of its own."""
     vocabulary = tokenizer(["<img>", "</img>", "<imgpad>"])
@@ -243,6 +291,13 @@ def pp_chart2table() -> Built:
     return model, processor
 
 
+@family(
+    title="T5Gemma 2",
+    model_class="T5Gemma2ForConditionalGeneration",
+    image_tokens=(4, 4, 8),
+    answers_apart=True,
+    why_not_slots="it is an encoder-decoder",
+)
 def t5gemma2() -> Built:
     """Gemma 3's image tokens in an encoder."""
     named = {

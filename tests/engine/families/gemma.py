@@ -13,8 +13,16 @@ from ..tiny import (
     token_id,
     tokenizer,
 )
+from .family import family
 
 
+@family(
+    title="PaliGemma",
+    model_class="PaliGemmaForConditionalGeneration",
+    image_tokens=(16, 16, 32),
+    takes_text_alone=False,
+    sees_ahead=True,
+)
 def paligemma() -> Built:
     places = [f"<loc{i:04d}>" for i in range(1024)] + [f"<seg{i:03d}>" for i in range(128)]
     vocabulary = tokenizer(["<image>", *places], image_token="<image>")
@@ -33,6 +41,12 @@ def paligemma() -> Built:
     return model_of(config), tf.PaliGemmaProcessor(image_processor, vocabulary)
 
 
+@family(
+    title="Gemma 3",
+    model_class="Gemma3ForConditionalGeneration",
+    image_tokens=(4, 4, 8),
+    sees_ahead=True,
+)
 def gemma3(sliding_window: int = 32) -> Built:
     vocabulary = tokenizer(
         ["<start_of_image>", "<end_of_image>", "<image_soft_token>"],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import transformers as tf
 
 from ..tiny import (
@@ -17,6 +15,7 @@ from ..tiny import (
     token_id,
     tokenizer,
 )
+from .family import INDEXED, INDEXED_AND_LINEAR, family
 from .llava import PIXTRAL_TOKENS, PIXTRAL_VISION, pixtral_processor
 from .mixtures import EXPERTS
 from .qwen import HYBRID_TEXT, QWEN3_VISION, qwen_of
@@ -36,6 +35,12 @@ LATENT = {
 _INDEX = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 48}
 
 
+@family(
+    title="Mistral Small 4",
+    model_class="Mistral3ForConditionalGeneration",
+    image_tokens=(12, 8, 20),
+    needs=("torchvision",),
+)
 def mistral_small4() -> Built:
     """Mistral 3 over a decoder with latent keys and values."""
     vocabulary = tokenizer(PIXTRAL_TOKENS)
@@ -48,6 +53,14 @@ def mistral_small4() -> Built:
     return model_of(config), pixtral_processor(vocabulary, spatial_merge_size=2)
 
 
+@family(
+    title="Mistral Large 4",
+    model_class="MistralLarge4ForConditionalGeneration",
+    image_tokens=(12, 8, 20),
+    needs=("torchvision",),
+    why_not_slots=INDEXED,
+    since=(5, 22),
+)
 def mistral_large4() -> Built:
     vocabulary = tokenizer(PIXTRAL_TOKENS)
     config = tf.MistralLarge4Config(
@@ -61,6 +74,14 @@ def mistral_large4() -> Built:
     return model_of(config), pixtral_processor(vocabulary, spatial_merge_size=2)
 
 
+@family(
+    title="Hy4",
+    model_class="HYV4VLForConditionalGeneration",
+    image_tokens=(8, 15, 30),
+    attention=None,
+    why_not_slots=INDEXED,
+    since=(5, 24),
+)
 def hy_v4_vl() -> Built:
     vocabulary = tokenizer(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
     config = tf.HYV4VLConfig(
@@ -88,6 +109,13 @@ def hy_v4_vl() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="GLM-5.3-Flash",
+    model_class="Glm5NextForConditionalGeneration",
+    image_tokens=(12, 18, 24),
+    why_not_slots=INDEXED_AND_LINEAR,
+    since=(5, 18),
+)
 def glm5_next() -> Built:
     tokens = {
         "image_token_id": "<|image|>",
@@ -132,6 +160,13 @@ def glm5_next() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Qwen4-Exp",
+    model_class="Qwen4ExpForConditionalGeneration",
+    image_tokens=(6, 10, 16),
+    why_not_slots=INDEXED_AND_LINEAR,
+    since=(5, 18),
+)
 def qwen4_exp() -> Built:
     return qwen_of(
         tf.Qwen4ExpConfig,
@@ -156,6 +191,14 @@ def qwen4_exp() -> Built:
     )
 
 
+@family(
+    title="dots3 note",
+    model_class="Dots3NoteForConditionalGeneration",
+    image_tokens=(6, 10, 24),
+    why_not_slots=INDEXED,
+    needs=("torchvision",),
+    since=(5, 23),
+)
 def dots3_note() -> Built:
     vocabulary = tokenizer(["<|imgpad|>", "<|video_pad|>", "<|audio_comp_pad|>", "<|img|>"])
     text = {**LATENT, **_INDEX}
@@ -211,76 +254,14 @@ def dots3_note() -> Built:
     return model_of(config), processor
 
 
-_INKLING_TEXT: dict[str, Any] = {
-    "head_dim": 16,
-    "swa_num_attention_heads": 4,
-    "swa_num_key_value_heads": 2,
-    "swa_head_dim": 16,
-    "sliding_window_size": 16,
-    "d_rel": 4,
-    "rel_extent": 32,
-    "layer_types": ["hybrid_sliding", "hybrid"],
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-}
-
-
-def inkling() -> Built:
-    """Convolutions over the last tokens in each layer."""
-    marks = ["<|unused_200054|>", "<|unused_200053|>", "<|content_image|>"]
-    vocabulary = tokenizer([*marks, "<|content_audio_input|>"])
-    config = tf.InklingConfig(
-        vision_config={**VISION, "patch_size": 40},
-        text_config=text_config(
-            vocabulary, n_shared_experts=1, logits_mup_width_multiplier=1.0, **_INKLING_TEXT
-        ),
-        audio_config={"n_mel_bins": 8, "mel_vocab_size": 4},
-        image_token_id=token_id(vocabulary, "<|unused_200054|>"),
-        audio_token_id=token_id(vocabulary, "<|unused_200053|>"),
-        image_bos_token_id=token_id(vocabulary, "<|content_image|>"),
-        audio_bos_token_id=token_id(vocabulary, "<|content_audio_input|>"),
-    )
-    processor = tf.InklingProcessor(
-        tf.InklingFeatureExtractor(),
-        tf.InklingImageProcessor(),
-        vocabulary,
-        chat_template=chat_template("<|content_image|><|unused_200054|>"),
-    )
-    return model_of(config), processor
-
-
-def inkling2() -> Built:
-    return _inkling2(tf.Inkling2Config)
-
-
-def inkling2_loop() -> Built:
-    loop = {"loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_num_passes": 2}
-    return _inkling2(tf.Inkling2LoopConfig, loop_gate_rank=4, **loop)
-
-
-def _inkling2(config_class: Any, **text: Any) -> Built:
-    vocabulary = tokenizer(["<|unused_200054|>"])
-    sizes = text_config(vocabulary, n_layers_per_attn_res_block=1, **_INKLING_TEXT, **text)
-    config = config_class(
-        vision_config={
-            **VISION,
-            "patch_size": 20,
-            "posemb_grid_size": 8,
-            "projection_hidden_dim": 32,
-            "text_hidden_size": 64,
-        },
-        text_config={**sizes, "unpadded_vocab_size": sizes["vocab_size"]},
-        image_token_id=token_id(vocabulary, "<|unused_200054|>"),
-    )
-    processor = tf.Inkling2Processor(
-        tf.Inkling2ImageProcessor(),
-        vocabulary,
-        chat_template=chat_template("<|unused_200054|>"),
-    )
-    return model_of(config), processor
-
-
+@family(
+    title="Apertus 1.5",
+    model_class="Apertus1p5ForConditionalGeneration",
+    image_tokens=(54, 55, 127),
+    attention=None,
+    needs=("torchvision",),
+    since=(5, 24),
+)
 def apertus1p5() -> Built:
     """Images become tokens of a codebook."""
     named = {
@@ -323,6 +304,14 @@ def apertus1p5() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Nemotron 3 Nano Omni",
+    model_class="NemotronH_Omni_Reasoning_V3",
+    image_tokens=(15, 12, 24),
+    why_not_slots="it has layers of linear_attention, moe",
+    needs=("torchvision",),
+    since=(5, 23),
+)
 def nemotron_h_omni() -> Built:
     """Layers of Mamba, experts and attention."""
     marks = ["<image>", "<video>", "<so_embedding>", "<so_start>", "<so_end>", "<img>", "</img>"]

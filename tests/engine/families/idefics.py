@@ -16,8 +16,15 @@ from ..tiny import (
     token_id,
     tokenizer,
 )
+from .family import family
 
 
+@family(
+    title="Idefics2",
+    model_class="Idefics2ForConditionalGeneration",
+    image_tokens=(8, 8, 16),
+    needs_torchvision_before=(5, 18),
+)
 def idefics2() -> Built:
     vocabulary = tokenizer(["<fake_token_around_image>", "<image>", "<end_of_utterance>"])
     config = tf.Idefics2Config(
@@ -44,6 +51,12 @@ def idefics2() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Idefics3",
+    model_class="Idefics3ForConditionalGeneration",
+    image_tokens=(20, 12, 40),
+    needs_torchvision_before=(5, 18),
+)
 def idefics3() -> Built:
     processor = tf.Idefics3Processor(
         tf.Idefics3ImageProcessorPil(**_TILES),
@@ -54,6 +67,12 @@ def idefics3() -> Built:
     return _idefics3_model(tf.Idefics3Config, processor.tokenizer), processor
 
 
+@family(
+    title="SmolVLM",
+    model_class="SmolVLMForConditionalGeneration",
+    image_tokens=(20, 12, 40),
+    needs=("torchvision", "num2words"),
+)
 def smolvlm() -> Built:
     vocabulary = tokenizer(
         _IDEFICS3_TOKENS,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import transformers as tf
 
 from ..tiny import (
@@ -17,142 +15,23 @@ from ..tiny import (
     token_id,
     tokenizer,
 )
+from .family import family
 from .hybrid import LATENT
-from .mixtures import EXPERTS
-from .qwen import DEEPSTACK, QWEN3_VISION, qwen_of
-
-_AUDIO = {
-    "downsample_hidden_size": 16,
-    "num_mel_bins": 16,
-    "encoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_dim": 16,
-    "d_model": 16,
-    "output_dim": 64,
-}
+from .omni import WINDOWED_VISION
+from .qwen import DEEPSTACK, QWEN3_VISION
 
 
-_WINDOWED_VISION = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "out_hidden_size": 64,
-    "num_heads": 4,
-    "window_size": 56,
-    "fullatt_block_indexes": [1],
-}
-OMNI = {
-    "image_token": "<|IMAGE|>",
-    "audio_token": "<|AUDIO|>",
-    "video_token": "<|VIDEO|>",
-    "vision_bos_token": "<|vision_bos|>",
-    "vision_eos_token": "<|vision_eos|>",
-    "audio_bos_token": "<|audio_bos|>",
-    "audio_eos_token": "<|audio_eos|>",
-}
-
-
-def qwen2_5_omni() -> Built:
-    """The part of the model that writes."""
-    vocabulary = tokenizer(list(OMNI.values()), **OMNI)
-    config = qwen2_5_thinker(vocabulary)
-    return model_of(config), _omni_processor(tf.Qwen2_5OmniProcessor, vocabulary, patch_size=14)
-
-
-def qwen2_5_thinker(vocabulary: Any) -> Any:
-    """The config of the part of Qwen2.5-Omni that writes."""
-    return tf.Qwen2_5OmniThinkerConfig(
-        text_config=text_config(vocabulary, rope_parameters=rope([2, 3, 3])),
-        vision_config=_WINDOWED_VISION,
-        audio_config=_AUDIO,
-        **_omni_ids(vocabulary),
-    )
-
-
-def qwen3_omni_moe() -> Built:
-    """The part of the model that writes."""
-    vocabulary = tokenizer(list(OMNI.values()), **OMNI)
-    turns = rope([4, 2, 2], mrope_interleaved=True)
-    config = tf.Qwen3OmniMoeThinkerConfig(
-        text_config=text_config(vocabulary, head_dim=16, rope_parameters=turns, **EXPERTS),
-        vision_config={**QWEN3_VISION, **DEEPSTACK},
-        audio_config=_AUDIO,
-        **_omni_ids(vocabulary),
-    )
-    return model_of(config), _omni_processor(tf.Qwen3OmniMoeProcessor, vocabulary, patch_size=16)
-
-
-def _omni_ids(vocabulary: Any) -> dict[str, int]:
-    names = {
-        "image_token_id": "image_token",
-        "video_token_id": "video_token",
-        "audio_token_id": "audio_token",
-        "vision_start_token_id": "vision_bos_token",
-        "vision_end_token_id": "vision_eos_token",
-        "audio_start_token_id": "audio_bos_token",
-        "audio_end_token_id": "audio_eos_token",
-    }
-    return {key: token_id(vocabulary, OMNI[name]) for key, name in names.items()}
-
-
-def _omni_processor(processor_class: Any, vocabulary: Any, *, patch_size: int) -> Any:
-    pixels_per_token = (2 * patch_size) ** 2
-    return processor_of(
-        processor_class,
-        "Qwen2VLVideoProcessor",
-        image_processor=tf.Qwen2VLImageProcessorPil(
-            patch_size=patch_size,
-            merge_size=2,
-            temporal_patch_size=2,
-            size={"shortest_edge": 4 * pixels_per_token, "longest_edge": 64 * pixels_per_token},
-        ),
-        feature_extractor=tf.WhisperFeatureExtractor(feature_size=16),
-        tokenizer=vocabulary,
-        chat_template=chat_template("<|vision_bos|><|IMAGE|><|vision_eos|>"),
-    )
-
-
-def cosmos3_omni() -> Built:
-    """Qwen3-VL in all but its classes."""
-    return qwen_of(
-        tf.Cosmos3OmniConfig,
-        tf.Qwen3VLProcessor,
-        {**QWEN3_VISION, **DEEPSTACK},
-        video_processor="Qwen3VLVideoProcessor",
-        head_dim=16,
-        rope_parameters=rope([4, 2, 2], mrope_interleaved=True),
-    )
-
-
-def cosmos3_edge() -> Built:
-    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    vocabulary = tokenizer(marks)
-    config = tf.Cosmos3EdgeConfig(
-        text_config=text_config(vocabulary, head_dim=16, rope_parameters=rope([4, 2, 2])),
-        vision_config={**VISION, "num_patches": 16},
-        projector_hidden_size=64,
-        image_token_id=token_id(vocabulary, "<|image_pad|>"),
-        video_token_id=token_id(vocabulary, "<|video_pad|>"),
-        vision_start_token_id=token_id(vocabulary, "<|vision_start|>"),
-        vision_end_token_id=token_id(vocabulary, "<|vision_end|>"),
-    )
-    processor = processor_of(
-        tf.Cosmos3EdgeProcessor,
-        "Cosmos3EdgeVideoProcessor",
-        image_processor=tf.Cosmos3EdgeImageProcessorPil(
-            patch_size=14, size={"shortest_edge": 4 * 28 * 28, "longest_edge": 64 * 28 * 28}
-        ),
-        tokenizer=vocabulary,
-        chat_template=chat_template("<|vision_start|><|image_pad|><|vision_end|>"),
-    )
-    return model_of(config), processor
-
-
+@family(
+    title="HyperCLOVA X SEED Think",
+    model_class="HyperCLOVAXVisionV2ForConditionalGeneration",
+    image_tokens=(6, 10, 24),
+    since=(5, 18),
+)
 def hyperclovax_vision_v2() -> Built:
     vocabulary = tokenizer(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
     config = tf.HyperCLOVAXVisionV2Config(
         text_config=text_config(vocabulary, model_type="hyperclovax"),
-        vision_config={**_WINDOWED_VISION, "model_type": "qwen2_5_vl_vision"},
+        vision_config={**WINDOWED_VISION, "model_type": "qwen2_5_vl_vision"},
         image_token_id=token_id(vocabulary, "<|image_pad|>"),
         video_token_id=token_id(vocabulary, "<|video_pad|>"),
         tie_word_embeddings=False,
@@ -169,6 +48,11 @@ def hyperclovax_vision_v2() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="North Micro Vision",
+    model_class="CohereCompassForConditionalGeneration",
+    image_tokens=(6, 10, 16),
+)
 def cohere_compass() -> Built:
     marks = ["<|IMAGE_PAD|>", "<|VIDEO_PAD|>", "<|VISION_START|>", "<|VISION_END|>"]
     vocabulary = tokenizer(marks)
@@ -216,6 +100,12 @@ _MUSE_MARKS = [
 ]
 
 
+@family(
+    title="Muse Glimmer",
+    model_class="MuseGlimmerForConditionalGeneration",
+    image_tokens=(6, 18, 13),
+    needs=("torchvision",),
+)
 def muse_glimmer() -> Built:
     """Layers with a sliding window have rotary positions, the others none."""
     vocabulary = tokenizer(_MUSE_MARKS)
@@ -242,6 +132,13 @@ def muse_glimmer() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Muse Spark",
+    model_class="MuseSparkForConditionalGeneration",
+    image_tokens=(6, 18, 13),
+    needs=("torchvision",),
+    since=(5, 20),
+)
 def muse_spark() -> Built:
     """The same with experts, and sound."""
     sounds = ["<|audio|>", "<|soft_audio_start|>", "<|soft_audio_end|>"]
@@ -280,6 +177,12 @@ def muse_spark() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Step 3.7 Flash",
+    model_class="Step3p7ForConditionalGeneration",
+    image_tokens=(4, 10, 14),
+    needs=("torchvision",),
+)
 def step3p7() -> Built:
     """Tiles beside the image; experts; more heads in layers with a sliding window."""
     marks = ["<im_patch>", "<patch_start>", "<patch_end>", "<patch_newline>"]
@@ -314,6 +217,14 @@ def step3p7() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="MiniMax M3",
+    model_class="MiniMaxM3SparseForConditionalGeneration",
+    image_tokens=(6, 10, 24),
+    why_not_slots="it has layers of minimax_m3_sparse",
+    is_alone=True,
+    needs=("torchvision",),
+)
 def minimax_m3_vl() -> Built:
     """The second layer attends to the blocks of keys that it chooses."""
     marks = ["image", "video", "start of image", "end of image"]
@@ -352,6 +263,12 @@ def minimax_m3_vl() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Kimi K2.5",
+    model_class="Kimi_K25ForConditionalGeneration",
+    image_tokens=(12, 8, 20),
+    needs=("torchvision",),
+)
 def kimi_k25() -> Built:
     """One small vector a token is cached, of which each head makes its key and value."""
     marks = ["<|media_pad|>", "<|video_pad|>", "<|media_start|>", "<|media_end|>"]
@@ -385,6 +302,13 @@ def kimi_k25() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Llama 4",
+    model_class="Llama4ForConditionalGeneration",
+    image_tokens=(20, 16, 24),
+    why_not_slots="it has layers of chunked_attention",
+    needs=("torchvision",),
+)
 def llama4() -> Built:
     """Three layers attend within chunks, the fourth to all."""
     marks = ["<|image|>", "<|image_start|>", "<|image_end|>", "<|patch|>"]

@@ -18,8 +18,14 @@ from ..tiny import (
     token_id,
     tokenizer,
 )
+from .family import family
 
 
+@family(
+    title="LLaVA",
+    model_class="LlavaForConditionalGeneration",
+    image_tokens=(16, 16, 32),
+)
 def llava(**text: Any) -> Built:
     """LLaVA over a decoder of these settings."""
     vocabulary = tokenizer(["<image>"], image_token="<image>")
@@ -42,6 +48,11 @@ def llava(**text: Any) -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="LLaVA-NeXT",
+    model_class="LlavaNextForConditionalGeneration",
+    image_tokens=(70, 56, 106),
+)
 def llava_next() -> Built:
     vocabulary = tokenizer(["<image>"], image_token="<image>")
     grids = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
@@ -67,6 +78,11 @@ def llava_next() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="LLaVA-OneVision",
+    model_class="LlavaOnevisionForConditionalGeneration",
+    image_tokens=(70, 56, 34),
+)
 def llava_onevision() -> Built:
     vocabulary = tokenizer(["<image>", "<video>"], image_token="<image>", video_token="<video>")
     grids = [[56, 56], [56, 112], [112, 56], [112, 112]]
@@ -93,6 +109,12 @@ def llava_onevision() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Pixtral",
+    model_class="LlavaForConditionalGeneration",
+    image_tokens=(35, 32, 72),
+    needs=("torchvision",),
+)
 def pixtral() -> Built:
     """Pixtral in transformers: LLaVA over another vision tower, images of their own sizes."""
     vocabulary = tokenizer(PIXTRAL_TOKENS)
@@ -106,6 +128,12 @@ def pixtral() -> Built:
     return model_of(config), pixtral_processor(vocabulary, spatial_merge_size=1)
 
 
+@family(
+    title="Mistral Small 3",
+    model_class="Mistral3ForConditionalGeneration",
+    image_tokens=(12, 8, 20),
+    needs=("torchvision",),
+)
 def mistral3() -> Built:
     vocabulary = tokenizer(PIXTRAL_TOKENS)
     config = tf.Mistral3Config(

@@ -18,12 +18,18 @@ from ..tiny import (
     token_id,
     tokenizer,
 )
+from .family import LINEAR, family
 from .qwen import DEEPSTACK, GLM_TEXT, HYBRID_TEXT, QWEN3_VISION, glm_of, qwen_of
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _SIZE = {"shortest_edge": 4 * 28 * 28, "longest_edge": 128 * 28 * 28}
 
 
+@family(
+    title="Qwen3-VL MoE",
+    model_class="Qwen3VLMoeForConditionalGeneration",
+    image_tokens=(6, 10, 16),
+)
 def qwen3_vl_moe() -> Built:
     model, processor = qwen_of(
         tf.Qwen3VLMoeConfig,
@@ -42,6 +48,12 @@ def qwen3_vl_moe() -> Built:
     return model, processor
 
 
+@family(
+    title="Qwen3.5 MoE",
+    model_class="Qwen3_5MoeForConditionalGeneration",
+    image_tokens=(6, 10, 16),
+    why_not_slots=LINEAR,
+)
 def qwen3_5_moe() -> Built:
     """Some layers attend linearly; each has an expert for every token too."""
     return qwen_of(
@@ -55,6 +67,11 @@ def qwen3_5_moe() -> Built:
     )
 
 
+@family(
+    title="GLM-4.5V",
+    model_class="Glm4vMoeForConditionalGeneration",
+    image_tokens=(6, 10, 24),
+)
 def glm4v_moe() -> Built:
     """The first layer is dense; the others have an expert for every token too."""
     return _balanced(
@@ -70,6 +87,11 @@ def glm4v_moe() -> Built:
     )
 
 
+@family(
+    title="GLM-4.6V",
+    model_class="Glm46VForConditionalGeneration",
+    image_tokens=(6, 10, 24),
+)
 def glm46v() -> Built:
     return glm_of(tf.Glm46VConfig, processor="Glm46V", **GLM_TEXT)
 
@@ -79,11 +101,21 @@ def glmga() -> Built:
     return glm_of(tf.GlmgaConfig, processor="Glm46V", **GLM_TEXT)
 
 
+@family(
+    title="GLM-OCR",
+    model_class="GlmOcrForConditionalGeneration",
+    image_tokens=(6, 10, 24),
+)
 def glm_ocr() -> Built:
     text = {"head_dim": 32, "rope_parameters": rope([4, 6, 6], partial_rotary_factor=1.0)}
     return glm_of(tf.GlmOcrConfig, processor="Glm46V", **text)
 
 
+@family(
+    title="PaddleOCR-VL",
+    model_class="PaddleOCRVLForConditionalGeneration",
+    image_tokens=(6, 10, 24),
+)
 def paddleocr_vl() -> Built:
     vocabulary = tokenizer(
         ["<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>", "<|video_pad|>"],
@@ -106,6 +138,11 @@ def paddleocr_vl() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="ERNIE-4.5-VL",
+    model_class="Ernie4_5_VLMoeForConditionalGeneration",
+    image_tokens=(6, 10, 24),
+)
 def ernie4_5_vl_moe() -> Built:
     """Tokens of images have experts of their own."""
     named = {

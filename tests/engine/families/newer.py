@@ -18,8 +18,15 @@ from ..tiny import (
     token_id,
     tokenizer,
 )
+from .family import family
 
 
+@family(
+    title="Gemma 4 E2B and E4B",
+    model_class="Gemma4ForConditionalGeneration",
+    image_tokens=(60, 60, 127),
+    needs=("torchvision",),
+)
 def gemma4() -> Built:
     """Four layers, of which the last two take the keys and values of the first two."""
     return _gemma4(
@@ -33,6 +40,13 @@ def gemma4() -> Built:
     )
 
 
+@family(
+    title="Gemma 4 26B and 31B",
+    model_class="Gemma4ForConditionalGeneration",
+    image_tokens=(60, 60, 127),
+    sees_ahead=True,
+    needs=("torchvision",),
+)
 def gemma4_moe() -> Built:
     """Experts; in layers with a sliding window, image tokens attend to those behind them."""
     return _gemma4(
@@ -50,6 +64,13 @@ def gemma4_moe() -> Built:
     )
 
 
+@family(
+    title="Gemma 4 12B",
+    model_class="Gemma4UnifiedForConditionalGeneration",
+    image_tokens=(60, 60, 127),
+    sees_ahead=True,
+    needs=("torchvision",),
+)
 def gemma4_unified() -> Built:
     """Patches go into the decoder without a vision tower."""
     vision = {"patch_size": 4, "mm_embed_dim": 64, "output_proj_dims": 64, "mm_posemb_size": 128}
@@ -122,6 +143,12 @@ def _gemma4(name: str, *, vision: dict[str, Any], image_processor: Any, **text: 
     return model, processor
 
 
+@family(
+    title="Command A Vision",
+    model_class="Cohere2VisionForConditionalGeneration",
+    image_tokens=(80, 64, 160),
+    needs=("torchvision",),
+)
 def cohere2_vision() -> Built:
     named = {
         "image_token": "<|IMG_PATCH|>",
@@ -154,6 +181,13 @@ def cohere2_vision() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="LFM2-VL",
+    model_class="Lfm2VlForConditionalGeneration",
+    image_tokens=(76, 42, 156),
+    why_not_slots="it has layers of conv",
+    needs=("torchvision",),
+)
 def lfm2_vl() -> Built:
     """Some layers are convolutions over the last tokens: they keep a state besides the keys."""
     grid = range(1, 3)
@@ -197,6 +231,11 @@ def lfm2_vl() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Aria",
+    model_class="AriaForConditionalGeneration",
+    image_tokens=(8, 8, 16),
+)
 def aria() -> Built:
     """Experts in every layer."""
     vocabulary = tokenizer(["<|img|>"], image_token="<|img|>")
@@ -228,6 +267,12 @@ def aria() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Gemma 3n",
+    model_class="Gemma3nForConditionalGeneration",
+    image_tokens=(4, 4, 8),
+    needs=("torchvision", "timm"),
+)
 def gemma3n() -> Built:
     """Two layers of each kind, of which the last ones take the keys and values of the first."""
     named = {
@@ -280,6 +325,12 @@ def gemma3n() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Perception LM",
+    model_class="PerceptionLMForConditionalGeneration",
+    image_tokens=(20, 12, 40),
+    needs=("torchvision", "timm"),
+)
 def perception_lm() -> Built:
     vocabulary = tokenizer(
         ["<|image|>", "<|video|>"], image_token="<|image|>", video_token="<|video|>"
@@ -315,6 +366,12 @@ def perception_lm() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="FastVLM",
+    model_class="FastVlmForConditionalGeneration",
+    image_tokens=(4, 4, 8),
+    needs=("torchvision", "timm"),
+)
 def fast_vlm() -> Built:
     vocabulary = tokenizer(["<image>"], image_token="<image>")
     config = tf.FastVlmConfig(

@@ -6,8 +6,17 @@ import torch
 import transformers as tf
 
 from ..tiny import VISION, Built, model_of, text_config, token_id, tokenizer
+from .family import family
 
 
+@family(
+    title="InstructBLIP",
+    model_class="InstructBlipForConditionalGeneration",
+    image_tokens=(8, 8, 0),
+    takes_text_alone=False,
+    takes_several=False,
+    why_not_slots="it takes exactly one image a row",
+)
 def instructblip() -> Built:
     """BLIP-2 whose queries also read the prompt, with a tokenizer of their own."""
     vocabulary = tokenizer(["<image>"])
@@ -37,6 +46,15 @@ def instructblip() -> Built:
     return model, processor
 
 
+@family(
+    title="Kosmos-2",
+    model_class="Kosmos2ForConditionalGeneration",
+    image_tokens=(0, 0, 0),
+    takes_text_alone=False,
+    takes_several=False,
+    why_not_slots="it takes exactly one image a row",
+    is_alone=True,
+)
 def kosmos2() -> Built:
     """Marks of places in the vocabulary; a mask says which tokens are of the image."""
     vocabulary = tokenizer(["<unk>", *(f"<image_{i}>" for i in range(64))])
@@ -76,6 +94,16 @@ def kosmos2() -> Built:
     return model, processor
 
 
+@family(
+    title="Donut",
+    model_class="VisionEncoderDecoderModel",
+    image_tokens=(0, 0, 0),
+    takes_text_alone=False,
+    takes_several=False,
+    attention=None,
+    why_not_slots="it is an encoder-decoder",
+    is_alone=True,
+)
 def donut() -> Built:
     """An encoder-decoder whose prompt is the beginning of what the decoder writes."""
     vocabulary = tokenizer(["<s_docvqa>", "<s_question>", "</s_question>", "<s_answer>"])

@@ -15,8 +15,14 @@ from ..tiny import (
     token_id,
     tokenizer,
 )
+from .family import NO_FEATURES, family
 
 
+@family(
+    title="DeepSeek-VL",
+    model_class="DeepseekVLForConditionalGeneration",
+    image_tokens=(16, 16, 32),
+)
 def deepseek_vl() -> Built:
     image = "<image_placeholder>"
     vocabulary = tokenizer([image], image_token=image)
@@ -35,6 +41,11 @@ def deepseek_vl() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Janus",
+    model_class="JanusForConditionalGeneration",
+    image_tokens=(16, 16, 32),
+)
 def janus() -> Built:
     named = {
         "image_token": "<image_placeholder>",
@@ -80,6 +91,13 @@ def janus() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Llama 3.2 Vision",
+    model_class="MllamaForConditionalGeneration",
+    image_tokens=(1, 1, 2),
+    why_not_slots=NO_FEATURES,
+    is_alone=True,
+)
 def mllama() -> Built:
     """Images are attended to in layers of their own."""
     vocabulary = tokenizer(["<|image|>"])
@@ -112,6 +130,14 @@ def mllama() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="BLIP-2",
+    model_class="Blip2ForConditionalGeneration",
+    image_tokens=(8, 8, 0),
+    takes_text_alone=False,
+    takes_several=False,
+    why_not_slots="it takes exactly one image a row",
+)
 def blip_2() -> Built:
     vocabulary = tokenizer(["<image>"])
     config = tf.Blip2Config(
@@ -144,6 +170,15 @@ def blip_2() -> Built:
     return model_of(config), tf.Blip2Processor(image_processor, vocabulary, num_query_tokens=8)
 
 
+@family(
+    title="Florence-2",
+    model_class="Florence2ForConditionalGeneration",
+    image_tokens=(50, 50, 0),
+    takes_text_alone=False,
+    takes_several=False,
+    answers_apart=True,
+    why_not_slots="it is an encoder-decoder",
+)
 def florence2() -> Built:
     vocabulary = tokenizer(["<image>"], image_token="<image>")
     config = tf.Florence2Config(
@@ -190,6 +225,13 @@ def florence2() -> Built:
     return model, tf.Florence2Processor(image_processor, vocabulary)
 
 
+@family(
+    title="Phi-4-multimodal",
+    model_class="Phi4MultimodalForCausalLM",
+    image_tokens=(460, 417, 1039),
+    why_not_slots=NO_FEATURES,
+    needs=("torchvision",),
+)
 def phi4_multimodal() -> Built:
     vocabulary = tokenizer(
         ["<|image|>", "<|audio|>"], image_token="<|image|>", audio_token="<|audio|>"

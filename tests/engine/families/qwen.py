@@ -16,6 +16,7 @@ from ..tiny import (
     token_id,
     tokenizer,
 )
+from .family import LINEAR, family
 
 HYBRID_TEXT = {
     "head_dim": 32,
@@ -43,6 +44,11 @@ DEEPSTACK = {"depth": 3, "deepstack_visual_indexes": [0, 1]}
 GLM_TEXT = {"rope_parameters": rope([2, 3, 3], partial_rotary_factor=1.0)}
 
 
+@family(
+    title="Qwen2-VL",
+    model_class="Qwen2VLForConditionalGeneration",
+    image_tokens=(6, 10, 24),
+)
 def qwen2_vl() -> Built:
     vision = {
         "depth": 2,
@@ -57,6 +63,11 @@ def qwen2_vl() -> Built:
     return qwen_of(tf.Qwen2VLConfig, tf.Qwen2VLProcessor, vision, rope_parameters=rope([2, 3, 3]))
 
 
+@family(
+    title="Qwen2.5-VL",
+    model_class="Qwen2_5_VLForConditionalGeneration",
+    image_tokens=(6, 10, 24),
+)
 def qwen2_5_vl() -> Built:
     vision = {
         "depth": 2,
@@ -75,6 +86,11 @@ def qwen2_5_vl() -> Built:
     )
 
 
+@family(
+    title="Qwen3-VL",
+    model_class="Qwen3VLForConditionalGeneration",
+    image_tokens=(6, 10, 16),
+)
 def qwen3_vl() -> Built:
     return qwen_of(
         tf.Qwen3VLConfig,
@@ -86,6 +102,12 @@ def qwen3_vl() -> Built:
     )
 
 
+@family(
+    title="Qwen3.5",
+    model_class="Qwen3_5ForConditionalGeneration",
+    image_tokens=(6, 10, 16),
+    why_not_slots=LINEAR,
+)
 def qwen3_5() -> Built:
     """Some layers attend linearly: they keep a state instead of keys and values."""
     return qwen_of(
@@ -131,6 +153,11 @@ def qwen_of(
     return model_of(config), processor
 
 
+@family(
+    title="GLM-4V",
+    model_class="Glm4vForConditionalGeneration",
+    image_tokens=(6, 10, 24),
+)
 def glm4v() -> Built:
     return glm_of(tf.Glm4vConfig, **GLM_TEXT)
 

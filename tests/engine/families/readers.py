@@ -17,8 +17,14 @@ from ..tiny import (
     token_id,
     tokenizer,
 )
+from .family import family
 
 
+@family(
+    title="LightOnOCR",
+    model_class="LightOnOcrForConditionalGeneration",
+    image_tokens=(6, 8, 16),
+)
 def lighton_ocr() -> Built:
     """Pixtral's encoder before Qwen3."""
     named = {"image_token": "<|image_pad|>", "image_break_token": "<|vision_pad|>"}
@@ -42,6 +48,15 @@ def lighton_ocr() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="GOT-OCR 2.0",
+    model_class="GotOcr2ForConditionalGeneration",
+    image_tokens=(256, 256, 512),
+    takes_text_alone=False,
+    has_pages=True,
+    attention=None,
+    since=(5, 23),
+)
 def got_ocr2() -> Built:
     """Each image is 256 tokens, whatever its size."""
     marks = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"]
@@ -77,6 +92,12 @@ def got_ocr2() -> Built:
     return model, processor
 
 
+@family(
+    title="DeepSeek-OCR 2",
+    model_class="DeepseekOcr2ForConditionalGeneration",
+    image_tokens=(257, 545, 514),
+    since=(5, 20),
+)
 def deepseek_ocr2() -> Built:
     """A global view of each image, and tiles of larger ones; experts in the decoder."""
     vocabulary = tokenizer(["<image>", "<|grounding|>"], image_token="<image>")
@@ -123,6 +144,12 @@ def deepseek_ocr2() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="HunyuanOCR",
+    model_class="HunYuanVLForConditionalGeneration",
+    image_tokens=(10, 17, 25),
+    needs_torchvision_before=(5, 22),
+)
 def hunyuan_vl() -> Built:
     """Rotary positions on four axes: sequence, width, height and image."""
     named = {
@@ -156,6 +183,11 @@ def hunyuan_vl() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Granite Vision 4",
+    model_class="Granite4VisionForConditionalGeneration",
+    image_tokens=(14, 16, 34),
+)
 def granite4_vision() -> Built:
     """Features of several layers of the encoder, each for a layer of the decoder."""
     vocabulary = tokenizer(["<image>"], image_token="<image>")
@@ -202,6 +234,11 @@ def granite4_vision() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="VideoLLaMA 3",
+    model_class="VideoLlama3ForConditionalGeneration",
+    image_tokens=(24, 55, 72),
+)
 def video_llama_3() -> Built:
     """Its model computes the logits of every token."""
     vocabulary = tokenizer(["<|image_pad|>", "<|video_pad|>"])
@@ -225,6 +262,11 @@ def video_llama_3() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="EXAONE 4.5",
+    model_class="Exaone4_5_ForConditionalGeneration",
+    image_tokens=(6, 10, 24),
+)
 def exaone4_5() -> Built:
     """Layers of a sliding window, and layers of full attention without rotary positions."""
     vocabulary = tokenizer(["<vision>", "</vision>", "<|image_pad|>", "<|video_pad|>"])

@@ -16,9 +16,16 @@ from ..tiny import (
     token_id,
     tokenizer,
 )
+from .family import LINEAR, family
 from .qwen import HYBRID_TEXT
 
 
+@family(
+    title="Granite Docling",
+    model_class="GraniteDoclingForConditionalGeneration",
+    image_tokens=(12, 12, 24),
+    since=(5, 23),
+)
 def granite_docling() -> Built:
     """Tiles of a page; features of further layers of the encoder for layers of the decoder."""
     grid = range(1, 5)
@@ -52,6 +59,14 @@ def granite_docling() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Unlimited-OCR",
+    model_class="UnlimitedOcrForConditionalGeneration",
+    image_tokens=(57, 61, 114),
+    why_not_slots="it has layers of reference_sliding_attention",
+    needs=("torchvision",),
+    since=(5, 20),
+)
 def unlimited_ocr() -> Built:
     """Answers attend to the whole prompt, and to the last tokens of themselves."""
     vocabulary = tokenizer(["<image>", "<|grounding|>"], image_token="<image>")
@@ -96,6 +111,14 @@ def unlimited_ocr() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="MiniCPM-OCR",
+    model_class="MiniCPMOcrForConditionalGeneration",
+    image_tokens=(15, 18, 66),
+    why_not_slots=LINEAR,
+    needs=("torchvision",),
+    since=(5, 22),
+)
 def minicpm_ocr() -> Built:
     """MiniCPM-V 4.6 with four times as many tokens."""
     vocabulary = _minicpm_vocabulary()
@@ -112,6 +135,14 @@ def minicpm_ocr() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="MiniCPM-V 4.7",
+    model_class="MiniCPMV4_7ForConditionalGeneration",
+    image_tokens=(4, 3, 16),
+    why_not_slots=LINEAR,
+    needs=("torchvision",),
+    since=(5, 20),
+)
 def minicpmv4_7() -> Built:
     """Rotary positions that lay the slices of an image side by side."""
     vocabulary = _minicpm_vocabulary()
@@ -160,6 +191,13 @@ def _minicpm_settings(vocabulary: Any) -> dict[str, Any]:
     }
 
 
+@family(
+    title="LFM3-VL",
+    model_class="Lfm3VlForConditionalGeneration",
+    image_tokens=(6, 10, 16),
+    why_not_slots="it has layers of conv",
+    since=(5, 23),
+)
 def lfm3_vl() -> Built:
     """Convolutions in the encoder and in the decoder, where others have a sliding window."""
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

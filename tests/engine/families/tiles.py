@@ -17,9 +17,15 @@ from ..tiny import (
     token_id,
     tokenizer,
 )
+from .family import LINEAR, family
 from .qwen import HYBRID_TEXT
 
 
+@family(
+    title="InternVL",
+    model_class="InternVLForConditionalGeneration",
+    image_tokens=(12, 12, 24),
+)
 def internvl() -> Built:
     named = {
         "start_image_token": "<img>",
@@ -46,6 +52,11 @@ def internvl() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="Aya Vision",
+    model_class="AyaVisionForConditionalGeneration",
+    image_tokens=(12, 12, 24),
+)
 def aya_vision() -> Built:
     tiles = ["TILE", "TILE_GLOBAL", *(f"TILE_{i}" for i in range(1, 13))]
     marks = ["<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>"]
@@ -67,6 +78,13 @@ def aya_vision() -> Built:
     return model_of(config), processor
 
 
+@family(
+    needs_torchvision_before=(5, 18),
+    title="Ovis2",
+    model_class="Ovis2ForConditionalGeneration",
+    image_tokens=(20, 16, 24),
+    is_cut=False,
+)
 def ovis2() -> Built:
     marks = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
     vocabulary = tokenizer(["<IMG_ATOM>", *marks, "<image>"])
@@ -94,6 +112,13 @@ def ovis2() -> Built:
     return model_of(config), processor
 
 
+@family(
+    title="MiniCPM-V 4.6",
+    model_class="MiniCPMV4_6ForConditionalGeneration",
+    image_tokens=(4, 3, 16),
+    why_not_slots=LINEAR,
+    needs=("torchvision",),
+)
 def minicpmv4_6() -> Built:
     """Patches of all images behind one another, on the last dimension."""
     named = {
@@ -127,6 +152,14 @@ def minicpmv4_6() -> Built:
     return model_of(config), processor
 
 
+@family(
+    since=(5, 20),
+    title="Molmo 2",
+    model_class="Molmo2ForConditionalGeneration",
+    image_tokens=(10, 10, 18),
+    sees_ahead=True,
+    needs=("torchvision",),
+)
 def molmo2() -> Built:
     """Each image token names the patches that it is made of, by their places in the batch."""
     named = {
