@@ -9,22 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from batchvlm.config.answering import (
-    BatchingConfig,
-    EndpointConfig,
-    EngineConfig,
-    ModelConfig,
-    sent_as,
-)
-from batchvlm.config.asking import (
-    GENERATION_LIMITS,
-    ColumnsConfig,
-    DataConfig,
-    GenerationColumnsConfig,
-    GenerationConfig,
-    TaskConfig,
-    TaskOutputConfig,
-)
 from batchvlm.config.choices import (
     EngineName,
     Guided,
@@ -37,11 +21,27 @@ from batchvlm.config.choices import (
     SourceKind,
     TaskName,
 )
-from batchvlm.config.running import (
+from batchvlm.config.engine import (
+    BatchingConfig,
+    EndpointConfig,
+    EngineConfig,
+    ModelConfig,
+    sent_as,
+)
+from batchvlm.config.run import (
     OutputConfig,
     RetryConfig,
     RuntimeConfig,
     TrackingConfig,
+)
+from batchvlm.config.task import (
+    GENERATION_LIMITS,
+    ColumnsConfig,
+    DataConfig,
+    GenerationColumnsConfig,
+    GenerationConfig,
+    TaskConfig,
+    TaskOutputConfig,
 )
 
 __all__ = [
