@@ -28,7 +28,7 @@ from batchvlm.quantization import (
     quantization_config,
 )
 from batchvlm.words import first_line, num_bytes
-from batchvlm.workarounds import mend_model, mend_processor, without_video
+from batchvlm.workarounds import patch_model, patch_processor, without_video
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def load_processor(cfg: ModelConfig) -> Any:
         raise ModelError(f"model.path={cfg.path} has only a tokenizer, no image processor")
     # A decoder-only model continues from the last column, so padding must not be there.
     tokenizer.padding_side = "left"
-    mend_processor(processor)
+    patch_processor(processor)
     processor.chat_template = default_template(processor)
     check_variables(processor.chat_template, cfg.chat_template_kwargs)
     check_prompt_tokens(processor, cfg.prompt_tokens)
@@ -218,7 +218,7 @@ def load_model(cfg: ModelConfig, *, device: str) -> Any:
             model = model.to(device)
         if cfg.adapter is not None:
             apply_adapter(model, cfg)
-        mend_model(model)
+        patch_model(model)
         return model.eval()
 
 

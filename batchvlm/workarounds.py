@@ -11,13 +11,13 @@ _NEED_TOKEN_TYPES = frozenset({"Cosmos3EdgeProcessor"})
 """Processors of models that raise without token types, which these do not return by themselves."""
 
 
-def mend_processor(processor: Any) -> None:
+def patch_processor(processor: Any) -> None:
     """Set what a processor should have by itself, in place."""
     if type(processor).__name__ in _NEED_TOKEN_TYPES:
         processor.return_mm_token_type_ids = True
 
 
-def mend_model(model: Any) -> None:
+def patch_model(model: Any) -> None:
     """Let a model run that raises as it is, in place."""
     if model.config.model_type == "llama4":
         # In transformers 5.24 it reads a field of its language model's output that is not there.

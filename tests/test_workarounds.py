@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from batchvlm.workarounds import mend_model, mend_processor
+from batchvlm.workarounds import patch_model, patch_processor
 
 
 class Inner(nn.Module):
@@ -17,11 +17,11 @@ class Inner(nn.Module):
 
 def test_llama4_reads_a_field_that_its_language_model_does_not_return() -> None:
     model = SimpleNamespace(config=SimpleNamespace(model_type="llama4"), language_model=Inner())
-    mend_model(model)
+    patch_model(model)
     assert model.language_model(SimpleNamespace()).image_outputs is None
     assert model.language_model(SimpleNamespace(image_outputs=1)).image_outputs == 1
     other = SimpleNamespace(config=SimpleNamespace(model_type="llava"), language_model=Inner())
-    mend_model(other)
+    patch_model(other)
     assert not hasattr(other.language_model(SimpleNamespace()), "image_outputs")
 
 
@@ -34,5 +34,5 @@ def test_a_processor_returns_the_token_types_that_its_model_needs() -> None:
 
     for kind, expected in ((Cosmos3EdgeProcessor, True), (OtherProcessor, False)):
         processor = kind()
-        mend_processor(processor)
+        patch_processor(processor)
         assert processor.return_mm_token_type_ids is expected

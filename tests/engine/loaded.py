@@ -31,7 +31,7 @@ from batchvlm.engine.slots import SlotEngine
 from batchvlm.loading import load_model, load_processor
 from batchvlm.preprocess import Preprocessor, PreprocessSpec
 from batchvlm.records import Completion, Failure, Record, Sample
-from batchvlm.workarounds import mend_model
+from batchvlm.workarounds import patch_model
 
 from ..conftest import encode
 from .families import Family
@@ -238,7 +238,7 @@ def load(family: Family, folder: Path) -> Loaded:
     early = (ABOUT_NONE,) if family.takes_text_alone else ()
     several = (ABOUT_TWO,) if family.takes_several else (ABOUT_ONE_SMALL,)
     model = transformers.AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32)
-    mend_model(model)  # transformers could not answer by itself
+    patch_model(model)  # transformers could not answer by itself
     return Loaded(
         family=family,
         path=str(folder),
