@@ -18,6 +18,8 @@ from batchvlm.errors import ModelError
 
 REST = "rest"
 """Key for everything outside the named parts; transformers uses an empty string."""
+_ONE_DTYPE = frozenset({"kosmos-2"})
+"""Types whose language model adds positions in the widest dtype to embeddings in its own."""
 
 
 def saved_dtype(config: Any) -> torch.dtype:
@@ -38,8 +40,13 @@ def part_dtypes(setting: Mapping[str, str], config: Any) -> dict[str, torch.dtyp
         The dtypes of the named sub-configs and, always, of `rest`.
 
     Raises:
-        ModelError: the model has no such part.
+        ModelError: the model has no such part, or one dtype alone.
     """
+    if config.model_type in _ONE_DTYPE:
+        raise ModelError(
+            f"model.dtype: a model of type {config.model_type} has one dtype for all its parts",
+            hint="set one, such as model.dtype=bfloat16",
+        )
     saved = saved_dtype(config)
     parts = [key for key in config.sub_configs if getattr(config, key, None) is not None]
     dtypes = {REST: saved}

@@ -32,6 +32,9 @@ from batchvlm.workarounds import patch_model, patch_processor, without_video
 
 log = logging.getLogger(__name__)
 
+_WRONG_PLANS = frozenset({"glm5_next", "inkling_mm_model", "step3p7"})
+"""Types of which transformers divides weights wrongly: Step 3.7 answers otherwise, others raise. So
+with embeddings by layer: Gemma 3n answers otherwise, Gemma 4 raises."""
 
 for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
     # transformers imports these if installed; each process would log their unsupported kernels.
@@ -289,11 +292,11 @@ def _check_divisible(cfg: ModelConfig) -> None:
             hint="model.device_map=auto spreads it layer by layer",
         )
     text = model.config.get_text_config(decoder=True)
-    if getattr(text, "hidden_size_per_layer_input", None):
-        # Gemma 4 fails, and Gemma 3n answers wrongly.
+    has_embeddings_by_layer = bool(getattr(text, "hidden_size_per_layer_input", None))
+    if has_embeddings_by_layer or model.config.model_type in _WRONG_PLANS:
         raise ModelError(
-            f"model.tp_plan: the plan of transformers is wrong for {type(model).__name__} with "
-            "embeddings by layer",
+            f"model.tp_plan: the plan of transformers is wrong for {type(model).__name__}"
+            + (" with embeddings by layer" if has_embeddings_by_layer else ""),
             hint="model.device_map=auto spreads it layer by layer",
         )
     # Where layers differ, transformers refuses to read a single number.

@@ -37,8 +37,8 @@ DIVIDED = tuple(
     if family.name
     not in {
         *("blip_2", "chameleon", "donut", "florence2", "gemma3n", "gemma4", "gemma4_moe"),
-        *("gemma4_unified", "kosmos2", "mllama", "molmo2", "paligemma", "phi4_multimodal"),
-        "qwen3_vl_moe",
+        *("gemma4_unified", "glm5_next", "inkling", "kosmos2", "mllama", "molmo2", "paligemma"),
+        *("phi4_multimodal", "qwen3_vl_moe", "step3p7"),
     }
 )
 """Families for which transformers has a plan, and which two processes can divide."""
@@ -149,6 +149,9 @@ def test_two_halves_answer_as_the_whole_does(
         ("qwen3_vl_moe", "cannot load the model of .*: transformers divides some of its weights"),
         ("gemma4_unified", "2 processes cannot divide the num_key_value_heads=1 of"),
         ("gemma4", "the plan of transformers is wrong for Gemma4.* with embeddings by layer"),
+        ("glm5_next", "the plan of transformers is wrong for Glm5NextForConditionalGeneration"),
+        ("inkling", "the plan of transformers is wrong for InklingForConditionalGeneration"),
+        ("step3p7", "the plan of transformers is wrong for Step3p7ForConditionalGeneration"),
     ],
 )
 def test_a_model_that_cannot_be_divided(
