@@ -6,29 +6,17 @@ tests, and `docs/models.md` is made of it.
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 import pytest
 
-from . import (  # noqa: F401
-    further,
-    gemma,
-    hybrid,
-    idefics,
-    inkling,
-    larger,
-    llava,
-    mixtures,
-    newer,
-    older,
-    omni,
-    others,
-    qwen,
-    readers,
-    recent,
-    tiles,
-)
 from .family import REGISTERED, SLOTS_SINCE, VERSION, Family
 
 __all__ = ["FAMILIES", "VERSION", "Family", "needs_slots"]
+
+for module in iter_modules(__path__):
+    import_module(f"{__name__}.{module.name}")
 
 FAMILIES = tuple(sorted(REGISTERED, key=lambda family: family.name))
 
