@@ -210,7 +210,8 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
     import hydra
     from omegaconf import DictConfig
 
-    from batchvlm.settings import (
+    from batchvlm.pipeline.sweep import RefusedSweepError
+    from batchvlm.settings.compose import (
         conf_dir,
         explain,
         is_mistake,
@@ -218,7 +219,6 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
         read_config,
         register_schema,
     )
-    from batchvlm.sweep import RefusedSweepError
 
     codes = [ExitCode.DONE]
     pid = os.getpid()
@@ -262,9 +262,9 @@ def _run_hydra(config_name: str, job: Callable[[JobConfig], None]) -> int:
 
 
 def _run_job(cfg: JobConfig) -> None:
-    from batchvlm.follow import follow_job, follower_of
-    from batchvlm.pipeline import run_job
-    from batchvlm.summary import print_summary
+    from batchvlm.pipeline.follow import follow_job, follower_of
+    from batchvlm.pipeline.pipeline import run_job
+    from batchvlm.pipeline.summary import print_summary
 
     if (replica := follower_of(cfg)) is not None:
         follow_job(cfg, replica)

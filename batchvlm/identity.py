@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from batchvlm.adapters import pin_adapter
 from batchvlm.config import (
     EndpointConfig,
     EngineName,
@@ -26,10 +25,11 @@ from batchvlm.config import (
     TaskConfig,
 )
 from batchvlm.errors import ModelError
-from batchvlm.forms import run_form
-from batchvlm.loading import explained, resolve_backend
+from batchvlm.forms.forms import run_form
+from batchvlm.model.adapters import pin_adapter
+from batchvlm.model.loading import explained, resolve_backend
 from batchvlm.records import InputFile
-from batchvlm.settings import to_plain
+from batchvlm.settings.compose import to_plain
 
 # Up to this many files are listed by name, so that a mismatch can name them; more become a digest.
 _MAX_FILES_NAMED = 200

@@ -24,7 +24,7 @@ def plan_shards(
     Returns:
         The shards in input order, none of them empty; an empty list if there are no rows.
     """
-    assert rows_per_shard >= 1, "settings.py checks the range"
+    assert rows_per_shard >= 1, "settings/checks.py checks the range"
     shards: list[Shard] = []
     first_row_index = 0
     for file in files:

@@ -27,10 +27,10 @@ import torch
 
 from batchvlm.config import EngineName
 from batchvlm.engine import open_engine
-from batchvlm.preprocess import Preprocessor, PreprocessSpec
+from batchvlm.preprocess.preprocessor import Preprocessor, PreprocessSpec
 from batchvlm.records import Completion, Record, Sample
 from batchvlm.runtime.prefetch import Prefetcher
-from batchvlm.settings import compose
+from batchvlm.settings.compose import compose
 
 _COUNTS = ("images_encoded", "prompt_tokens", "row_steps")
 

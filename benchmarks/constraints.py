@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 from pebble import ProcessPool
 
-from batchvlm import schemas
 from batchvlm.constraints.plan import Plan, byte_matcher, make_plan
+from batchvlm.forms import schemas
+from batchvlm.forms.schemas import why_invalid
 from batchvlm.records import Constraint, Form, FormKind
-from batchvlm.schemas import why_invalid
 
 if __package__ in (None, ""):
     sys.path[:0] = map(str, Path(__file__).parents[:2])

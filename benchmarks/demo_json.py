@@ -24,8 +24,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from batchvlm.demo.questions import HeldOutItem, held_out
-from batchvlm.pipeline import run_job
-from batchvlm.settings import compose
+from batchvlm.pipeline.pipeline import run_job
+from batchvlm.settings.compose import compose
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parent))

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from results import environment, write_section
 
 from batchvlm.demo.questions import HeldOutItem, held_out
-from batchvlm.pipeline import run_job
-from batchvlm.settings import compose
+from batchvlm.pipeline.pipeline import run_job
+from batchvlm.settings.compose import compose
 
 
 def write_work(items: list[HeldOutItem], path: Path) -> None:

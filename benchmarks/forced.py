@@ -21,8 +21,8 @@ from typing import Any
 from batchvlm import demo
 from batchvlm.config import ColumnsConfig, GenerationConfig, ModelConfig, TaskConfig
 from batchvlm.demo.questions import held_out
-from batchvlm.engine.slots import SlotEngine
-from batchvlm.preprocess import Preprocessor, PreprocessSpec
+from batchvlm.engine.slots.engine import SlotEngine
+from batchvlm.preprocess.preprocessor import Preprocessor, PreprocessSpec
 from batchvlm.records import Completion, Form, FormKind, Generation, Record, Sample
 
 if __package__ in (None, ""):

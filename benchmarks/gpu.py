@@ -38,10 +38,10 @@ from results import environment, write_section
 
 from batchvlm.engine import Engine
 from batchvlm.engine.select import choose_engine
-from batchvlm.loading import load_processor
-from batchvlm.pipeline import run_job
+from batchvlm.model.loading import load_processor
+from batchvlm.pipeline.pipeline import run_job
 from batchvlm.records import Completion, EngineStats, Failure, Sample
-from batchvlm.settings import compose
+from batchvlm.settings.compose import compose
 
 
 class Timed:

@@ -27,12 +27,12 @@ from gpu_roofline import ceilings, roofline, synchronize
 from gpu_work import PATCH, SHAPES, TEMPORAL, Shape, make_model
 from results import environment, write_section
 
-from batchvlm.engine.cache import RowCache, SlotCache
-from batchvlm.engine.decoder import Decoder, Piece, Prompt
-from batchvlm.engine.fusing import align, is_half_on_gpu
-from batchvlm.engine.kernels import tune
-from batchvlm.engine.layout import Newest, Span
-from batchvlm.engine.vision import ImageFeatures
+from batchvlm.engine.forward.cache import RowCache, SlotCache
+from batchvlm.engine.forward.decoder import Decoder, Piece, Prompt
+from batchvlm.engine.forward.fusing import align, is_half_on_gpu
+from batchvlm.engine.forward.layout import Newest, Span
+from batchvlm.engine.forward.replacements import tune
+from batchvlm.engine.slots.vision import ImageFeatures
 from batchvlm.records import EngineStats, Generation, PixelTable, Sample
 
 Part = tuple[str, Callable[[], object], float]

@@ -15,7 +15,7 @@ from gpu_roofline import synchronize
 from PIL import Image
 
 from batchvlm.config import ModelConfig
-from batchvlm.loading import load_processor
+from batchvlm.model.loading import load_processor
 
 
 def chats(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

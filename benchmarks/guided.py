@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from batchvlm.engine.slots import SlotEngine
+from batchvlm.engine.slots.engine import SlotEngine
 from batchvlm.records import Completion, Generation, Sample
 
 if __package__ in (None, ""):

@@ -10,10 +10,10 @@ import torch
 from batchvlm import demo
 from batchvlm.config import BatchingConfig, EngineConfig, ModelConfig
 from batchvlm.constraints.constraints import Constraints
+from batchvlm.engine.forward.replacements import tune
 from batchvlm.engine.generate import eos_ids
-from batchvlm.engine.kernels import tune
-from batchvlm.engine.slots import SlotEngine
-from batchvlm.loading import load_model, load_processor
+from batchvlm.engine.slots.engine import SlotEngine
+from batchvlm.model.loading import load_model, load_processor
 from batchvlm.records import Form
 
 

@@ -26,9 +26,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from results import environment, write_section
 
-from batchvlm.pipeline import Summary, run_job
+from batchvlm.pipeline.pipeline import Summary, run_job
 from batchvlm.records import Completion, EngineStats, FinishReason, Sample
-from batchvlm.settings import compose
+from batchvlm.settings.compose import compose
 
 MIB = 1 << 20
 

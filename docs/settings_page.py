@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import MISSING as REQUIRED
 
 from batchvlm import config
-from batchvlm.settings import conf_dir
+from batchvlm.settings.compose import conf_dir
 
 PAGE = Path(__file__).with_name("settings.md")
 

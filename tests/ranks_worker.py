@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import batchvlm.pipeline
+import batchvlm.pipeline.pipeline
 from batchvlm.cli import leave, main
 from batchvlm.records import Completion, Failure, Sample
 
@@ -49,9 +49,9 @@ def _wait_for_all() -> None:
 
 
 if __name__ == "__main__":
-    open_engine = batchvlm.pipeline.open_engine
+    open_engine = batchvlm.pipeline.pipeline.open_engine
     if "MEETING" in os.environ:
-        batchvlm.pipeline.open_engine = (  # type: ignore[attr-defined]
+        batchvlm.pipeline.pipeline.open_engine = (  # type: ignore[attr-defined]
             lambda cfg, **where: Together(open_engine(cfg, **where))
         )
     leave(main(sys.argv[1:]))

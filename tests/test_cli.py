@@ -209,7 +209,7 @@ def test_a_traceback_only_where_it_is_asked_for(
         raise KeyError("nobody foresaw it")
 
     monkeypatch.setattr("batchvlm.output.status.status", broken)
-    monkeypatch.setattr("batchvlm.pipeline.run_job", broken)
+    monkeypatch.setattr("batchvlm.pipeline.pipeline.run_job", broken)
     for command_line in (["status", str(tmp_path)], ["run", f"output.dir={tmp_path / 'out'}"]):
         assert main(command_line) == ExitCode.FAILED
         (line,) = capsys.readouterr().err.splitlines()
@@ -393,7 +393,7 @@ def children_of(pid: int) -> set[int]:
 
 SLOW_FLUSH = """
 import sys, time
-from batchvlm import collector
+from batchvlm.pipeline import collector
 from batchvlm.cli import program
 close = collector.Collector.close
 def slow(self):

@@ -21,8 +21,8 @@ from pydantic import BaseModel
 from batchvlm.demo.questions import held_out
 from batchvlm.engine import endpoint
 from batchvlm.errors import ConfigError, EndpointError, ExitCode
-from batchvlm.pipeline import run_job
-from batchvlm.settings import compose
+from batchvlm.pipeline.pipeline import run_job
+from batchvlm.settings.compose import compose
 from tests.conftest import IMAGE, encode, picture
 
 from .engine.stand_in import Reply, Request, StandIn, chat, echo
@@ -89,7 +89,7 @@ def test_worker_processes_prepare_without_torch(
     run(server, source, tmp_path / "out", "runtime.num_workers=1")
     assert all(row["status"] == "success" for row in rows_of(tmp_path / "out"))
     code = (
-        "import sys; from batchvlm.config import *; from batchvlm.preprocess import *;"
+        "import sys; from batchvlm.config import *; from batchvlm.preprocess.preprocessor import *;"
         "Preprocessor(PreprocessSpec(model=ModelConfig(path='m'), task=TaskConfig(prompt='a'),"
         "columns=ColumnsConfig(image='image'), generation=GenerationConfig(), image_root=None,"
         "max_source_pixels=99, sent_as=ImageFormat.png));"

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
-from batchvlm.form_retries import FormRetries
-from batchvlm.pipeline import run_job
-from batchvlm.prompts import instructions
+from batchvlm.pipeline.form_retries import FormRetries
+from batchvlm.pipeline.pipeline import run_job
+from batchvlm.pipeline.summary import print_summary
+from batchvlm.prompts.builder import instructions
 from batchvlm.records import Completion, FinishReason, Generation, Sample
 from batchvlm.report.outputs import open_output
 from batchvlm.report.report import report
-from batchvlm.settings import compose
-from batchvlm.summary import print_summary
+from batchvlm.settings.compose import compose
 
 from .conftest import picture
 

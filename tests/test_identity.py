@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from batchvlm import identity
 from batchvlm.identity import answer_identity, model_name, output_layout, served_model
 from batchvlm.records import InputFile
-from batchvlm.settings import compose
+from batchvlm.settings.compose import compose
 
 FILES = [InputFile(name="a.parquet", num_rows=3, row_groups=(3,), identity="0" * 64)]
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from batchvlm import pipeline
 from batchvlm.errors import BatchvlmError, ExitCode, UnfinishedError
+from batchvlm.pipeline import pipeline
 from batchvlm.records import Completion, Failure, Sample
 from batchvlm.runtime.walltime import Deadline
 from tests.conftest import picture
-from tests.test_pipeline import FakeEngine, rows_of, run
+from tests.pipeline.test_pipeline import FakeEngine, rows_of, run
 
 
 def test_near_the_end_of_the_allocation_no_row_is_begun(

@@ -17,11 +17,11 @@ import pytest
 from batchvlm.demo.questions import held_out
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.verify import verify
-from batchvlm.pipeline import run_job
-from batchvlm.settings import compose
+from batchvlm.pipeline.pipeline import run_job
+from batchvlm.settings.compose import compose
 from tests.conftest import IMAGE
 from tests.fetch.server import image, serve
-from tests.test_pipeline import answers, rows_of
+from tests.pipeline.test_pipeline import answers, rows_of
 
 pytestmark = pytest.mark.soak
 

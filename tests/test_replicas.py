@@ -21,13 +21,13 @@ from batchvlm.demo.questions import held_out
 from batchvlm.errors import ConfigError, ExitCode
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.verify import verify
-from batchvlm.pipeline import run_job
+from batchvlm.pipeline.pipeline import run_job
 from batchvlm.runtime.launch import Launch
 from batchvlm.runtime.replicas import Replica, find_replica
-from batchvlm.settings import compose
+from batchvlm.settings.compose import compose
 from tests.conftest import IMAGE
+from tests.pipeline.test_pipeline import answers, rows_of
 from tests.slurm.conftest import num_on_disk, wait_for
-from tests.test_pipeline import answers, rows_of
 from tests.test_ranks_launched import WORKER, rows_by_rank
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

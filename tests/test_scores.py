@@ -14,8 +14,8 @@ import pytest
 
 from batchvlm.demo.questions import HeldOutItem, held_out
 from batchvlm.errors import ConfigError
-from batchvlm.pipeline import run_job
-from batchvlm.settings import compose
+from batchvlm.pipeline.pipeline import run_job
+from batchvlm.settings.compose import compose
 from tests.conftest import IMAGE
 
 SCORES = pa.list_(

@@ -20,8 +20,8 @@ from tests.conftest import picture
 from tests.export.hub_server import HubServer, on_the_hub
 from tests.output.flaky import FAULTS, FlakyProxy, in_turn
 from tests.output.test_bucket import Stopping
+from tests.pipeline.test_pipeline import FakeEngine, rows_of, run
 from tests.stores import SECRET, STORES, Store
-from tests.test_pipeline import FakeEngine, rows_of, run
 
 
 @pytest.fixture

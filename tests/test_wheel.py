@@ -30,7 +30,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
     program = (
-        "import batchvlm, batchvlm.settings as s, sys; from batchvlm.cli import main;"
+        "import batchvlm, batchvlm.settings.compose as s, sys; from batchvlm.cli import main;"
         f"assert batchvlm.__file__.startswith({str(installed)!r}), batchvlm.__file__;"
         f"assert str(s.conf_dir()).startswith({str(installed)!r}), s.conf_dir();"
         "sys.exit(main(sys.argv[1:]))"

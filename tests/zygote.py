@@ -19,10 +19,10 @@ from typing import Any
 import batchvlm.commands
 import batchvlm.engine.generate
 import batchvlm.output.compact
-import batchvlm.pipeline
-import batchvlm.summary
-from batchvlm import loading
+import batchvlm.pipeline.pipeline
+import batchvlm.pipeline.summary
 from batchvlm.cli import main
+from batchvlm.model import loading
 from batchvlm.records import Completion, EngineStats, FinishReason, Sample
 
 
@@ -54,7 +54,7 @@ def run_child(order: dict[str, Any]) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     if order["is_fake"]:
-        batchvlm.pipeline.open_engine = lambda cfg, **where: FastEngine()
+        batchvlm.pipeline.pipeline.open_engine = lambda cfg, **where: FastEngine()
     try:
         return int(main(order["argv"]))
     except BaseException:
@@ -64,7 +64,7 @@ def run_child(order: dict[str, Any]) -> int:
 
 def serve() -> None:
     """Fork a child for each line until there are no more."""
-    assert batchvlm.commands and batchvlm.engine.generate and batchvlm.summary and loading
+    assert batchvlm.commands and batchvlm.engine.generate and batchvlm.pipeline.summary and loading
     assert batchvlm.output.compact
     print("ready", flush=True)
     for line in sys.stdin:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from batchvlm.engine import Engine, open_engine
 from batchvlm.errors import InputError
-from batchvlm.job import Job
-from batchvlm.preprocess import Preprocessor
+from batchvlm.pipeline.job import Job
+from batchvlm.preprocess.preprocessor import Preprocessor
 from batchvlm.records import Completion, Record, Sample
 from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.ranks import find_rank

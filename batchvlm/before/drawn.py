@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from batchvlm.config import EngineName, JobConfig, OnMismatch
 from batchvlm.errors import ConfigError
-from batchvlm.job import Job, open_job
+from batchvlm.pipeline.job import Job, open_job
 from batchvlm.records import Record, Shard, shard_of
 
 _NUM_PLACES = 20

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from batchvlm.config import EngineName, JobConfig, ModelConfig
-from batchvlm.engine.cache import cached_layers
-from batchvlm.engine.memory import MemoryPlan, free_bytes
+from batchvlm.engine.forward.cache import cached_layers
 from batchvlm.engine.select import name_engine
-from batchvlm.loading import load_skeleton
-from batchvlm.quantization import (
+from batchvlm.engine.slots.memory import MemoryPlan, free_bytes
+from batchvlm.model.loading import load_skeleton
+from batchvlm.model.quantization import (
     check_installed,
     modules_to_skip,
     quantization_config,

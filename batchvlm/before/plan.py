@@ -13,9 +13,9 @@ from batchvlm.before.drawn import Drawn, draw_spread
 from batchvlm.before.footprint import Footprint, estimate_footprint
 from batchvlm.before.tokens import RowCount, TokenCounter
 from batchvlm.config import BatchingConfig, EngineName
-from batchvlm.job import Job
 from batchvlm.output.parts import count_failed
 from batchvlm.output.status import outcomes_in_segments
+from batchvlm.pipeline.job import Job
 from batchvlm.records import Generation, Sample, Shard
 from batchvlm.runtime.launch import num_cores
 from batchvlm.runtime.ranks import shards_of_task

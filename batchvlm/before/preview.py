@@ -17,10 +17,10 @@ from batchvlm.before.thumbnail import print_thumbnail
 from batchvlm.engine import Engine, open_engine
 from batchvlm.engine.stops import SpokenTokens
 from batchvlm.errors import RowError
-from batchvlm.images import at_hand, load_image
-from batchvlm.job import Job
-from batchvlm.loading import load_processor
-from batchvlm.preprocess import Preprocessor
+from batchvlm.model.loading import load_processor
+from batchvlm.pipeline.job import Job
+from batchvlm.preprocess.images import at_hand, load_image
+from batchvlm.preprocess.preprocessor import Preprocessor
 from batchvlm.records import Completion, Failure, Record, Sample
 from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.ranks import find_rank

@@ -8,13 +8,13 @@ from typing import Any
 
 from PIL import Image
 
-from batchvlm.chat_template import ChatTemplate
 from batchvlm.errors import ErrorType, RowError
-from batchvlm.images import at_hand, capped_size, image_size
-from batchvlm.job import Job
-from batchvlm.loading import load_limits, load_processor
-from batchvlm.preprocess import check_length, room_behind
-from batchvlm.recent import KEY, RecentImageProcessor
+from batchvlm.model.chat_template import ChatTemplate
+from batchvlm.model.loading import load_limits, load_processor
+from batchvlm.pipeline.job import Job
+from batchvlm.preprocess.images import at_hand, capped_size, image_size
+from batchvlm.preprocess.preprocessor import check_length, room_behind
+from batchvlm.preprocess.recent import KEY, RecentImageProcessor
 from batchvlm.records import Completion, Failure, FinishReason, Prompt, Record
 from batchvlm.words import described
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchvlm.pixels import to_numbers
+from batchvlm.preprocess.pixels import to_numbers
 from batchvlm.records import Array, Sample
 
 # Shape legend: B rows of the batch, T padded prompt length, T_i length of row i.

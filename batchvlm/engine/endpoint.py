@@ -35,7 +35,7 @@ from batchvlm.engine.chat_api import (
 )
 from batchvlm.engine.protocol import Outcome, SampleStream
 from batchvlm.errors import ConfigError, EndpointError, ErrorType, ModelError
-from batchvlm.forms import run_form
+from batchvlm.forms.forms import run_form
 from batchvlm.records import Completion, EngineStats, Failure, Form, FormKind, Sample
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class EndpointEngine:
         form: Form | None = None,
         is_guided: bool = True,
     ) -> None:
-        assert cfg.url is not None, "settings.py asks for it"
+        assert cfg.url is not None, "settings/checks.py asks for it"
         self.stats = EngineStats()
         self._cfg = cfg
         self._model = model

@@ -30,8 +30,8 @@ from batchvlm.engine.protocol import OnToken, Outcome
 from batchvlm.engine.sampling import NextTokens, RowSampler
 from batchvlm.engine.stops import RowStop, SpokenTokens, not_finite
 from batchvlm.errors import BatchvlmError, ErrorType, RowError
-from batchvlm.kinds import reads_prompts
-from batchvlm.quantization import refuses_inference_mode
+from batchvlm.model.kinds import reads_prompts
+from batchvlm.model.quantization import refuses_inference_mode
 from batchvlm.records import (
     Completion,
     EngineStats,

@@ -11,18 +11,18 @@ import transformers
 
 from batchvlm.config import EngineName, GenerationConfig, Guided, JobConfig, TaskName
 from batchvlm.constraints.constraints import Constraints
-from batchvlm.engine.allocator import keep_freed_memory
 from batchvlm.engine.choices import Choices
+from batchvlm.engine.forward.allocator import keep_freed_memory
+from batchvlm.engine.forward.replacements import tune
 from batchvlm.engine.generate import ONE_IMAGE, GenerateEngine, eos_ids
-from batchvlm.engine.kernels import tune
 from batchvlm.engine.parallel import Run, Team, ToFollowers, ToLeader, follow
 from batchvlm.engine.protocol import Engine
-from batchvlm.engine.slots import SlotEngine
+from batchvlm.engine.slots.engine import SlotEngine
 from batchvlm.engine.stops import SpokenTokens
 from batchvlm.errors import ModelError
-from batchvlm.forms import has_form, run_choices, run_form
-from batchvlm.loading import explained, load_model, load_processor
-from batchvlm.quantization import refuses_inference_mode
+from batchvlm.forms.forms import has_form, run_choices, run_form
+from batchvlm.model.loading import explained, load_model, load_processor
+from batchvlm.model.quantization import refuses_inference_mode
 
 log = logging.getLogger(__name__)
 

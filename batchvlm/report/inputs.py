@@ -14,9 +14,9 @@ from PIL import features
 from batchvlm.config import JobConfig
 from batchvlm.errors import BatchvlmError, RowError
 from batchvlm.identity import input_identity
-from batchvlm.images import load_image
 from batchvlm.output.run_file import RunFile
-from batchvlm.prompts import PromptBuilder
+from batchvlm.preprocess.images import load_image
+from batchvlm.prompts.builder import PromptBuilder
 from batchvlm.records import ImageRef, Record, shard_of
 from batchvlm.report.redact import redact
 from batchvlm.sources import Source, open_source

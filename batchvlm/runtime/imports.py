@@ -2,13 +2,13 @@
 
 from importlib import import_module
 
-from batchvlm.loading import has_torchvision
+from batchvlm.model.loading import has_torchvision
 
 # Hides one that does not import, before transformers looks for it.
 has_torchvision()
 
 for name in (
-    "batchvlm.preprocess",
+    "batchvlm.preprocess.preprocessor",
     "transformers.image_processing_utils",
     "transformers.processing_utils",
     "transformers.tokenization_utils_tokenizers",

@@ -27,7 +27,7 @@ from pebble.pool.base_pool import Task
 from pebble.pool.process import TaskManager
 
 from batchvlm.errors import BatchvlmError, ErrorType
-from batchvlm.preprocess import Preprocessor, PreprocessSpec
+from batchvlm.preprocess.preprocessor import Preprocessor, PreprocessSpec
 from batchvlm.records import Failure, Record, Sample
 from batchvlm.runtime.clock import RunningClock
 from batchvlm.runtime.launch import num_cores
@@ -100,7 +100,7 @@ class WorkerPool:
         has_model = self._spec.sent_as is None
         self._context = _PoolContext()
         self._context.set_forkserver_preload(
-            ["batchvlm.runtime.imports" if has_model else "batchvlm.preprocess"]
+            ["batchvlm.runtime.imports" if has_model else "batchvlm.preprocess.preprocessor"]
         )
         self._pool = ProcessPool(
             max_workers=self._num_workers,

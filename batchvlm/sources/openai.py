@@ -205,7 +205,7 @@ def _refuse_unknown(names: Iterable[str], where: str) -> None:
 
 
 def _read_messages(value: Any) -> Any:
-    """Return chat messages for `batchvlm.messages`; fields that it would ignore are refused."""
+    """Return chat messages for `prompts.messages`; fields that it would ignore are refused."""
     if not isinstance(value, list):
         raise _RefusedError("body.messages is no list")
     messages = []

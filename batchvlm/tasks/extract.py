@@ -10,9 +10,9 @@ from typing import Any
 from batchvlm.config import TaskOutputConfig
 from batchvlm.constraints.plan import fits
 from batchvlm.errors import ErrorType
-from batchvlm.forms import run_form
+from batchvlm.forms.forms import run_form
+from batchvlm.forms.schemas import why_invalid, why_no_match
 from batchvlm.records import Failure, Form, FormKind
-from batchvlm.schemas import why_invalid, why_no_match
 from batchvlm.tasks import Reading
 
 _FENCE = "```"

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from batchvlm.before.drawn import draw_random, draw_spread, inspect_job, spread
 from batchvlm.errors import ConfigError
-from batchvlm.job import Job, open_job
+from batchvlm.pipeline.job import Job, open_job
 from batchvlm.records import Shard, shard_of
-from batchvlm.settings import compose
+from batchvlm.settings.compose import compose
 
 
 def plan_of(lengths: list[int]) -> list[Shard]:

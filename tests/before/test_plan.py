@@ -22,16 +22,16 @@ from batchvlm.before.tokens import TokenCounter
 from batchvlm.config import EngineName
 from batchvlm.engine.select import name_engine
 from batchvlm.errors import ErrorType
-from batchvlm.job import Job, open_job
-from batchvlm.loading import ModelLimits, load_skeleton
+from batchvlm.model.loading import ModelLimits, load_skeleton
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.run_file import save_run
 from batchvlm.output.schema import Provenance
 from batchvlm.output.writer import ShardWriter
-from batchvlm.preprocess import Preprocessor, room_behind
+from batchvlm.pipeline.job import Job, open_job
+from batchvlm.preprocess.preprocessor import Preprocessor, room_behind
 from batchvlm.records import Failure
 from batchvlm.runtime.launch import num_cores
-from batchvlm.settings import compose
+from batchvlm.settings.compose import compose
 from tests.engine.families.qwen import qwen2_vl
 from tests.output.make import make_result
 

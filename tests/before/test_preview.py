@@ -15,7 +15,7 @@ from batchvlm import demo
 from batchvlm.before.preview import preview
 from batchvlm.before.thumbnail import half_blocks, print_thumbnail
 from batchvlm.errors import ConfigError
-from batchvlm.settings import compose
+from batchvlm.settings.compose import compose
 
 from .test_drawn import demo_job
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchvlm.constraints.plan import Plan, byte_matcher, fits, make_plan
+from batchvlm.forms.schemas import compile_schema
 from batchvlm.records import Constraint, Form, FormKind
-from batchvlm.schemas import compile_schema
 from tests.constraints.instances import accepts
 
 VALUES: list[Any] = [

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchvlm.demo.questions import PAIR_KINDS, HeldOutItem, held_out
-from batchvlm.pipeline import run_job
-from batchvlm.settings import compose
+from batchvlm.pipeline.pipeline import run_job
+from batchvlm.settings.compose import compose
 from tests.conftest import IMAGE
 
 NUM_SCENES = 500

@@ -13,8 +13,8 @@ from batchvlm import demo
 from batchvlm.cli import main
 from batchvlm.demo.questions import HeldOutItem, held_out
 from batchvlm.errors import ExitCode
-from batchvlm.pipeline import run_job
-from batchvlm.settings import compose
+from batchvlm.pipeline.pipeline import run_job
+from batchvlm.settings.compose import compose
 
 BROKEN, REFUSED = 17, 61
 SAMPLED, SURE, SHORT = 3, 4, 5

@@ -19,7 +19,7 @@ import pytest
 from batchvlm.before import commands as before
 from batchvlm.cli import COMMANDS
 from batchvlm.errors import ConfigError
-from batchvlm.settings import compose
+from batchvlm.settings.compose import compose
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -71,7 +71,7 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are divided among streams from two rows on; else a test would need dozens of them."""
-    monkeypatch.setattr("batchvlm.engine.streams._PART_ROWS", 1)
+    monkeypatch.setattr("batchvlm.engine.forward.streams._PART_ROWS", 1)
 
 
 @pytest.fixture(scope="package")

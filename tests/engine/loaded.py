@@ -25,13 +25,13 @@ from batchvlm.config import (
 from batchvlm.constraints.constraints import Constraints
 from batchvlm.engine.choices import Choices
 from batchvlm.engine.collate import as_arguments, collate
+from batchvlm.engine.forward.replacements import tune
 from batchvlm.engine.generate import _ALONE, GenerateEngine, eos_ids, generating
-from batchvlm.engine.kernels import tune
-from batchvlm.engine.slots import SlotEngine
-from batchvlm.loading import load_model, load_processor
-from batchvlm.preprocess import Preprocessor, PreprocessSpec
+from batchvlm.engine.slots.engine import SlotEngine
+from batchvlm.model.loading import load_model, load_processor
+from batchvlm.model.workarounds import patch_model
+from batchvlm.preprocess.preprocessor import Preprocessor, PreprocessSpec
 from batchvlm.records import Completion, Failure, Record, Sample
-from batchvlm.workarounds import patch_model
 
 from ..conftest import encode
 from .families import Family

@@ -23,7 +23,7 @@ from .families import FAMILIES, Family
 HERE = Path(__file__).parent
 RESULTS = HERE / "families.json"
 PAGE = HERE.parents[1] / "docs" / "models.md"
-FILES = ("test_families.py", "test_presets.py", "test_select.py", "test_slots.py")
+FILES = ("test_families.py", "test_presets.py", "test_select.py", "slots/test_slots.py")
 
 ALONE = (
     "test_a_mixed_batch_answers_as_transformers_does_row_by_row",

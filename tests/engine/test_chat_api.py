@@ -22,7 +22,7 @@ from batchvlm.engine.chat_api import (
     request_body,
 )
 from batchvlm.errors import ErrorType
-from batchvlm.images import image_file
+from batchvlm.preprocess.images import image_file
 from batchvlm.records import (
     ChatRequest,
     Completion,

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from transformers import GenerationMixin
 
 from batchvlm.config import BatchingConfig
-from batchvlm.engine import choices, forced, memory
+from batchvlm.engine import choices, forced
 from batchvlm.engine.choices import AT_PROMPT, Choices, RowChoices
 from batchvlm.engine.collate import as_arguments, collate
-from batchvlm.engine.decoder import Branches, Decoder
+from batchvlm.engine.forward.decoder import Branches, Decoder
 from batchvlm.engine.generate import _OWN_GENERATE, GenerateEngine, eos_ids
-from batchvlm.engine.slots import SlotEngine
+from batchvlm.engine.slots import memory
+from batchvlm.engine.slots.engine import SlotEngine
 from batchvlm.errors import DeviceError, ErrorType, ModelError
 from batchvlm.records import Completion, Constraint, Failure, FinishReason, Sample
 

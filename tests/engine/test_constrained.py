@@ -17,9 +17,9 @@ from batchvlm.constraints.constraints import Constraints
 from batchvlm.constraints.masks import apply_mask
 from batchvlm.engine.generate import GenerateEngine, eos_ids
 from batchvlm.engine.protocol import Engine
-from batchvlm.engine.slots import SlotEngine
+from batchvlm.engine.slots.engine import SlotEngine
+from batchvlm.forms.schemas import why_invalid
 from batchvlm.records import Completion, Constraint, Failure, FinishReason, Form, FormKind, Sample
-from batchvlm.schemas import why_invalid
 
 from .loaded import ABOUT_ONE, Loaded
 from .outcomes import run

@@ -14,24 +14,25 @@ import torch
 from torch import Tensor
 
 from batchvlm.constraints.constraints import Constraints
-from batchvlm.engine import canary, flash, slot_kernel
-from batchvlm.engine.attention import attending, attention
-from batchvlm.engine.cache import RowCache, SlotCache
 from batchvlm.engine.choices import Choices
-from batchvlm.engine.decoding import Decoding
+from batchvlm.engine.forward import flash, slot_kernel
+from batchvlm.engine.forward.attention import attending, attention
+from batchvlm.engine.forward.cache import RowCache, SlotCache
+from batchvlm.engine.forward.layout import Packed, Slots, Span
 from batchvlm.engine.generate import eos_ids
-from batchvlm.engine.layout import Packed, Slots, Span
-from batchvlm.engine.memory import free_bytes
+from batchvlm.engine.slots import canary
+from batchvlm.engine.slots.decoding import Decoding
+from batchvlm.engine.slots.memory import free_bytes
+from batchvlm.forms.schemas import why_invalid
 from batchvlm.records import Completion, FinishReason, Sample
-from batchvlm.schemas import why_invalid
 
 from .families import FAMILIES, Family
+from .forward.test_attention import LAYER, plain, sees
 from .loaded import ABOUT_ONE, ABOUT_TWO, Loaded
 from .outcomes import run
-from .test_attention import LAYER, plain, sees
+from .slots.test_slots import about_one_picture, asked, cut, mixed_rows, tokens
 from .test_choices import COLORS, MANY
 from .test_constrained import schema_of
-from .test_slots import about_one_picture, asked, cut, mixed_rows, tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -134,7 +135,7 @@ class TestFlash:
     def test_the_kernel_for_slots_is_tried(
         self, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
     ) -> None:
-        caplog.set_level("DEBUG", "batchvlm.engine.slot_kernel")
+        caplog.set_level("DEBUG", "batchvlm.engine.forward.slot_kernel")
         for shape in ((16, 2, 128), (28, 4, 128), (8, 8, 64), (8, 4, 256), (9, 3, 80)):
             slot_kernel.is_faster.cache_clear()
             slot_kernel.is_faster(*shape, dtype, CUDA)
@@ -378,8 +379,8 @@ def test_the_canary_sees_a_kernel_that_is_wrong(
 def test_the_demo_answers_as_on_a_cpu(tmp_path: Path) -> None:
     import pyarrow.dataset as ds
 
-    from batchvlm.pipeline import run_job
-    from batchvlm.settings import compose
+    from batchvlm.pipeline.pipeline import run_job
+    from batchvlm.settings.compose import compose
 
     answers = []
     for device in ("cpu", "cuda"):

@@ -16,8 +16,8 @@ from batchvlm.demo.questions import held_out
 from batchvlm.engine.generate import GenerateEngine
 from batchvlm.engine.select import select_engine
 from batchvlm.errors import ModelError
-from batchvlm.loading import load_model
-from batchvlm.settings import compose
+from batchvlm.model.loading import load_model
+from batchvlm.settings.compose import compose
 
 from ..demo.test_accuracy import ROOM, answer
 from .loaded import Loaded

@@ -12,7 +12,7 @@ from transformers.utils import is_torchvision_available
 
 from batchvlm.config import ModelConfig
 from batchvlm.errors import ErrorType, ModelError
-from batchvlm.loading import load_processor
+from batchvlm.model.loading import load_processor
 from batchvlm.records import Completion, Failure, FinishReason
 
 from .families import FAMILIES, Family

@@ -15,11 +15,11 @@ import torch
 from batchvlm.config import BatchingConfig
 from batchvlm.constraints.constraints import Constraints
 from batchvlm.constraints.masks import apply_mask
-from batchvlm.engine.decoder import Decoder
+from batchvlm.engine.forward.decoder import Decoder
+from batchvlm.engine.forward.layout import Newest, Span
 from batchvlm.engine.generate import GenerateEngine, eos_ids
-from batchvlm.engine.layout import Newest, Span
 from batchvlm.engine.sampling import RowSampler
-from batchvlm.engine.slots import SlotEngine
+from batchvlm.engine.slots.engine import SlotEngine
 from batchvlm.records import Completion, FinishReason, Form, FormKind, Generation, Sample
 
 from .families import FAMILIES, Family, needs_slots
@@ -138,7 +138,7 @@ def slots_with(
     engine: SlotEngine, samples: Sequence[Sample], ids: Sequence[int]
 ) -> tuple[Decoder, Any, Newest]:
     """Slots that hold the prompts of these rows, each followed by one token."""
-    from batchvlm.engine.cache import SlotCache
+    from batchvlm.engine.forward.cache import SlotCache
 
     engine._prefill.add(samples)
     prefilled: list[Any] = []

@@ -25,7 +25,7 @@ from batchvlm.errors import ModelError, ReplicaError
 from batchvlm.records import Completion, Failure, Sample
 from batchvlm.runtime import replicas
 from batchvlm.runtime.replicas import Followers, Replica
-from batchvlm.settings import compose
+from batchvlm.settings.compose import compose
 
 from . import follower
 from .families import FAMILIES, Family

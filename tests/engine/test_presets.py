@@ -11,10 +11,10 @@ from PIL import Image
 
 from batchvlm.engine.generate import GenerateEngine
 from batchvlm.engine.select import select_engine
-from batchvlm.engine.slots import SlotEngine
-from batchvlm.preprocess import Preprocessor, PreprocessSpec
+from batchvlm.engine.slots.engine import SlotEngine
+from batchvlm.preprocess.preprocessor import Preprocessor, PreprocessSpec
 from batchvlm.records import Completion, Record, Sample
-from batchvlm.settings import compose, conf_dir
+from batchvlm.settings.compose import compose, conf_dir
 
 from ..conftest import encode
 from .families import FAMILIES, Family

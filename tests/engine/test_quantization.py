@@ -13,17 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from batchvlm import demo, quantization
-from batchvlm.adapters import pin_adapter
+from batchvlm import demo
 from batchvlm.config import ImageBackend, ModelConfig, Quantization
 from batchvlm.demo.questions import held_out
 from batchvlm.engine.generate import GenerateEngine
 from batchvlm.engine.select import select_engine
-from batchvlm.engine.slots import SlotEngine
+from batchvlm.engine.slots.engine import SlotEngine
 from batchvlm.errors import ModelError
-from batchvlm.loading import load_model, load_processor
-from batchvlm.quantization import check_quantized, is_quantized
-from batchvlm.settings import compose
+from batchvlm.model import quantization
+from batchvlm.model.adapters import pin_adapter
+from batchvlm.model.loading import load_model, load_processor
+from batchvlm.model.quantization import check_quantized, is_quantized
+from batchvlm.settings.compose import compose
 
 from ..demo.test_accuracy import ROOM, answer
 

@@ -19,7 +19,7 @@ from batchvlm.config import EngineConfig, EngineName, JobConfig, ModelConfig
 from batchvlm.engine import select
 from batchvlm.engine.generate import _ALONE, GenerateEngine
 from batchvlm.engine.select import select_engine, why_not_slots
-from batchvlm.engine.slots import SlotEngine
+from batchvlm.engine.slots.engine import SlotEngine
 from batchvlm.errors import ExitCode, ModelError
 
 from .families import VERSION, needs_slots

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-from batchvlm.loading import has_torchvision
+from batchvlm.model.loading import has_torchvision
 
 Built = tuple[Any, Any]
 """Model and processor."""

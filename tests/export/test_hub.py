@@ -14,7 +14,7 @@ from batchvlm.cli import main
 from batchvlm.export import hub
 from tests.conftest import IMAGE, picture
 from tests.export.hub_server import TOKEN, HubServer, on_the_hub
-from tests.test_pipeline import FakeEngine, run
+from tests.pipeline.test_pipeline import FakeEngine, run
 
 
 @pytest.fixture

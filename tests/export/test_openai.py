@@ -14,7 +14,7 @@ from batchvlm.cli import main
 from batchvlm.errors import BatchvlmError, ExitCode
 from batchvlm.records import FinishReason, Sample, Usage
 from tests.conftest import picture
-from tests.test_pipeline import FakeEngine, run
+from tests.pipeline.test_pipeline import FakeEngine, run
 
 Writer = Callable[..., Path]
 

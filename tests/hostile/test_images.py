@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from batchvlm.errors import RowError
-from batchvlm.images import load_image
+from batchvlm.preprocess.images import load_image
 from batchvlm.records import ImageRef, Sample
 from tests.conftest import picture
 from tests.hostile.damage import every_case
 from tests.hostile.files import Case, large, scene
-from tests.test_pipeline import FakeEngine, Writer, rows_of, run
+from tests.pipeline.test_pipeline import FakeEngine, Writer, rows_of, run
 
 MAX_SOURCE_PIXELS = 8_000_000
 MIB = 1 << 20

@@ -15,8 +15,8 @@ import pytest
 from batchvlm.errors import InputError
 from batchvlm.records import Sample
 from tests.conftest import IMAGE, picture
+from tests.pipeline.test_pipeline import FakeEngine, Summary, rows_of, run
 from tests.sources.make import flip_page
-from tests.test_pipeline import FakeEngine, Summary, rows_of, run
 
 CELL = {"bytes": picture(), "path": None}
 VIEWS = pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())])

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import picture
 from tests.fetch.server import image, serve
-from tests.test_pipeline import FakeEngine, rows_of, run
+from tests.pipeline.test_pipeline import FakeEngine, rows_of, run
 
 # {port}: a server on loopback that has the image; {root}: the folder with one outside of it.
 FORBIDDEN = {

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchvlm.pipeline import run_job
+from batchvlm.pipeline.pipeline import run_job
 from batchvlm.records import Sample
-from batchvlm.settings import compose
+from batchvlm.settings.compose import compose
 from tests.conftest import IMAGE, picture
-from tests.test_pipeline import FakeEngine, rows_of, run
+from tests.pipeline.test_pipeline import FakeEngine, rows_of, run
 
 MIB = 1 << 20
 CELL = {"bytes": picture(), "path": None}
@@ -255,7 +255,7 @@ ANSWER_SCHEMAS: list[tuple[str | None, str | None]] = [
 
 
 def test_schemas_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchvlm.schemas.MAX_CHECK_S", 0.2)
+    monkeypatch.setattr("batchvlm.forms.schemas.MAX_CHECK_S", 0.2)
     table = pa.table(
         {"image": [picture()] * len(ANSWER_SCHEMAS), "schema": [s for s, _ in ANSWER_SCHEMAS]}
     )

@@ -22,7 +22,7 @@ from batchvlm.output.verify import verify
 from batchvlm.records import Completion, Failure, Sample
 from tests.conftest import picture
 from tests.output.flaky import FAULTS, FlakyProxy, in_turn
-from tests.test_pipeline import FakeEngine, run
+from tests.pipeline.test_pipeline import FakeEngine, run
 
 SECRET = "not-to-be-found-anywhere"
 

@@ -346,7 +346,7 @@ SCHEMAS = st.recursive(
 @given(SCHEMAS, st.lists(JSON_VALUES, max_size=4))
 def test_whatever_is_valid_is_held_or_named(schema: Any, values: list[Any]) -> None:
     """Never an exception but the one, and never a value that Arrow then refuses."""
-    from batchvlm.schemas import why_invalid
+    from batchvlm.forms.schemas import why_invalid
 
     parsed = column(schema)
     held = []

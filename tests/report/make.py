@@ -16,7 +16,7 @@ from batchvlm.output.writer import ShardWriter
 from batchvlm.plan import plan_shards
 from batchvlm.records import Failure, FinishReason, Result, Status
 from batchvlm.report.outputs import Output, open_output
-from batchvlm.settings import compose, to_plain
+from batchvlm.settings.compose import compose, to_plain
 from batchvlm.sources import open_source
 
 Answer = Callable[[int], dict[str, Any]]

@@ -18,11 +18,11 @@ import pytest
 from pebble.pool.process import WorkerManager
 
 from batchvlm.errors import BatchvlmError, ErrorType
-from batchvlm.preprocess import PreprocessSpec
+from batchvlm.preprocess.preprocessor import PreprocessSpec
 from batchvlm.records import Failure, Record, Sample
 from batchvlm.runtime import workers
 from batchvlm.runtime.workers import WorkerPool
-from batchvlm.settings import compose
+from batchvlm.settings.compose import compose
 from tests.conftest import picture
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-import batchvlm.pipeline
+import batchvlm.pipeline.pipeline
 from batchvlm.cli import leave, main
 from batchvlm.records import Completion, EngineStats, FinishReason, Sample
 
@@ -40,5 +40,5 @@ class SlowEngine:
 
 if __name__ == "__main__":
     engine = SlowEngine(float(os.environ.get("ROW_S", "0")))
-    batchvlm.pipeline.open_engine = lambda cfg, **where: engine  # type: ignore[attr-defined]
+    batchvlm.pipeline.pipeline.open_engine = lambda cfg, **where: engine  # type: ignore[attr-defined]
     leave(main(sys.argv[1:]))

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchvlm.errors import ErrorType, InputError
-from batchvlm.images import load_image
-from batchvlm.messages import image_refs
+from batchvlm.preprocess.images import load_image
+from batchvlm.prompts.messages import image_refs
 from tests.conftest import picture
 from tests.sources.make import check_all_ways, check_positions, open_path, plan, read_all
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 
-from batchvlm.loading import has_torchvision
+from batchvlm.model.loading import has_torchvision
 
 from ..tiny import Built
 

@@ -1,0 +1,1 @@
+"""`task.output` -> the form that answers must have."""

@@ -1,0 +1,1 @@
+"""Joins all stages: a job, from its settings to its finished shards."""

@@ -1,0 +1,437 @@
+"""The pipeline of a job: the one module that joins all stages.
+
+    plan -> source -> prompt -> preprocess -> batching -> engine -> task -> writer
+
+A reading thread reads shard after shard and feeds the worker processes; the main thread runs the
+engine and writes. Rows of consecutive shards may share a batch: each row's `row_index` tells its
+shard's writer.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from batchvlm.config import JobConfig, TaskName
+from batchvlm.engine import Engine, open_engine
+from batchvlm.errors import UnfinishedError
+from batchvlm.identity import model_name
+from batchvlm.output.folder import OutputFolder
+from batchvlm.output.parts import check_parsed_type, count_failed
+from batchvlm.output.run_file import save_run
+from batchvlm.pipeline.collector import Collector, Prepared
+from batchvlm.pipeline.job import Job, announce_overwriting, open_job
+from batchvlm.pipeline.turns import Turns
+from batchvlm.records import Completion, Failure, Record, Sample, Shard
+from batchvlm.report.card import complete_card, write_finished_card, write_first_card
+from batchvlm.report.redact import redact_all
+from batchvlm.runtime.claims import HEARTBEAT_EVERY_S, Peers, claim_shards
+from batchvlm.runtime.launch import find_launch
+from batchvlm.runtime.metrics import Metrics, TimeLine
+from batchvlm.runtime.prefetch import Prefetcher
+from batchvlm.runtime.progress import Progress
+from batchvlm.runtime.ranks import Rank, find_rank, memory_of, shards_of_task
+from batchvlm.runtime.replicas import Followers, find_replica
+from batchvlm.runtime.trackers import Place, Trackers, prepare_trackers
+from batchvlm.runtime.walltime import Deadline
+from batchvlm.runtime.watchdog import Ticker, Watchdog
+from batchvlm.runtime.workers import WorkerPool, default_num_workers
+from batchvlm.settings.compose import to_plain
+from batchvlm.words import number_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The result of `run_job`."""
+
+    folder: OutputFolder
+    num_rows: int
+    """Rows of the whole input."""
+    num_shards: int
+    num_mine: int
+    """Rows assigned to this process."""
+    num_found: int
+    """Rows of these that earlier runs had finished."""
+    num_given_up: int = 0
+    """Error rows that `retry.errors` names but `retry.max_attempts` does not retry any more."""
+    max_attempts: int = 0
+    metrics: Metrics = field(default_factory=Metrics)
+
+
+def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
+    """Compute and write the rows of a job that are not finished yet.
+
+    Args:
+        cfg: the job, validated by `settings`.
+        engine: used in place of the model that the configuration names.
+
+    Raises:
+        BatchvlmError: the job cannot be completed; finished rows are on disk.
+    """
+    prepare_trackers(cfg.tracking)
+    replica = find_replica(find_launch(), cfg.model)
+    if replica is None:
+        return _lead_job(cfg, engine, None)
+    with Followers(replica) as followers:
+        return _lead_job(cfg, engine, followers)
+
+
+def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None) -> Summary:
+    job = open_job(cfg)
+    cfg = job.cfg
+    if job.is_overwriting:
+        announce_overwriting(job)
+    mine = shards_of_task(job.run.plan, cfg.runtime)
+    indices = {shard.index for shard in mine}
+    failures = job.failures(indices)
+    finished = job.finished_shards(mine, failures)
+    metrics = Metrics()
+    num_left = 0
+    if not job.is_overwriting:
+        for (index, kind, _), num_rows in failures.items():
+            if index in finished:
+                metrics.found_errors[kind] += num_rows
+        if cfg.retry.errors:
+            failed = count_failed(job.folder, job.run.plan, failures, indices, cfg.retry)
+            num_left = failed.num_given_up
+    num_mine = sum(shard.num_rows for shard in mine)
+    todo = [shard for shard in mine if shard.index not in finished]
+    if todo:
+        if not job.is_overwriting:
+            check_parsed_type(job.folder, job.run, job.schema, finished)
+        if _compute_shards(job, mine, todo, metrics, engine, followers):
+            num_mine = metrics.num_found + metrics.num_rows
+    else:
+        complete_card(job.folder)
+    return Summary(
+        folder=job.folder,
+        num_rows=sum(shard.num_rows for shard in job.run.plan),
+        num_shards=len(job.run.plan),
+        num_mine=num_mine,
+        num_found=num_mine - metrics.num_rows,
+        num_given_up=num_left,
+        max_attempts=cfg.retry.max_attempts,
+        metrics=metrics,
+    )
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """The shards to compute, the ranks that share them, and the deadline."""
+
+    mine: Sequence[Shard]
+    """The task's shards, the same on all of its ranks."""
+    todo: Sequence[Shard]
+    """The shards of these that were not finished at the start."""
+    peers: Peers | None
+    deadline: Deadline
+    followers: Followers | None
+    """The processes that hold the other parts of the model; None if this process holds all."""
+    num_read: int = 0
+    """Rows read from the source."""
+    num_taken: int = 0
+    """Rows that the engine took, or that failed before it."""
+
+    def shards(self) -> Iterator[Shard | None]:
+        """Claim and yield shards for this rank until there is no time to begin another.
+
+        Yields None as long as it is too early to claim the next shard. A rank that claims far ahead
+        leaves nothing to ranks that start later, so it waits until the engine has taken half of the
+        rows of its latest shard.
+        """
+        todo = {shard.index for shard in self.todo}
+        shards = claim_shards(self.mine, lambda shard: shard.index in todo, self.peers)
+        enough = 0
+        while True:
+            if self.peers is not None and self.num_read - self.num_taken > enough:
+                yield None
+                continue
+            shard = next(shards, None)
+            if shard is None or self.deadline.is_near():
+                return
+            enough = shard.num_rows // 2
+            yield shard
+
+    def take(self, items: Iterable[Prepared]) -> Iterator[Prepared]:
+        """Pass rows on to the engine until there is no time to begin another."""
+        for item in items:
+            if self.deadline.is_near():
+                return
+            self.num_taken += 1
+            yield item
+
+
+def _compute_shards(
+    job: Job,
+    mine: Sequence[Shard],
+    todo: Sequence[Shard],
+    metrics: Metrics,
+    engine: Engine | None,
+    followers: Followers | None,
+) -> bool:
+    """Compute the task's unfinished shards, or this rank's share of them.
+
+    Returns:
+        Whether the shards are shared with other ranks.
+    """
+    cfg = job.cfg
+    deadline = Deadline(cfg.runtime.walltime_margin_s)
+    if deadline.is_near():
+        raise _time_is_up(cfg)
+    watchdog = Watchdog(stall_timeout_s=cfg.runtime.stall_timeout_s, grace_s=cfg.runtime.grace_s)
+    # The watchdog is closed last, so that it also ends a shutdown that hangs. The pool's workers
+    # import their libraries while this process loads torch and the model.
+    with watchdog, _open_pool(job) as pool:
+        launch = find_launch()
+        rank = find_rank(launch, cfg.engine, cfg.runtime, cfg.model)
+        if followers is not None:
+            followers.on_loss = watchdog.end
+            launch = followers.replica.leaders
+            rank = replace(rank, index=launch.rank, world_size=launch.world_size)
+        connect = None if followers is None else followers.replica.open_store
+        peers = Peers(launch, job.key, connect=connect) if rank.world_size > 1 else None
+        if rank.index == 0:
+            num_rows = sum(shard.num_rows for shard in mine)
+            metrics.num_found = num_rows - sum(shard.num_rows for shard in todo)
+        work = _Work(mine=mine, todo=todo, peers=peers, deadline=deadline, followers=followers)
+        collector = Collector(job, metrics, rank, beat=watchdog.beat)
+        watchdog.flush = collector.flush
+        _run_stages(collector, work, pool, engine)
+        if peers is not None:
+            _check_complete(job, mine, peers)
+        write_finished_card(job.folder)
+    return peers is not None
+
+
+def _time_is_up(cfg: JobConfig) -> UnfinishedError:
+    return UnfinishedError(
+        "the SLURM job's time is nearly up (runtime.walltime_margin_s="
+        f"{cfg.runtime.walltime_margin_s:g}); finished rows are on disk",
+        hint="run the same command again",
+    )
+
+
+def _check_complete(job: Job, mine: Sequence[Shard], peers: Peers) -> None:
+    """Check, if the store is lost and with it what other ranks have claimed, that no shard is left.
+
+    Raises:
+        UnfinishedError: shards are unfinished; other ranks or the next run compute them.
+    """
+    if peers.is_lost:
+        # A job that overwrites has replaced the old run by now.
+        finished = replace(job, is_overwriting=False).finished_shards(mine)
+        if num_left := sum(shard.index not in finished for shard in mine):
+            raise UnfinishedError(
+                f"rank 0 was lost, and {num_left} shards are not finished yet",
+                hint="run the same command again once the other ranks have ended",
+            )
+
+
+def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine | None) -> None:
+    """Run the rows of the shards through all stages, from the source to the writer."""
+    job, rank, metrics = collector.job, collector.rank, collector.metrics
+    cfg, peers, deadline = job.cfg, work.peers, work.deadline
+    num_todo = sum(shard.num_rows for shard in work.todo)
+    name = model_name(cfg.model)
+    todo = f"{number_of(num_todo, 'row')} in {number_of(len(work.todo), 'shard')}"
+    log.info("%s; loading %s on %s", todo, name, rank.device)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        if peers is not None:
+            stack.enter_context(peers.exchange(metrics))
+        if job.is_overwriting:
+            # Remove the old run before shards are opened, as they resume from files in the folder.
+            engine = engine or _load(cfg, rank, work.followers)
+            save_run(job.folder, job.run, overwrite=True)
+        # Rows are read and prepared while the model loads.
+        ready, turns = _start_reading(collector, work, pool, stack)
+        engine = engine or _load(cfg, rank, work.followers)
+        save_run(job.folder, job.run)
+        if rank.index == 0:
+            write_first_card(job.folder, job.run, job.schema)
+        metrics.start_s = time.perf_counter() - start
+        ready.wait_s = 0.0
+        start = time.perf_counter()
+        # Closed before the reading thread: whatever ends the run, finished rows reach the disk.
+        stack.callback(collector.write_metrics, is_over=True)
+        stack.callback(collector.close)
+        flush = Ticker(
+            collector.flush_if_due, every_s=max(cfg.output.flush_every_s, 1.0), name="flush"
+        )
+        stack.enter_context(flush)
+        trackers = stack.enter_context(_open_trackers(job, metrics, rank))
+        progress = stack.enter_context(_open_progress(collector, work))
+        collector.start(progress)
+        metrics.engine = engine.stats
+        time_line = TimeLine(metrics, collector.append_metrics)
+        stack.callback(time_line.write)
+        samples: Iterable[Sample] = _Samples(ready, collector, work, turns)
+        while samples:
+            for row_index, outcome in _answers(engine, samples, turns):
+                collector.finish(row_index, outcome)
+                metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
+                time_line.tick()
+                trackers.tick()
+            if deadline.has_come:
+                raise _time_is_up(cfg)
+            # Rows to retry whose invalid answers came after the last sample; dialogs have none.
+            samples, turns = list(collector.take_retries()), None
+        collector.finish_all()
+        metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
+        if peers is not None:
+            peers.send_heartbeat(metrics)
+            peers.wait_for_others(lambda: _wait_a_little(collector))
+            progress.advance()
+
+
+def _start_reading(
+    collector: Collector, work: _Work, pool: WorkerPool, stack: ExitStack
+) -> tuple[Prefetcher[Prepared], Turns | None]:
+    """Start the thread that reads, fetches and prepares rows; closing `stack` ends it."""
+    job = collector.job
+    records = _read(work, collector)
+    if job.cfg.data.allow_remote:
+        records = stack.enter_context(job.open_fetcher()).ahead(records)
+    turns = Turns(records) if job.cfg.task.name is TaskName.dialog else None
+    collector.turns = turns
+    ready = stack.enter_context(
+        Prefetcher(
+            _prepare(records, pool, turns),
+            max_items=job.cfg.batching.sort_window,
+            max_bytes=job.cfg.batching.max_window_bytes,
+            size_of=lambda item: item.size_bytes,
+        )
+    )
+    if turns is not None:
+        turns.on_idle = ready.wake
+        stack.enter_context(turns)
+    return ready, turns
+
+
+def _load(cfg: JobConfig, rank: Rank, followers: Followers | None) -> Engine:
+    size = rank.num_gpus if followers is None else followers.size
+    cfg = replace(cfg, model=replace(cfg.model, gpus_per_replica=size))
+    return open_engine(cfg, device=rank.device, followers=followers)
+
+
+def _wait_a_little(collector: Collector) -> None:
+    time.sleep(HEARTBEAT_EVERY_S)
+    collector.advance()
+
+
+def _answers(
+    engine: Engine, samples: Iterable[Sample], turns: Turns | None
+) -> Iterator[tuple[int, Completion | Failure]]:
+    """Yield the engine's outcomes, for dialogs in several rounds.
+
+    A dialog's next turn becomes a sample once the previous one is answered, but an engine that
+    fills a window first answers nothing until the stream ends. So the stream ends when no turn can
+    become ready before an answer, and the engine runs again until no dialog has a turn left.
+    """
+    while True:
+        num_answers = 0
+        for answer in engine.run(samples):
+            num_answers += 1
+            yield answer
+        if turns is None or turns.is_over or not num_answers:
+            return
+
+
+def _open_progress(collector: Collector, work: _Work) -> Progress:
+    rank, runtime = collector.rank, collector.job.cfg.runtime
+    return Progress(
+        collector.metrics,
+        total=sum(shard.num_rows for shard in work.mine),
+        log_every_s=runtime.log_every_s,
+        others=work.peers.others if work.peers is not None else tuple,
+        is_shown=rank.index == 0,
+        has_bar=not runtime.log_json,
+        memory=lambda: memory_of(rank.device),
+    )
+
+
+def _open_trackers(job: Job, metrics: Metrics, rank: Rank) -> Trackers:
+    cfg = job.cfg
+    place = Place(
+        output=job.folder.root.name,
+        task_id=cfg.runtime.task_id,
+        rank=rank.index,
+        is_one_of_many=cfg.runtime.num_tasks > 1 or rank.world_size > 1,
+    )
+    return Trackers(
+        cfg.tracking,
+        metrics,
+        place,
+        folder=job.folder.inner / "tracking",
+        settings=redact_all(to_plain(cfg)),
+    )
+
+
+def _open_pool(job: Job) -> WorkerPool:
+    cfg = job.cfg
+    num_workers = cfg.runtime.num_workers
+    return WorkerPool(
+        job.preprocess_spec(),
+        num_workers=default_num_workers() if num_workers is None else num_workers,
+        timeout_s=cfg.runtime.sample_timeout_s,
+    )
+
+
+def _read(work: _Work, collector: Collector) -> Iterator[Record | None]:
+    job = collector.job
+    kept = job.cfg.output.keep_columns
+    for shard in work.shards():
+        if shard is None:
+            yield None
+            continue
+        finished = collector.open_shard(shard)
+        for record in job.source.read_shard(shard, job.prompt_columns, kept=kept, skip=finished):
+            work.num_read += 1
+            yield record
+
+
+def _prepare(
+    records: Iterable[Record | None], pool: WorkerPool, turns: Turns | None
+) -> Iterator[Prepared]:
+    # Kept columns are not sent to the worker processes, and prompt columns are dropped after them.
+    kept: dict[int, Mapping[str, Any]] = {}
+
+    def stripped() -> Iterator[Record | None]:
+        for record in records if turns is None else turns.to_pool():
+            if record is None:
+                yield None
+                continue
+            kept[record.row_index] = record.kept
+            yield replace(record, kept={})
+
+    for record, outcome in pool.prepare(stripped()):
+        if turns is not None:
+            turns.leave_pool()
+        ours = replace(record, kept=kept.pop(record.row_index))
+        if isinstance(outcome, Failure) or not outcome.turns_left:
+            ours = replace(ours, values={}, fetched={})
+        yield Prepared(record=ours, outcome=outcome)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The `SampleStream` that the engine reads: the samples among the rows that are ready."""
+
+    ready: Prefetcher[Prepared]
+    collector: Collector
+    work: _Work
+    turns: Turns | None
+
+    def __iter__(self) -> Iterator[Sample]:
+        turns = self.turns
+        items = self.ready if turns is None else self.ready.items(until=lambda: turns.is_idle)
+        return self.collector.take(self.work.take(items))
+
+    def is_ready(self) -> bool:
+        return self.ready.is_ready()

@@ -1,0 +1,1 @@
+"""Prompts -> samples, in worker processes: decoded images, token ids, pixel values."""

@@ -1,0 +1,1 @@
+"""Records -> prompts: chat messages with image slots, in any format that rows bring."""

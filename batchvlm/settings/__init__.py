@@ -1,0 +1,1 @@
+"""The command line -> a checked `JobConfig`, with one-line errors."""

@@ -1,0 +1,128 @@
+"""A row's values in a template: strict, and as text alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from batchvlm.errors import ConfigError, ErrorType, RowError
+from batchvlm.prompts.templates import Template
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ q | trim }}", "{{ 'Q: ' ~ q }}", "{{ q | upper }}", "{{ [q] | join }}", "{{ row.q }}"],
+)
+def test_no_road_leads_a_null_into_the_prompt(source: str) -> None:
+    with pytest.raises(RowError, match="null"):
+        Template(source, "task.prompt").render({"q": None})
+
+
+def test_a_null_can_be_asked_for() -> None:
+    source = (
+        "{% if q is none %}no{% else %}yes{% endif %}{% if q == none %}no{% endif %}{{ q or 1 }}"
+    )
+    assert Template(source, "task.prompt").render({"q": None}) == "nono1"
+    assert Template("{{ row.q }}", "task.prompt").columns == {"q"}
+
+
+@pytest.mark.parametrize(
+    ("source", "values"),
+    [
+        ("{{ question }}", {"question": b"What is it?"}),
+        ("{{ 'Q: ' ~ question }}", {"question": b"What is it?"}),
+        ("{{ tags }}", {"tags": [b"a"]}),
+        ("{{ tags }}", {"tags": ["a", None]}),
+        ("{{ tags | join(', ') }}", {"tags": ["a", None]}),
+        ("{{ meta.title | trim }}", {"meta": {"title": None}}),
+        ("{{ meta.title | tojson }}", {"meta": {"title": None}}),
+        ("{{ row }}", {"row": "hello"}),
+        ("{{ [row] }}", {"question": "What?"}),
+        ("{{ row.items }}", {"question": "What?"}),
+        ("{{ question.upper }}", {"question": "What?"}),
+        ("{% for name in row %}{{ row[name] }}{% endfor %}", {"question": b"What?"}),
+    ],
+)
+def test_no_python_gets_into_the_prompt(source: str, values: dict[str, Any]) -> None:
+    with pytest.raises(RowError) as caught:
+        Template(source, "task.prompt").render(values)
+    assert caught.value.error_type is ErrorType.PROMPT
+    assert "RowError" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("source", "values", "text"),
+    [
+        ("{{ row.items }}", {"items": "apples"}, "apples"),
+        ("{{ order.items }} {{ order['keys'] }}", {"order": {"items": 3, "keys": 4}}, "3 4"),
+        ("{% for k, v in order.items() %}{{ k }}={{ v }}{% endfor %}", {"order": {"a": 1}}, "a=1"),
+        ("{{ question.decode() }}", {"question": b"What?"}, "What?"),
+        ("{{ meta | tojson }}", {"meta": {"title": None, "n": [None, 1]}}, None),
+        ("{{ tags | reject('none') | join }}", {"tags": ["a", None]}, "a"),
+        ("{{ meta.title or 'none' }}", {"meta": {"title": None}}, "none"),
+        ("{{ tags }}", {"tags": ["a", 1]}, "['a', 1]"),
+    ],
+)
+def test_what_values_of_values_come_to(
+    source: str, values: dict[str, Any], text: str | None
+) -> None:
+    wanted = '{"n": [null, 1], "title": null}' if text is None else text
+    assert Template(source, "task.prompt").render(values) == wanted
+
+
+@pytest.mark.parametrize(
+    ("source", "columns"),
+    [
+        ("{% for row in table %}{{ row.a }} {% endfor %}", {"table"}),
+        ("{% for row in row.table %}{{ row.a }}{% else %}{{ row.b }}{% endfor %}", {"table", "b"}),
+        ("{% for i, row in t %}{{ row['a'] }}{% endfor %}{{ row['c d'] }}", {"t", "c d"}),
+        ("{% with row = row.x %}{{ row.a }}{% endwith %}", {"x"}),
+        ("{% macro show(row) %}{{ row.a }}{% endmacro %}{{ show(row.b) }}", {"b"}),
+        ("{% for x in t if row.y %}{{ row.a }}{% endfor %}", {"t", "y", "a"}),
+    ],
+)
+def test_the_columns_of_a_template(source: str, columns: set[str]) -> None:
+    assert Template(source, "task.prompt").columns == columns
+
+
+def test_a_column_may_have_the_name_of_a_function() -> None:
+    template = Template("{{ range }} {{ dict }}", "task.prompt")
+    assert template.columns == {"range", "dict"}
+    assert template.render({"range": 1, "dict": 2}) == "1 2"
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ a.b.c }}", "{{ a / 0 }}", "{{ a[7] }}", "{{ a.__class__ }}"]
+)
+def test_what_an_expression_cannot_do_is_the_rows_error(source: str) -> None:
+    with pytest.raises(RowError) as caught:
+        Template(source, "task.prompt").render({"a": 1})
+    assert caught.value.error_type is ErrorType.PROMPT
+
+
+@pytest.mark.parametrize(
+    ("source", "values"),
+    [
+        ("{{ a.b }}", {"a": {"c": 1}}),
+        ("{{ a.b.c }}", {"a": None}),
+        ("{{ a[1] }}", {"a": ["x"]}),
+        ("{{ a.b }}", {"a": "text"}),
+    ],
+)
+def test_a_field_that_the_row_lacks_is_told_with_what_to_write(
+    source: str, values: dict[str, Any]
+) -> None:
+    with pytest.raises(RowError) as caught:
+        Template(source, "task.prompt").render(values)
+    assert caught.value.message == (
+        "task.prompt over a: the row has no such field or item; "
+        "write {{ column.field | default('') }} to allow it"
+    )
+    optional = Template("{{ a.b | default('') }}", "task.prompt")
+    assert [optional.render({"a": value}) for value in ({"c": 1}, None, "text")] == [""] * 3
+
+
+def test_a_broken_template_is_refused_before_the_run() -> None:
+    with pytest.raises(ConfigError, match=r"task.prompt is no valid Jinja2 template"):
+        Template("{{ question", "task.prompt")
