@@ -11,13 +11,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from batchvlm.engine.forward import cpu_attention, flash, race, slot_kernel
 from batchvlm.engine.forward.latent import Latents, padded
@@ -94,7 +99,8 @@ def attention(
         module: the layer's attention module.
         query: [1, H, T, D] if packed or if slots have runs, else [B, H, 1, D].
         key: [1, K, T, D] if packed, [B, K, S, D] over slots; `value` likewise.
-        attention_mask: for packed rows, bool [1, 1, T, T]; None if every row is plainly causal.
+        attention_mask: for packed rows, bool [1, 1, T, T]; None if every row is causal, as far
+            as `sliding_window` reaches.
         scaling: factor on the scores; None: one over the root of D.
         sliding_window: the number of tokens that a token attends to, itself included.
         softcap: bound of the scores: they become softcap * tanh(score / softcap).
@@ -223,7 +229,7 @@ def _packed(
             if packed.trees is not None:
                 mask = packed.tree_mask(i, num_before, window)
             elif mask is None and (num_before or is_cut):
-                mask = _causal(q.shape[2], num_before, window, q.device)
+                mask = packed.causal_mask(q.shape[2], num_before, window, q.device)
             attended = score.attend(q, k, v, mask, is_causal=mask is None)
         out[:, start:stop] = attended.transpose(1, 2)
     return out
@@ -240,13 +246,6 @@ def _with_past(new_KTD: Tensor, packed: Packed, past: Sequence[Tensor | None]) -
             parts.append(before.transpose(0, 1))
         parts.append(new_TKD[start:stop])
     return torch.cat(parts)
-
-
-def _causal(num_new: int, num_before: int, window: int | None, device: torch.device) -> Tensor:
-    newest = torch.arange(num_before, num_before + num_new, device=device)[:, None]
-    places = torch.arange(num_before + num_new, device=device)
-    mask = places <= newest
-    return mask if window is None else mask & (places > newest - window)
 
 
 def _over(
@@ -367,12 +366,12 @@ def row_masks(
     here with the indices of one row at a time, which gives that row's own mask.
 
     Returns:
-        None if every row is plainly causal, else bool [1, 1, T, T]. It is false between rows, and
-        for rows with earlier tokens: those are causal, or have a sliding window, which `attention`
-        applies itself. A prompt in which tokens attend to later ones is never computed in pieces.
+        None if every row is plainly causal or has a sliding window, which `attention` applies
+        itself; else bool [1, 1, T, T]. It is false between rows, and for rows with earlier tokens:
+        those are plain. A prompt in which tokens attend to later ones is never computed in pieces.
     """
     form = _form.get()
-    if not isinstance(form, Packed) or mask_function is causal_mask_function:
+    if not isinstance(form, Packed) or _is_plain(mask_function):
         return None
     if all(past is not None for past in form.past):
         return None
@@ -387,6 +386,22 @@ def row_masks(
         mask_TT[start:stop, start:stop] = own
     form.sees_ahead |= bool(mask_TT.triu(1).any())
     return mask_TT[None, None]
+
+
+def _is_plain(mask_function: Callable[..., Any]) -> bool:
+    if mask_function is causal_mask_function:
+        return True
+    return _code_of(mask_function) == _code_of(sliding_window_causal_mask_function(1))
+
+
+def _code_of(function: Any) -> list[CodeType]:
+    """The code of a function made of others, as those of `masking_utils` are, and of these."""
+    code = [function.__code__] if isinstance(function, FunctionType) else []
+    for cell in getattr(function, "__closure__", None) or ():
+        content = cell.cell_contents
+        for part in content if isinstance(content, tuple) else (content,):
+            code += _code_of(part)
+    return code
 
 
 def _indexed(

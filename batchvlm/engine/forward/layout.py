@@ -41,6 +41,7 @@ class Packed:
     _keys: list[tuple[int, Tensor]] = field(default_factory=list)
     _flash: flash.Bounds | None = None
     _tree_masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _causal_masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -69,6 +70,23 @@ class Packed:
                 max_keys=max(num_keys),
             )
         return self._flash
+
+    def causal_mask(
+        self, num_new: int, num_before: int, window: int | None, device: torch.device
+    ) -> Tensor:
+        """The mask of a row's new tokens over all its tokens: bool [T_i, P_i + T_i].
+
+        Shared by all layers, and by rows of the same length.
+        """
+        key = num_new, num_before, window
+        if key not in self._causal_masks:
+            places = torch.arange(num_before + num_new, device=device)
+            newest = places[num_before:, None]
+            mask = places <= newest
+            if window is not None:
+                mask &= places > newest - window
+            self._causal_masks[key] = mask
+        return self._causal_masks[key]
 
     def tree_mask(self, row: int, num_before: int, window: int | None) -> Tensor:
         """The attention mask of one row's tree over prompt and tree: bool [T_i, P_i + T_i]."""

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from batchvlm.engine.forward.attention import attending, attention, row_masks
 from batchvlm.engine.forward.layout import KeysValues, Packed, Slots, Span
@@ -161,7 +168,10 @@ class TestMasks:
     def test_a_window_is_counted_from_each_rows_own_start(
         self, form: Packed, use_vmap: bool
     ) -> None:
-        masks = self.masks(form, sliding_window_causal_mask_function(3), use_vmap=use_vmap)
+        def sees_three(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            return (key <= query) & (key > query - 3)
+
+        masks = self.masks(form, sees_three, use_vmap=use_vmap)
         assert masks is not None
         expected = torch.zeros(9, 9, dtype=torch.bool)
         expected[:5, :5], expected[5:, 5:] = sees(5, 0, 3), sees(4, 0, 3)
@@ -197,6 +207,31 @@ class TestMasks:
                 query[0, :, here], key[0, :, here], value[0, :, here], seen, None, None
             )
             torch.testing.assert_close(out[0, here].transpose(0, 1), expected, atol=1e-5, rtol=1e-5)
+
+    def test_a_sliding_window_needs_none_and_is_attended_so(self, form: Packed) -> None:
+        assert self.masks(form, sliding_window_causal_mask_function(3)) is None
+        query, key, value = torch.randn(3, 1, 2, 9, SIZE)
+        with attending(form):
+            out, _ = attention(LAYER, query, key, value, None, sliding_window=3)
+        for start, stop in form.spans:
+            here = slice(start, stop)
+            q, k, v = query[0, :, here], key[0, :, here], value[0, :, here]
+            expected = plain(q, k, v, sees(stop - start, 0, 3), None, None)
+            torch.testing.assert_close(out[0, here].transpose(0, 1), expected, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            or_masks(sliding_window_causal_mask_function(3), lambda b, h, q, k: k == 0),
+            and_masks(sliding_window_causal_mask_function(3), lambda b, h, q, k: k != 1),
+            sliding_window_bidirectional_mask_function(3),
+            chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.long)),
+        ],
+        ids=["or", "and", "both_sides", "chunks"],
+    )
+    def test_what_only_resembles_a_window_is_no_window(self, form: Packed, function: Any) -> None:
+        masks = self.masks(form, function)
+        assert masks is not None and bool(masks.any())
 
     def test_slots_need_none(self) -> None:
         form = Slots(torch.tensor([3]), (Span(0, 1, 4),))
