@@ -56,12 +56,15 @@ class Canary:
         self._model, self._decoder, self._is_scoring = model, decoder, is_scoring
         self._is_checked = self._has_checked_images = not is_on
 
-    def check_window(self, window: Sequence[Sample], images: ImageFeatures) -> None:
+    def check_window(self, window: Sequence[Sample], images: ImageFeatures) -> bool:
         """Check rows of a window, unless rows of their kind were checked before.
 
         Args:
             window: the next rows.
             images: encodes their images, and keeps the features for prefill.
+
+        Returns:
+            Whether rows were checked, which takes a second or more.
 
         Raises:
             ModelError: the logits differ, or the model cannot run over slots.
@@ -69,7 +72,7 @@ class Canary:
         """
         has_images = any(sample.image_sizes for sample in window)
         if self._is_checked and (self._has_checked_images or not has_images):
-            return
+            return False
         self._is_checked = True
         self._has_checked_images = has_images
         try:
@@ -87,6 +90,7 @@ class Canary:
             # Most likely an invalid row, or out of memory. The row's own error will say so.
             log.warning("the canary could not run: %s", failure_of(error).message)
             free_memory(self._decoder.device)
+        return True
 
 
 def check(

@@ -161,9 +161,9 @@ class SlotEngine:
             start_s = start_s or time.perf_counter()
             self._fuse_after(time.perf_counter() - start_s)
             if not self._prefill.num_waiting and len(feed):
-                window = feed.take_window()
-                self._canary.check_window(window, self._prefill.images)
-                self._prefill.add(window)
+                if self._canary.check_window(feed.gathered, self._prefill.images):
+                    feed.gather(wait=False)  # others have become ready meanwhile
+                self._prefill.add(feed.take_window())
             if not self._is_busy() and feed.is_done and not len(feed):
                 break
             self._fill()

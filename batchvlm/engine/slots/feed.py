@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from batchvlm.config import BatchingConfig
 from batchvlm.engine.protocol import SampleStream
@@ -28,6 +28,11 @@ class Feed:
 
     def __len__(self) -> int:
         return len(self._gathered)
+
+    @property
+    def gathered(self) -> Sequence[Sample]:
+        """The samples of the next window so far, in the order of the stream."""
+        return self._gathered
 
     def gather(self, *, wait: bool) -> None:
         """Take the samples that are ready, up to the limits.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,10 @@ from batchvlm.engine.forward.cache import SlotCache
 from batchvlm.engine.forward.decoder import Decoder
 from batchvlm.engine.slots import canary
 from batchvlm.engine.slots.engine import SlotEngine
+from batchvlm.engine.slots.prefill import Prefill
 from batchvlm.engine.slots.vision import Encoded, ImageFeatures, Unit
 from batchvlm.errors import ExitCode, ModelError
-from batchvlm.records import Failure
+from batchvlm.records import Failure, Sample
 
 from ..families import needs_slots
 from ..loaded import ABOUT_ONE, Loaded
@@ -116,6 +117,39 @@ def test_the_first_rows_with_images_are_compared_though_text_came_before(
     engine._batching = BatchingConfig(sort_window=1)
     list(engine.run(by_kind))
     assert seen == [[False], [True]]
+
+
+def test_rows_that_become_ready_meanwhile_join_the_first_window(
+    small: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stream:
+        """The first sample is ready, the others once the canary has run."""
+
+        def __init__(self) -> None:
+            self.num_ready = 1
+
+        def __iter__(self) -> Iterator[Sample]:
+            for sample in small.samples():
+                self.num_ready -= 1
+                yield sample
+
+        def is_ready(self) -> bool:
+            return self.num_ready > 0
+
+    stream = Stream()
+
+    def check(model: Any, decoder: Any, rows: Sequence[Sample], *args: Any, **how: Any) -> None:
+        assert len(rows) == 1
+        stream.num_ready = len(small.samples())
+
+    windows: list[int] = []
+    add = Prefill.add
+    monkeypatch.setattr(canary, "check", check)
+    monkeypatch.setattr(
+        Prefill, "add", lambda self, window: windows.append(len(window)) or add(self, window)
+    )
+    assert len(dict(small.slots(canary=True).run(stream))) == len(small.samples())
+    assert windows == [len(small.samples())]
 
 
 def test_what_slots_do_not_know_ends_the_run(
