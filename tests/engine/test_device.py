@@ -59,8 +59,9 @@ def row_of(decoder: Decoder) -> RowCache:
     types = {name: torch.zeros_like(ids_T) for name in decoder._types}
     prompt = Prompt(ids_T, ids_T[None], 0, types)
     _, packed = decoder.prefill([Piece(prompt, 0, NUM_TOKENS)], None, ends=[0])
-    layers = packed.row(0, 1).layers
-    return RowCache([(keys.to(META), values.to(META)) for keys, values in layers])
+    row = packed.row(0, 1)
+    layers = [(keys.to(META), values.to(META)) for keys, values in row.layers]
+    return RowCache(layers, row.latent_layers)
 
 
 @pytest.mark.parametrize(

@@ -69,13 +69,22 @@ def attending(form: Packed | Slots) -> Iterator[None]:
         _form.reset(token)
 
 
-def keep_latents(decoder: nn.Module) -> None:
-    """Let layers with latent keys and values attend to the latents themselves over slots."""
+def keep_latents(decoder: nn.Module) -> frozenset[int]:
+    """Let layers with latent keys and values attend to the latents themselves over slots.
+
+    Returns:
+        The indices of these layers.
+    """
+    layers = set()
     module: Any
     for module in decoder.modules():
         expand = getattr(module, "expand_kv", None)
-        if expand is not None and not isinstance(expand, Latents):
+        if expand is None:
+            continue
+        layers.add(module.layer_idx)
+        if not isinstance(expand, Latents):
             module.expand_kv = Latents(module, _is_over_slots)
+    return frozenset(layers)
 
 
 def _is_over_slots() -> bool:
@@ -98,7 +107,8 @@ def attention(
     Args:
         module: the layer's attention module.
         query: [1, H, T, D] if packed or if slots have runs, else [B, H, 1, D].
-        key: [1, K, T, D] if packed, [B, K, S, D] over slots; `value` likewise.
+        key: [1, K, T, D] if packed, [B, K, S, D] over slots; `value` likewise. With latents over
+            slots, as `SlotCache` returns them.
         attention_mask: for packed rows, bool [1, 1, T, T]; None if every row is causal, as far
             as `sliding_window` reaches.
         scaling: factor on the scores; None: one over the root of D.
@@ -119,10 +129,8 @@ def attention(
         case Slots() as slots:
             latents = getattr(module, "expand_kv", None)
             if isinstance(latents, Latents) and latents.are_kept:
-                longest = max(span.length for span in slots.spans)
-                key = torch.cat([key[:, :, :longest], value[:, :, :longest]], dim=-1)
-                query = latents.query(query)
-                out = _over(score, query, key, key, slots, sliding_window)
+                # Keys stand in for values, which would have to be padded to their size.
+                out = _over(score, latents.query(query), key, key, slots, sliding_window)
                 return latents.value(out), None
             return _over(score, query, key, value, slots, sliding_window), None
     raise RuntimeError(f"attention {NAME!r} outside of `attending`")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -99,10 +99,18 @@ class PackedCache(Cache):
 
     Args:
         num_layers: of the model, without those that use another layer's keys and values.
+        latent_layers: see `RowCache`.
         is_prompt: False for tokens that continue prompts computed before.
     """
 
-    def __init__(self, num_layers: int, *, is_prompt: bool = True) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        *,
+        latent_layers: Collection[int] = (),
+        is_prompt: bool = True,
+    ) -> None:
+        self._latent_layers = latent_layers
         layer = _PackedLayer if is_prompt else _ContinuationLayer
         self._packed = [layer() for _ in range(num_layers)]
         super().__init__(layers=list(self._packed))
@@ -110,14 +118,22 @@ class PackedCache(Cache):
     def row(self, start: int, stop: int) -> RowCache:
         """A view of the keys and values of tokens `start` to `stop`."""
         pairs = [layer.packed for layer in self._packed]
-        return RowCache([(k[0, :, start:stop], v[0, :, start:stop]) for k, v in pairs])
+        return RowCache(
+            [(k[0, :, start:stop], v[0, :, start:stop]) for k, v in pairs], self._latent_layers
+        )
 
 
 class RowCache:
-    """Keys and values of one row or of a piece of it; for each layer a pair of [K, T_i, D]."""
+    """Keys and values of one row or of a piece of it.
 
-    def __init__(self, layers: Sequence[KeysValues]) -> None:
-        self.layers = layers
+    Args:
+        layers: for each layer a pair of [K, T_i, D].
+        latent_layers: indices of the layers whose pairs are latents [1, T_i, R] and the rotary
+            parts of their keys [1, T_i, P].
+    """
+
+    def __init__(self, layers: Sequence[KeysValues], latent_layers: Collection[int] = ()) -> None:
+        self.layers, self.latent_layers = layers, latent_layers
 
     @property
     def length(self) -> int:
@@ -136,7 +152,8 @@ class RowCache:
             [
                 (torch.cat([k, more_k], dim=1), torch.cat([v, more_v], dim=1))
                 for (k, v), (more_k, more_v) in zip(self.layers, after.layers, strict=True)
-            ]
+            ],
+            self.latent_layers,
         )
 
 
@@ -153,13 +170,19 @@ _use: ContextVar[_Use | None] = ContextVar("use", default=None)
 
 
 class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's keys and values of all slots, [N, K, S, D] each, written at given positions."""
+    """One layer's keys and values of all slots, written at given positions.
+
+    Args:
+        slots: what the layer writes, [N, K, S, D] each.
+        attended: what it attends to, in the same memory.
+    """
 
     is_compileable = True
 
-    def __init__(self, slots: KeysValues) -> None:
+    def __init__(self, slots: KeysValues, attended: KeysValues) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.slots = slots
+        self._attended = attended
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -175,6 +198,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert use is not None
         keys[use.slots_B, :, use.positions_B] = key_states[:, :, 0]
         values[use.slots_B, :, use.positions_B] = value_states[:, :, 0]
+        keys, values = self._attended
         return keys[use.slots], values[use.slots]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -192,6 +216,10 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 class SlotCache(Cache):
     """A static KV cache of N slots of equal length.
 
+    A layer's attention is given the keys and values of its B slots, [B, K, S, D] each. For layers
+    with latents the keys are [B, 1, S, R + P], each latent with its rotary part after it, and the
+    values are the latents among them, [B, 1, S, R].
+
     Args:
         like: a row with the same layers, heads, head sizes, dtype and device.
         num_slots: N.
@@ -205,12 +233,15 @@ class SlotCache(Cache):
         # GPU tokens come before heads, [N, S, K, D]: a slot's tokens are contiguous, as torch's
         # flash attention expects them. On a CPU heads come first, so each head is contiguous.
         groups: dict[tuple[int, int], int] = {}
-        places: list[list[tuple[tuple[int, int], int]]] = []
-        for layer in like.layers:
-            places.append([])
-            for x in layer:
-                shape = (x.shape[0], x.shape[2])
-                places[-1].append((shape, groups.setdefault(shape, 0)))
+        self._places: list[list[tuple[tuple[int, int], int]]] = []
+        self._sizes = [(key.shape[2], value.shape[2]) for key, value in like.layers]
+        for layer, sizes in enumerate(self._sizes):
+            heads = like.layers[layer][0].shape[0]
+            self._places.append([])
+            # One tensor for a pair of latents, so that they need not be joined in each step.
+            for size in [sum(sizes)] if layer in like.latent_layers else sizes:
+                shape = (heads, size)
+                self._places[-1].append((shape, groups.setdefault(shape, 0)))
                 groups[shape] += 1
         first = like.layers[0][0]
         self._stacks = {
@@ -222,12 +253,16 @@ class SlotCache(Cache):
             for (heads, size), num in groups.items()
         }
         # Then a row takes two kernel launches instead of two for each layer.
-        self._is_put_whole = first.is_cuda and len(self._stacks) == 1
-        self._places = places
+        is_uniform = len(self._stacks) == 1 and not like.latent_layers
+        self._is_put_whole = first.is_cuda and is_uniform
+        self._latent_layers = like.latent_layers
         self._slotted = []
-        for pair in places:
-            key, value = (self._stacks[shape][i] for shape, i in pair)
-            self._slotted.append(_SlotLayer((key, value)))
+        for layer, pair in enumerate(self._pairs(self._stacks)):
+            attended = pair
+            if layer in like.latent_layers:
+                ((shape, index),) = self._places[layer]
+                attended = self._stacks[shape][index], pair[0]
+            self._slotted.append(_SlotLayer(pair, attended))
         super().__init__(layers=list(self._slotted))
 
     def use(
@@ -270,11 +305,18 @@ class SlotCache(Cache):
     def row(self, slot: int, length: int) -> RowCache:
         """A copy of the first `length` tokens of a slot."""
         copies = {s: stack[:, slot, :, :length].clone() for s, stack in self._stacks.items()}
-        layers = []
-        for pair in self._places:
-            key, value = (copies[shape][i] for shape, i in pair)
-            layers.append((key, value))
-        return RowCache(layers)
+        return RowCache(self._pairs(copies), self._latent_layers)
+
+    def _pairs(self, stacks: Mapping[tuple[int, int], Tensor]) -> list[KeysValues]:
+        """Each layer's keys and values, as views of tensors that hold them for all layers."""
+        pairs = []
+        for place, (key_size, _) in zip(self._places, self._sizes, strict=True):
+            first, *others = (stacks[shape][index] for shape, index in place)
+            if others:
+                pairs.append((first, others[0]))
+            else:
+                pairs.append((first[..., :key_size], first[..., key_size:]))
+        return pairs
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a slot into another; set the rest to 0, as in `put`."""

@@ -127,7 +127,7 @@ class Decoder:
         if has_graphs and self.device.type == "cuda":
             self._graphs = StepGraphs(self.device, is_by_length=not self.is_by_row)
         _trim_last_layer(model.get_decoder())
-        attention.keep_latents(model.get_decoder())
+        self._latent_layers = attention.keep_latents(model.get_decoder())
         token_id = getattr(model.config, "image_token_id", None)
         if token_id is None:
             token_id = getattr(model.config, "image_token_index", None)
@@ -183,7 +183,7 @@ class Decoder:
         bounds = [0, *np.cumsum([p.stop - p.start for p in pieces]).tolist()]
         # At least one position: models do not accept an empty list.
         last_E = self.to_device(torch.tensor([bounds[i + 1] - 1 for i in ends] or [0]))
-        cache = PackedCache(self._num_layers)
+        cache = PackedCache(self._num_layers, latent_layers=self._latent_layers)
         form = Packed(
             bounds=tuple(bounds),
             past=tuple(p.past.layers if p.past is not None else None for p in pieces),

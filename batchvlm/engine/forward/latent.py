@@ -3,7 +3,8 @@
 transformers caches the latents, and makes keys and values of all of them anew at every step. Here
 this is done for prompts only. Over slots the two linear maps move to the other side of the
 products: queries are mapped into the space of the latents, and the attended latents out of it. All
-heads then attend to one key head, whose keys are also the values.
+heads then attend to one key head, whose keys are also the values. A slot holds a token's latent and
+the rotary part of its key side by side, so they are that key as they lie.
 """
 
 from __future__ import annotations
@@ -44,11 +45,22 @@ class Latents:
         """Whether attention over slots is given latents in place of keys and values."""
         return self._by_head_HXR is not None
 
-    def __call__(self, latent_B1TR: Tensor, rotary_B1TP: Tensor) -> KeysValues:
-        """Return keys [B, H, T, N + P] and values [B, H, T, V]; over slots the arguments."""
-        if self.are_kept and self._is_over_slots():
-            return latent_B1TR, rotary_B1TP
-        return self._expand(latent_B1TR, rotary_B1TP)
+    def __call__(self, first: Tensor, second: Tensor) -> KeysValues:
+        """Return keys [B, H, T, N + P] and values [B, H, T, V].
+
+        Args:
+            first: latents [B, 1, T, R]; over slots the keys of `SlotCache`, [B, 1, S, R + P].
+            second: rotary parts [B, 1, T, P]; over slots the values, [B, 1, S, R].
+
+        Returns:
+            Over slots the arguments, if they are kept as they are.
+        """
+        if not self._is_over_slots():
+            return self._expand(first, second)
+        if self.are_kept:
+            return first, second
+        # The kernels of quantized weights take contiguous inputs only.
+        return self._expand(second.contiguous(), first[..., second.shape[-1] :])
 
     def expanded(self, row: KeysValues | None) -> KeysValues | None:
         """Return keys and values [H, T_i, ..] of a row's latents."""

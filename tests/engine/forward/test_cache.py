@@ -104,6 +104,45 @@ def test_a_row_is_put_whole_where_there_is_memory_for_that(
     assert_equal(cache.row(1, 6), expected)
 
 
+def latent_row(length: int, seed: int = 0) -> RowCache:
+    """Two layers of latents with an ordinary layer between them."""
+    torch.manual_seed(seed)
+    latents = [(torch.randn(1, length, 5), torch.randn(1, length, 2)) for _ in range(2)]
+    (ordinary,) = row(length, seed).layers[:1]
+    return RowCache([latents[0], ordinary, latents[1]], latent_layers={0, 2})
+
+
+def test_latents_lie_beside_their_rotary_parts() -> None:
+    first, second, other = latent_row(2, 1), latent_row(4, 2), latent_row(3, 3)
+    cache = SlotCache(latent_row(1), num_slots=3, length=8)
+    assert cache.bytes_per_token == (2 * (5 + 2) + 2 * KEYS * SIZE) * 4
+    cache.put(0, [first, second])
+    cache.put(2, [other])
+    cache.move(2, 1, 3)
+    for slot, its in ((0, first.joined(second)), (1, other), (2, other)):
+        assert_equal(cache.row(slot, its.length), its)
+    # Slots of another number or length are made like a row of the old ones.
+    again = SlotCache(cache.row(0, 0), num_slots=1, length=6)
+    again.put(0, [cache.row(0, 6)])
+    assert_equal(again.row(0, 6), first.joined(second))
+
+
+def test_a_step_is_given_latents_and_rotary_parts_as_one_tensor() -> None:
+    cache = SlotCache(latent_row(1), num_slots=3, length=8)
+    held = latent_row(4, 1)
+    cache.put(1, [held])
+    cache.use(1, 3, torch.tensor([4, 0]))
+    latent, rotary = torch.randn(2, 1, 1, 5), torch.randn(2, 1, 1, 2)
+    keys, values = cache.update(latent, rotary, 2)
+    assert keys.shape == (2, 1, 8, 7) and values.shape == (2, 1, 8, 5)
+    assert keys.data_ptr() == values.data_ptr()
+    expected = torch.cat(held.layers[2], dim=-1)
+    assert torch.equal(keys[0, :, :4], expected) and torch.equal(values, keys[..., :5])
+    assert torch.equal(keys[0, :, 4], torch.cat([latent, rotary], dim=-1)[0, :, 0])
+    ordinary = torch.randn(2, 2, KEYS, 1, SIZE)
+    assert cache.update(ordinary[0], ordinary[1], 1)[0].shape == (2, KEYS, 8, SIZE)
+
+
 def test_a_slot_is_moved_and_nothing_else() -> None:
     cache = SlotCache(row(1), num_slots=3, length=8)
     rows = [row(8, 1), row(4, 2), row(6, 3)]
