@@ -121,8 +121,8 @@ class TestFlash:
             key[slot, :, place + 1 :] = torch.nan
         query = torch.randn(4, heads[0], 1, size, device=CUDA).bfloat16()
         whole = (Span(0, 4, 200),)
-        form = Slots(torch.tensor(places, device=CUDA), whole, has_kernel=has_kernel)
-        with attending(form):
+        layout = Slots(torch.tensor(places, device=CUDA), whole, has_kernel=has_kernel)
+        with attending(layout):
             out, _ = attention(LAYER, query, key, value, None, sliding_window=window)
         for slot, (place, (k, v)) in enumerate(zip(places, rows, strict=True)):
             q = query[slot].float().cpu()

@@ -34,7 +34,7 @@ from batchvlm.engine.forward.layout import KeysValues, Packed, Runs, Slots, Span
 
 NAME = "batchvlm_rows"
 
-_form: ContextVar[Packed | Slots | None] = ContextVar("form", default=None)
+_layout: ContextVar[Packed | Slots | None] = ContextVar("layout", default=None)
 """The layout of the current thread's forward."""
 
 
@@ -50,23 +50,23 @@ class OnlyLast(nn.Module):
         self.inner = inner
 
     def forward(self, hidden_1TD: Tensor) -> Tensor:
-        form = _form.get()
-        if form is None or form.last_E is None:
+        layout = _layout.get()
+        if layout is None or layout.last_E is None:
             return cast(Tensor, self.inner(hidden_1TD))
-        some_1ED = self.inner(hidden_1TD[:, form.last_E])
+        some_1ED = self.inner(hidden_1TD[:, layout.last_E])
         out_1TD: Tensor = some_1ED.new_zeros(1, hidden_1TD.shape[1], some_1ED.shape[2])
-        out_1TD[:, form.last_E] = some_1ED
+        out_1TD[:, layout.last_E] = some_1ED
         return out_1TD
 
 
 @contextmanager
-def attending(form: Packed | Slots) -> Iterator[None]:
+def attending(layout: Packed | Slots) -> Iterator[None]:
     """Set the layout of the forwards within, for this thread."""
-    token = _form.set(form)
+    token = _layout.set(layout)
     try:
         yield
     finally:
-        _form.reset(token)
+        _layout.reset(token)
 
 
 def keep_latents(decoder: nn.Module) -> frozenset[int]:
@@ -88,7 +88,7 @@ def keep_latents(decoder: nn.Module) -> frozenset[int]:
 
 
 def _is_over_slots() -> bool:
-    return isinstance(_form.get(), Slots)
+    return isinstance(_layout.get(), Slots)
 
 
 def attention(
@@ -121,7 +121,7 @@ def attention(
     if kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention sinks")
     score = _Scores(scaling=scaling, softcap=softcap)
-    match _form.get():
+    match _layout.get():
         case Packed() as packed:
             past = _past(module, key, packed)
             out = _packed(score, query, key, value, packed, past, attention_mask, sliding_window)
@@ -378,21 +378,21 @@ def row_masks(
         itself; else bool [1, 1, T, T]. It is false between rows, and for rows with earlier tokens:
         those are plain. A prompt in which tokens attend to later ones is never computed in pieces.
     """
-    form = _form.get()
-    if not isinstance(form, Packed) or _is_plain(mask_function):
+    layout = _layout.get()
+    if not isinstance(layout, Packed) or _is_plain(mask_function):
         return None
-    if all(past is not None for past in form.past):
+    if all(past is not None for past in layout.past):
         return None
-    num_tokens = form.bounds[-1]
+    num_tokens = layout.bounds[-1]
     mask_TT = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device=device)
     first = torch.zeros((), dtype=torch.long, device=device)
-    for (start, stop), past in zip(form.spans, form.past, strict=True):
+    for (start, stop), past in zip(layout.spans, layout.past, strict=True):
         if past is not None:
             continue
         places = torch.arange(start, stop, device=device)
         own = _indexed(mask_function, first, places, use_vmap=use_vmap)
         mask_TT[start:stop, start:stop] = own
-    form.sees_ahead |= bool(mask_TT.triu(1).any())
+    layout.sees_ahead |= bool(mask_TT.triu(1).any())
     return mask_TT[None, None]
 
 

@@ -184,12 +184,12 @@ class Decoder:
         # At least one position: models do not accept an empty list.
         last_E = self.to_device(torch.tensor([bounds[i + 1] - 1 for i in ends] or [0]))
         cache = PackedCache(self._num_layers, latent_layers=self._latent_layers)
-        form = Packed(
+        layout = Packed(
             bounds=tuple(bounds),
             past=tuple(p.past.layers if p.past is not None else None for p in pieces),
             last_E=last_E,
         )
-        with attention.attending(form), self._running.within(self._attending_by_row):
+        with attention.attending(layout), self._running.within(self._attending_by_row):
             out = self._model(
                 input_ids=ids_T[None],
                 position_ids=self._axes(positions_RT[:, None]),
@@ -199,7 +199,7 @@ class Decoder:
             )
         kind = images is not None
         with self._lock:
-            self._sees_ahead[kind] = self._sees_ahead.get(kind, False) or form.sees_ahead
+            self._sees_ahead[kind] = self._sees_ahead.get(kind, False) or layout.sees_ahead
         return self._kept(out, last_E)[: len(ends)], cache
 
     @torch.inference_mode()
@@ -217,12 +217,12 @@ class Decoder:
         rope = np.concatenate(
             [b.past.length + b.sees.sum(1) - 1 + b.prompt.rope_delta for b in branches]
         )
-        form = Packed(
+        layout = Packed(
             bounds=tuple(bounds),
             past=tuple(b.past.layers for b in branches),
             trees=tuple(self.to_device(torch.from_numpy(b.sees)) for b in branches),
         )
-        with attention.attending(form), self._running.within(self._attending_by_row):
+        with attention.attending(layout), self._running.within(self._attending_by_row):
             out = self._model(
                 input_ids=self.to_device(torch.from_numpy(ids))[None],
                 position_ids=self._axes(self.to_device(torch.from_numpy(rope))[None, None]),
@@ -311,8 +311,8 @@ class Decoder:
     ) -> Tensor:
         cache.use(first, first + len(ids_B), positions_B)
         rope_1B1 = (positions_B + deltas_B)[None, :, None]
-        form = Slots(positions_B, spans, has_kernel=self.has_kernel)
-        with attention.attending(form), self._running.within(self._attending_by_row):
+        layout = Slots(positions_B, spans, has_kernel=self.has_kernel)
+        with attention.attending(layout), self._running.within(self._attending_by_row):
             out = self._model(
                 input_ids=ids_B[:, None],
                 position_ids=self._axes(rope_1B1),
@@ -345,8 +345,8 @@ class Decoder:
         )
         last_E = self.to_device(torch.tensor(last))
         cache.use(first, stop, positions_T, slots_T)
-        form = Slots(positions_T, own, runs=laid.to(self.to_device), last_E=last_E)
-        with attention.attending(form), self._running.within(self._attending_by_row):
+        layout = Slots(positions_T, own, runs=laid.to(self.to_device), last_E=last_E)
+        with attention.attending(layout), self._running.within(self._attending_by_row):
             out = self._model(
                 input_ids=torch.cat([newest.ids_N[first:stop], ids_M])[None],
                 position_ids=self._axes((positions_T + newest.deltas_N[slots_T])[None, None]),

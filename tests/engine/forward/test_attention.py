@@ -153,39 +153,39 @@ def test_slots(
 
 class TestMasks:
     @pytest.fixture
-    def form(self) -> Packed:
+    def layout(self) -> Packed:
         return Packed(bounds=(0, 5, 9), past=(None, None))
 
-    def masks(self, form: Packed | Slots, function: Any, **kwargs: Any) -> Tensor | None:
-        with attending(form):
+    def masks(self, layout: Packed | Slots, function: Any, **kwargs: Any) -> Tensor | None:
+        with attending(layout):
             return row_masks(mask_function=function, device=torch.device("cpu"), **kwargs)
 
-    def test_plainly_causal_rows_need_none(self, form: Packed) -> None:
-        assert self.masks(form, causal_mask_function) is None
-        assert not form.sees_ahead
+    def test_plainly_causal_rows_need_none(self, layout: Packed) -> None:
+        assert self.masks(layout, causal_mask_function) is None
+        assert not layout.sees_ahead
 
     @pytest.mark.parametrize("use_vmap", [False, True])
     def test_a_window_is_counted_from_each_rows_own_start(
-        self, form: Packed, use_vmap: bool
+        self, layout: Packed, use_vmap: bool
     ) -> None:
         def sees_three(batch: Any, head: Any, query: Any, key: Any) -> Any:
             return (key <= query) & (key > query - 3)
 
-        masks = self.masks(form, sees_three, use_vmap=use_vmap)
+        masks = self.masks(layout, sees_three, use_vmap=use_vmap)
         assert masks is not None
         expected = torch.zeros(9, 9, dtype=torch.bool)
         expected[:5, :5], expected[5:, 5:] = sees(5, 0, 3), sees(4, 0, 3)
         torch.testing.assert_close(masks[0, 0] & expected, masks[0, 0])
-        for start, stop in form.spans:
+        for start, stop in layout.spans:
             here = masks[0, 0, start:stop, start:stop]
             places = torch.arange(start, stop)
             behind = places[:, None] - places
             torch.testing.assert_close(here, (behind >= 0) & (behind < 3))
-        assert not form.sees_ahead
+        assert not layout.sees_ahead
 
     @pytest.mark.parametrize("use_vmap", [False, True])
     def test_a_row_that_sees_ahead_says_so_and_is_attended_so(
-        self, form: Packed, use_vmap: bool
+        self, layout: Packed, use_vmap: bool
     ) -> None:
         # The first tokens of each prompt of this pack see each other, as those of an image do.
         image_T = torch.tensor([1, 1, 1, 0, 0, 1, 1, 0, 0]).bool()
@@ -193,13 +193,13 @@ class TestMasks:
         def sees_images(batch: Any, head: Any, query: Any, key: Any) -> Any:
             return (key <= query) | (image_T[query] & image_T[key])
 
-        masks = self.masks(form, sees_images, use_vmap=use_vmap)
-        assert masks is not None and form.sees_ahead
+        masks = self.masks(layout, sees_images, use_vmap=use_vmap)
+        assert masks is not None and layout.sees_ahead
         assert not masks[0, 0, :5, 5:].any() and not masks[0, 0, 5:, :5].any()
         query, key, value = torch.randn(3, 1, 2, 9, SIZE)
-        with attending(form):
+        with attending(layout):
             out, _ = attention(LAYER, query, key, value, masks)
-        for (start, stop), num_image in zip(form.spans, (3, 2), strict=True):
+        for (start, stop), num_image in zip(layout.spans, (3, 2), strict=True):
             here = slice(start, stop)
             seen = sees(stop - start, 0, None)
             seen[:num_image, :num_image] = True
@@ -208,12 +208,12 @@ class TestMasks:
             )
             torch.testing.assert_close(out[0, here].transpose(0, 1), expected, atol=1e-5, rtol=1e-5)
 
-    def test_a_sliding_window_needs_none_and_is_attended_so(self, form: Packed) -> None:
-        assert self.masks(form, sliding_window_causal_mask_function(3)) is None
+    def test_a_sliding_window_needs_none_and_is_attended_so(self, layout: Packed) -> None:
+        assert self.masks(layout, sliding_window_causal_mask_function(3)) is None
         query, key, value = torch.randn(3, 1, 2, 9, SIZE)
-        with attending(form):
+        with attending(layout):
             out, _ = attention(LAYER, query, key, value, None, sliding_window=3)
-        for start, stop in form.spans:
+        for start, stop in layout.spans:
             here = slice(start, stop)
             q, k, v = query[0, :, here], key[0, :, here], value[0, :, here]
             expected = plain(q, k, v, sees(stop - start, 0, 3), None, None)
@@ -229,13 +229,13 @@ class TestMasks:
         ],
         ids=["or", "and", "both_sides", "chunks"],
     )
-    def test_what_only_resembles_a_window_is_no_window(self, form: Packed, function: Any) -> None:
-        masks = self.masks(form, function)
+    def test_what_only_resembles_a_window_is_no_window(self, layout: Packed, function: Any) -> None:
+        masks = self.masks(layout, function)
         assert masks is not None and bool(masks.any())
 
     def test_slots_need_none(self) -> None:
-        form = Slots(torch.tensor([3]), (Span(0, 1, 4),))
-        assert self.masks(form, sliding_window_causal_mask_function(3)) is None
+        layout = Slots(torch.tensor([3]), (Span(0, 1, 4),))
+        assert self.masks(layout, sliding_window_causal_mask_function(3)) is None
 
 
 def test_it_is_refused_where_no_form_is_announced() -> None:

@@ -80,12 +80,12 @@ LAYER = SimpleNamespace(layer_idx=0)
 @torch.inference_mode()
 def test_packed_prompts_take_them_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     past = heads(2, 30)[0], heads(2, 30)[0]
-    form = Packed(bounds=(0, 110, 220, 225), past=(None, [past], None))
+    layout = Packed(bounds=(0, 110, 220, 225), past=(None, [past], None))
     query, key, value = heads(4, 225), heads(2, 225), heads(2, 225)
 
     def attended(*, is_faster: bool) -> Tensor:
         monkeypatch.setattr(cpu_attention, "are_faster_for_prompts", lambda *shape: is_faster)
-        with attending(form):
+        with attending(layout):
             return attention(LAYER, query, key, value, None)[0]
 
     its = attended(is_faster=False)

@@ -120,8 +120,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("has_kernel", [True, False])
 def test_a_step_attends_by_the_one_it_is_told(has_kernel: bool, as_on_a_gpu: list[str]) -> None:
     query, key, value = draw(8, 2, 32, torch.float16)
-    form = Slots(torch.tensor(PLACES), (Span(0, len(PLACES), LENGTH),), has_kernel=has_kernel)
-    with attending(form):
+    layout = Slots(torch.tensor(PLACES), (Span(0, len(PLACES), LENGTH),), has_kernel=has_kernel)
+    with attending(layout):
         out, _ = attention(LAYER, query, key, value, None, sliding_window=5)
     if has_kernel:
         assert as_on_a_gpu == ["kernel"]
