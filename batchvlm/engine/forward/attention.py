@@ -24,7 +24,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from batchvlm.engine.forward import cpu_attention, flash, race, slot_kernel
+from batchvlm.engine.forward import cpu_attention, flash, slot_kernel, trial
 from batchvlm.engine.forward.latent import Latents, padded
 from batchvlm.engine.forward.layout import KeysValues, Packed, Runs, Slots, Span
 
@@ -308,7 +308,7 @@ def is_ungrouped_faster(num_groups: int, size: int, dtype: torch.dtype) -> bool:
             lambda: score.attend(together, key, key, mask, is_causal=False),
             lambda: score.attend(query, key, key, mask, is_causal=False),
         ]
-        return race.winner(ways) == 1
+        return trial.fastest(ways) == 1
 
 
 def choose_ways(num_heads: int, num_keys: int, size: int, dtype: torch.dtype) -> None:

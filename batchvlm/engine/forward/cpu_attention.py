@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchvlm.engine.forward import race
+from batchvlm.engine.forward import trial
 
 # Shape legend: B images, H heads, K key-value heads, G = H // K query heads per key-value head, T
 # queries, L keys, D head size, X heads of all images concatenated, or key-value heads.
@@ -27,8 +27,8 @@ FEWEST_TOKENS = 100
 """Shorter prompts and images are left to torch's attention, which is as fast for them."""
 _PROMPT_SCORES = 16 << 20
 """Scores of a prompt stored at once. Longer prompts are left to torch, which stores none."""
-_RACE_PATCHES = 512
-_RACE_TOKENS = 256
+_TRIAL_PATCHES = 512
+_TRIAL_TOKENS = 256
 
 
 def attend_images(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float) -> Tensor:
@@ -119,12 +119,12 @@ def are_good_for_prompt(query_HTD: Tensor, key_KLD: Tensor) -> bool:
 def are_faster_for_images(num_heads: int, size: int, dtype: torch.dtype) -> bool:
     """Whether `attend_images` is faster on this CPU than torch's attention."""
     with torch.inference_mode():
-        query = torch.ones(1, _RACE_PATCHES, num_heads, size, dtype=dtype).transpose(1, 2)
+        query = torch.ones(1, _TRIAL_PATCHES, num_heads, size, dtype=dtype).transpose(1, 2)
         ways = [
             lambda: F.scaled_dot_product_attention(query, query, query, scale=1.0),
             lambda: attend_images(query, query, query, 1.0),
         ]
-        return race.winner(ways) == 1
+        return trial.fastest(ways) == 1
 
 
 @cache
@@ -132,7 +132,7 @@ def are_faster_for_prompts(num_heads: int, num_keys: int, size: int, dtype: torc
     """Whether `attend_prompt` is faster on this CPU than torch's attention."""
     with torch.inference_mode():
         query, key = (
-            torch.ones(1, _RACE_TOKENS, num, size, dtype=dtype).transpose(1, 2)
+            torch.ones(1, _TRIAL_TOKENS, num, size, dtype=dtype).transpose(1, 2)
             for num in (num_heads, num_keys)
         )
         ways = [
@@ -141,4 +141,4 @@ def are_faster_for_prompts(num_heads: int, num_keys: int, size: int, dtype: torc
             ),
             lambda: attend_prompt(query[0], key[0], key[0], 1.0),
         ]
-        return race.winner(ways) == 1
+        return trial.fastest(ways) == 1

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchvlm.engine.forward import race
+from batchvlm.engine.forward import trial
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ _ACTIVATIONS = {
     "ReLU": ("relu", ""),
 }
 """Class name -> oneDNN's names for the same function."""
-_RACE_WIDTH = 512
-_RACE_ROWS = (16, 256)
+_TRIAL_WIDTH = 512
+_TRIAL_ROWS = (16, 256)
 
 
 class PatchLinear(nn.Module):
@@ -216,17 +216,17 @@ def _is_plain_linear(module: Any) -> bool:
 @cache
 def is_packing_good(dtype: torch.dtype) -> bool:
     """Whether products with reordered weights are no slower on this CPU than plain ones."""
-    plain = nn.Linear(_RACE_WIDTH, _RACE_WIDTH, bias=False, device="meta")
-    weight = random_like(torch.empty(0, dtype=dtype), (_RACE_WIDTH, _RACE_WIDTH))
+    plain = nn.Linear(_TRIAL_WIDTH, _TRIAL_WIDTH, bias=False, device="meta")
+    weight = random_like(torch.empty(0, dtype=dtype), (_TRIAL_WIDTH, _TRIAL_WIDTH))
     plain.weight = nn.Parameter(weight, requires_grad=False)
     with torch.inference_mode():
         try:
             packed = PackedLinear(plain)
         except (RuntimeError, AttributeError):
             return False  # torch without oneDNN, or a CPU without instructions for this dtype
-        samples = [random_like(plain.weight, (num, _RACE_WIDTH)) for num in _RACE_ROWS]
+        samples = [random_like(plain.weight, (num, _TRIAL_WIDTH)) for num in _TRIAL_ROWS]
         ways = [(partial(packed, x), partial(plain, x)) for x in samples]
-        return all(race.winner(pair) == 0 for pair in ways)
+        return all(trial.fastest(pair) == 0 for pair in ways)
 
 
 def is_rms_norm(module: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchvlm.engine.forward import flash, race
+from batchvlm.engine.forward import flash, trial
 from batchvlm.engine.forward.layout import Slots, Span
 from batchvlm.words import one_line
 
@@ -182,7 +182,7 @@ def is_faster(
             if not error <= _TOLERANCE:
                 log.warning("the kernel for slots is off by %.0e here and is not used", error)
                 return False
-            is_first = race.winner(ways, device) == 1
+            is_first = trial.fastest(ways, device) == 1
         log.debug("attention over slots: %s", "triton kernel" if is_first else "flash attention")
         return is_first
     except torch.AcceleratorError:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchvlm.engine.forward import flash, race, slot_kernel
+from batchvlm.engine.forward import flash, slot_kernel, trial
 from batchvlm.engine.forward.attention import attending, attention
 from batchvlm.engine.forward.layout import Slots, Span
 
@@ -155,7 +155,7 @@ class TestTrial:
     @pytest.fixture
     def won_by(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         def let_win(way: int) -> None:
-            monkeypatch.setattr(race, "winner", lambda ways, device: way)
+            monkeypatch.setattr(trial, "fastest", lambda ways, device: way)
 
         return let_win
 

@@ -22,7 +22,7 @@ _CLEARLY = 0.95
 would be decided differently from one process to the next."""
 
 
-def winner(ways: Sequence[Callable[[], object]], device: torch.device = CPU) -> int:
+def fastest(ways: Sequence[Callable[[], object]], device: torch.device = CPU) -> int:
     """Time several ways to compute the same in turns; takes about 20 ms for each.
 
     Args:
@@ -31,7 +31,7 @@ def winner(ways: Sequence[Callable[[], object]], device: torch.device = CPU) -> 
         device: the device that they run on.
 
     Returns:
-        Index of the winner.
+        Index of the way that is clearly the fastest; else 0.
     """
     measure = _least_seconds if device.type == "cpu" else partial(_seconds_on, device)
     best_s = [_warm_up(way, measure) for way in ways]
@@ -39,8 +39,8 @@ def winner(ways: Sequence[Callable[[], object]], device: torch.device = CPU) -> 
         for i, way in enumerate(ways):
             if best_s[i] < float("inf"):
                 best_s[i] = min(best_s[i], measure(way))
-    fastest = min(range(len(ways)), key=best_s.__getitem__)
-    return fastest if best_s[fastest] < _CLEARLY * best_s[0] else 0
+    best = min(range(len(ways)), key=best_s.__getitem__)
+    return best if best_s[best] < _CLEARLY * best_s[0] else 0
 
 
 def _warm_up(way: Callable[[], object], measure: Callable[[Callable[[], object]], float]) -> float:
