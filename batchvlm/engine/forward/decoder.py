@@ -26,7 +26,7 @@ from batchvlm.engine.forward.graphs import StepGraphs
 from batchvlm.engine.forward.layout import Newest, Packed, Runs, Slots, Span
 from batchvlm.engine.forward.replacements import PackedLinear
 from batchvlm.engine.forward.rotations import Rotations
-from batchvlm.engine.forward.streams import Together
+from batchvlm.engine.forward.streams import SharedContext
 from batchvlm.records import Sample
 
 # Shape legend: as in attention.py; R rope axes (3 for Qwen-VL and similar, 3 or 4 for HunyuanOCR,
@@ -88,7 +88,7 @@ class Decoder:
         self._config = model.get_decoder().config
         layers = cached_layers(self._config)
         self._num_layers = len(layers)
-        self._own_attention = self._config._attn_implementation
+        self._default_attention = self._config._attn_implementation
         self._rope_index = getattr(model.base_model, "get_rope_index", None)
         self._rope_names = (
             frozenset(inspect.signature(self._rope_index).parameters) if self._rope_index else ()
@@ -106,7 +106,7 @@ class Decoder:
         self.device: torch.device = model.device
         self._fusing: Fusing | None = None
         self._rotations = Rotations(model)
-        self._running = Together()
+        self._changed = SharedContext()
         self._lock = threading.Lock()
         has_cap = getattr(self._config, "attn_logit_softcapping", None) is not None
         kinds = sorted(set(layers))
@@ -189,14 +189,9 @@ class Decoder:
             past=tuple(p.past.layers if p.past is not None else None for p in pieces),
             last_E=last_E,
         )
-        with attention.attending(layout), self._running.within(self._attending_by_row):
-            out = self._model(
-                input_ids=ids_T[None],
-                position_ids=self._axes(positions_RT[:, None]),
-                **self._cached(cache),
-                logits_to_keep=last_E,
-                **inputs,
-            )
+        out = self._forward(
+            layout, cache, ids_T[None], positions_RT[:, None], logits_to_keep=last_E, **inputs
+        )
         kind = images is not None
         with self._lock:
             self._sees_ahead[kind] = self._sees_ahead.get(kind, False) or layout.sees_ahead
@@ -222,13 +217,13 @@ class Decoder:
             past=tuple(b.past.layers for b in branches),
             trees=tuple(self.to_device(torch.from_numpy(b.sees)) for b in branches),
         )
-        with attention.attending(layout), self._running.within(self._attending_by_row):
-            out = self._model(
-                input_ids=self.to_device(torch.from_numpy(ids))[None],
-                position_ids=self._axes(self.to_device(torch.from_numpy(rope))[None, None]),
-                **self._cached(PackedCache(self._num_layers, is_prompt=False)),
-                logits_to_keep=0,
-            )
+        out = self._forward(
+            layout,
+            PackedCache(self._num_layers, is_prompt=False),
+            self.to_device(torch.from_numpy(ids))[None],
+            self.to_device(torch.from_numpy(rope))[None, None],
+            logits_to_keep=0,
+        )
         logits_TV: Tensor = out.logits[0]
         return logits_TV
 
@@ -312,13 +307,7 @@ class Decoder:
         cache.use(first, first + len(ids_B), positions_B)
         rope_1B1 = (positions_B + deltas_B)[None, :, None]
         layout = Slots(positions_B, spans, has_kernel=self.has_kernel)
-        with attention.attending(layout), self._running.within(self._attending_by_row):
-            out = self._model(
-                input_ids=ids_B[:, None],
-                position_ids=self._axes(rope_1B1),
-                **self._cached(cache),
-                logits_to_keep=1,
-            )
+        out = self._forward(layout, cache, ids_B[:, None], rope_1B1, logits_to_keep=1)
         logits_BV: Tensor = out.logits[:, -1]
         return logits_BV
 
@@ -346,14 +335,36 @@ class Decoder:
         last_E = self.to_device(torch.tensor(last))
         cache.use(first, stop, positions_T, slots_T)
         layout = Slots(positions_T, own, runs=laid.to(self.to_device), last_E=last_E)
-        with attention.attending(layout), self._running.within(self._attending_by_row):
-            out = self._model(
-                input_ids=torch.cat([newest.ids_N[first:stop], ids_M])[None],
-                position_ids=self._axes((positions_T + newest.deltas_N[slots_T])[None, None]),
-                **self._cached(cache),
-                logits_to_keep=last_E,
-            )
+        ids_1T = torch.cat([newest.ids_N[first:stop], ids_M])[None]
+        rope_11T = (positions_T + newest.deltas_N[slots_T])[None, None]
+        out = self._forward(layout, cache, ids_1T, rope_11T, logits_to_keep=last_E)
         return self._kept(out, last_E)
+
+    def _forward(
+        self,
+        layout: Packed | Slots,
+        cache: PackedCache | SlotCache,
+        ids_BT: Tensor,
+        positions_RBT: Tensor,
+        **inputs: Any,
+    ) -> Any:
+        """Run the model in a layout; return its output.
+
+        Args:
+            layout: where attention finds each row's tokens, and its keys and values.
+            cache: takes the new keys and values.
+            ids_BT: int64 [B, T]; B is 1 unless each slot has one token.
+            positions_RBT: int64 [R, B, T], rotary positions; R may be 1 where all axes are alike.
+            inputs: further arguments of the model.
+        """
+        with attention.attending(layout), self._changed.within(self._forward_context):
+            return self._model(
+                input_ids=ids_BT,
+                position_ids=self._axes(positions_RBT),
+                **{self._cache_name: cache},
+                use_cache=True,
+                **inputs,
+            )
 
     def fuse(self) -> None:
         """Use the fused forms of the model's layers in all later forward passes."""
@@ -377,10 +388,6 @@ class Decoder:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def _cached(self, cache: PackedCache | SlotCache) -> dict[str, Any]:
-        """Return the arguments by which a forward pass uses this KV cache."""
-        return {self._cache_name: cache, "use_cache": True}
-
     def _kept(self, out: Any, last_E: Tensor) -> Tensor:
         """Return the logits of these tokens [E, V], which may be all that were computed."""
         logits_TV: Tensor = out.logits[0]
@@ -393,15 +400,16 @@ class Decoder:
         return positions.expand(self._num_axes, -1, -1)
 
     @contextmanager
-    def _attending_by_row(self) -> Iterator[None]:
-        # Set only during this engine's forward passes: the model may be used elsewhere too.
+    def _forward_context(self) -> Iterator[None]:
+        """Let the model attend in our layouts, with what is faster for its layers here."""
+        # Only during this engine's forward passes: the model may be used elsewhere too.
         self._config._attn_implementation = attention.NAME
         try:
             fusing, rotations = self._fusing, self._rotations
             with fusing.decoding() if fusing is not None else rotations.replaced():
                 yield
         finally:
-            self._config._attn_implementation = self._own_attention
+            self._config._attn_implementation = self._default_attention
 
 
 def _trim_last_layer(decoder: Any) -> None:

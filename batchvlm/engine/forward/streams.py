@@ -128,7 +128,7 @@ class Streams:
         ]
 
 
-class Together:
+class SharedContext:
     """A context that several threads share: the first thread enters it, the last one exits it."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from batchvlm.engine.forward.fusing import falling_back
 from batchvlm.engine.forward.grids import find_encoder, grid_inputs
 from batchvlm.engine.forward.replacements import is_same
 from batchvlm.engine.forward.rotations import Rotations
-from batchvlm.engine.forward.streams import Together
+from batchvlm.engine.forward.streams import SharedContext
 from batchvlm.preprocess.pixels import to_numbers
 from batchvlm.records import Array, EngineStats, Failure, PixelTable, Sample
 
@@ -155,7 +155,7 @@ class ImageFeatures:
         self._form: OutputForm | None = None
         self._pixel_table: PixelTable | None = None
         """Maps the bytes of pixels to values, for all rows of a job; None if they are values."""
-        self._encoding = Together()
+        self._changed = SharedContext()
 
     def units(self, sample: Sample) -> tuple[Unit, ...]:
         """The units of a row, in the order of its images; empty for text alone."""
@@ -219,7 +219,7 @@ class ImageFeatures:
         pixels = self._to_device(joined.pop("pixel_values"))
         if self._pixel_table is not None:
             pixels = to_numbers(self._pixel_table, pixels, self._dtype)
-        with self._encoding.within(self._encoder_context):
+        with self._changed.within(self._encoder_context):
             output = self._output(pixels, joined)
         pooled = output.pooler_output
         layers = getattr(output, "deepstack_features", None) or ()
@@ -282,8 +282,8 @@ class ImageFeatures:
 
     @contextmanager
     def _encoder_context(self) -> Iterator[None]:
-        own_attention = image_attention.attending(*self._attention)
-        with own_attention, self._around(), self._rotations.replaced(), falling_back():
+        attention = image_attention.attending(*self._attention)
+        with attention, self._around(), self._rotations.replaced(), falling_back():
             yield
 
     def entries(self, units: Iterable[Unit]) -> list[Entry]:

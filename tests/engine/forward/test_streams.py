@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from batchvlm.config import EngineConfig
 from batchvlm.engine.forward import streams
 from batchvlm.engine.forward.layout import Span
-from batchvlm.engine.forward.streams import Streams, Together, open_streams
+from batchvlm.engine.forward.streams import SharedContext, Streams, open_streams
 
 from ..families import needs_slots
 from ..loaded import Loaded
@@ -112,7 +112,7 @@ class TestMap:
             torch.set_num_threads(before)
 
 
-class TestTogether:
+class TestSharedContext:
     def test_the_first_enters_and_the_last_leaves(self) -> None:
         said: list[str] = []
 
@@ -122,10 +122,10 @@ class TestTogether:
             yield
             said.append("out")
 
-        together = Together()
+        shared = SharedContext()
         for _ in range(2):
-            with together.within(context):
-                with together.within(context):
+            with shared.within(context):
+                with shared.within(context):
                     assert said[-1] == "in"
                 assert said[-1] == "in"
         assert said == ["in", "out"] * 2
@@ -138,7 +138,7 @@ class TestTogether:
             yield
             said.append("out")
 
-        with pytest.raises(ValueError, match="no"), Together().within(context):
+        with pytest.raises(ValueError, match="no"), SharedContext().within(context):
             raise ValueError("no")
         assert said == ["out"]
 
