@@ -58,7 +58,7 @@ class Parts:
         self._decoder = Decoder(model)
         self.preferred = "nothing: there is no choice"
         """What the engine itself attends to slots with, where it has the choice."""
-        if self._decoder.is_by_row:
+        if self._decoder.is_varlen:
             has_kernel = self._decoder.has_kernel
             self.preferred = "the kernel for slots" if has_kernel else "flash attention"
         if args.compile:
@@ -72,7 +72,7 @@ class Parts:
         ways = {"flash attention": False, "the kernel for slots": True}
         for num_rows in args.rows:
             roof_s = self._roofline("decode", num_rows)
-            if not self._decoder.is_by_row:
+            if not self._decoder.is_varlen:
                 yield f"a step of {num_rows} rows", self._step(num_rows), roof_s
                 continue
             for way, has_kernel in ways.items():

@@ -114,18 +114,18 @@ class Decoder:
             for heads in kinds:
                 attention.choose_ways(*heads[:3], model.dtype)
         like = torch.empty(0, dtype=model.dtype, device=self.device)
-        self.is_by_row = not has_cap and all(
+        self.is_varlen = not has_cap and all(
             flash.is_able(like.new_empty(0, heads.size)) for heads in kinds
         )
         """Whether attention over slots reads only the positions that each row uses."""
-        may_have_kernel = self.is_by_row and has_kernel
+        may_have_kernel = self.is_varlen and has_kernel
         self.has_kernel = may_have_kernel and all(
             slot_kernel.is_faster(*heads[:3], model.dtype, self.device) for heads in kinds
         )
         """Whether decode steps use the slot kernel instead of flash attention."""
         self._graphs: StepGraphs | None = None
         if has_graphs and self.device.type == "cuda":
-            self._graphs = StepGraphs(self.device, is_by_length=not self.is_by_row)
+            self._graphs = StepGraphs(self.device, is_by_length=not self.is_varlen)
         _trim_last_layer(model.get_decoder())
         self._latent_layers = attention.keep_latents(model.get_decoder())
         token_id = getattr(model.config, "image_token_id", None)

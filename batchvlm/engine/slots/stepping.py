@@ -83,7 +83,7 @@ class Stepping:
 
     def _spans(self, cache: SlotCache, rows: Sequence[Row], start: int) -> list[Span]:
         """Divide slots into spans for attention."""
-        if self._decoder.is_by_row:
+        if self._decoder.is_varlen:
             return [Span(start, start + len(rows), cache.length)]
         width = _NEIGHBOURS if self._decoder.device.type == "cpu" else len(rows)
         return spans_of(rows, start, width)
