@@ -2,7 +2,7 @@
 
     feed -> prefill -> engine -> decoding -> outcomes
              |          |          |
-           vision      pool     stepping, sampling
+           vision      pool     step_runner, sampling
 
 `engine.py` is the loop. `feed.py` gathers a window of samples; `prefill.py` computes their prompts
 in packs, with images encoded by `vision.py`; `pool.py` provides slots; `decoding.py` computes

@@ -20,7 +20,7 @@ from batchvlm.engine.slots.clock import Clock
 from batchvlm.engine.slots.memory import MemoryPlan
 from batchvlm.engine.slots.pool import SlotPool
 from batchvlm.engine.slots.rows import Chosen, Row
-from batchvlm.engine.slots.stepping import Stepping
+from batchvlm.engine.slots.step_runner import StepRunner
 from batchvlm.engine.stops import not_finite
 from batchvlm.errors import ErrorType
 from batchvlm.records import Completion, EngineStats, Failure
@@ -75,7 +75,7 @@ class Decoding:
             device=self._device,
             suppress_ids=tuple(suppress_ids),
         )
-        self._stepping = Stepping(decoder, streams, plan.max_slots)
+        self._runner = StepRunner(decoder, streams, plan.max_slots)
         self.max_run = 0 if self._device.type == "cuda" else _MAX_RUN
         """Most forced tokens of one row in one step."""
         self.rows: list[Row] = []
@@ -125,7 +125,7 @@ class Decoding:
 
     def _begin_rows(self, start: int, rows: Sequence[Row]) -> Tensor:
         """Set up decoding of rows just admitted; return and release their logits [B, V]."""
-        self._stepping.admit(start, [row.prefilled.prompt for row in rows])
+        self._runner.admit(start, [row.prefilled.prompt for row in rows])
         logits_BV = torch.stack([row.prefilled.logits_V for row in rows])
         for row in rows:
             row.prefilled.forget()
@@ -151,7 +151,7 @@ class Decoding:
             # The grammars know all tokens, so the next masks are filled while the model runs.
             self._constraints.start([row.matcher for row in rows])
         try:
-            logits_BV = self._stepping.step(self._pool.cache, rows, start, num_used=len(self.rows))
+            logits_BV = self._runner.step(self._pool.cache, rows, start, num_used=len(self.rows))
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except Exception as error:
@@ -161,7 +161,7 @@ class Decoding:
             self._plan.count_good_step()
             for slot, row in enumerate(rows, start):
                 if num := row.end_run():
-                    self._stepping.skip(slot, num)
+                    self._runner.skip(slot, num)
                     self._sampler.skip(slot, num)
             self._choose(start, stop, logits_BV)
             return
@@ -222,7 +222,7 @@ class Decoding:
 
     def _add_in_flight(self, start: int, stop: int, next_tokens: NextTokens) -> None:
         """Add chosen tokens to those in flight, and give them to the next step."""
-        self._stepping.push(start, stop, next_tokens.ids_B)
+        self._runner.push(start, stop, next_tokens.ids_B)
         rows = self.rows[start:stop]
         self._in_flight.append(Chosen(rows, next_tokens))
         for row in rows:
@@ -292,5 +292,5 @@ class Decoding:
             assert self._pool.cache is not None
             self._pool.cache.move(last, slot, row.num_cached)
             self._sampler.move(last, slot)
-            self._stepping.move(last, slot)
+            self._runner.move(last, slot)
             self.rows[slot] = row

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from batchvlm.constraints.masks import RowMatcher
-from batchvlm.engine.forward.layout import Span
 from batchvlm.engine.sampling import NextTokens
 from batchvlm.engine.slots.waiting import PrefilledRow
 from batchvlm.engine.stops import RowStop
@@ -94,22 +93,6 @@ class Row:
     def num_cached(self) -> int:
         """Tokens whose keys and values are in the cache: all but the newest one and its run."""
         return self.sample.prompt_tokens + max(0, self.num_chosen - 1)
-
-
-def spans_of(rows: Sequence[Row], start: int, width: int) -> list[Span]:
-    """Divide neighbouring slots into spans, each as long as its longest row.
-
-    Args:
-        rows: the rows in these slots.
-        start: the first slot.
-        width: slots per span.
-    """
-    spans = []
-    for first in range(0, len(rows), width):
-        group = rows[first : first + width]
-        length = 1 + max(row.num_cached + len(row.run) for row in group)
-        spans.append(Span(start + first, start + first + len(group), length))
-    return spans
 
 
 class ToHost:

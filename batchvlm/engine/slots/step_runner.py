@@ -1,4 +1,4 @@
-"""Decode steps over slots: from each slot's newest token to the logits of the next one."""
+"""Runs decode steps over slots: from each slot's newest token to the logits of the next one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from batchvlm.engine.forward.cache import SlotCache
 from batchvlm.engine.forward.decoder import Decoder, Prompt
 from batchvlm.engine.forward.layout import Newest, Span
 from batchvlm.engine.forward.streams import Streams
-from batchvlm.engine.slots.rows import Row, spans_of
+from batchvlm.engine.slots.rows import Row
 
 # Shape legend: N slots of the cache, B neighbouring slots, V vocabulary.
 
@@ -19,7 +19,7 @@ _NEIGHBOURS = 8
 """Slots per span on a CPU. A span is as long as its longest row, so narrow spans waste less."""
 
 
-class Stepping:
+class StepRunner:
     """Holds the newest token of each slot on the device, and runs decode steps over them.
 
     Args:
@@ -82,11 +82,16 @@ class Stepping:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _spans(self, cache: SlotCache, rows: Sequence[Row], start: int) -> list[Span]:
-        """Divide slots into spans for attention."""
+        """Divide neighbouring slots from `start` on into spans, each as long as its longest row."""
         if self._decoder.is_varlen:
             return [Span(start, start + len(rows), cache.length)]
         width = _NEIGHBOURS if self._decoder.device.type == "cpu" else len(rows)
-        return spans_of(rows, start, width)
+        spans = []
+        for first in range(0, len(rows), width):
+            group = rows[first : first + width]
+            length = 1 + max(row.num_cached + len(row.run) for row in group)
+            spans.append(Span(start + first, start + first + len(group), length))
+        return spans
 
 
 def _within(spans: Sequence[Span], runs: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
