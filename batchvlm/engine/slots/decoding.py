@@ -19,7 +19,7 @@ from batchvlm.engine.sampling import NextTokens, RowSampler
 from batchvlm.engine.slots.clock import Clock
 from batchvlm.engine.slots.memory import MemoryPlan
 from batchvlm.engine.slots.pool import SlotPool
-from batchvlm.engine.slots.rows import Chosen, Row
+from batchvlm.engine.slots.rows import Row, TokensInFlight
 from batchvlm.engine.slots.step_runner import StepRunner
 from batchvlm.engine.stops import not_finite
 from batchvlm.errors import ErrorType
@@ -80,8 +80,8 @@ class Decoding:
         """Most forced tokens of one row in one step."""
         self.rows: list[Row] = []
         """Rows in slots 0 to B - 1, in slot order."""
-        self._in_flight: deque[Chosen] = deque()
-        """Chosen tokens that the host has not read yet."""
+        self._in_flight: deque[TokensInFlight] = deque()
+        """Chosen tokens that the host has not read yet, the oldest first."""
 
     @property
     def is_busy(self) -> bool:
@@ -102,7 +102,7 @@ class Decoding:
     def admit(self, row: Row) -> None:
         """Copy a row's keys and values into the first free slot; the row fails if memory is short.
 
-        Its first token is not chosen before `begin`.
+        Its first token is not chosen before `choose_first_tokens`.
         """
         assert self._pool.cache is not None
         slot = len(self.rows)
@@ -117,13 +117,13 @@ class Decoding:
         self._sampler.admit(slot, row.settings, row.sample.features["input_ids"][0])
         self.rows.append(row)
 
-    def begin(self, first: int) -> None:
+    def choose_first_tokens(self, first: int) -> None:
         """Choose the first token of the rows admitted to slot `first` and after it."""
         if len(self.rows) > first:
             self._choose(first, len(self.rows))
             self._compact()
 
-    def _begin_rows(self, start: int, rows: Sequence[Row]) -> Tensor:
+    def _first_logits(self, start: int, rows: Sequence[Row]) -> Tensor:
         """Set up decoding of rows just admitted; return and release their logits [B, V]."""
         self._runner.admit(start, [row.prefilled.prompt for row in rows])
         logits_BV = torch.stack([row.prefilled.logits_V for row in rows])
@@ -192,7 +192,7 @@ class Decoding:
             mask_BW = self._mask_of(rows)
         try:
             if logits_BV is None:
-                logits_BV = self._begin_rows(start, rows)
+                logits_BV = self._first_logits(start, rows)
             next_tokens = self._sampler.choose(logits_BV, slice(start, stop), mask_BW=mask_BW)
         except Exception as error:
             if not is_oom(error):
@@ -216,15 +216,15 @@ class Decoding:
         """The tokens that the rows' grammars allow next, as bits; None: all are allowed."""
         # The grammars need the previous tokens. On a GPU this step is launched before the wait.
         if any(row.matcher and row.num_chosen for row in rows):
-            for chosen in self._in_flight:
-                chosen.commit()
+            for tokens in self._in_flight:
+                tokens.commit()
         return self._constraints.take([row.matcher for row in rows])
 
     def _add_in_flight(self, start: int, stop: int, next_tokens: NextTokens) -> None:
         """Add chosen tokens to those in flight, and give them to the next step."""
         self._runner.push(start, stop, next_tokens.ids_B)
         rows = self.rows[start:stop]
-        self._in_flight.append(Chosen(rows, next_tokens))
+        self._in_flight.append(TokensInFlight(rows, next_tokens))
         for row in rows:
             row.num_chosen += 1
             # The limit is known before the token is read, so the slot is free at once.
@@ -236,10 +236,10 @@ class Decoding:
         while len(self._in_flight) > num_left:
             self._read(self._in_flight.popleft())
 
-    def _read(self, chosen: Chosen) -> None:
+    def _read(self, tokens: TokensInFlight) -> None:
         """Wait for tokens to reach the host, push them to their rows and end finished rows."""
-        chosen.commit()
-        for row, token, is_finite, logprob in chosen.read():
+        tokens.commit()
+        for row, token, is_finite, logprob in tokens.read():
             if row.is_answered:
                 continue  # a token past the row's end, chosen before the end was known
             self._report(row, token)

@@ -243,7 +243,7 @@ class SlotEngine:
         first = len(self._decoding.rows)
         while self._parked and self._provide_slot(self._parked[0]):
             self._decoding.admit(self._parked.popleft())
-        self._decoding.begin(first)
+        self._decoding.choose_first_tokens(first)
 
     def _provide_slot(self, row: Row) -> bool:
         """Provide a free slot that is long enough for this row; return whether there is one."""

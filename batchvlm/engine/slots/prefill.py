@@ -32,7 +32,7 @@ from batchvlm.engine.slots.waiting import (
     PackOutcome,
     PrefilledRow,
     WaitingRow,
-    cut,
+    divide_prompt,
     find_prefixes,
     num_new_tokens_of,
 )
@@ -385,7 +385,8 @@ class Prefill:
         done = past.length if past else 0
         entries = self.images.entries(row.units) if done == 0 else []
         places = self._decoder.image_places(row.sample)
-        for start, piece_stop, shown in cut(done, stop, self._plan.piece_tokens, places, entries):
+        parts = divide_prompt(done, stop, self._plan.piece_tokens, places, entries)
+        for start, piece_stop, shown in parts:
             piece = self._piece(row, start, piece_stop, past)
             ends = (0,) if piece_stop == num_tokens else ()
             logits_EV, (cache,) = self._forward([piece], shown, ends=ends)

@@ -117,8 +117,13 @@ class ToHost:
         return [tensor.tolist() for tensor in self._tensors]
 
 
-class Chosen:
-    """Chosen tokens in flight to the host, one for each of some rows."""
+class TokensInFlight:
+    """The tokens that one choice of the sampler gave some rows, on their way to the host.
+
+    Args:
+        rows: B rows.
+        next_tokens: the token of each.
+    """
 
     def __init__(self, rows: Sequence[Row], next_tokens: NextTokens) -> None:
         self.rows = rows

@@ -124,7 +124,7 @@ def common_length(rows: Sequence[npt.NDArray[Any]]) -> int:
     return length
 
 
-def cut(
+def divide_prompt(
     start: int,
     stop: int,
     max_tokens: int,
@@ -133,8 +133,15 @@ def cut(
 ) -> Iterator[tuple[int, int, Sequence[Entry]]]:
     """Divide tokens `start` to `stop` of a prompt into pieces of at most `max_tokens`.
 
-    An image's tokens stay in one piece, which may be longer than `max_tokens`. If their positions
-    (`places`) are not known, a prompt with images is not divided.
+    An image's tokens stay in one piece, which may be longer than `max_tokens`.
+
+    Args:
+        start: the first token.
+        stop: the end, exclusive.
+        max_tokens: the longest piece.
+        places: [P], the indices of all image tokens of the prompt; None if they are not known: then
+            a prompt with images is not divided.
+        entries: the images between `start` and `stop`, in order.
 
     Yields:
         Start and end of each piece, and the entries of its images.

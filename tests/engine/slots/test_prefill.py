@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from batchvlm.engine.forward.streams import Streams
 from batchvlm.engine.slots.prefill import Prefill
 from batchvlm.engine.slots.vision import Entry, Unit
-from batchvlm.engine.slots.waiting import WaitingRow, common_length, cut
+from batchvlm.engine.slots.waiting import WaitingRow, common_length, divide_prompt
 
 from ..families import needs_slots
 from ..loaded import ABOUT_NONE, ABOUT_ONE, Loaded, Question
@@ -51,7 +51,7 @@ def test_pieces_are_in_order_and_hold_whole_images(
     is_image, counts = prompt
     entries = [entry(num) for num in counts]
     places = np.flatnonzero(is_image)
-    pieces = list(cut(0, len(is_image), max_tokens, places, entries))
+    pieces = list(divide_prompt(0, len(is_image), max_tokens, places, entries))
     assert [start for start, _, _ in pieces] == [0, *(stop for _, stop, _ in pieces[:-1])]
     assert pieces[-1][1] == len(is_image)
     shown = [one for _, _, here in pieces for one in here]
@@ -67,7 +67,7 @@ def test_pieces_are_in_order_and_hold_whole_images(
 def test_what_is_behind_the_images_is_cut_to_the_budget(
     start: int, num_tokens: int, max_tokens: int
 ) -> None:
-    pieces = list(cut(start, start + num_tokens, max_tokens, np.array([0]), []))
+    pieces = list(divide_prompt(start, start + num_tokens, max_tokens, np.array([0]), []))
     lengths = [stop - begin for begin, stop, _ in pieces]
     assert pieces[0][0] == start and sum(lengths) == num_tokens
     assert all(length == max_tokens for length in lengths[:-1])
@@ -77,7 +77,7 @@ def test_what_is_behind_the_images_is_cut_to_the_budget(
 def test_a_prompt_whose_image_tokens_cannot_be_told_is_notcut() -> None:
     entries = [entry(4)]
     for places in (None, np.arange(3)):
-        assert list(cut(0, 50, 10, places, entries)) == [(0, 50, entries)]
+        assert list(divide_prompt(0, 50, 10, places, entries)) == [(0, 50, entries)]
 
 
 class Encoder:
