@@ -62,6 +62,7 @@ class _PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Stores one layer's keys and values of packed prompts and returns them unchanged."""
 
     packed: KeysValues
+    """[1, K, T, D] each."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass

@@ -45,6 +45,7 @@ class Packed:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
+        """The first token of each row and its end, exclusive."""
         return list(zip(self.bounds, self.bounds[1:], strict=False))
 
     def layer_of(self, index: int, key: Tensor) -> int:

@@ -76,7 +76,6 @@ class SlotEngine:
         self._eos_ids = frozenset(eos_ids)
         self._suppress_ids = tuple(suppress_ids)
         self._choices = choices
-        self._device: torch.device = model.device
         if is_half_on_gpu(model):
             align(model)
         self._decoder = Decoder(
@@ -87,9 +86,9 @@ class SlotEngine:
         self._canary = Canary(
             model, self._decoder, is_on=cfg.canary, is_scoring=choices is not None
         )
-        self._clock = Clock(self._device, self.stats)
+        self._clock = Clock(model.device, self.stats)
         self._streams = open_streams(model, cfg)
-        self._plan = MemoryPlan(cfg, self._device)
+        self._plan = MemoryPlan(cfg, model.device)
         self._pool = SlotPool(self._plan, self._decoder)
         self._cfg = cfg
         self._ready: deque[Outcome] = deque()
@@ -106,7 +105,7 @@ class SlotEngine:
             on_end=self._ready.append,
         )
         # On a GPU a step is launched before the host reads the tokens of the previous one.
-        self._lag = 1 if self._device.type == "cuda" else 0
+        self._lag = 1 if model.device.type == "cuda" else 0
         self._begin()
 
     @property
