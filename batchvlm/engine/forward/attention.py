@@ -311,7 +311,7 @@ def is_ungrouped_faster(num_groups: int, size: int, dtype: torch.dtype) -> bool:
         return trial.fastest(ways) == 1
 
 
-def choose_ways(num_heads: int, num_keys: int, size: int, dtype: torch.dtype) -> None:
+def run_trials(num_heads: int, num_keys: int, size: int, dtype: torch.dtype) -> None:
     """Time the ways to attend on a CPU, before other work on it could disturb the trial."""
     is_ungrouped_faster(num_heads // num_keys, size, dtype)
     cpu_attention.are_faster_for_prompts(num_heads, num_keys, size, dtype)

@@ -112,7 +112,7 @@ class Decoder:
         kinds = sorted(set(layers))
         if self.device.type == "cpu":
             for heads in kinds:
-                attention.choose_ways(*heads[:3], model.dtype)
+                attention.run_trials(*heads[:3], model.dtype)
         like = torch.empty(0, dtype=model.dtype, device=self.device)
         self.is_varlen = not has_cap and all(
             flash.is_able(like.new_empty(0, heads.size)) for heads in kinds

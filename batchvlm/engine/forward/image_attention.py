@@ -31,7 +31,7 @@ from batchvlm.engine.forward import cpu_attention, flash
 NAME = "batchvlm_flash_images"
 """The implementation on a GPU: transformers looks for "flash" in the name."""
 
-NAME_IN_HALF = "batchvlm_images"
+NAME_ON_CPU = "batchvlm_images"
 """The implementation on a CPU, whose name must not contain "flash"."""
 
 _WITHOUT_GRID = frozenset({"pixtral"})
@@ -120,7 +120,7 @@ def attention(
     return out_THD[None], None
 
 
-def attention_in_half(
+def attention_on_cpu(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -129,7 +129,7 @@ def attention_in_half(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend on a CPU, in half precision; the signature is that of `attention`.
+    """Attend on a CPU, by products where these are faster; the signature is that of `attention`.
 
     Args:
         module: the layer's attention module.
@@ -172,10 +172,10 @@ def encoder_configs(model: Any) -> tuple[str, list[Any]]:
         is_packed = "image_grid_thw" in parameters or config.model_type in _WITHOUT_GRID
         return NAME, own if is_packed else []
     is_replaceable = model.device.type == "cpu" and config._attn_implementation == "sdpa"
-    return NAME_IN_HALF, own if is_replaceable else []
+    return NAME_ON_CPU, own if is_replaceable else []
 
 
-def choose_way(configs: list[Any], dtype: torch.dtype) -> None:
+def run_trials(configs: list[Any], dtype: torch.dtype) -> None:
     """Time products against torch's attention on a CPU, before other work could disturb the trial.
 
     Encoders whose configs name their heads otherwise run the trial at their first image.
@@ -203,5 +203,5 @@ def attending(name: str, configs: list[Any]) -> Iterator[None]:
 
 
 AttentionInterface.register(NAME, attention)
-AttentionInterface.register(NAME_IN_HALF, attention_in_half)
-AttentionMaskInterface.register(NAME_IN_HALF, sdpa_mask)
+AttentionInterface.register(NAME_ON_CPU, attention_on_cpu)
+AttentionMaskInterface.register(NAME_ON_CPU, sdpa_mask)

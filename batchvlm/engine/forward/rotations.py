@@ -77,10 +77,10 @@ class Rotations:
         if model.device.type != "cpu":
             return
         for file in {type(module).__module__ for module in model.modules()}:
-            for name, (form, shape, angles) in _KINDS.items():
+            for name, (make, shape, angles) in _KINDS.items():
                 original = getattr(sys.modules[file], name, None)
-                if original is not None and _are_same(original, form(original), shape, angles):
-                    self._replaced.append((sys.modules[file], name, original, form(original)))
+                if original is not None and _are_same(original, make(original), shape, angles):
+                    self._replaced.append((sys.modules[file], name, original, make(original)))
 
     @contextmanager
     def replaced(self) -> Iterator[None]:

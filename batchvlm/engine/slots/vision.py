@@ -141,8 +141,8 @@ class ImageFeatures:
         """The encoder, if its tensors derived from patch grids are computed on the host."""
         self._is_checked = False
         self._attention = name, configs = image_attention.encoder_configs(model)
-        if name == image_attention.NAME_IN_HALF:
-            image_attention.choose_way(configs, model.dtype)
+        if name == image_attention.NAME_ON_CPU:
+            image_attention.run_trials(configs, model.dtype)
         self.stats = stats
         self._is_shared = is_shared
         self._users: dict[str, int] = {}
