@@ -215,6 +215,7 @@ class SlotEngine:
                 self._park(prefilled)
 
     def _park(self, prefilled: PrefilledRow) -> None:
+        """Let a prefilled row wait for a slot; it fails if its grammar cannot be made."""
         sample = prefilled.sample
         try:
             matcher = self._constraints.begin(sample)

@@ -234,6 +234,7 @@ class Prefill:
     def _compute_packs(
         self, packs: Sequence[Sequence[WaitingRow]], *, is_alone: bool
     ) -> Iterator[PackOutcome]:
+        """Prefill packs, several at once; rows without all of their images fail or wait."""
         able: list[list[WaitingRow]] = []
         for pack in packs:
             able.append([])
@@ -249,7 +250,7 @@ class Prefill:
         with self._clock.measure("prefill_s"):
             # One by one: the first pack that needs a shared prefix computes it.
             outcomes: Iterable[list[PrefilledRow] | Failure] = map(self._try_compute, able)
-            if len(able) > 1 and self._compute_shared_prefixes(list(chain.from_iterable(able))):
+            if len(able) > 1 and self._try_compute_prefixes(list(chain.from_iterable(able))):
                 outcomes = list(self._streams.map(self._try_compute, able, again=_is_oom))
                 is_alone &= all(isinstance(outcome, Failure) for outcome in outcomes)
             for rows, outcome in zip(able, outcomes, strict=True):
@@ -321,6 +322,7 @@ class Prefill:
         return None
 
     def _compute(self, rows: Sequence[WaitingRow]) -> list[PrefilledRow]:
+        """Prefill a pack in one forward, after its shared prefixes; a single row in pieces."""
         start_s = time.perf_counter()
         prompts = [self._prompt(row) for row in rows]
         self._compute_prefixes(rows)
@@ -340,7 +342,7 @@ class Prefill:
             for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
         ]
 
-    def _compute_shared_prefixes(self, rows: Sequence[WaitingRow]) -> bool:
+    def _try_compute_prefixes(self, rows: Sequence[WaitingRow]) -> bool:
         """Compute the shared prefixes of several packs before the packs; return whether all are."""
         try:
             for row in rows:
