@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from batchvlm.errors import ErrorType
+from batchvlm.errors import ErrorType, RowError
 
 Array = npt.NDArray[Any]
 
@@ -87,6 +87,11 @@ class Failure:
 
     error_type: ErrorType
     message: str
+
+    @classmethod
+    def of(cls, error: RowError) -> Failure:
+        """Return the failure of the row that raised the error."""
+        return cls(error_type=error.error_type, message=error.message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,15 +71,15 @@ class TokenCounter:
 
     def count(self, record: Record) -> RowCount:
         """Count one row. Never raises on a row."""
-        try:
-            if record.failure is not None:
-                raise RowError(record.failure.error_type, record.failure.message)
-            return self._count(record)
-        except RowError as error:
-            failure = Failure(error_type=error.error_type, message=error.message)
-        # A processor can raise any error for an unusual size.
-        except Exception as error:
-            failure = Failure(error_type=ErrorType.PREPROCESS, message=described(error))
+        failure = record.failure
+        if failure is None:
+            try:
+                return self._count(record)
+            except RowError as error:
+                failure = Failure.of(error)
+            # A processor can raise any error for an unusual size.
+            except Exception as error:
+                failure = Failure(error_type=ErrorType.PREPROCESS, message=described(error))
         return RowCount(row_index=record.row_index, id=record.id, failure=failure)
 
     def _count(self, record: Record) -> RowCount:

@@ -173,7 +173,7 @@ class GenerateEngine:
             with torch.no_grad(), torch.inference_mode(is_inference):
                 outcomes = self._outcomes(samples)
         except RowError as error:
-            failure = Failure(error_type=error.error_type, message=error.message)
+            failure = Failure.of(error)
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except BatchvlmError:

@@ -191,7 +191,7 @@ class Fetcher:
         try:
             data = await self._state.client.fetch(address, row.gate)
         except RowError as error:
-            return Failure(error_type=error.error_type, message=error.message)
+            return Failure.of(error)
         except Exception as error:  # a malformed response can make the client raise anything
             message = f"the image could not be fetched: {type(error).__name__}"
             return Failure(error_type=ErrorType.FETCH, message=message)

@@ -107,7 +107,7 @@ class Preprocessor:
                 return _request(prompt, pictures, self._spec.sent_as)
             return self._processed(prompt, pictures)
         except RowError as error:
-            return Failure(error_type=error.error_type, message=error.message)
+            return Failure.of(error)
         # A processor may raise any exception on an unusual image.
         except Exception as error:
             return Failure(error_type=ErrorType.PREPROCESS, message=described(error))

@@ -220,8 +220,7 @@ class SlotEngine:
         try:
             matcher = self._constraints.begin(sample)
         except RowError as error:
-            failure = Failure(error_type=error.error_type, message=error.message)
-            self._ready.append((sample, failure))
+            self._ready.append((sample, Failure.of(error)))
             return
         stop = RowStop(
             sample.generation,

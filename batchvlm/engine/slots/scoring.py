@@ -100,8 +100,7 @@ class Scoring:
             try:
                 choices = self._choices.of(prefilled.sample)
             except RowError as error:
-                failure = Failure(error_type=error.error_type, message=error.message)
-                self._failed.append((prefilled.sample, failure))
+                self._failed.append((prefilled.sample, Failure.of(error)))
                 continue
             num = len(choices.texts)
             row = _Row(prefilled, choices, logprobs=[[] for _ in range(num)], num_left=num)
