@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +26,6 @@ log = logging.getLogger(__name__)
 _MAX_ASIDE = 256
 """Most samples that wait for their grammars while others overtake them."""
 _POLL_S = 0.01
-
-
-@runtime_checkable
-class _SampleStream(Protocol):
-    def __iter__(self) -> Iterator[Sample]: ...
-
-    def is_ready(self) -> bool: ...
 
 
 class Constraints:
@@ -182,9 +175,8 @@ class _Stream:
         compile: Callable[[Sample], Future[Compiled] | None],
     ) -> None:
         self._samples = iter(samples)
-        self._is_source_ready: Callable[[], bool] = (
-            samples.is_ready if isinstance(samples, _SampleStream) else lambda: True
-        )
+        # A stream that does not say whether it is ready is taken to be always ready.
+        self._is_source_ready: Callable[[], bool] = getattr(samples, "is_ready", lambda: True)
         self._compile = compile
         self._ready: deque[Sample] = deque()
         self._aside: list[tuple[Sample, Future[Compiled]]] = []
