@@ -12,8 +12,7 @@ from batchvlm.errors import InputError
 from batchvlm.pipeline.job import Job
 from batchvlm.preprocess.preprocessor import Preprocessor
 from batchvlm.records import Completion, Record, Sample
-from batchvlm.runtime.launch import find_launch
-from batchvlm.runtime.ranks import find_rank
+from batchvlm.runtime.ranks import find_device
 
 _WARM_UP_ROWS = 4
 _FIRST_ROWS = 16
@@ -61,9 +60,7 @@ def calibrate(job: Job, records: Sequence[Record], *, engine: Engine | None = No
     """
     preprocessor = Preprocessor(job.preprocess_spec())
     start_s = time.perf_counter()
-    engine = engine or open_engine(
-        job.cfg, device=find_rank(find_launch(), job.cfg.engine, job.cfg.runtime).device
-    )
+    engine = engine or open_engine(job.cfg, device=find_device(job.cfg))
     load_s = time.perf_counter() - start_s
     num_rows = _FIRST_ROWS
     # Shuffled, so that the rows of a trial are from the whole input.

@@ -22,8 +22,7 @@ from batchvlm.model.quantization import (
     quantization_config,
     quantized_bytes,
 )
-from batchvlm.runtime.launch import find_launch
-from batchvlm.runtime.ranks import find_rank
+from batchvlm.runtime.ranks import find_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ def estimate_footprint(cfg: JobConfig, *, row_tokens: int) -> Footprint:
         ConfigError: `engine.device` names a device that does not exist.
     """
     model = load_skeleton(cfg.model)
-    device = torch.device(find_rank(find_launch(), cfg.engine, cfg.runtime).device)
+    device = torch.device(find_device(cfg))
     weight_bytes = _weight_bytes(model, cfg.model)
     name, reason = name_engine(model, cfg, device=device)
     # In a model of several dtypes, keys and values have that of the language model.

@@ -22,8 +22,7 @@ from batchvlm.pipeline.job import Job
 from batchvlm.preprocess.images import at_hand, load_image
 from batchvlm.preprocess.preprocessor import Preprocessor
 from batchvlm.records import Completion, Failure, Record, Sample
-from batchvlm.runtime.launch import find_launch
-from batchvlm.runtime.ranks import find_rank
+from batchvlm.runtime.ranks import find_device
 from batchvlm.words import printable
 
 _MAX_SCORES = 10
@@ -52,9 +51,7 @@ def preview(
     records = draw_random(job, num_rows, seed=seed)
     preprocessor = Preprocessor(job.preprocess_spec())
     tokenizer = load_processor(job.cfg.model).tokenizer
-    engine = engine or open_engine(
-        job.cfg, device=find_rank(find_launch(), job.cfg.engine, job.cfg.runtime).device
-    )
+    engine = engine or open_engine(job.cfg, device=find_device(job.cfg))
     for place, record in enumerate(records, start=1):
         print(f"\n--- {place} of {len(records)}: row {record.row_index}, {printable(record.id)}")
         if with_images and sys.stdout.isatty():

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batchvlm.config import EngineConfig, ModelConfig, RuntimeConfig
+from batchvlm.config import EngineConfig, JobConfig, ModelConfig, RuntimeConfig
 from batchvlm.errors import ConfigError
 from batchvlm.records import Shard
-from batchvlm.runtime.launch import Launch, num_allocated_gpus
+from batchvlm.runtime.launch import Launch, find_launch, num_allocated_gpus
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,15 @@ def find_rank(
             hint="leave it out",
         )
     return Rank(index=launch.rank, world_size=launch.world_size, device=device, num_gpus=num_gpus)
+
+
+def find_device(cfg: JobConfig) -> str:
+    """Select the device for a model that this process does not share with others.
+
+    Raises:
+        ConfigError: as `find_rank`.
+    """
+    return find_rank(find_launch(), cfg.engine, cfg.runtime).device
 
 
 def _is_one_of_several(launch: Launch, model: ModelConfig) -> bool:
