@@ -78,7 +78,8 @@ class Disk:
     def names(self, folder: Path) -> list[str]:
         try:
             return sorted(os.listdir(folder))
-        except FileNotFoundError:
+        except OSError as error:
+            _raise_unless_gone(error)
             return []
 
     def below(self, folder: Path) -> list[tuple[Path, float]]:
@@ -166,7 +167,7 @@ class Disk:
 
 
 def _raise_unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
+    if not is_gone(error):
         raise error
 
 
@@ -219,6 +220,15 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether a file or folder does not exist, or was removed or replaced while it was read.
+
+    A network file system reports the latter if another machine did it.
+    """
+    is_stale = isinstance(error, OSError) and error.errno == errno.ESTALE
+    return is_stale or isinstance(error, FileNotFoundError)
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from batchvlm.config import RetryConfig
 from batchvlm.errors import FingerprintError, OutputError
+from batchvlm.output.disk import is_gone
 from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.run_file import RunFile
 from batchvlm.output.segments import FINGERPRINT_KEY, SHARD_KEY, column_statistics
@@ -92,9 +93,9 @@ def _look(folder: OutputFolder, plan: Sequence[Shard], fingerprint: str, part: P
             if not _has_errors(parquet.metadata):
                 return Counter()
             table = parquet.read(columns=["row_index", "error_type", "attempts"])
-    except FileNotFoundError:
-        return Counter()  # `compact` has just replaced it
     except (OSError, pa.ArrowException) as error:
+        if is_gone(error):
+            return Counter()  # `compact` or a retry has just replaced it
         raise folder.damaged(part.path, error) from error
     table = table.filter(pc.is_valid(table["error_type"]))
     outcomes = (table[name].to_pylist() for name in ("error_type", "attempts"))

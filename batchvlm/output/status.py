@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchvlm.errors import OutputError
+from batchvlm.output.disk import is_gone
 from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.verify import open_run
 
@@ -91,10 +92,9 @@ def status(folder: OutputFolder, *, now_s: Callable[[], float] = time.time) -> J
     for part in parts:
         try:
             errors.update(kind for _, kind, _ in _read_outcomes(folder, part.path))
-        except FileNotFoundError:
-            continue  # `compact` has just replaced it
-        except (OSError, pa.ArrowException):
-            damaged.append(part)
+        except (OSError, pa.ArrowException) as error:
+            if not is_gone(error):  # `compact` or a retry has just replaced it
+                damaged.append(part)
     whole = [part for part in parts if part not in damaged]
     finished = {index for part in whole for index in part.shards}
     in_parts = sum(run.plan[index].num_rows for index in finished)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from batchvlm.config import RetryConfig
 from batchvlm.errors import OutputError
-from batchvlm.output.disk import new_attempt
+from batchvlm.output.disk import is_gone, new_attempt
 from batchvlm.output.folder import OutputFolder, Part
 from batchvlm.output.schema import Provenance, to_table
 from batchvlm.output.segments import (
@@ -363,9 +363,9 @@ def _find_part(folder: OutputFolder, index: int, num_shards: int, fingerprint: s
     try:
         with folder.open(part.path) as file:
             marks = pq.ParquetFile(file).schema_arrow.metadata or {}
-    except FileNotFoundError:
-        return part  # `compact` has just replaced it
     except (OSError, pa.ArrowException) as error:
+        if is_gone(error):
+            return part  # `compact` or a retry has just replaced it
         raise folder.damaged(part.path, error) from error
     if marks.get(FINGERPRINT_KEY) != fingerprint.encode():
         # The run that was overwritten wrote it late, on a file system without locks.
