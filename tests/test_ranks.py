@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from batchvlm.errors import BatchvlmError, ExitCode, UnfinishedError
-from batchvlm.pipeline import pipeline
+from batchvlm.pipeline import work
 from batchvlm.records import Completion, Failure, Sample
 from batchvlm.runtime.walltime import Deadline
 from tests.conftest import picture
@@ -26,7 +26,7 @@ def test_near_the_end_of_the_allocation_no_row_is_begun(
     end_s = 2_000_000_000
     now_s = float(end_s - 1000)
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(end_s))
-    monkeypatch.setattr(pipeline, "Deadline", partial(Deadline, clock=lambda: now_s))
+    monkeypatch.setattr(work, "Deadline", partial(Deadline, clock=lambda: now_s))
 
     class Slow(FakeEngine):
         def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:

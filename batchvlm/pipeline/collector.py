@@ -34,7 +34,6 @@ from batchvlm.records import (
 from batchvlm.runtime.launch import this_place
 from batchvlm.runtime.metrics import Metrics
 from batchvlm.runtime.progress import Progress
-from batchvlm.runtime.ranks import Rank
 from batchvlm.runtime.signals import interrupted_at_s
 from batchvlm.words import number_of
 
@@ -67,17 +66,18 @@ class Collector:
     that would wait in memory for a long batch. A lock serializes them.
 
     Args:
-        beat: called whenever the run makes progress, from `start` on.
+        metrics: counts the rows.
+        rank: names this process's metrics file.
+        turns: takes rows that have another turn; None unless the task is a dialog.
     """
 
-    def __init__(self, job: Job, metrics: Metrics, rank: Rank, *, beat: Callable[[], None]) -> None:
-        self.job = job
-        self.metrics = metrics
-        self.rank = rank
-        self.turns: Turns | None = None
-        """Takes rows that have another turn; None unless the task is a dialog."""
-        self._beat = beat
+    def __init__(self, job: Job, metrics: Metrics, rank: int, turns: Turns | None) -> None:
+        self._job = job
+        self._metrics = metrics
+        self._rank = rank
+        self._turns = turns
         self._progress: Progress | None = None
+        self._beat: Callable[[], None] = lambda: None
         self._lock = threading.RLock()
         self._provenance = Provenance(
             model=model_name(job.cfg.model),
@@ -92,9 +92,13 @@ class Collector:
             job.cfg.retry.invalid_json, max_bytes=job.cfg.batching.max_window_bytes
         )
 
-    def start(self, progress: Progress) -> None:
-        """Begin to report progress, once the model is loaded, however long that took."""
-        self._progress = progress
+    def start(self, progress: Progress, beat: Callable[[], None]) -> None:
+        """Begin to report progress, once the model is loaded, however long that took.
+
+        Args:
+            beat: tells the watchdog.
+        """
+        self._progress, self._beat = progress, beat
         self._beat()
 
     def advance(self) -> None:
@@ -110,35 +114,34 @@ class Collector:
             Offsets of the shard's rows that an earlier run has finished.
         """
         writer = ShardWriter(
-            self.job.folder,
+            self._job.folder,
             shard,
-            len(self.job.run.plan),
-            self.job.schema,
+            len(self._job.run.plan),
+            self._job.schema,
             self._provenance,
-            flush_every_s=self.job.cfg.output.flush_every_s,
-            flush_every_rows=self.job.cfg.output.flush_every_rows,
-            retry=self.job.cfg.retry,
+            flush_every_s=self._job.cfg.output.flush_every_s,
+            flush_every_rows=self._job.cfg.output.flush_every_rows,
+            retry=self._job.cfg.retry,
         )
         with self._lock:
             self._missing[shard.index] = shard.num_rows - len(writer.finished_rows)
-            self.metrics.num_found += len(writer.finished_rows)
-            self.metrics.found_errors.update(writer.found_errors)
+            self._metrics.num_found += len(writer.finished_rows)
+            self._metrics.found_errors.update(writer.found_errors)
             self._writers[shard.index] = writer
-        if self._progress is not None:
-            self._beat()
+        self._beat()
         return writer.finished_rows
 
     def take(self, prepared: Iterable[Prepared]) -> Iterator[Sample]:
         """Pass samples on to the engine; write the rows that have failed already."""
         for item in prepared:
             if isinstance(item.outcome, Failure):
-                self.metrics.count_prepared(0, is_again=bool(item.record.answers))
+                self._metrics.count_prepared(0, is_again=bool(item.record.answers))
                 self._write(_result(item.record, item.outcome))
             else:
                 # Only the engine holds the pixels, and no longer than it needs them.
                 sample = item.outcome.without_images()
                 is_again = bool(item.record.answers)
-                self.metrics.count_prepared(sample.prompt_tokens, is_again=is_again)
+                self._metrics.count_prepared(sample.prompt_tokens, is_again=is_again)
                 self._retries.keep(item.outcome)
                 self._under_way[item.record.row_index] = (item.record, sample)
                 yield item.outcome
@@ -155,8 +158,8 @@ class Collector:
         if sample.turns_left and isinstance(outcome, Completion):
             del self._under_way[row_index]
             self._retries.forget(row_index)
-            assert self.turns is not None
-            self.turns.requeue(replace(record, answers=(*record.answers, outcome)))
+            assert self._turns is not None
+            self._turns.requeue(replace(record, answers=(*record.answers, outcome)))
             self._beat()
             return
         if isinstance(outcome, Failure):
@@ -179,7 +182,6 @@ class Collector:
             lost = Failure(error_type=ErrorType.ENGINE, message="the engine gave no answer")
             self.finish(row_index, lost)
         self.close()
-        self._update_parts()
         if self._missing:
             index, num_missing = next(iter(self._missing.items()))
             were = "was" if num_missing == 1 else "were"
@@ -226,24 +228,24 @@ class Collector:
             "run_id": self._provenance.run_id,
             "is_over": is_over,
             "where": this_place(),
-            "flush_every_s": self.job.cfg.output.flush_every_s,
+            "flush_every_s": self._job.cfg.output.flush_every_s,
         }
-        text = json.dumps(head | self.metrics.as_dict(), indent=2)
+        text = json.dumps(head | self._metrics.as_dict(), indent=2)
         path = self._metrics_file("json")
-        self.job.folder.commit_file(lambda file: file.write(text.encode()), path)
+        self._job.folder.commit_file(lambda file: file.write(text.encode()), path)
 
     def append_metrics(self, line: bytes) -> None:
         """Append a line to this process's time line in the output folder."""
-        self.job.folder.append_line(self._metrics_file("jsonl"), line)
+        self._job.folder.append_line(self._metrics_file("jsonl"), line)
 
     def _metrics_file(self, suffix: str) -> Path:
-        task = f"task-{self.job.cfg.runtime.task_id:05d}-rank-{self.rank.index:03d}"
-        return self.job.folder.metrics / f"{task}-{self._provenance.run_id}.{suffix}"
+        task = f"task-{self._job.cfg.runtime.task_id:05d}-rank-{self._rank:03d}"
+        return self._job.folder.metrics / f"{task}-{self._provenance.run_id}.{suffix}"
 
     def _cut_off(self, sample: Sample, completion: Completion) -> Failure:
         """The failure of an answer that was cut off, with the limit to raise."""
         where = "" if completion.num_tokens is None else f" at {completion.num_tokens:,} tokens"
-        column = self.job.cfg.generation.columns.max_new_tokens
+        column = self._job.cfg.generation.columns.max_new_tokens
         if sample.room is not None and sample.generation.max_new_tokens >= sample.room:
             hint = "no more fits behind its prompt; shorten the prompt, or use smaller images"
         elif column is not None:
@@ -257,7 +259,7 @@ class Collector:
 
     def _answered(self, record: Record, sample: Sample, completion: Completion) -> Result:
         # If there are several answers, the task reads the first; tokens of all are counted.
-        reading = self.job.task.read(
+        reading = self._job.task.read(
             completion.text, json_schema=sample.json_schema, choices=sample.choices
         )
         if reading.is_unfinished and completion.finish_reason is FinishReason.LENGTH:
@@ -265,7 +267,7 @@ class Collector:
         parsed: Any = None
         if reading.parsed is not None:
             try:
-                parsed = self.job.parsed.fit(reading.parsed)
+                parsed = self._job.parsed.fit(reading.parsed)
             except UnfitError as error:
                 failure = Failure(error_type=ErrorType.INVALID_JSON, message=str(error))
                 reading = replace(reading, failure=failure)
@@ -290,21 +292,21 @@ class Collector:
         )
 
     def _write(self, result: Result) -> None:
-        index = shard_of(self.job.run.plan, result.row_index).index
+        index = shard_of(self._job.run.plan, result.row_index).index
         with self._lock:
             attempts = self._writers[index].attempts.get(result.row, 1) + result.attempts - 1
             self._writers[index].add(replace(result, attempts=attempts))
-            self.metrics.count_result(result)
+            self._metrics.count_result(result)
             self._missing[index] -= 1
             if self._missing[index] == 0:
                 self._commit(index)
-        if self.turns is not None:
-            self.turns.end()
+        if self._turns is not None:
+            self._turns.end()
         self.advance()
         self._check_error_rate()
 
     def _check_error_rate(self) -> None:
-        metrics, limits = self.metrics, self.job.cfg.runtime
+        metrics, limits = self._metrics, self._job.cfg.runtime
         # Rows under way count as seen. Preparation errors come long before the answers of the same
         # window, and would otherwise look like its error rate.
         num_seen = metrics.num_rows + len(self._under_way)
@@ -331,7 +333,7 @@ class Collector:
 
     def _update_parts(self) -> None:
         """Rewrite merged parts, each once for all of its shards that were answered again."""
-        job = self.job
+        job = self._job
         if self._waiting:
             num_shards = number_of(len(self._waiting), "shard")
             log.info("putting the new answers of %s into merged parts", num_shards)

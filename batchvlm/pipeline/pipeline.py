@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from batchvlm.config import JobConfig, TaskName
+from batchvlm.config import JobConfig
 from batchvlm.engine import Engine, open_engine
 from batchvlm.errors import UnfinishedError
 from batchvlm.identity import model_name
@@ -26,10 +26,11 @@ from batchvlm.output.run_file import save_run
 from batchvlm.pipeline.collector import Collector, Prepared
 from batchvlm.pipeline.job import Job, announce_overwriting, open_job
 from batchvlm.pipeline.turns import Turns
-from batchvlm.records import Completion, Failure, Record, Sample, Shard
+from batchvlm.pipeline.work import Work
+from batchvlm.records import Completion, Failure, Record, Sample
 from batchvlm.report.card import complete_card, write_finished_card, write_first_card
 from batchvlm.report.redact import redact_all
-from batchvlm.runtime.claims import HEARTBEAT_EVERY_S, Peers, claim_shards
+from batchvlm.runtime.claims import HEARTBEAT_EVERY_S
 from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.metrics import Metrics, TimeLine
 from batchvlm.runtime.prefetch import Prefetcher
@@ -37,7 +38,6 @@ from batchvlm.runtime.progress import Progress
 from batchvlm.runtime.ranks import Rank, find_rank, memory_of, shards_of_task
 from batchvlm.runtime.replicas import Followers, find_replica
 from batchvlm.runtime.trackers import Place, Trackers, prepare_trackers
-from batchvlm.runtime.walltime import Deadline
 from batchvlm.runtime.watchdog import Ticker, Watchdog
 from batchvlm.runtime.workers import WorkerPool, default_num_workers
 from batchvlm.settings.compose import to_plain
@@ -84,7 +84,6 @@ def run_job(cfg: JobConfig, *, engine: Engine | None = None) -> Summary:
 
 def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None) -> Summary:
     job = open_job(cfg)
-    cfg = job.cfg
     if job.is_overwriting:
         announce_overwriting(job)
     mine = shards_of_task(job.run.plan, cfg.runtime)
@@ -105,7 +104,11 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
     if todo:
         if not job.is_overwriting:
             check_parsed_type(job.folder, job.run, job.schema, finished)
-        if _compute_shards(job, mine, todo, metrics, engine, followers):
+        work = Work(
+            job=job, mine=mine, todo=todo, metrics=metrics, engine=engine, followers=followers
+        )
+        _compute_shards(work)
+        if work.peers is not None:
             num_mine = metrics.num_found + metrics.num_rows
     else:
         complete_card(job.folder)
@@ -121,92 +124,28 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
     )
 
 
-@dataclass(kw_only=True)
-class _Work:
-    """The shards to compute, the ranks that share them, and the deadline."""
-
-    mine: Sequence[Shard]
-    """The task's shards, the same on all of its ranks."""
-    todo: Sequence[Shard]
-    """The shards of these that were not finished at the start."""
-    peers: Peers | None
-    deadline: Deadline
-    followers: Followers | None
-    """The processes that hold the other parts of the model; None if this process holds all."""
-    num_read: int = 0
-    """Rows read from the source."""
-    num_taken: int = 0
-    """Rows that the engine took, or that failed before it."""
-
-    def shards(self) -> Iterator[Shard | None]:
-        """Claim and yield shards for this rank until there is no time to begin another.
-
-        Yields None as long as it is too early to claim the next shard. A rank that claims far ahead
-        leaves nothing to ranks that start later, so it waits until the engine has taken half of the
-        rows of its latest shard.
-        """
-        todo = {shard.index for shard in self.todo}
-        shards = claim_shards(self.mine, lambda shard: shard.index in todo, self.peers)
-        enough = 0
-        while True:
-            if self.peers is not None and self.num_read - self.num_taken > enough:
-                yield None
-                continue
-            shard = next(shards, None)
-            if shard is None or self.deadline.is_near():
-                return
-            enough = shard.num_rows // 2
-            yield shard
-
-    def take(self, items: Iterable[Prepared]) -> Iterator[Prepared]:
-        """Pass rows on to the engine until there is no time to begin another."""
-        for item in items:
-            if self.deadline.is_near():
-                return
-            self.num_taken += 1
-            yield item
-
-
-def _compute_shards(
-    job: Job,
-    mine: Sequence[Shard],
-    todo: Sequence[Shard],
-    metrics: Metrics,
-    engine: Engine | None,
-    followers: Followers | None,
-) -> bool:
-    """Compute the task's unfinished shards, or this rank's share of them.
-
-    Returns:
-        Whether the shards are shared with other ranks.
-    """
-    cfg = job.cfg
-    deadline = Deadline(cfg.runtime.walltime_margin_s)
-    if deadline.is_near():
+def _compute_shards(work: Work) -> None:
+    """Compute the task's unfinished shards, or this process's share of them."""
+    job, cfg, launch = work.job, work.job.cfg, work.launch
+    if work.deadline.is_near():
         raise _time_is_up(cfg)
-    watchdog = Watchdog(stall_timeout_s=cfg.runtime.stall_timeout_s, grace_s=cfg.runtime.grace_s)
+    if launch.rank == 0:
+        num_rows = sum(shard.num_rows for shard in work.mine)
+        work.metrics.num_found = num_rows - sum(shard.num_rows for shard in work.todo)
+    collector = Collector(job, work.metrics, launch.rank, work.turns)
+    watchdog = Watchdog(
+        stall_timeout_s=cfg.runtime.stall_timeout_s,
+        grace_s=cfg.runtime.grace_s,
+        flush=collector.flush,
+    )
     # The watchdog is closed last, so that it also ends a shutdown that hangs. The pool's workers
     # import their libraries while this process loads torch and the model.
     with watchdog, _open_pool(job) as pool:
-        launch = find_launch()
-        rank = find_rank(launch, cfg.engine, cfg.runtime, cfg.model)
-        if followers is not None:
-            followers.on_loss = watchdog.end
-            launch = followers.replica.leaders
-            rank = replace(rank, index=launch.rank, world_size=launch.world_size)
-        connect = None if followers is None else followers.replica.open_store
-        peers = Peers(launch, job.key, connect=connect) if rank.world_size > 1 else None
-        if rank.index == 0:
-            num_rows = sum(shard.num_rows for shard in mine)
-            metrics.num_found = num_rows - sum(shard.num_rows for shard in todo)
-        work = _Work(mine=mine, todo=todo, peers=peers, deadline=deadline, followers=followers)
-        collector = Collector(job, metrics, rank, beat=watchdog.beat)
-        watchdog.flush = collector.flush
-        _run_stages(collector, work, pool, engine)
-        if peers is not None:
-            _check_complete(job, mine, peers)
+        if work.followers is not None:
+            work.followers.on_loss = watchdog.end
+        _run_stages(work, collector, pool, watchdog.beat)
+        _check_complete(work)
         write_finished_card(job.folder)
-    return peers is not None
 
 
 def _time_is_up(cfg: JobConfig) -> UnfinishedError:
@@ -217,45 +156,49 @@ def _time_is_up(cfg: JobConfig) -> UnfinishedError:
     )
 
 
-def _check_complete(job: Job, mine: Sequence[Shard], peers: Peers) -> None:
+def _check_complete(work: Work) -> None:
     """Check, if the store is lost and with it what other ranks have claimed, that no shard is left.
 
     Raises:
         UnfinishedError: shards are unfinished; other ranks or the next run compute them.
     """
-    if peers.is_lost:
+    if work.peers is not None and work.peers.is_lost:
         # A job that overwrites has replaced the old run by now.
-        finished = replace(job, is_overwriting=False).finished_shards(mine)
-        if num_left := sum(shard.index not in finished for shard in mine):
+        finished = replace(work.job, is_overwriting=False).finished_shards(work.mine)
+        if num_left := sum(shard.index not in finished for shard in work.mine):
             raise UnfinishedError(
                 f"rank 0 was lost, and {num_left} shards are not finished yet",
                 hint="run the same command again once the other ranks have ended",
             )
 
 
-def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Engine | None) -> None:
+def _run_stages(
+    work: Work, collector: Collector, pool: WorkerPool, beat: Callable[[], None]
+) -> None:
     """Run the rows of the shards through all stages, from the source to the writer."""
-    job, rank, metrics = collector.job, collector.rank, collector.metrics
-    cfg, peers, deadline = job.cfg, work.peers, work.deadline
+    job, metrics, peers = work.job, work.metrics, work.peers
+    cfg = job.cfg
+    rank = find_rank(find_launch(), cfg.engine, cfg.runtime, cfg.model)
     num_todo = sum(shard.num_rows for shard in work.todo)
-    name = model_name(cfg.model)
     todo = f"{number_of(num_todo, 'row')} in {number_of(len(work.todo), 'shard')}"
-    log.info("%s; loading %s on %s", todo, name, rank.device)
+    log.info("%s; loading %s on %s", todo, model_name(cfg.model), rank.device)
     start = time.perf_counter()
     with ExitStack() as stack:
         if peers is not None:
             stack.enter_context(peers.exchange(metrics))
+        engine = work.engine
         if job.is_overwriting:
             # Remove the old run before shards are opened, as they resume from files in the folder.
-            engine = engine or _load(cfg, rank, work.followers)
+            engine = engine or _load(work, rank)
             save_run(job.folder, job.run, overwrite=True)
         # Rows are read and prepared while the model loads.
-        ready, turns = _start_reading(collector, work, pool, stack)
-        engine = engine or _load(cfg, rank, work.followers)
+        ready = _start_reading(work, collector, pool, stack)
+        engine = engine or _load(work, rank)
         save_run(job.folder, job.run)
-        if rank.index == 0:
+        if work.launch.rank == 0:
             write_first_card(job.folder, job.run, job.schema)
         metrics.start_s = time.perf_counter() - start
+        metrics.engine = engine.stats
         ready.wait_s = 0.0
         start = time.perf_counter()
         # Closed before the reading thread: whatever ends the run, finished rows reach the disk.
@@ -265,23 +208,22 @@ def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Eng
             collector.flush_if_due, every_s=max(cfg.output.flush_every_s, 1.0), name="flush"
         )
         stack.enter_context(flush)
-        trackers = stack.enter_context(_open_trackers(job, metrics, rank))
-        progress = stack.enter_context(_open_progress(collector, work))
-        collector.start(progress)
-        metrics.engine = engine.stats
+        trackers = stack.enter_context(_open_trackers(work))
+        progress = stack.enter_context(_open_progress(work, rank.device))
+        collector.start(progress, beat)
         time_line = TimeLine(metrics, collector.append_metrics)
         stack.callback(time_line.write)
-        samples: Iterable[Sample] = _Samples(ready, collector, work, turns)
+        samples: Iterable[Sample] = _Samples(ready, collector, work)
         while samples:
-            for row_index, outcome in _answers(engine, samples, turns):
+            for row_index, outcome in _answers(engine, samples, work.turns):
                 collector.finish(row_index, outcome)
                 metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
                 time_line.tick()
                 trackers.tick()
-            if deadline.has_come:
+            if work.deadline.has_come:
                 raise _time_is_up(cfg)
             # Rows to retry whose invalid answers came after the last sample; dialogs have none.
-            samples, turns = list(collector.take_retries()), None
+            samples = list(collector.take_retries())
         collector.finish_all()
         metrics.wait_s, metrics.run_s = ready.wait_s, time.perf_counter() - start
         if peers is not None:
@@ -291,30 +233,29 @@ def _run_stages(collector: Collector, work: _Work, pool: WorkerPool, engine: Eng
 
 
 def _start_reading(
-    collector: Collector, work: _Work, pool: WorkerPool, stack: ExitStack
-) -> tuple[Prefetcher[Prepared], Turns | None]:
+    work: Work, collector: Collector, pool: WorkerPool, stack: ExitStack
+) -> Prefetcher[Prepared]:
     """Start the thread that reads, fetches and prepares rows; closing `stack` ends it."""
-    job = collector.job
+    cfg = work.job.cfg
     records = _read(work, collector)
-    if job.cfg.data.allow_remote:
-        records = stack.enter_context(job.open_fetcher()).ahead(records)
-    turns = Turns(records) if job.cfg.task.name is TaskName.dialog else None
-    collector.turns = turns
+    if cfg.data.allow_remote:
+        records = stack.enter_context(work.job.open_fetcher()).ahead(records)
     ready = stack.enter_context(
         Prefetcher(
-            _prepare(records, pool, turns),
-            max_items=job.cfg.batching.sort_window,
-            max_bytes=job.cfg.batching.max_window_bytes,
+            _prepare(records, pool, work.turns),
+            max_items=cfg.batching.sort_window,
+            max_bytes=cfg.batching.max_window_bytes,
             size_of=lambda item: item.size_bytes,
         )
     )
-    if turns is not None:
-        turns.on_idle = ready.wake
-        stack.enter_context(turns)
-    return ready, turns
+    if work.turns is not None:
+        work.turns.on_idle = ready.wake
+        stack.enter_context(work.turns)
+    return ready
 
 
-def _load(cfg: JobConfig, rank: Rank, followers: Followers | None) -> Engine:
+def _load(work: Work, rank: Rank) -> Engine:
+    cfg, followers = work.job.cfg, work.followers
     size = rank.num_gpus if followers is None else followers.size
     cfg = replace(cfg, model=replace(cfg.model, gpus_per_replica=size))
     return open_engine(cfg, device=rank.device, followers=followers)
@@ -343,32 +284,32 @@ def _answers(
             return
 
 
-def _open_progress(collector: Collector, work: _Work) -> Progress:
-    rank, runtime = collector.rank, collector.job.cfg.runtime
+def _open_progress(work: Work, device: str) -> Progress:
+    runtime = work.job.cfg.runtime
     return Progress(
-        collector.metrics,
+        work.metrics,
         total=sum(shard.num_rows for shard in work.mine),
         log_every_s=runtime.log_every_s,
         others=work.peers.others if work.peers is not None else tuple,
-        is_shown=rank.index == 0,
+        is_shown=work.launch.rank == 0,
         has_bar=not runtime.log_json,
-        memory=lambda: memory_of(rank.device),
+        memory=lambda: memory_of(device),
     )
 
 
-def _open_trackers(job: Job, metrics: Metrics, rank: Rank) -> Trackers:
-    cfg = job.cfg
+def _open_trackers(work: Work) -> Trackers:
+    cfg, folder = work.job.cfg, work.job.folder
     place = Place(
-        output=job.folder.root.name,
+        output=folder.root.name,
         task_id=cfg.runtime.task_id,
-        rank=rank.index,
-        is_one_of_many=cfg.runtime.num_tasks > 1 or rank.world_size > 1,
+        rank=work.launch.rank,
+        is_one_of_many=cfg.runtime.num_tasks > 1 or work.launch.world_size > 1,
     )
     return Trackers(
         cfg.tracking,
-        metrics,
+        work.metrics,
         place,
-        folder=job.folder.inner / "tracking",
+        folder=folder.inner / "tracking",
         settings=redact_all(to_plain(cfg)),
     )
 
@@ -383,8 +324,8 @@ def _open_pool(job: Job) -> WorkerPool:
     )
 
 
-def _read(work: _Work, collector: Collector) -> Iterator[Record | None]:
-    job = collector.job
+def _read(work: Work, collector: Collector) -> Iterator[Record | None]:
+    job = work.job
     kept = job.cfg.output.keep_columns
     for shard in work.shards():
         if shard is None:
@@ -403,7 +344,7 @@ def _prepare(
     kept: dict[int, Mapping[str, Any]] = {}
 
     def stripped() -> Iterator[Record | None]:
-        for record in records if turns is None else turns.to_pool():
+        for record in records if turns is None else turns.to_pool(records):
             if record is None:
                 yield None
                 continue
@@ -425,11 +366,10 @@ class _Samples:
 
     ready: Prefetcher[Prepared]
     collector: Collector
-    work: _Work
-    turns: Turns | None
+    work: Work
 
     def __iter__(self) -> Iterator[Sample]:
-        turns = self.turns
+        turns = self.work.turns
         items = self.ready if turns is None else self.ready.items(until=lambda: turns.is_idle)
         return self.collector.take(self.work.take(items))
 

@@ -20,17 +20,13 @@ class Turns:
     """Merges the input's rows with rows that return for their next turn.
 
     A context manager: leaving it ends the wait of the reading thread.
-
-    Args:
-        records: the input's rows; None where the next one is not available yet.
     """
 
-    def __init__(self, records: Iterable[Record | None]) -> None:
+    def __init__(self) -> None:
         self.is_idle = False
         """Whether no row can become ready before the engine answers one that it holds."""
         self.on_idle: Callable[[], None] = lambda: None
         """Called when `is_idle` becomes true."""
-        self._records = records
         self._requeued: deque[Record] = deque()
         self._num_open = 0
         self._num_with_pool = 0
@@ -68,9 +64,13 @@ class Turns:
         """Count a row that has left the worker pool."""
         self._num_with_pool -= 1
 
-    def to_pool(self) -> Iterator[Record | None]:
-        """Yield rows to `WorkerPool.prepare`, once for each turn; None while no row is ready."""
-        for record in self._records:
+    def to_pool(self, records: Iterable[Record | None]) -> Iterator[Record | None]:
+        """Yield rows to `WorkerPool.prepare`, once for each turn; None while no row is ready.
+
+        Args:
+            records: the input's rows; None where the next one is not available yet.
+        """
+        for record in records:
             # Returned rows come first, because dialogs that have begun are held in memory.
             while self._requeued:
                 yield self._out(self._requeued.popleft())

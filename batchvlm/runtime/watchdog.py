@@ -65,6 +65,7 @@ class Watchdog(Ticker):
     Args:
         stall_timeout_s: seconds; None waits forever.
         grace_s: seconds from a signal to the exit.
+        flush: writes finished rows to disk; given at most `grace_s`.
         clock: seconds; by default a `RunningClock`.
         exit: ends the process.
     """
@@ -74,14 +75,14 @@ class Watchdog(Ticker):
         *,
         stall_timeout_s: float | None,
         grace_s: float,
+        flush: Callable[[], None] = lambda: None,
         clock: Callable[[], float] | None = None,
         exit: Callable[[int], object] = os._exit,
     ) -> None:
         super().__init__(self._check, every_s=min(_CHECK_EVERY_S, grace_s), name="watchdog")
-        self.flush: Callable[[], None] = lambda: None
-        """Writes finished rows to disk; given at most `grace_s`."""
         self._stall_timeout_s = stall_timeout_s
         self._grace_s = grace_s
+        self._flush = flush
         self._clock = clock or RunningClock()
         self._exit = exit
         self._beat_at_s: float | None = None
@@ -135,7 +136,7 @@ class Watchdog(Ticker):
         is_flushed = threading.Event()
 
         def flush() -> None:
-            self.flush()
+            self._flush()
             is_flushed.set()
 
         # In another thread, because the disk may be what hangs.

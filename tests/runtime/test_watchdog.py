@@ -32,11 +32,12 @@ class Exit:
 
 def watch(flush: Callable[[], None], exit: Exit, **changes: float | None) -> Watchdog:
     limits = {"stall_timeout_s": 1.0, "grace_s": 0.5} | changes
-    watchdog = Watchdog(
-        stall_timeout_s=limits["stall_timeout_s"], grace_s=limits["grace_s"] or 0.1, exit=exit
+    return Watchdog(
+        stall_timeout_s=limits["stall_timeout_s"],
+        grace_s=limits["grace_s"] or 0.1,
+        flush=flush,
+        exit=exit,
     )
-    watchdog.flush = flush
-    return watchdog
 
 
 def test_no_beat_for_too_long_prints_stacks_flushes_and_exits(
@@ -219,8 +220,8 @@ DEAF = """
 import ctypes, sys
 from batchvlm.runtime import signals, watchdog
 signals.catch_signals()
-with watchdog.Watchdog(stall_timeout_s=None, grace_s=0.5) as dog:
-    dog.flush = lambda: print("flushed", flush=True)
+flush = lambda: print("flushed", flush=True)
+with watchdog.Watchdog(stall_timeout_s=None, grace_s=0.5, flush=flush):
     ctypes.CDLL(None).system(b"echo at work; read line")
 """
 
