@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from batchvlm.config import JobConfig
 from batchvlm.runtime.launch import find_launch
-from batchvlm.runtime.ranks import find_rank
+from batchvlm.runtime.ranks import find_devices
 from batchvlm.runtime.replicas import Leader, Replica, find_replica
 from batchvlm.runtime.signals import ignore_signals
 from batchvlm.runtime.trackers import prepare_trackers
@@ -33,8 +33,8 @@ def follow_job(cfg: JobConfig, replica: Replica) -> None:
     # A follower finishes no rows of its own; the leader's watchdog detects stalls.
     watchdog = Watchdog(stall_timeout_s=None, grace_s=cfg.runtime.grace_s)
     with watchdog, Leader(replica) as leader:
-        rank = find_rank(replica.launch, cfg.engine, cfg.runtime, cfg.model)
+        devices = find_devices(replica.launch, cfg.engine, cfg.runtime, cfg.model)
         from batchvlm.engine.select import follow_leader
 
-        follow_leader(leader, device=rank.device)
+        follow_leader(leader, device=devices.first)
     ignore_signals()

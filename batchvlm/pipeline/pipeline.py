@@ -35,7 +35,7 @@ from batchvlm.runtime.launch import find_launch
 from batchvlm.runtime.metrics import Metrics, TimeLine
 from batchvlm.runtime.prefetch import Prefetcher
 from batchvlm.runtime.progress import Progress
-from batchvlm.runtime.ranks import Rank, find_rank, memory_of, shards_of_task
+from batchvlm.runtime.ranks import Devices, find_devices, memory_of, shards_of_task
 from batchvlm.runtime.replicas import Followers, find_replica
 from batchvlm.runtime.trackers import Place, Trackers, prepare_trackers
 from batchvlm.runtime.watchdog import Ticker, Watchdog
@@ -178,10 +178,10 @@ def _run_stages(
     """Run the rows of the shards through all stages, from the source to the writer."""
     job, metrics, peers = work.job, work.metrics, work.peers
     cfg = job.cfg
-    rank = find_rank(find_launch(), cfg.engine, cfg.runtime, cfg.model)
+    devices = find_devices(find_launch(), cfg.engine, cfg.runtime, cfg.model)
     num_todo = sum(shard.num_rows for shard in work.todo)
     todo = f"{number_of(num_todo, 'row')} in {number_of(len(work.todo), 'shard')}"
-    log.info("%s; loading %s on %s", todo, model_name(cfg.model), rank.device)
+    log.info("%s; loading %s on %s", todo, model_name(cfg.model), devices.first)
     start = time.perf_counter()
     with ExitStack() as stack:
         if peers is not None:
@@ -189,11 +189,11 @@ def _run_stages(
         engine = work.engine
         if job.is_overwriting:
             # Remove the old run before shards are opened, as they resume from files in the folder.
-            engine = engine or _load(work, rank)
+            engine = engine or _load(work, devices)
             save_run(job.folder, job.run, overwrite=True)
         # Rows are read and prepared while the model loads.
         ready = _start_reading(work, collector, pool, stack)
-        engine = engine or _load(work, rank)
+        engine = engine or _load(work, devices)
         save_run(job.folder, job.run)
         if work.launch.rank == 0:
             write_first_card(job.folder, job.run, job.schema)
@@ -209,7 +209,7 @@ def _run_stages(
         )
         stack.enter_context(flush)
         trackers = stack.enter_context(_open_trackers(work))
-        progress = stack.enter_context(_open_progress(work, rank.device))
+        progress = stack.enter_context(_open_progress(work, devices.first))
         collector.start(progress, beat)
         time_line = TimeLine(metrics, collector.append_metrics)
         stack.callback(time_line.write)
@@ -254,11 +254,11 @@ def _start_reading(
     return ready
 
 
-def _load(work: Work, rank: Rank) -> Engine:
+def _load(work: Work, devices: Devices) -> Engine:
     cfg, followers = work.job.cfg, work.followers
-    size = rank.num_gpus if followers is None else followers.size
+    size = devices.num_gpus if followers is None else followers.size
     cfg = replace(cfg, model=replace(cfg.model, gpus_per_replica=size))
-    return open_engine(cfg, device=rank.device, followers=followers)
+    return open_engine(cfg, device=devices.first, followers=followers)
 
 
 def _wait_a_little(collector: Collector) -> None:

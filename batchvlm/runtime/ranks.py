@@ -1,4 +1,4 @@
-"""The device of this rank, and the shards of its task."""
+"""The devices of this process, and the shards of its task."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rank:
-    """One process of a launch (`accelerate launch`, torchrun, srun), or a process without one."""
+class Devices:
+    """The devices on which a process runs its model."""
 
-    index: int = 0
-    world_size: int = 1
-    device: str = "cpu"
+    first: str
     num_gpus: int | None = None
-    """Number of GPUs, starting at `device`, over which the rank spreads its model. None if it uses
-    one device, or spreads the model over all GPUs that it sees."""
+    """Number of GPUs, starting at `first`, over which the model is spread. None if it is on one
+    device, or spread over all GPUs that the process sees."""
 
 
-def find_rank(
+def find_devices(
     launch: Launch,
     engine: EngineConfig,
     runtime: RuntimeConfig,
     model: ModelConfig | None = None,
-) -> Rank:
-    """Select the device of this rank, or the first of several, and set it as current.
+) -> Devices:
+    """Select the device of this process, or several, and set the first as current.
+
+    Also applies `runtime.num_threads`.
 
     Args:
         model: says whether the model is spread over several GPUs; None if it is not.
@@ -83,16 +83,16 @@ def find_rank(
             f"model.gpus_per_replica={asked}, and the model runs on {device}",
             hint="leave it out",
         )
-    return Rank(index=launch.rank, world_size=launch.world_size, device=device, num_gpus=num_gpus)
+    return Devices(first=device, num_gpus=num_gpus)
 
 
 def find_device(cfg: JobConfig) -> str:
-    """Select the device for a model that this process does not share with others.
+    """Select the device for a model that this process loads alone.
 
     Raises:
-        ConfigError: as `find_rank`.
+        ConfigError: as for `find_devices`.
     """
-    return find_rank(find_launch(), cfg.engine, cfg.runtime).device
+    return find_devices(find_launch(), cfg.engine, cfg.runtime).first
 
 
 def _is_one_of_several(launch: Launch, model: ModelConfig) -> bool:

@@ -13,7 +13,7 @@ from batchvlm.config import EngineConfig, ModelConfig, RuntimeConfig
 from batchvlm.errors import ConfigError
 from batchvlm.records import Shard
 from batchvlm.runtime.launch import Launch
-from batchvlm.runtime.ranks import Rank, find_rank, gpus_of, shards_of_task
+from batchvlm.runtime.ranks import Devices, find_devices, gpus_of, shards_of_task
 
 
 def plan(count: int) -> list[Shard]:
@@ -40,14 +40,14 @@ def test_a_slice_is_a_function_of_the_shard_alone() -> None:
 
 
 def test_the_cpu_is_always_there() -> None:
-    assert find_rank(Launch(), EngineConfig(device="cpu"), RuntimeConfig()).device == "cpu"
+    assert find_devices(Launch(), EngineConfig(device="cpu"), RuntimeConfig()).first == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps"])
 def test_a_device_that_is_not_here(device: str) -> None:
     with pytest.raises(ConfigError, match=f"engine.device={device} is not on this machine"):
-        find_rank(Launch(), EngineConfig(device=device), RuntimeConfig())
+        find_devices(Launch(), EngineConfig(device=device), RuntimeConfig())
 
 
 def spread(gpus_per_replica: int | None = None, device_map: str = "auto") -> ModelConfig:
@@ -124,23 +124,23 @@ class TestAMachineWithFourGpus:
         monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
         return chosen
 
-    def find(self, launch: Launch, model: ModelConfig | None, device: str = "auto") -> Rank:
-        return find_rank(launch, EngineConfig(device=device), RuntimeConfig(), model)
+    def find(self, launch: Launch, model: ModelConfig | None, device: str = "auto") -> Devices:
+        return find_devices(launch, EngineConfig(device=device), RuntimeConfig(), model)
 
     def test_two_ranks_have_two_each(self, four: list[int]) -> None:
         first, second = (self.find(of_machine(2, rank), spread()) for rank in (0, 1))
-        assert [(r.device, r.num_gpus) for r in (first, second)] == [("cuda:0", 2), ("cuda:2", 2)]
+        assert [(d.first, d.num_gpus) for d in (first, second)] == [("cuda:0", 2), ("cuda:2", 2)]
         assert four == [0, 2]
 
     def test_slurm_says_whether_there_are_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SLURM_STEP_ID", "0")
         monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
-        assert self.find(of_machine(2, 1), spread()).device == "cuda:0"
+        assert self.find(of_machine(2, 1), spread()).first == "cuda:0"
 
     def test_one_process_sees_to_it_itself(self) -> None:
         assert self.find(Launch(), spread()).num_gpus is None
         assert self.find(Launch(), spread(3)).num_gpus == 3
-        assert self.find(of_machine(4, 3), None).device == "cuda:3"
+        assert self.find(of_machine(4, 3), None).first == "cuda:3"
         with pytest.raises(ConfigError, match="cuda:1 is one GPU, and model"):
             self.find(of_machine(2), spread(), device="cuda:1")
         with pytest.raises(ConfigError, match="gpus_per_replica=2, and the model runs on cpu"):
