@@ -23,8 +23,8 @@ from multiprocessing.synchronize import RLock
 from typing import Any, Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
-from pebble.pool.base_pool import Task
-from pebble.pool.process import TaskManager
+from pebble.pool.base_pool import PoolContext, Task
+from pebble.pool.process import PoolManager, TaskManager
 
 from batchvlm.errors import BatchvlmError, ErrorType
 from batchvlm.preprocess.preprocessor import Preprocessor, PreprocessSpec
@@ -108,8 +108,7 @@ class WorkerPool:
             initializer=_start_worker,
             initargs=(self._spec,),
         )
-        manager = self._pool._pool_manager
-        manager.task_manager = _TimedTasks(manager.task_manager.task_done_callback)
+        self._pool._pool_manager = _Manager(self._pool._context, self._context)
         try:
             with _signals_blocked():
                 forkserver.ensure_running()
@@ -235,6 +234,35 @@ class WorkerPool:
             raise
         except Exception as error:  # the record or the sample could not be pickled
             return Failure(error_type=ErrorType.PREPROCESS, message=described(error))
+
+
+class _Manager(PoolManager):
+    """Pebble's manager of tasks and workers, which finds the row of every worker that has died.
+
+    Pebble looks for it once. On a busy machine, the worker's message that it has begun the row may
+    be read only after that: the row would time out.
+    """
+
+    def __init__(self, context: PoolContext, mp_context: ForkServerContext) -> None:
+        super().__init__(context, mp_context)
+        self.task_manager = _TimedTasks(context.task_queue.task_done)
+        self._exit_codes: dict[int, int] = {}
+
+    def handle_worker_expiration(self, expiration: tuple[int, int]) -> None:
+        """Fail the row of a worker that has died."""
+        worker_id, exit_code = expiration
+        self._exit_codes[worker_id] = exit_code
+        super().handle_worker_expiration(expiration)
+
+    def update_tasks(self) -> None:
+        """End rows that have timed out, or whose worker had died before. Pebble polls this."""
+        super().update_tasks()  # type: ignore[no-untyped-call]
+        for task in list(self.task_manager.tasks.values()):
+            exit_code = self._exit_codes.get(task.worker_id)
+            # A new worker may have the id of a dead one.
+            if exit_code is not None and task.worker_id not in self.worker_manager.workers:
+                error = ProcessExpired("", exit_code)  # type: ignore[no-untyped-call]
+                self.task_manager.task_problem(task.id, error)
 
 
 class _TimedTasks(TaskManager):

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pebble.pool.process import WorkerManager
+from pebble.pool.process import TaskManager, WorkerManager
 
 from batchvlm.errors import BatchvlmError, ErrorType
 from batchvlm.preprocess.preprocessor import PreprocessSpec
@@ -121,6 +122,47 @@ def test_no_room_for_locks_is_one_line_that_says_where(monkeypatch: pytest.Monke
         WorkerPool(spec(), num_workers=1, timeout_s=60.0) as pool,
     ):
         list(pool.prepare(records(1)))
+
+
+def wait_or_die(record: Record) -> Any:
+    """Row 0 takes until the other one has died."""
+    while record.row_index == 0 and not Path(str(record.values["mark"])).exists():
+        time.sleep(0.01)
+    if record.row_index == 1:
+        os._exit(7)
+    return Failure(error_type=ErrorType.PROMPT, message="reached")
+
+
+def test_a_worker_that_dies_before_it_is_heard_to_have_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on a busy machine: its message is read once it is gone."""
+    monkeypatch.setattr(workers, "_prepare", wait_or_die)
+    monkeypatch.setattr(workers, "_start_worker", start_nothing)
+    task_start = TaskManager.task_start
+    started: list[int] = []
+
+    def start_late(self: TaskManager, task_id: int, worker_id: int) -> None:
+        assert pool._pool is not None
+        while started and worker_id in pool._pool._pool_manager.worker_manager.workers:
+            time.sleep(0.01)
+        task_start(self, task_id, worker_id)
+        (tmp_path / "mark").touch() if started else started.append(task_id)
+
+    def one_by_one() -> Iterator[Record]:
+        for record in records(2):
+            yield replace(record, values={"mark": tmp_path / "mark"})
+            while not started:
+                time.sleep(0.01)
+
+    with WorkerPool(spec(), num_workers=2, timeout_s=60) as pool:
+        list(pool.prepare(replace(record, row_index=2) for record in records(1)))
+        monkeypatch.setattr(TaskManager, "task_start", start_late)
+        outcomes = [outcome for _, outcome in pool.prepare(one_by_one())]
+    assert [o.message for o in outcomes if isinstance(o, Failure)] == [
+        "reached",
+        "the worker process died on this row (exit code 7)",
+    ]
 
 
 def end_on_first_try(record: Record) -> Any:
