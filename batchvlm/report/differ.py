@@ -116,13 +116,10 @@ def page(
         (name[0].upper() + name[1:], f"{found.outcomes[name]:,}", share(found.outcomes[name], num))
         for name in (CHANGED, ONLY_A, ONLY_B, BOTH)
     ]
-    from batchvlm.report.report import now
-
     return render(
         "compare.html.jinja",
         title=f"{redact(a.model)} and {redact(b.model)} compared",
         names=[f"{o.folder.root.name}, {redact(o.model)}" for o in (a, b)],
-        made_at=now(),
         notices=notices,
         facts=facts,
         sums=sums(a, b, found),

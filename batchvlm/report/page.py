@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, **context: Any) -> str:
-    """Render a template with the page's style, script and security policy."""
+    """Render a template with the page's style, script and security policy, and the date."""
     style, script = _asset("page.css"), _asset("page.js")
     policy = "; ".join(
         (
@@ -43,6 +44,7 @@ def render(template: str, **context: Any) -> str:
             script=Markup(script),
             policy=policy,
             version=__version__,
+            made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     )
 

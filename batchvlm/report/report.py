@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from batchvlm.config import JobConfig
@@ -101,7 +100,6 @@ def report(
         "report.html.jinja",
         title=f"{cfg.data.name}, {cfg.task.name.value}, by {redact(output.model)}",
         subtitle=f"Fingerprint {output.run.fingerprint}, started {output.run.created_at}",
-        made_at=now(),
         sections=[(name, text) for name, text, is_there in sections if is_there],
         notices=_notices(output, totals, inputs, images),
         facts=list(_facts(output, totals, line, processes)),
@@ -130,11 +128,6 @@ def _prompt_of(cfg: JobConfig) -> tuple[str, str]:
     if cfg.data.columns.turns:
         return "User turns from column", cfg.data.columns.turns
     return "Prompt template", cfg.task.prompt
-
-
-def now() -> str:
-    """Return the current time in UTC, to the minute."""
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def flat_settings(output: Output) -> list[tuple[str, str]]:

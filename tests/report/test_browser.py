@@ -297,7 +297,7 @@ def test_ten_thousand_rows_are_searched_at_once(browser: Any, tmp_path: Path) ->
     text = render(
         "report.html.jinja",
         **context,
-        **{"title": "t", "subtitle": "", "made_at": "", "prompt_label": "", "prompt": ""},
+        **{"title": "t", "subtitle": "", "prompt_label": "", "prompt": ""},
         **{"system": None, "answer_prefix": None, "work": None},
         **{"answers": (), "sample_note": "", "rows": rows},
         **{"statuses": [("success", 10_000)], "error_types": [], "sorts": [("tokens", "tokens")]},
