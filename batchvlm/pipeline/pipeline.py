@@ -91,14 +91,13 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
     failures = job.failures(indices)
     finished = job.finished_shards(mine, failures)
     metrics = Metrics()
-    num_left = 0
-    if not job.is_overwriting:
-        for (index, kind, _), num_rows in failures.items():
-            if index in finished:
-                metrics.found_errors[kind] += num_rows
-        if cfg.retry.errors:
-            failed = count_failed(job.folder, job.run.plan, failures, indices, cfg.retry)
-            num_left = failed.num_given_up
+    for (index, kind, _), num_rows in failures.items():
+        if index in finished:
+            metrics.found_errors[kind] += num_rows
+    num_given_up = 0
+    if cfg.retry.errors and not job.is_overwriting:
+        failed = count_failed(job.folder, job.run.plan, failures, indices, cfg.retry)
+        num_given_up = failed.num_given_up
     num_mine = sum(shard.num_rows for shard in mine)
     todo = [shard for shard in mine if shard.index not in finished]
     if todo:
@@ -118,7 +117,7 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
         num_shards=len(job.run.plan),
         num_mine=num_mine,
         num_found=num_mine - metrics.num_rows,
-        num_given_up=num_left,
+        num_given_up=num_given_up,
         max_attempts=cfg.retry.max_attempts,
         metrics=metrics,
     )
@@ -290,7 +289,7 @@ def _open_progress(work: Work, device: str) -> Progress:
         work.metrics,
         total=sum(shard.num_rows for shard in work.mine),
         log_every_s=runtime.log_every_s,
-        others=work.peers.others if work.peers is not None else tuple,
+        others=None if work.peers is None else work.peers.others,
         is_shown=work.launch.rank == 0,
         has_bar=not runtime.log_json,
         memory=lambda: memory_of(device),

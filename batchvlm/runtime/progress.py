@@ -45,7 +45,7 @@ class Progress:
             segments are found shard by shard.
         total: rows that this process and the other ranks have to finish together.
         log_every_s: seconds between log lines if stderr is not a terminal.
-        others: returns the progress of the other ranks of the launch.
+        others: returns the progress of the other ranks of the launch; None if there are none.
         is_shown: whether this rank shows the progress; one rank shows that of all.
         has_bar: whether to draw a bar if stderr is a terminal.
         memory: returns used and total bytes of the accelerator; None without one.
@@ -58,7 +58,7 @@ class Progress:
         *,
         total: int,
         log_every_s: float,
-        others: Callable[[], Iterable[Counts]] = tuple,
+        others: Callable[[], Iterable[Counts]] | None = None,
         is_shown: bool = True,
         has_bar: bool = True,
         memory: Callable[[], tuple[int, int] | None] = lambda: None,
@@ -108,8 +108,9 @@ class Progress:
         every_s = self._log_every_s if self._bar is None else self._bar.mininterval
         mine = self._metrics
         is_due = now - self._last_line >= every_s
-        # Called for each row, so it must be cheap: other ranks are read only when a line is due.
-        if not is_due and mine.num_found + mine.num_rows < self._total and self._others is tuple:
+        # Called for each row, so it must be cheap. In a launch, only the counts of all ranks tell
+        # whether this row is the last.
+        if not is_due and mine.num_found + mine.num_rows < self._total and not self._others:
             if self._bar is not None:
                 self._bar.initial = mine.num_found
                 self._bar.update(mine.num_found + mine.num_rows - self._bar.n)
@@ -146,7 +147,7 @@ class Progress:
         )
 
     def _snapshot(self, now: float) -> _Snapshot:
-        mine, others = self._metrics, list(self._others())
+        mine, others = self._metrics, list(self._others()) if self._others else []
         num_rows = mine.num_rows + sum(counts.num_rows for counts in others)
         num_found = mine.num_found + sum(counts.num_found for counts in others)
         tokens = mine.completion_tokens + sum(counts.completion_tokens for counts in others)
