@@ -136,6 +136,11 @@ def test_at_most_half_of_a_batch_is_padding(
         assert batch.padded_tokens <= 2 * batch.prompt_tokens
 
 
+def test_an_answer_below_half_of_the_longest_goes_apart() -> None:
+    lengths = [(5, 16), (5, 8), (5, 7)]
+    assert rows_of(list(group_by_length(samples_of(lengths), BatchingConfig()))) == [[0, 1], [2]]
+
+
 def test_limits_of_the_rows_own_do_not_shatter_batches() -> None:
     draw = np.random.default_rng(0)
     lengths = list(zip(draw.integers(200, 1200, 2048), draw.integers(16, 257, 2048), strict=True))

@@ -246,7 +246,9 @@ class Collector:
         """The failure of an answer that was cut off, with the limit to raise."""
         where = "" if completion.num_tokens is None else f" at {completion.num_tokens:,} tokens"
         column = self._job.cfg.generation.columns.max_new_tokens
-        if sample.room is not None and sample.generation.max_new_tokens >= sample.room:
+        # A retry may have had more tokens than the sample's settings say.
+        num_allowed = max(sample.generation.max_new_tokens, completion.num_tokens or 0)
+        if sample.room is not None and num_allowed >= sample.room:
             hint = "no more fits behind its prompt; shorten the prompt, or use smaller images"
         elif column is not None:
             hint = f"raise column {column}, or generation.max_new_tokens where that is null"

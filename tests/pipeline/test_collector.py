@@ -123,6 +123,35 @@ def test_an_answer_that_was_cut_names_the_limit_that_cut_it(
         assert message.startswith(f"the answer was cut at 3 tokens before its JSON ended{ending}")
 
 
+class EndlessEngine(FakeEngine):
+    """Its answers take all tokens that they may, and are cut."""
+
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+        for sample in samples:
+            yield (
+                sample.row_index,
+                Completion(
+                    row_index=sample.row_index,
+                    token_ids=(1,) * sample.generation.max_new_tokens,
+                    text='{"a": "b',
+                    finish_reason=FinishReason.LENGTH,
+                    latency_s=0.5,
+                ),
+            )
+
+
+def test_an_answer_that_more_room_did_not_help_names_what_is_left_to_do(
+    tmp_path: Path, write_parquet: Writer
+) -> None:
+    """The last attempt was given all tokens behind the prompt, so no setting gives more."""
+    source, out = write_parquet([picture()]), tmp_path / "out"
+    settings = ("task=extract", "task.output.json_schema=any", "generation.max_new_tokens=100")
+    run(out, source, *settings, "retry.invalid_json=9", engine=EndlessEngine())
+    (row,) = rows_of(out)
+    assert "before its JSON ended; no more fits behind its prompt" in row["error_message"]
+    assert row["attempts"] == 10
+
+
 def test_valid_json_that_its_column_cannot_hold_is_an_error_of_its_row(
     tmp_path: Path, write_parquet: Writer
 ) -> None:
