@@ -51,7 +51,7 @@ def read_schema(schema: str | dict[str, Any], setting: str) -> str:
         try:
             # Some editors write a byte order mark.
             text = Path(schema).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{setting}={schema} cannot be read",
                 hint="give the path of a JSON schema file",
@@ -101,9 +101,13 @@ class _Bundle:
         name, _, pointer = reference.partition("#")
         if not name:
             return f"{root}{pointer}" if not pointer or pointer.startswith("/") else reference
-        path = (folder / name.removeprefix("file:")).resolve()
-        if ":" in name.removeprefix("file:") or not path.is_file():
-            return reference  # not a file; `check_references` reports it
+        try:
+            path = (folder / name.removeprefix("file:")).resolve()
+            is_file = path.is_file()
+        except (OSError, ValueError):
+            is_file = False  # a name too long, or with characters that no name has
+        if not is_file:
+            return reference  # `check_references` reports it
         if path not in self._keys:
             key = self._keys[path] = f"file-{len(self._keys)}-{path.name.replace('/', '-')}"
             try:

@@ -302,7 +302,7 @@ def read_turns(value: Any, where: str) -> list[Message]:
     roles = [turn["role"] for turn in turns]
     if roles[:1] == ["system"]:
         del roles[0]
-    if not roles or set(roles) != {"user"}:
+    if set(roles) != {"user"}:
         raise RowError(
             ErrorType.PROMPT,
             f"{where} holds no turn of the user's"

@@ -28,7 +28,8 @@ def test_from_a_file_or_inline(tmp_path: Path) -> None:
 def test_what_is_no_schema(tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_text("{")
-    for schema in (str(path), str(tmp_path / "none.json"), str(tmp_path), {"type": "nonsense"}):
+    files = (str(path), str(tmp_path / "none.json"), str(tmp_path), "\0.json")
+    for schema in (*files, {"type": "nonsense"}):
         with pytest.raises(ConfigError, match=r"^task.output.json_schema"):
             read_schema(schema, "task.output.json_schema")
     for text in ("", "[]", "3", '{"properties": 3}', "[" * 100_000):
@@ -49,6 +50,41 @@ def test_a_mark_before_a_schema_is_no_part_of_it(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"$ref": "b.json"}', encoding="utf-8-sig")
     (tmp_path / "b.json").write_text('{"type": "integer"}', encoding="utf-8-sig")
     assert why_invalid("x", read_schema(str(tmp_path / "a.json"), "s")) is not None
+
+
+def test_references_of_a_file_are_its_own(tmp_path: Path) -> None:
+    """Whatever address it gives itself, and beside a definition of the same name."""
+    (tmp_path / "part.json").write_text(
+        json.dumps(
+            {
+                "$id": "https://example.com/part.json",
+                "properties": {"size": {"$ref": "#/$defs/size"}, "next": {"$ref": "#"}},
+                "$defs": {"size": {"type": "integer"}},
+            }
+        )
+    )
+    path = tmp_path / "whole.json"
+    path.write_text(
+        json.dumps({"$ref": "part.json", "$defs": {"size": {"type": "string"}, "flag": True}})
+    )
+    schema = read_schema(str(path), "s")
+    assert why_invalid({"size": 1, "next": {"size": 2}}, schema) is None
+    assert (
+        why_invalid({"next": {"size": "2"}}, schema) == "$.next.size: '2' is not of type 'integer'"
+    )
+
+
+def test_a_reference_within_what_only_a_reference_leads_to_is_checked_too() -> None:
+    parts = {"a": {"$ref": "#/parts/b"}, "b": {"items": {"$ref": "#/parts/c"}}}
+    with pytest.raises(ConfigError, match=r"s: \$ref '#/parts/c' cannot be resolved"):
+        read_schema({"$ref": "#/parts/a", "parts": parts}, "s")
+    read_schema({"$ref": "#/parts/a", "parts": {**parts, "c": {"$ref": "#/parts/a"}}}, "s")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "file:" + "a" * 5000, "a\0b.json", "\ud800.json"])
+def test_a_reference_that_can_be_no_file_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^s: .*\$ref.* (resolved|'uri-reference')$"):
+        read_schema({"properties": {"a": {"$ref": name}}}, "s")
 
 
 def test_why_invalid_names_the_place() -> None:
@@ -128,9 +164,13 @@ def test_a_clock_that_was_running_goes_on() -> None:
     rung = threading.Event()
     before = signal.signal(signal.SIGALRM, lambda *_: rung.set())
     try:
+        # With what is left of its time.
+        signal.setitimer(signal.ITIMER_REAL, 3600)
+        assert why_invalid({"x": 1}, json.dumps(POINT)) is None
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 60
+        assert not rung.is_set()
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         assert why_invalid({"x": 1}, json.dumps(POINT)) is None
-        assert not rung.is_set()
         end = time.monotonic() + 10
         while not rung.is_set() and time.monotonic() < end:
             time.sleep(0.01)

@@ -170,6 +170,7 @@ def test_contents_of_text(content: Any) -> None:
         "no json",
         [],
         {},
+        {"role": "user", "content": "x"},
         [{"content": "x"}],
         [{"role": "user"}],
         [{"role": "user<end_of_utterance>", "content": "x"}],
@@ -298,6 +299,7 @@ def test_turns_of_a_conversation_are_its_users() -> None:
 @pytest.mark.parametrize(
     "value",
     [
+        {"role": "user", "content": "One?"},
         [llava("gpt", "Yes.")],
         [llava("human", "One?"), llava("system", "Be brief."), llava("human", "Two?")],
         [llava("human", "One?"), {"role": "assistant", "content": "Yes", "prefix": True}],
@@ -349,6 +351,14 @@ def test_messages_without_slots_get_the_images_before_the_first_user_text() -> N
     assert images == (A, B)
     assert filled[0]["content"] == [{"type": "text", "text": "Be brief."}]
     assert [part["type"] for part in filled[1]["content"]] == ["image", "image", "text"]
+    assert len(filled) == 2
+    said = [user("one"), {"role": "assistant", "content": "yes"}, user("two")]
+    filled, _ = fill_slots(read_messages(said, "m"), [A], "m")
+    assert [[part["type"] for part in message["content"]] for message in filled] == [
+        ["image", "text"],
+        ["text"],
+        ["text"],
+    ]
 
 
 @pytest.mark.parametrize(
