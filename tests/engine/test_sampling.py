@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -257,6 +258,29 @@ def test_the_logits_are_not_changed() -> None:
     assert torch.equal(logits_BV, before_BV)
 
 
+def test_a_row_that_moves_into_a_slot_left_before_its_first_token_keeps_what_it_has_seen() -> None:
+    """The row before it ended without a token, as when memory is short."""
+    penalties = {"temperature": 0.0, "repetition_penalty": 2.0, "frequency_penalty": 0.5}
+    alone, full = sampler([row(**penalties)], [[0]]), sampler([row(**penalties)] * 2, [[5], [0]])
+    logits_BV = spread(10).abs()[None]
+    expected = [tokens_of(alone.choose(logits_BV, [0])) for _ in range(8)]
+    said = [tokens_of(full.choose(logits_BV, [1]))]
+    full.move(1, 0)
+    said += [tokens_of(full.choose(logits_BV, [0])) for _ in range(7)]
+    assert said == expected
+    assert len({token for (token,) in expected}) > 1
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_range_of_a_draw_find_no_token_without_probability(
+    uniform: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = sampler([row()])
+    monkeypatch.setattr(one._rows[0], "rng", SimpleNamespace(random=lambda: uniform))
+    logits_BV = torch.tensor([[-torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]])
+    assert tokens_of(one.choose(logits_BV, [0])) == [1 if uniform == 0 else 3]
+
+
 def test_half_precision_logits_are_drawn_from() -> None:
     logits_V = spread(10).bfloat16()
     assert_distributed(draws(logits_V, 6000), logits_V.float().softmax(-1))
@@ -297,14 +321,15 @@ def test_logits_beside_one_that_is_not_finite_are_chosen_from() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logprobs_are_the_models_own(dtype: torch.dtype) -> None:
-    logits_BV = torch.stack([spread(10, seed) * 3 for seed in range(4)]).to(dtype)
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_logprobs_are_the_models_own(dtype: torch.dtype, num_rows: int) -> None:
+    logits_BV = torch.stack([spread(10, seed) * 3 for seed in range(num_rows)]).to(dtype)
     rows = [
         row(temperature=0.0, logprobs=True),
         row(temperature=2.5, top_k=3, logprobs=True),
         row(repetition_penalty=5.0, min_new_tokens=3, logprobs=True),
         row(),
-    ]
+    ][:num_rows]
     choice = sampler(rows).choose(logits_BV, slice(None))
     expected_B1 = logits_BV.float().log_softmax(-1).gather(-1, choice.ids_B[:, None])
     assert choice.logprobs_B is not None

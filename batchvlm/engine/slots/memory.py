@@ -41,23 +41,21 @@ class Ceiling:
     Args:
         most: the initial and highest value.
         try_again: successes before the limit is doubled.
-        least: the lowest value.
     """
 
-    def __init__(self, most: int, *, try_again: int, least: int = 1) -> None:
+    def __init__(self, most: int, *, try_again: int) -> None:
         self.now = self._most = most
-        self._least = least
         self._try_again = try_again
         self._num_good = 0
         self._is_tried_again = False
 
     def lower(self, limit: int) -> None:
-        """Lower the limit to `limit`, because there was no memory for more."""
+        """Lower the limit to `limit`, at least 1, because there was no memory for more."""
         if self._is_tried_again:
             self._try_again *= 2
         self._is_tried_again = False
         self._num_good = 0
-        self.now = max(self._least, min(self.now, limit))
+        self.now = max(1, min(self.now, limit))
 
     def count_good(self) -> None:
         """Count a success."""
@@ -91,7 +89,7 @@ class MemoryPlan:
         of memory where a pack of the same length does not."""
         self._scored_logits = _SCORED_LOGITS[kind]
         scored_tokens = min(_SCORED_TOKENS, pack_tokens)
-        self._scored_tokens = Ceiling(scored_tokens, least=2, try_again=_TRY_AGAIN_STEPS)
+        self._scored_tokens = Ceiling(scored_tokens, try_again=_TRY_AGAIN_STEPS)
         self._vision_cells = Ceiling(_VISION_CELLS[kind], try_again=_TRY_AGAIN_PACKS)
         share = cfg.memory_fraction * _CACHE_SHARE
         num_bytes = int(share * max(0, free_bytes(device) - taken_bytes))

@@ -78,9 +78,12 @@ class TestFreeBytes:
         assert free_bytes(CPU) == 0
 
     def test_a_container_of_version_1(self, machine: Any) -> None:
+        # The group that limits processor time may have the name of one with less memory.
+        for file, number in ("limit_in_bytes", 1), ("usage_in_bytes", 0), ("stat", ""):
+            machine(**{f"cgroup__memory__other__memory.{file}": str(number)})
         machine(
             meminfo=MEMINFO,
-            groups="2:cpu,cpuacct:/\n5:memory:/outside/name\n0::/\n",
+            groups="2:cpu,cpuacct:/other\n5:memory:/outside/name\n0::/\n",
             **{
                 "cgroup__memory__memory.limit_in_bytes": f"{4 * GIB}\n",
                 "cgroup__memory__memory.usage_in_bytes": f"{3 * GIB}\n",
@@ -91,8 +94,8 @@ class TestFreeBytes:
 
     def test_a_job_step_within_a_node(self, machine: Any) -> None:
         # As SLURM and systemd make them: the limits are the groups' own, and the least counts.
-        machine(meminfo=MEMINFO, groups="0::/job_7/step_0\n")
-        for group, most in (("job_7", 6 * GIB), ("job_7__step_0", "max")):
+        machine(meminfo=MEMINFO, groups="0::/job:7/step_0\n")
+        for group, most in (("job:7", 6 * GIB), ("job:7__step_0", "max")):
             machine(
                 **{
                     f"cgroup__{group}__memory.max": f"{most}\n",
@@ -122,7 +125,26 @@ class TestPlan:
     def test_what_is_set_counts(self) -> None:
         plan = MemoryPlan(EngineConfig(max_slots=3, max_prefill_tokens=77), CPU)
         assert (plan.max_slots, plan.pack_tokens, plan.max_step_rows) == (3, 77, 3)
+        assert plan.piece_tokens == plan.num_scored(1) == 77
         assert plan.num_slots(1, 1) == 3
+
+    def test_slots_leave_the_memory_of_what_is_still_to_be_loaded(self, plan: MemoryPlan) -> None:
+        beside = MemoryPlan(EngineConfig(memory_fraction=0.5), CPU, taken_bytes=5_000_000)
+        assert beside.num_slots(1000, 64) == plan.num_slots(1000, 2 * 64) > 1
+        full = MemoryPlan(EngineConfig(memory_fraction=0.5), CPU, taken_bytes=20_000_000)
+        assert full.num_slots(1000, 64) == 1
+
+    def test_choices_of_a_large_vocabulary_are_scored_in_smaller_packs(
+        self, plan: MemoryPlan
+    ) -> None:
+        few, many = plan.num_scored(1 << 20), plan.num_scored(1 << 18)
+        assert (many, plan.num_scored(1 << 40)) == (4 * few, 2)
+
+    def test_a_piece_of_a_long_prompt_is_no_larger_than_a_pack(self, plan: MemoryPlan) -> None:
+        plan.pieces.lower(100)
+        assert plan.piece_tokens == 100 < plan.pack_tokens
+        plan.lower_pack(100)
+        assert plan.piece_tokens == plan.pack_tokens == 50
 
     def test_ceilings_fall_where_memory_is_short(self, plan: MemoryPlan) -> None:
         plan.lower_pack(100)
@@ -150,7 +172,8 @@ class TestPlan:
     def test_what_was_too_large_once_is_tried_again(self, plan: MemoryPlan) -> None:
         def limits() -> tuple[int, ...]:
             scored = plan.num_scored(1)
-            return plan.max_step_rows, plan.pack_tokens, plan.vision_cells, scored, slots()
+            packs = plan.pack_tokens, plan.piece_tokens
+            return plan.max_step_rows, *packs, plan.vision_cells, scored, slots()
 
         def slots() -> int:
             return plan.num_slots(1000, 64)
@@ -164,9 +187,10 @@ class TestPlan:
         whole = limits()
         plan.lower_step(whole[0] // 4)
         plan.lower_pack(whole[1] // 2)
-        plan.lower_vision(whole[2] // 2)
-        plan.lower_scored(whole[3] // 2)
-        plan.lower_cache(64 * 1000 * (whole[4] // 2))
+        plan.pieces.lower(whole[2] // 4)
+        plan.lower_vision(whole[3] // 2)
+        plan.lower_scored(whole[4] // 2)
+        plan.lower_cache(64 * 1000 * (whole[5] // 2))
         assert all(now <= most // 4 + 1 for now, most in zip(limits(), whole, strict=True))
         for _ in range(3 * memory._TRY_AGAIN_STEPS):
             count()
