@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import sys
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from batchvlm.config import JobConfig, SourceKind, TaskName
 from batchvlm.errors import ConfigError, ExitCode
+from batchvlm.settings.checks import check_config
 from batchvlm.settings.compose import compose, conf_dir, to_plain
 
 GROUPS = sorted(p for p in conf_dir().iterdir() if p.is_dir())
@@ -149,6 +153,55 @@ REFUSED = {
     "data.allow_hosts=[x]": "data.allow_hosts has no effect without data.allow_remote=true",
     "task.output.json_schema=s.json": "has no effect with task=caption; choose task=extract",
 }
+
+
+def numbers_of(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """The path of each number among the settings, and whether it may have a fraction."""
+    for name, kind in get_type_hints(type(group)).items():
+        kinds = {kind, *get_args(kind)}
+        if dataclasses.is_dataclass(kind):
+            yield from numbers_of(getattr(group, name), (*path, name))
+        elif kinds & {int, float} and bool not in kinds:
+            yield (*path, name), float in kinds
+
+
+def with_number(group: Any, path: tuple[str, ...], value: float) -> Any:
+    """The settings with another value at this path."""
+    name, *rest = path
+    new = with_number(getattr(group, name), tuple(rest), value) if rest else value
+    return dataclasses.replace(group, **{name: new})
+
+
+def refusal(cfg: JobConfig, path: tuple[str, ...], value: float) -> str:
+    """The error of settings with this number; empty if there is none."""
+    try:
+        check_config(with_number(cfg, path, value))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+MAY_BE_ZERO = {
+    *("engine.endpoint.patience_s", "generation.min_new_tokens", "generation.temperature"),
+    *("generation.top_k", "generation.min_p", "generation.frequency_penalty"),
+    *("generation.presence_penalty", "generation.seed", "output.flush_every_s"),
+    *("retry.invalid_json", "runtime.task_id", "runtime.num_workers", "runtime.max_error_rate"),
+    "runtime.walltime_margin_s",
+}
+
+
+def test_every_number_has_bounds_that_its_error_names() -> None:
+    cfg = compose("run")
+    found = {".".join(path): (path, has_fraction) for path, has_fraction in numbers_of(cfg)}
+    assert len(found) > 40
+    for name, (path, has_fraction) in found.items():
+        for value in (-3, math.nan, math.inf) if has_fraction else (-3,):
+            assert refusal(cfg, path, value).startswith(f"{name}={value} must ")
+        at_zero = refusal(cfg, path, 0)
+        assert at_zero.startswith("" if name in MAY_BE_ZERO else f"{name}=0 must ")
+        assert bool(at_zero) != (name in MAY_BE_ZERO)
+        # A one may have no effect without other settings, but is within the bounds.
+        assert has_fraction or " must " not in refusal(cfg, path, 1) or name == "runtime.task_id"
 
 
 ENDPOINT = ("engine=endpoint", "engine.endpoint.url=http://node7:8000/v1")
