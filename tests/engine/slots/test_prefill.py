@@ -15,8 +15,15 @@ from hypothesis import strategies as st
 from batchvlm.engine.forward.streams import Streams
 from batchvlm.engine.slots.prefill import Prefill
 from batchvlm.engine.slots.vision import Entry, Unit
-from batchvlm.engine.slots.waiting import WaitingRow, common_length, divide_prompt
+from batchvlm.engine.slots.waiting import (
+    Prefix,
+    WaitingRow,
+    common_length,
+    divide_prompt,
+    num_new_tokens_of,
+)
 
+from ...conftest import make_sample
 from ..families import needs_slots
 from ..loaded import ABOUT_NONE, ABOUT_ONE, Loaded, Question
 from ..outcomes import run
@@ -117,6 +124,19 @@ def test_what_rows_have_in_common(rows: list[list[int]]) -> None:
     assert 0 <= length <= most
     assert len({tuple(row[:length]) for row in rows}) == 1
     assert length == most or len({tuple(row[: length + 1]) for row in rows}) > 1
+
+
+def test_a_shared_beginning_counts_once_in_a_pack_and_not_once_it_is_kept() -> None:
+    cache: Any = object()
+    shared, other = Prefix(20, num_users=3), Prefix(16, num_users=2)
+    rows = [
+        WaitingRow(make_sample(number, num_tokens=25), (), prefix)
+        for number, prefix in enumerate([shared, shared, other, shared, None])
+    ]
+    begun: set[int] = set()
+    assert [num_new_tokens_of(row, begun) for row in rows] == [25, 5, 25, 5, 25]
+    shared.cache = cache
+    assert [num_new_tokens_of(row, set()) for row in rows] == [5, 5, 25, 5, 25]
 
 
 def shared_tokens(
