@@ -10,11 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchvlm.errors import ErrorType
 from batchvlm.output import segments as segments_module
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.schema import Provenance, output_schema, to_table
-from batchvlm.output.segments import merge_segments, read_segments, with_marks, write_segment
-from batchvlm.records import Shard
+from batchvlm.output.segments import (
+    merge_segments,
+    read_segments,
+    with_marks,
+    write_segment,
+    write_tables,
+)
+from batchvlm.records import Failure, Shard, Status
 
 from .make import PROVENANCE, SCHEMA, make_plan, make_result
 
@@ -62,9 +69,65 @@ def test_row_groups_are_what_the_index_says(
     assert read.groups == written.groups
     assert len(read.groups) == 8
     rest = rows_table([row for row in range(60) if row not in rows], marked())
+    num_read, read_groups = [], pq.ParquetFile.read_row_groups
+
+    def count(self: pq.ParquetFile, groups: list[int]) -> pa.Table:
+        num_read.append(len(groups))
+        return read_groups(self, groups)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", count)
     tables = list(merge_segments(folder, [written], rest, SHARD, marked()))
     assert [table.num_rows for table in tables] == [4] * 15
     assert pa.concat_tables(tables).equals(rows_table(list(range(60)), marked()))
+    # No more of the segment is in memory at once than the row groups that four rows can be in.
+    assert max(num_read) == 2
+
+
+def test_the_index_has_the_errors_and_attempts_of_all_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments_module, "_MAX_GROUP_ROWS", 2)
+    oom = Failure(error_type=ErrorType.OOM, message="no room")
+    failed = {"status": Status.ERROR, "failure": oom, "attempts": 3}
+    fine = {"status": Status.SUCCESS, "failure": None}
+    results = [make_result(SHARD, row, **(failed if row % 4 == 1 else fine)) for row in range(8)]
+    folder = OutputFolder(tmp_path)
+    table = to_table(results, marked(), PROVENANCE)
+    written = write_segment(folder, folder.segment(1, "a", 0), table, SHARD)
+    (read,) = read_segments(folder, SHARD, marked())
+    for index in (written, read):
+        assert (index.errors, index.retried) == ({1: "oom", 5: "oom"}, {1: 3, 5: 3})
+    assert [read.attempts(row) for row in (0, 1)] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "max_bytes", "expected"),
+    [
+        (4, 1 << 20, [4, 3, 4]),
+        (100, 7_000, [3, 1, 3, 3, 1]),
+        (100, 1 << 20, [11]),
+        (1, 1, [1] * 11),
+    ],
+)
+def test_small_tables_share_a_row_group_and_large_ones_do_not(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_rows: int,
+    max_bytes: int,
+    expected: list[int],
+) -> None:
+    monkeypatch.setattr(segments_module, "_MAX_GROUP_ROWS", max_rows)
+    monkeypatch.setattr(segments_module, "_MAX_GROUP_BYTES", max_bytes)
+    schema = pa.schema([("n", pa.int64()), ("blob", pa.binary(2_000))])
+    whole = pa.table({"n": range(11), "blob": [bytes(2_000)] * 11}, schema=schema)
+    tables = [whole.slice(start, num) for start, num in ((0, 1), (1, 2), (3, 1), (4, 3), (7, 4))]
+    path = tmp_path / "x.parquet"
+    with path.open("wb") as file:
+        write_tables(tables, file, schema)
+    metadata = pq.read_metadata(path)
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert groups == expected
+    assert pq.read_table(path).equals(whole)
 
 
 @pytest.mark.parametrize("order", ["ab", "ba"])
