@@ -16,11 +16,12 @@ from batchvlm.output import disk as disk_module
 from batchvlm.output.compact import compact
 from batchvlm.output.folder import OutputFolder
 from batchvlm.pipeline import collector as collector_module
+from batchvlm.pipeline.collector import Prepared
 from batchvlm.pipeline.pipeline import Summary
 from batchvlm.pipeline.summary import print_summary
-from batchvlm.records import Completion, Failure, FinishReason, Sample
+from batchvlm.records import Completion, Failure, FinishReason, Record, Sample
 from batchvlm.sources.parquet import ParquetSource
-from tests.conftest import picture
+from tests.conftest import make_sample, picture
 from tests.pipeline.test_pipeline import FakeEngine, answers, rows_of, run
 
 Writer = Callable[..., Path]
@@ -123,35 +124,6 @@ def test_an_answer_that_was_cut_names_the_limit_that_cut_it(
         assert message.startswith(f"the answer was cut at 3 tokens before its JSON ended{ending}")
 
 
-class EndlessEngine(FakeEngine):
-    """Its answers take all tokens that they may, and are cut."""
-
-    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
-        for sample in samples:
-            yield (
-                sample.row_index,
-                Completion(
-                    row_index=sample.row_index,
-                    token_ids=(1,) * sample.generation.max_new_tokens,
-                    text='{"a": "b',
-                    finish_reason=FinishReason.LENGTH,
-                    latency_s=0.5,
-                ),
-            )
-
-
-def test_an_answer_that_more_room_did_not_help_names_what_is_left_to_do(
-    tmp_path: Path, write_parquet: Writer
-) -> None:
-    """The last attempt was given all tokens behind the prompt, so no setting gives more."""
-    source, out = write_parquet([picture()]), tmp_path / "out"
-    settings = ("task=extract", "task.output.json_schema=any", "generation.max_new_tokens=100")
-    run(out, source, *settings, "retry.invalid_json=9", engine=EndlessEngine())
-    (row,) = rows_of(out)
-    assert "before its JSON ended; no more fits behind its prompt" in row["error_message"]
-    assert row["attempts"] == 10
-
-
 def test_valid_json_that_its_column_cannot_hold_is_an_error_of_its_row(
     tmp_path: Path, write_parquet: Writer
 ) -> None:
@@ -167,6 +139,24 @@ def test_valid_json_that_its_column_cannot_hold_is_an_error_of_its_row(
         "$.n is an integer beyond 64 bits",
     )
     assert (row["generated_text"], row["parsed"]) == ('{"n": 9223372036854775808}', None)
+
+
+def test_a_row_that_waits_for_the_engine_counts_with_all_that_it_holds() -> None:
+    """The queue of ready rows is bounded by these sizes."""
+    record = Record(row=0, row_index=0, source_file="in", id="a", values={})
+    sample = make_sample(0, num_tokens=1)
+    plain = Prepared(record=record, outcome=sample).size_bytes
+    large = {"a": bytes(1000), "b": ["x" * 500, {"c": "y" * 500}]}
+    for heavy in (
+        replace(record, values=large),
+        replace(record, kept=large),
+        replace(record, fetched={"https://x/a.png": bytes(2000)}),
+    ):
+        assert Prepared(record=heavy, outcome=sample).size_bytes == plain + 2000
+    tokens = make_sample(0, num_tokens=251)
+    assert Prepared(record=record, outcome=tokens).size_bytes == plain + 250 * 8
+    failure = Failure(error_type=ErrorType.DECODE, message="no image")
+    assert 0 < Prepared(record=record, outcome=failure).size_bytes < plain
 
 
 def test_a_retry_computes_just_the_rows_it_names(tmp_path: Path, write_parquet: Writer) -> None:

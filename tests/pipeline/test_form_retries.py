@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from batchvlm.pipeline.form_retries import FormRetries
-from batchvlm.records import Completion, FinishReason, Sample
-from tests.conftest import make_sample
+from batchvlm.records import Completion, Failure, FinishReason, Sample
+from tests.conftest import make_sample, picture
+from tests.pipeline.test_pipeline import FakeEngine, rows_of, run
 
 _ROOMY = 1 << 20
 
@@ -72,3 +75,32 @@ def test_rows_for_which_there_is_no_room_are_answered_once() -> None:
     retries.keep(rows[2])
     retries.keep(rows[0])
     assert [retries.retry(number, answer()) for number in range(3)] == [True, False, True]
+
+
+class EndlessEngine(FakeEngine):
+    """Its answers take all tokens that they may, and are cut."""
+
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion | Failure]]:
+        for sample in samples:
+            yield (
+                sample.row_index,
+                Completion(
+                    row_index=sample.row_index,
+                    token_ids=(1,) * sample.generation.max_new_tokens,
+                    text='{"a": "b',
+                    finish_reason=FinishReason.LENGTH,
+                    latency_s=0.5,
+                ),
+            )
+
+
+def test_an_answer_that_more_room_did_not_help_names_what_is_left_to_do(
+    tmp_path: Path, write_parquet: Callable[..., Path]
+) -> None:
+    """The last attempt was given all tokens behind the prompt, so no setting gives more."""
+    source, out = write_parquet([picture()]), tmp_path / "out"
+    settings = ("task=extract", "task.output.json_schema=any", "generation.max_new_tokens=100")
+    run(out, source, *settings, "retry.invalid_json=9", engine=EndlessEngine())
+    (row,) = rows_of(out)
+    assert "before its JSON ended; no more fits behind its prompt" in row["error_message"]
+    assert row["attempts"] == 10

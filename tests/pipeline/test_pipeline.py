@@ -134,7 +134,10 @@ def test_rows_come_out_once_in_order_good_or_bad(tmp_path: Path, write_parquet: 
             assert (row["finish_reason"], row["completion_tokens"]) == ("stop", 3)
             assert (row["num_images"], row["image_tokens"]) == (1, 36)
             assert row["image_sizes"] == [{"width": 96, "height": 96}]
-    assert (summary.num_mine, summary.metrics.num_rows, summary.metrics.num_errors) == (37, 37, 5)
+    metrics = summary.metrics
+    assert (summary.num_mine, metrics.num_rows, metrics.num_errors) == (37, 37, 5)
+    assert metrics.num_prepared == 37
+    assert metrics.prepared_tokens == sum(row["prompt_tokens"] or 0 for row in rows) > 0
     assert len(list((tmp_path / "out" / "data").iterdir())) == summary.num_shards
 
 
