@@ -153,6 +153,7 @@ def test_what_looks_hard_and_is_said_exactly(schema: Any) -> None:
     [
         ({"type": "number", "maximum": 1.7976931348623157e308}, "maximum"),
         ({"type": "number", "multipleOf": 1e-12}, "multipleOf"),
+        ({"type": "integer", "minimum": 10**30}, "minimum"),
         ({"type": "string", "maxLength": (1 << 63) - 1}, "maxLength"),
         ({"type": "string", "pattern": "a$b|c"}, "pattern"),
     ],
@@ -186,6 +187,28 @@ def test_bounds_of_numbers(bounds: Any, good: list[Any], bad: list[Any]) -> None
     first = byte_matcher(plan.grammar or "")
     assert all(accepts(first, value, schema) for value in good)
     assert not any(accepts(first, value, schema) for value in bad)
+
+
+PART = {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "array", "items": PART}, [0.25], [0]),
+        ({"type": "array", "prefixItems": [PART]}, [0.25], [0]),
+        ({"type": "object", "properties": {"a": PART}}, {"a": 0.25}, {"a": 0}),
+        ({"type": "object", "patternProperties": {"^a$": PART}}, {"a": 0.25}, {"a": 0}),
+        ({"type": "object", "additionalProperties": PART}, {"a": 0.25}, {"a": 0}),
+        ({"anyOf": [{"type": "null"}, PART]}, 0.25, 0),
+        ({"type": "array", "items": {"$ref": "#/$defs/a"}, "$defs": {"a": PART}}, [0.25], [0]),
+    ],
+)
+def test_bounds_of_numbers_wherever_they_stand(schema: Any, good: Any, bad: Any) -> None:
+    plan = plan_of(schema)
+    assert plan.constraint is Constraint.STRICT, plan.notes
+    first = byte_matcher(plan.grammar or "")
+    assert accepts(first, good, schema) and not accepts(first, bad, schema)
 
 
 @pytest.mark.parametrize(
