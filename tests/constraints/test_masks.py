@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from batchvlm.constraints import masks as masks_module
 from batchvlm.constraints.constraints import Constraints
 from batchvlm.constraints.masks import apply_mask
 from batchvlm.records import Form, FormKind
@@ -29,6 +30,19 @@ def test_only_tokens_whose_bit_is_set_keep_their_score(num_ids: int, dtype: torc
             word = int(masks[i, token // 32]) if token < 96 else 0
             expected = float(scores[i, token]) if word >> token % 32 & 1 else -torch.inf
             assert float(masked[i, token]) == expected, (i, token)
+
+
+def test_a_bit_of_a_word_is_that_of_its_token() -> None:
+    """Also the last, which is the sign."""
+    scores_BV = torch.arange(64.0)[None]
+    for token in range(64):
+        mask_BW = torch.zeros(1, 2, dtype=torch.int32)
+        mask_BW[0, token // 32] = masks_module._word(token % 32)
+        assert apply_mask(scores_BV, mask_BW)[0].isfinite().nonzero().tolist() == [[token]]
+    is_set_V = torch.rand(64, generator=torch.Generator().manual_seed(0)) < 0.5
+    is_set_V[31], is_set_V[63] = True, False
+    packed_BV = apply_mask(scores_BV, masks_module._pack(is_set_V)[None])
+    assert torch.equal(packed_BV[0].isfinite(), is_set_V)
 
 
 def test_text_that_reads_like_the_end_of_answers_is_text_behind_other_text() -> None:
