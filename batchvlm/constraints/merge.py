@@ -17,6 +17,7 @@ _MAX_PLACES = 3_000
 _MAX_BRANCHES = 64
 _CHOICES = ("anyOf", "oneOf")
 _NAMES = ("title", "description")
+_OBJECT = ("properties", "patternProperties", "additionalProperties")
 
 
 class MergeError(ValueError):
@@ -167,29 +168,30 @@ def _merge(one: dict[str, Any], other: dict[str, Any]) -> Schema:
         return one or other
     one, other = dict(one), dict(other)
     merged: dict[str, Any] = {}
-    if "patternProperties" not in one and "patternProperties" not in other:
-        names = [*one.get("properties", {}), *other.get("properties", {})]
-        properties = {
-            n: _conjunction(_property_schema(n, one), _property_schema(n, other)) for n in names
-        }
-        if properties:
-            merged["properties"] = properties
-        rest = _conjunction(
-            one.get("additionalProperties", True), other.get("additionalProperties", True)
-        )
+    apart: dict[str, Any] = {}
+    objects = [{key: part.pop(key) for key in _OBJECT if key in part} for part in (one, other)]
+    if (properties := _merge_properties(*objects)) is not None:
+        merged |= properties
+    else:
+        merged |= objects[0]
+        apart |= objects[1]
+    if "items" in one or "items" in other or "prefixItems" in one or "prefixItems" in other:
+        places = range(max(len(part.get("prefixItems", [])) for part in (one, other)))
+        prefix = [_conjunction(_item_schema(i, one), _item_schema(i, other)) for i in places]
+        if prefix:
+            merged["prefixItems"] = prefix
+        rest = _conjunction(one.get("items", True), other.get("items", True))
         if rest is not True:
-            merged["additionalProperties"] = rest
+            merged["items"] = rest
         for part in (one, other):
-            part.pop("properties", None)
-            part.pop("additionalProperties", None)
+            part.pop("prefixItems", None)
+            part.pop("items", None)
     if "enum" in one and "enum" in other:
         known = {json.dumps(value, sort_keys=True) for value in other.pop("enum")}
         values = [v for v in one.pop("enum") if json.dumps(v, sort_keys=True) in known]
         if not values:
             return False
         merged["enum"] = values
-    if "items" in one and "items" in other and not {"prefixItems"} & (one.keys() | other.keys()):
-        merged["items"] = _conjunction(one.pop("items"), other.pop("items"))
     required = [*one.pop("required", []), *other.pop("required", [])]
     if required:
         merged["required"] = list(dict.fromkeys(required))
@@ -201,10 +203,37 @@ def _merge(one: dict[str, Any], other: dict[str, Any]) -> Schema:
     same = {key for key in both if one[key] == other[key]}
     left = {key: other.pop(key) for key in both}
     merged |= one | other
-    differ = {key: value for key, value in left.items() if key not in same}
+    differ = apart | {key: value for key, value in left.items() if key not in same}
     if differ:
         merged["allOf"] = [*merged.get("allOf", []), differ]
     return merged
+
+
+def _merge_properties(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
+    """Merge keywords on the properties of objects; None if one schema has no equal of both.
+
+    `additionalProperties` depends on the other two in its own schema, and which names a pattern
+    matches is not known here.
+    """
+    if not one or not other:
+        return one or other
+    has_patterns = "patternProperties" in one or "patternProperties" in other
+    has_rest = "additionalProperties" in one or "additionalProperties" in other
+    is_for_all = any(part.keys() == {"additionalProperties"} for part in (one, other))
+    if has_patterns and has_rest and not is_for_all:
+        return None
+    merged: dict[str, Any] = {}
+    for key in ("properties", "patternProperties"):
+        names = [*one.get(key, {}), *other.get(key, {})]
+        if names:
+            merged[key] = {
+                n: _conjunction(_property_schema(key, n, one), _property_schema(key, n, other))
+                for n in names
+            }
+    rest = _conjunction(
+        one.get("additionalProperties", True), other.get("additionalProperties", True)
+    )
+    return merged if rest is True else {**merged, "additionalProperties": rest}
 
 
 def _without_false(
@@ -243,8 +272,13 @@ def _put_false(schema: Schema, empty: set[str]) -> Schema:
     return keywords
 
 
-def _property_schema(name: str, schema: dict[str, Any]) -> Schema:
-    return schema.get("properties", {}).get(name, schema.get("additionalProperties", True))
+def _property_schema(key: str, name: str, schema: dict[str, Any]) -> Schema:
+    return schema.get(key, {}).get(name, schema.get("additionalProperties", True))
+
+
+def _item_schema(place: int, schema: dict[str, Any]) -> Schema:
+    prefix = schema.get("prefixItems", [])
+    return prefix[place] if place < len(prefix) else schema.get("items", True)
 
 
 def _conjunction(one: Schema, other: Schema) -> Schema:
