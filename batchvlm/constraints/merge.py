@@ -7,9 +7,10 @@ becomes a definition of its own, which recursive schemas can refer to.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
+
+from jsonschema import Draft202012Validator
 
 from batchvlm.constraints.negate import Schema
 
@@ -187,8 +188,8 @@ def _merge(one: dict[str, Any], other: dict[str, Any]) -> Schema:
             part.pop("prefixItems", None)
             part.pop("items", None)
     if "enum" in one and "enum" in other:
-        known = {json.dumps(value, sort_keys=True) for value in other.pop("enum")}
-        values = [v for v in one.pop("enum") if json.dumps(v, sort_keys=True) in known]
+        known = Draft202012Validator({"enum": other.pop("enum")})
+        values = [value for value in one.pop("enum") if known.is_valid(value)]
         if not values:
             return False
         merged["enum"] = values

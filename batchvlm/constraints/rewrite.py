@@ -195,8 +195,9 @@ class Rewriter:
             if key in schema:
                 own[key] = schema[key]
         if "const" in own and "enum" in own:
-            own["enum"] = [v for v in own["enum"] if v == own["const"]]
-            del own["const"]
+            # Not by Python, for which 1 is True.
+            same = Draft202012Validator({"const": own.pop("const")})
+            own["enum"] = [value for value in own["enum"] if same.is_valid(value)]
         for key in _NUMBERS:
             if key in schema:
                 own[key] = schema[key]

@@ -156,6 +156,11 @@ def test_what_a_keyword_applies_to_is_that_of_its_own_schema(
     assert accepts(first, good, schema) and not accepts(first, bad, schema)
 
 
+def test_values_are_equal_as_in_json() -> None:
+    parts = [{"enum": [1, True, "a", [1]]}, {"enum": [1.0, "a", [True]]}]
+    assert open_references({"allOf": parts})["$defs"]["m0"]["enum"] == [1, "a"]
+
+
 def test_what_grows_beyond_bounds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MergeError, match="consists of itself"):
         open_references(

@@ -189,6 +189,23 @@ def test_bounds_of_numbers(bounds: Any, good: list[Any], bad: list[Any]) -> None
     assert not any(accepts(first, value, schema) for value in bad)
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": 1, "enum": [True, 1.0, 2]},
+        {"const": [1], "enum": [[True], [1.0]]},
+        {"$ref": "#/$defs/a", "enum": [1.0, 2], "$defs": {"a": {"enum": [1, True, 3]}}},
+        {"oneOf": [{"enum": [1, 2]}, {"enum": [1.0, True]}]},
+    ],
+)
+def test_values_are_equal_as_in_json_where_one_is_no_truth_value(schema: Any) -> None:
+    plan = plan_of(schema)
+    assert plan.constraint is Constraint.STRICT, plan.notes
+    first, validator = byte_matcher(plan.grammar or ""), compile_schema(json.dumps(schema))
+    for value in (1, True, 2, 3, [1], [True]):
+        assert accepts(first, value, schema) == validator.is_valid(value), value
+
+
 PART = {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}
 
 
