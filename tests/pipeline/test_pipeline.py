@@ -263,6 +263,7 @@ def test_a_crash_keeps_every_finished_row(
     )
     assert len(engine.seen) == 24 - after
     assert summary.num_found + summary.metrics.num_rows == 25
+    assert summary.metrics.num_found == summary.num_found
     assert answers(tmp_path / "out") == answers(tmp_path / "undisturbed")
     assert not list((tmp_path / "out" / "_batchvlm").glob("segments/*"))
 

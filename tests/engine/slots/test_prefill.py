@@ -139,6 +139,21 @@ def test_a_shared_beginning_counts_once_in_a_pack_and_not_once_it_is_kept() -> N
     assert [num_new_tokens_of(row, set()) for row in rows] == [5, 5, 25, 5, 25]
 
 
+def test_packs_are_filled_up_to_their_limit_and_a_longer_prompt_is_one_by_itself() -> None:
+    prefill: Any = object.__new__(Prefill)
+    lengths = [20, 30, 1, 60, 10, 10]
+    rows = [WaitingRow(make_sample(i, num_tokens=num), ()) for i, num in enumerate(lengths)]
+    prefill._waiting = rows[::-1]
+    prefill._plan = SimpleNamespace(pack_tokens=50)
+    prefill._decoder = SimpleNamespace(has_prefilled=lambda has_images: True)
+    prefill._streams = SimpleNamespace(num_packs=lambda num_tokens: 2)
+
+    def taken() -> list[list[int]]:
+        return [[row.sample.prompt_tokens for row in pack] for pack in prefill._take_packs()]
+
+    assert [taken(), taken(), taken()] == [[[20, 30], [1]], [[60], [10, 10]], []]
+
+
 def shared_tokens(
     small: Loaded, asks: list[tuple[Question, int]], first: Question = ABOUT_ONE, **cfg: Any
 ) -> int:

@@ -120,6 +120,19 @@ class TestMemory:
         check(outcomes, answers(small, rows), [False] * len(rows))
         assert packs and steps and images
 
+    def test_steps_of_too_many_rows_are_not_tried_again_at_each_token(self, small: Loaded) -> None:
+        def are_too_many(self: Any, *args: Any, **kwargs: Any) -> bool:
+            spans = args[2]
+            return bool(spans[-1].stop - spans[0].start > 2)
+
+        rows = [(QUESTIONS[0], seed % 2, 8) for seed in range(6)]
+        engine = small.slots(max_slots=8, cpu_streams=1, eos=[])
+        with failing(Decoder, "step", are_too_many, OUT_OF_MEMORY) as steps:
+            outcomes = run(engine, asked(small, rows))
+        check(outcomes, answers(small, rows), [False] * 6)
+        # Six rows and then three, though there are seven steps.
+        assert 0 < len(steps) <= 3
+
     def test_choosing_for_too_many_rows_is_halved_down_to_the_row(self, small: Loaded) -> None:
         rows = [(QUESTIONS[0], seed % 2, 8) for seed in range(6)]
         engine = small.slots(max_slots=8, eos=[])
