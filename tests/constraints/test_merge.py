@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -102,14 +103,9 @@ def takes(validator: Any, value: Any) -> bool | None:
         return None
 
 
-@settings(max_examples=150, derandomize=True)
-@given(schemas())
-def test_the_expanded_schema_takes_what_the_schema_takes(schema: dict[str, Any]) -> None:
-    try:
-        rewritten = Rewriter(schema, is_lenient=False, splits_one_of=False).rewrite()
-        opened = open_references(rewritten)
-    except (UnsupportedSchemaError, MergeError, RecursionError):
-        return
+def check(schema: dict[str, Any]) -> None:
+    rewritten = Rewriter(schema, is_lenient=False, splits_one_of=False).rewrite()
+    opened = open_references(rewritten)
     before, after = compile_schema(json.dumps(rewritten)), compile_schema(json.dumps(opened))
     if takes(before, None) is None:
         return
@@ -118,6 +114,40 @@ def test_the_expanded_schema_takes_what_the_schema_takes(schema: dict[str, Any])
         assert not any(map(has_reference_beside, opened.get("$defs", {}).values()))
     for value in VALUES:
         assert takes(after, value) == takes(before, value), (value, rewritten, opened)
+
+
+@settings(max_examples=150, derandomize=True)
+@given(schemas())
+def test_the_expanded_schema_takes_what_the_schema_takes(schema: dict[str, Any]) -> None:
+    with suppress(UnsupportedSchemaError, MergeError, RecursionError):
+        check(schema)
+
+
+SHORT = {"maxLength": 1}
+OF_PATTERNS = {"properties": {"x": {"type": "string"}}, "patternProperties": {"^k": SHORT}}
+
+
+@pytest.mark.parametrize(
+    ("beside", "definition"),
+    [
+        ({"additionalProperties": {"type": "string"}}, OF_PATTERNS),
+        ({"additionalProperties": False, **OF_PATTERNS}, {"properties": {"z": True}}),
+        ({"properties": {"z": True}, "additionalProperties": False}, OF_PATTERNS),
+        ({"properties": {"x": {"const": "b"}}, "patternProperties": {"^k": True}}, OF_PATTERNS),
+        ({"patternProperties": {"^x": {"const": "b"}}}, OF_PATTERNS),
+        ({"prefixItems": [{"type": "string"}], "items": False}, {"items": {"maxLength": 1}}),
+        ({"prefixItems": [True, SHORT]}, {"prefixItems": [{"type": "integer"}], "items": SHORT}),
+        (
+            {"oneOf": [{"required": ["k"]}, {"required": ["x"]}]},
+            {"oneOf": [{"required": ["z"]}, {}]},
+        ),
+        ({"anyOf": [{"required": ["k"]}, {"type": "array"}]}, {"anyOf": [{"maxItems": 0}, False]}),
+        ({"properties": {"x": {"$ref": "#/$defs/a", "type": "array"}}}, {"enum": ["a", {"x": []}]}),
+    ],
+)
+def test_keywords_beside_a_reference(beside: dict[str, Any], definition: dict[str, Any]) -> None:
+    check({**beside, "$ref": "#/$defs/a", "$defs": {"a": definition}})
+    check({**definition, "$ref": "#/$defs/a", "$defs": {"a": beside}})
 
 
 @pytest.mark.parametrize(
