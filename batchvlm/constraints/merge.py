@@ -176,17 +176,15 @@ def _merge(one: dict[str, Any], other: dict[str, Any]) -> Schema:
     else:
         merged |= objects[0]
         apart |= objects[1]
-    if "items" in one or "items" in other or "prefixItems" in one or "prefixItems" in other:
-        places = range(max(len(part.get("prefixItems", [])) for part in (one, other)))
-        prefix = [_conjunction(_item_schema(i, one), _item_schema(i, other)) for i in places]
-        if prefix:
-            merged["prefixItems"] = prefix
-        rest = _conjunction(one.get("items", True), other.get("items", True))
-        if rest is not True:
-            merged["items"] = rest
-        for part in (one, other):
-            part.pop("prefixItems", None)
-            part.pop("items", None)
+    places = range(max(len(part.get("prefixItems", [])) for part in (one, other)))
+    prefix = [_conjunction(_item_schema(i, one), _item_schema(i, other)) for i in places]
+    if prefix:
+        merged["prefixItems"] = prefix
+    rest = _conjunction(one.pop("items", True), other.pop("items", True))
+    if rest is not True:
+        merged["items"] = rest
+    for part in (one, other):
+        part.pop("prefixItems", None)
     if "enum" in one and "enum" in other:
         known = Draft202012Validator({"enum": other.pop("enum")})
         values = [value for value in one.pop("enum") if known.is_valid(value)]

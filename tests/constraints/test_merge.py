@@ -27,6 +27,7 @@ VALUES: list[Any] = [
     *({"x": value} for value in INNER),
     *({"k": "a", "x": value} for value in INNER),
     *([value] for value in INNER),
+    *(["a", "b"], ["a", 1], ["a", "ab"], ["ab", "a"], [1, "ab"]),
 ]
 
 
@@ -131,8 +132,8 @@ OF_PATTERNS = {"properties": {"x": {"type": "string"}}, "patternProperties": {"^
     ("beside", "definition"),
     [
         ({"additionalProperties": {"type": "string"}}, OF_PATTERNS),
-        ({"additionalProperties": False, **OF_PATTERNS}, {"properties": {"z": True}}),
-        ({"properties": {"z": True}, "additionalProperties": False}, OF_PATTERNS),
+        ({"additionalProperties": False, **OF_PATTERNS}, {"properties": {"k": True}}),
+        ({"properties": {"k": True}, "additionalProperties": False}, OF_PATTERNS),
         ({"properties": {"x": {"const": "b"}}, "patternProperties": {"^k": True}}, OF_PATTERNS),
         ({"patternProperties": {"^x": {"const": "b"}}}, OF_PATTERNS),
         ({"prefixItems": [{"type": "string"}], "items": False}, {"items": {"maxLength": 1}}),
