@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,13 +12,14 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from batchvlm.errors import ConfigError, ErrorType, RowError
 
-_NO_FIELD = "the row has no such field or item; write {{ column.field | default('') }} to allow it"
+_BE_ABSENT = "write {{ column.field | default('') }} to allow it"
 
 
 class Template:
     """A Jinja2 template over a row's columns that refuses unknown names, nulls and bytes.
 
-    A column is written `{{ name }}`, or `{{ row["any name"] }}` if its name is not an identifier.
+    A column is written `{{ name }}`, or `{{ row["any name"] }}` if its name is not an identifier;
+    `{{ (name | from_json).field }}` is a field of JSON text.
 
     Args:
         source: text of the template.
@@ -35,6 +37,7 @@ class Template:
         environment.globals.clear()
         environment.tests["none"] = lambda value: value is None or isinstance(value, _Null)
         environment.policies["json.dumps_function"] = _dumps
+        environment.filters["from_json"] = _from_json
         try:
             tree = environment.parse(source)
             self._template = environment.from_string(source)
@@ -45,6 +48,7 @@ class Template:
         self.columns = frozenset(names - {"row"})
         if "row" in names:
             self.columns |= frozenset(_columns_of_row(tree))
+        self._fields = frozenset(_fields_of(tree))
 
     def render(self, values: Mapping[str, Any]) -> str:
         """Render the template with one row's values.
@@ -55,7 +59,9 @@ class Template:
         try:
             # Only columns of the template are searched for nulls: others may hold images.
             known = {
-                name: _marked(value) if value is None or name in self.columns else value
+                name: _marked(value, f"column {name!r}")
+                if value is None or name in self.columns
+                else value
                 for name, value in values.items()
             }
             return self._template.render({**known, "row": _Row(known)})
@@ -64,11 +70,22 @@ class Template:
         # An expression over a row's values can raise any exception.
         except Exception as error:
             names = ", ".join(sorted(self.columns)) or "no column"
-            # Jinja2's own message may quote the row: a key can be computed from its values.
             reason = type(error).__name__
             if isinstance(error, UndefinedError):
-                reason = _NO_FIELD
+                reason = self._why_absent(str(error.message))
             raise RowError(ErrorType.PROMPT, f"{self.setting} over {names}: {reason}") from error
+
+    def _why_absent(self, message: str) -> str:
+        """Explain Jinja2's message, which may quote the row: a key can be computed from values."""
+        found = re.fullmatch(r"'([\w.]+) object' has no attribute '(.*)'", message, re.DOTALL)
+        if found is None or found[2] not in self._fields:
+            return f"the row has no such field or item; {_BE_ABSENT}"
+        kind, field = found.groups()
+        if kind == "str":
+            read = f"{{{{ (column | from_json).{field} }}}}"
+            return f"a text has no field {field!r}; write {read} where it is JSON"
+        whose = "a null" if kind.endswith("._Null") else "the row"
+        return f"{whose} has no field {field!r}; {_BE_ABSENT}"
 
 
 class _Environment(SandboxedEnvironment):
@@ -80,7 +97,14 @@ class _Environment(SandboxedEnvironment):
 
 
 class _Null:
-    """A null in a template: it is false and `is none`, and raises when it becomes text."""
+    """A null in a template: it is false and `is none`, and raises when it becomes text.
+
+    Args:
+        place: what is null, for the error.
+    """
+
+    def __init__(self, place: str) -> None:
+        self._place = place
 
     def __bool__(self) -> bool:
         return False
@@ -92,7 +116,9 @@ class _Null:
         return hash(None)
 
     def __str__(self) -> str:
-        raise RowError(ErrorType.PROMPT, "a value is null; write {{ column or '' }} to allow it")
+        raise RowError(
+            ErrorType.PROMPT, f"{self._place} is null; write {{{{ column or '' }}}} to allow it"
+        )
 
     __html__ = __repr__ = __str__
 
@@ -100,9 +126,12 @@ class _Null:
 class _Binary(bytes):
     """Bytes in a template, which raise when they become text."""
 
+    place = "a value"
+
     def __str__(self) -> str:
         raise RowError(
-            ErrorType.PROMPT, "a value is binary; write {{ column.decode() }} where it is text"
+            ErrorType.PROMPT,
+            f"{self.place} is binary; write {{{{ column.decode() }}}} where it is text",
         )
 
     __repr__ = __str__
@@ -117,19 +146,22 @@ class _Row(dict[str, Any]):
     __repr__ = __str__
 
 
-def _marked(value: Any) -> Any:
+def _marked(value: Any, place: str = "a value") -> Any:
     """Return a value with nulls and bytes replaced by `_Null` and `_Binary`, at every level."""
+    inner = f"a value of {place}" if place.startswith("column") else place
     match value:
         case None:
-            return _Null()
+            return _Null(place)
         case bytes() | bytearray() | memoryview():
-            return _Binary(value)
+            binary = _Binary(value)
+            binary.place = place
+            return binary
         case dict():
-            return {_marked(key): _marked(item) for key, item in value.items()}
+            return {_marked(key, inner): _marked(item, inner) for key, item in value.items()}
         case list():
-            return [_marked(item) for item in value]
+            return [_marked(item, inner) for item in value]
         case tuple():
-            return tuple(_marked(item) for item in value)
+            return tuple(_marked(item, inner) for item in value)
     return value
 
 
@@ -140,7 +172,7 @@ def _refuse_python(value: Any) -> Any:
         RowError: the value is null, bytes or a function.
     """
     if value is None or isinstance(value, bytes):
-        return str(_marked(value))
+        return str(value if isinstance(value, _Binary) else _marked(value))
     if callable(value) and not isinstance(value, Undefined):
         raise RowError(ErrorType.PROMPT, "a value is a function of Python's, and no text")
     return value
@@ -154,6 +186,27 @@ def _dumps(value: Any, **options: Any) -> str:
             raise TypeError
 
     return json.dumps(str(value) if isinstance(value, _Null) else value, default=plain, **options)
+
+
+def _from_json(text: Any) -> Any:
+    """Return the value of JSON text.
+
+    Raises:
+        RowError: it is no JSON.
+    """
+    try:
+        return _marked(json.loads(text))
+    except (TypeError, ValueError, RecursionError) as error:
+        message = "a value is no JSON, so from_json cannot read it"
+        raise RowError(ErrorType.PROMPT, message) from error
+
+
+def _fields_of(tree: nodes.Template) -> Iterator[str]:
+    """Yield the names of fields that the template itself spells, as `a.b` and `a["b"]` do."""
+    yield from (node.attr for node in tree.find_all(nodes.Getattr))
+    for node in tree.find_all(nodes.Getitem):
+        if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
+            yield node.arg.value
 
 
 def _columns_of_row(node: nodes.Node) -> Iterator[str]:

@@ -102,25 +102,64 @@ def test_what_an_expression_cannot_do_is_the_rows_error(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "values"),
+    ("source", "values", "reason"),
     [
-        ("{{ a.b }}", {"a": {"c": 1}}),
-        ("{{ a.b.c }}", {"a": None}),
-        ("{{ a[1] }}", {"a": ["x"]}),
-        ("{{ a.b }}", {"a": "text"}),
+        ("{{ a.b }}", {"a": {"c": 1}}, "the row has no field 'b'; write DEFAULT"),
+        ("{{ a['b'] }}", {"a": {"c": 1}}, "the row has no field 'b'; write DEFAULT"),
+        ("{{ a.b.c }}", {"a": None}, "a null has no field 'b'; write DEFAULT"),
+        ("{{ a[1] }}", {"a": ["x"]}, "the row has no such field or item; write DEFAULT"),
+        (
+            "{{ a.b }}",
+            {"a": "{}"},
+            "a text has no field 'b'; write {{ (column | from_json).b }} where it is JSON",
+        ),
+        # A name that is itself a value of the row is not told.
+        ("{{ row[a] }}", {"a": "b"}, "the row has no such field or item; write DEFAULT"),
     ],
 )
 def test_a_field_that_the_row_lacks_is_told_with_what_to_write(
-    source: str, values: dict[str, Any]
+    source: str, values: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(RowError) as caught:
         Template(source, "task.prompt").render(values)
-    assert caught.value.message == (
-        "task.prompt over a: the row has no such field or item; "
-        "write {{ column.field | default('') }} to allow it"
-    )
+    default = "{{ column.field | default('') }} to allow it"
+    assert caught.value.message == f"task.prompt over a: {reason}".replace("DEFAULT", default)
     optional = Template("{{ a.b | default('') }}", "task.prompt")
     assert [optional.render({"a": value}) for value in ({"c": 1}, None, "text")] == [""] * 3
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{{ a }}", "column 'a' is null; write {{ column or '' }} to allow it"),
+        ("{{ row.a }}", "column 'a' is null; write {{ column or '' }} to allow it"),
+        ("{{ b }}", "column 'b' is binary; write {{ column.decode() }} where it is text"),
+        ("{{ c.x }}", "a value of column 'c' is null; write {{ column or '' }} to allow it"),
+        (
+            "{{ c['y'][0] }}",
+            "a value of column 'c' is binary; write {{ column.decode() }} where it is text",
+        ),
+        ("{{ c.get('z') }}", "a value is null; write {{ column or '' }} to allow it"),
+    ],
+)
+def test_the_column_that_is_no_text_is_named(source: str, reason: str) -> None:
+    values = {"a": None, "b": b"B", "c": {"x": None, "y": [b"Y"]}}
+    with pytest.raises(RowError) as caught:
+        Template(source, "task.prompt").render(values)
+    assert caught.value.message == f"task.prompt: {reason}"
+
+
+def test_json_text_of_a_column_can_be_read() -> None:
+    template = Template("{{ (a | from_json).b[1].c }}", "task.prompt")
+    assert template.render({"a": '{"b": [0, {"c": "x"}]}'}) == "x"
+    assert Template("{{ (a | from_json).b }}", "s").render({"a": b'{"b": 1}'}) == "1"
+    for broken in ("{", None, 3, "[" * 100_000):
+        with pytest.raises(RowError) as caught:
+            template.render({"a": broken})
+        reason = "a value is no JSON, so from_json cannot read it"
+        assert caught.value.message == f"task.prompt: {reason}"
+    with pytest.raises(RowError, match="a value is null"):
+        Template("{{ (a | from_json).b }}", "s").render({"a": '{"b": null}'})
 
 
 def test_a_broken_template_is_refused_before_the_run() -> None:
