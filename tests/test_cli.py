@@ -190,6 +190,24 @@ def test_a_disk_that_fails_is_a_failure(
     assert "Input/output error" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("overrides", [[], ["output.dir=x"], ["data=demo"]])
+def test_a_config_of_ones_own_extends_the_settings(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+) -> None:
+    (tmp_path / "mine.yaml").write_text("task:\n  prompt: What is it?\n")
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.chdir(tmp_path)
+    flags = ["--config-dir", str(tmp_path), "--config-name", "mine"]
+    assert main(["run", *overrides, *flags]) == ExitCode.USAGE
+    assert capsys.readouterr().err == (
+        "batchvlm: error: your configuration does not begin with that of batchvlm; "
+        "write `defaults: [run, _self_]` at the top of the file of --config-name\n"
+    )
+
+
 def test_a_traceback_only_where_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,6 +123,8 @@ def read_config(node: DictConfig) -> JobConfig:
     """
     with flag_override(node, "struct", False):
         node.pop("hydra", None)
+    if OmegaConf.get_type(node) is not JobConfig:
+        raise _not_extended()
     try:
         _refuse_unknown(node, JobConfig)
         missing = sorted(OmegaConf.missing_keys(node))
@@ -216,6 +218,10 @@ def explain(error: Exception) -> ConfigError:
         reason = str(cause.msg or cause).splitlines()[0]
         if key and "not in" in reason:
             return _unknown_key(key)
+        if "Cannot convert 'list' to string" in reason:
+            glob = setting("data.path", "in/*.parquet")
+            hint = f"write {glob}, say" if key == "data.path" else ""
+            return ConfigError(f"{key} takes one text and no list", hint=hint)
         if "is not Optional" in reason:
             return ConfigError(f"{key} cannot be null", hint=f"give it a value: {key}=...")
         if "NoneType is not a subclass of str" in reason and (
@@ -237,7 +243,10 @@ def explain(error: Exception) -> ConfigError:
         hint = f"there are {', '.join(options)}"
         if option := re.search(r"Could not find '((?:hydra/)?\w+)/([^']+)'", lines[0]):
             group, name = option.groups()
-            if group in _PATH_OPTIONS:
+            near = difflib.get_close_matches(name, hint.removeprefix("there are ").split(", "), n=1)
+            if near and not re.search(r"[./]", name):  # else a path
+                hint = f"did you mean {group}={near[0]}? batchvlm run --help lists all options"
+            elif group in _PATH_OPTIONS:
                 path_setting = setting(f"{group}.path", name)
                 hint += (
                     f"; one of your own is written {group}={_PATH_OPTIONS[group]} {path_setting}"
@@ -251,19 +260,25 @@ def _unreadable(override: str) -> ConfigError:
     """Explain an override that Hydra cannot parse, mostly for a character that must be quoted."""
     key, equals, value = override.partition("=")
     if not equals:
-        # Many people first type only the input's path.
+        if override in _dotted(JobConfig):
+            return ConfigError(f"{override} has no value", hint=f"write {override}=...")
+        # Many people first type only the input's path, or a text without quotes.
         path_setting = setting("data.path", override)
         hint = f"an input is named by data=parquet {path_setting}, say; --help tells more"
+        if not re.search(r"[/*]|\.\w", override):
+            text = setting("task.prompt", "What is it?")
+            hint = f"a text with spaces is quoted, as in {text}; {hint}"
         return ConfigError(f"{override} is no setting, which is written key=value", hint=hint)
     if not re.fullmatch(r"[\w.@/+~:-]+", key, re.ASCII):
         return ConfigError(f"{key} is no setting", hint="write key=value, as data.path=in.parquet")
-    starts, ends = value[:1] in ("[", "{") and not value.startswith("{{"), value[-1:] in ("]", "}")
-    is_half_list = value.startswith("[") != value.endswith("]")
+    listed = "" if key in _of_type(JobConfig, str, str | None) else value
+    starts = listed[:1] in ("[", "{") and not listed.startswith("{{")
+    is_half_list = listed.startswith("[") != listed.endswith("]")
     if is_half_list and not re.search(r"[\[\]]", value.strip("[]")):
         hint = f"write a list as '{key}=[{value.strip('[]')}]'"
-    elif value.startswith("[") and not re.search(r"[\[\]{}\"]", inner := value[1:-1]):
+    elif listed.startswith("[") and not re.search(r"[\[\]{}\"]", inner := value[1:-1]):
         hint = f"write {_list(key, inner)}"
-    elif starts and ends:
+    elif starts and listed[-1:] in ("]", "}"):
         hint = f"quote each text in it, and the whole: '{key}={{name: \"a text\"}}'"
     elif key in _PATH_OPTIONS:
         hint = f"write {key}={_PATH_OPTIONS[key]} {setting(f'{key}.path', value)}"
@@ -286,7 +301,7 @@ def _ambiguous(override: str) -> ConfigError:
     sweep = "several jobs (a sweep): put -m first"
     if key in _ROOTS:
         return ConfigError(f"{key} names several options", hint=f"keep one of them; or, {sweep}")
-    if key == "data.columns.image" or key in _lists(JobConfig):
+    if key == "data.columns.image" or key in _of_type(JobConfig, list[str], list[str] | None):
         meant = f"a list: '{key}=[{value}]'"
     else:
         # The quotes around a text that has more of them, as in "{{ names | join(", ") }}".
@@ -309,8 +324,18 @@ def _causes(error: BaseException | None) -> Iterable[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _not_extended() -> ConfigError:
+    """Explain a primary config of the user's own that lacks the settings of batchvlm."""
+    return ConfigError(
+        "your configuration does not begin with that of batchvlm",
+        hint="write `defaults: [run, _self_]` at the top of the file of --config-name",
+    )
+
+
 def _unknown_key(key: str) -> ConfigError:
     known = list(_dotted(JobConfig))
+    if key in (*known, *_ROOTS):
+        return _not_extended()
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     leaf = key.rsplit(".", 1)[-1]
     near = near or [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
@@ -327,14 +352,14 @@ def _dotted(cls: type, prefix: str = "") -> Iterable[str]:
             yield name
 
 
-def _lists(cls: type, prefix: str = "") -> Iterable[str]:
-    """Yield the settings that are lists of text."""
+def _of_type(cls: type, *kinds: Any, prefix: str = "") -> Iterable[str]:
+    """Yield the settings of these types."""
     types = get_type_hints(cls)
     for f in fields(cls):
         name = f"{prefix}{f.name}"
         if isinstance(f.default_factory, type) and is_dataclass(f.default_factory):
-            yield from _lists(f.default_factory, f"{name}.")
-        elif types[f.name] in (list[str], list[str] | None):
+            yield from _of_type(f.default_factory, *kinds, prefix=f"{name}.")
+        elif types[f.name] in kinds:
             yield name
 
 
