@@ -102,7 +102,8 @@ class TaskOutputConfig:
     """Column with a JSON schema for each row; a null falls back to the settings above. With other
     tasks than extract, only answers to rows with a schema are parsed as JSON."""
     choice_column: str | None = None
-    """Column with a list of choices for each row; a null falls back to the settings above."""
+    """Column with a list of choices for each row, or JSON text of it; a null falls back to the
+    settings above."""
     guided: Guided = Guided.auto
     """`auto`: decoding never chooses tokens that violate the form, as far as a grammar can express
     it; the column `constraint` records how far. `strict`: a row whose form cannot be enforced

@@ -254,6 +254,8 @@ class PromptBuilder:
     def _choices(self, values: Mapping[str, Any]) -> tuple[str, ...] | None:
         if self._choice_column is None or (listed := values[self._choice_column]) is None:
             return None
+        if isinstance(listed, str):
+            listed = read_json(listed, self._choice_column)
         if problem := _why_no_choices(listed):
             raise RowError(
                 ErrorType.PROMPT,
@@ -355,7 +357,7 @@ _TAKEN = {
     "data.columns.turns": "a list of user turns, or JSON text of it",
     "data.columns.chat_template_kwargs": _VARIABLES,
     "task.output.json_schema_column": "a JSON schema",
-    "task.output.choice_column": "a list of strings",
+    "task.output.choice_column": "a list of strings, or JSON text of it",
 }
 """What the columns of these settings hold; numbers and times never do."""
 

@@ -395,7 +395,9 @@ def test_a_rows_own_schema() -> None:
 @pytest.mark.parametrize(
     ("choices", "what"),
     [
-        ("['a', 'b']", "is str"),
+        (("a", "b"), "is tuple"),
+        ('"a"', "is str"),
+        ("[]", "is an empty list"),
         ([], "is an empty list"),
         (["a", ""], "holds an empty text"),
         (["a", 1], "holds int"),
@@ -409,6 +411,9 @@ def test_choices_that_are_no_list_of_strings(choices: Any, what: str) -> None:
     build = PromptBuilder(task=task, columns=ColumnsConfig(), generation=GenerationConfig())
     with pytest.raises(RowError, match=f"options {what}; choices are a list"):
         build.build(record(options=choices))
+    with pytest.raises(RowError, match="options is text that is no JSON"):
+        build.build(record(options="['a', 'b']"))
+    assert build.build(record(options='["a", "b"]')).choices == ("a", "b")
 
 
 @pytest.mark.parametrize(
