@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import pyarrow as pa
+from datasets.packaged_modules.csv.csv import Csv
 from fsspec.core import url_to_fs
 
 from batchvlm.config import DataConfig
@@ -105,12 +106,19 @@ def _open_builder(cfg: DataConfig, folder: str) -> DatasetSource | StreamSource 
         _refuse_ineffective(
             cfg, ("revision",), f"a {'file' if file_name else 'folder'} of this machine"
         )
-    builder = datasets.load_dataset_builder(
-        folder if is_local else cfg.path,
-        name=cfg.subset,
-        revision=cfg.revision,
-        data_files=file_name and glob.escape(file_name),
-    )
+
+    def load(**options: Any) -> Any:
+        return datasets.load_dataset_builder(
+            folder if is_local else cfg.path,
+            name=cfg.subset,
+            revision=cfg.revision,
+            data_files=file_name and glob.escape(file_name),
+            **options,
+        )
+
+    builder = load()
+    if cfg.columns.id and isinstance(builder, Csv):
+        builder = load(converters={cfg.columns.id: _read_key})
     by_split = {str(k): list(v) for k, v in (builder.config.data_files or {}).items()}
     by_split = by_split or {str(name): [] for name in builder.info.splits or ()}
     # The library resolves slices such as "train[:100]".
@@ -148,6 +156,11 @@ def _open_builder(cfg: DataConfig, folder: str) -> DatasetSource | StreamSource 
         id_column=cfg.columns.id,
         image_root=image_root,
     )
+
+
+def _read_key(text: str) -> str | None:
+    """Keep a key of a CSV file as it is written: pandas would read 007 as 7."""
+    return text or None
 
 
 class DatasetSource:

@@ -236,6 +236,25 @@ def test_one_file(tmp_path: Path, name: str, streaming: bool) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("id_column", ["key", None, "none"])
+def test_keys_of_a_csv_file_stay_as_they_are_written(
+    tmp_path: Path, id_column: str | None, streaming: bool
+) -> None:
+    """Elsewhere pandas makes numbers of them: 7, and 1.2345678901234568e+16 twice."""
+    text = "n,key\n1,007\n2,12345678901234567\n3,12345678901234568\n4,\n"
+    (tmp_path / "in.csv").write_text(text)
+    source = open_path("hf", tmp_path / "in.csv", id_column=id_column, streaming=streaming)
+    if id_column == "none":
+        assert "none" not in source.schema.names
+        return
+    records = read_all(source, ["n"], rows_per_shard=2)
+    assert [record.values["n"] for record in records] == [1, 2, 3, 4]
+    if id_column:
+        keys = ["007", "12345678901234567", "12345678901234568", "train:3"]
+        assert [record.id for record in records] == keys
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_what_is_no_dataset_is_one_line(tmp_path: Path, streaming: bool) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.parquet").touch()
