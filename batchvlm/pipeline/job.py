@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from batchvlm.config import (
+    DataConfig,
     EngineName,
     JobConfig,
     OnMismatch,
@@ -18,7 +20,7 @@ from batchvlm.config import (
     TaskName,
     sent_as,
 )
-from batchvlm.errors import FingerprintError, InputError, OutputError
+from batchvlm.errors import ConfigError, FingerprintError, InputError, OutputError
 from batchvlm.forms.forms import run_choices, run_form
 from batchvlm.identity import (
     answer_identity,
@@ -27,6 +29,7 @@ from batchvlm.identity import (
     pin_model,
     served_model,
 )
+from batchvlm.output.bucket import is_url
 from batchvlm.output.fingerprint import fingerprint
 from batchvlm.output.folder import OutputFolder
 from batchvlm.output.parts import Failures, failures_in_parts, shards_to_retry
@@ -40,6 +43,7 @@ from batchvlm.prompts.builder import PromptBuilder
 from batchvlm.records import FormKind, InputFile, Shard
 from batchvlm.settings.compose import to_plain
 from batchvlm.sources import Source, check_columns, open_source
+from batchvlm.sources.files import is_hidden
 from batchvlm.tasks import Task, open_task
 
 if TYPE_CHECKING:
@@ -154,6 +158,7 @@ def open_job(cfg: JobConfig) -> Job:
         OutputError: the output folder cannot be written.
     """
     _warn_of_backslashes(cfg)
+    _refuse_output_in_input(cfg.data, cfg.output.dir)
     source = open_source(cfg.data)
     prompts = PromptBuilder(task=cfg.task, columns=cfg.data.columns, generation=cfg.generation)
     needed = prompts.needed_columns()
@@ -192,6 +197,38 @@ def open_job(cfg: JobConfig) -> Job:
         schema=schema,
         parsed=parsed,
     )
+
+
+_SAVED = ("state.json", "dataset_dict.json")
+"""A folder made by `save_to_disk` has one of these files, which name its data files."""
+
+
+def _refuse_output_in_input(data: DataConfig, out: str) -> None:
+    """Refuse an output folder whose parts a rerun would read as input.
+
+    Raises:
+        ConfigError: it is the input's folder, or in it.
+    """
+    if data.source is SourceKind.parquet:
+        hint = "name a folder elsewhere, or in _out there"
+    elif data.source is SourceKind.hf and not any(
+        os.path.isfile(os.path.join(data.path, name)) for name in _SAVED
+    ):
+        hint = "name a folder elsewhere"
+    else:
+        return
+    if not (is_url(data.path) or os.path.isdir(data.path)):
+        return
+    root, inner = (
+        path.rstrip("/") if is_url(path) else os.path.realpath(path) for path in (data.path, out)
+    )
+    if inner == root or (
+        inner.startswith(f"{root}/") and not is_hidden(inner.removeprefix(f"{root}/"))
+    ):
+        raise ConfigError(
+            f"output.dir={out} is in data.path={data.path}, all of whose data files are input",
+            hint=hint,
+        )
 
 
 def _warn_of_backslashes(cfg: JobConfig) -> None:

@@ -98,7 +98,7 @@ def list_files(path: str, *, suffixes: tuple[str, ...]) -> Listing:
             hint="check the address, the credentials and the permissions",
         ) from error
     names = {posixpath.relpath(p, root) if root else p: p for p in found}
-    shown = sorted(n for n in names if not _is_hidden(n))
+    shown = sorted(n for n in names if not is_hidden(n))
     if not shown:
         raise InputError(
             f"data.path: no {' or '.join('*' + s for s in suffixes)} file in {path}",
@@ -145,7 +145,7 @@ def walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """
 
     def refuse(error: OSError) -> None:
-        if error.filename == root or not _is_hidden(os.path.relpath(error.filename, root)):
+        if error.filename == root or not is_hidden(os.path.relpath(error.filename, root)):
             raise InputError(
                 f"data.path: cannot list {error.filename}: {error.strerror}",
                 hint="check the permissions",
@@ -174,7 +174,8 @@ def _fixed_prefix(pattern: str) -> str:
     return posixpath.dirname(re.split(r"[*?\[]", pattern, maxsplit=1)[0])
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file of a folder is left out, by its path relative to the folder."""
     # `_day=3` is a partition of a table and not hidden, as in Spark.
     return any(
         part.startswith(".") or (part.startswith("_") and "=" not in part)

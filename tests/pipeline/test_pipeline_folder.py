@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchvlm.errors import FingerprintError, OutputError
+from batchvlm.errors import ConfigError, FingerprintError, OutputError
 from batchvlm.output.disk import Disk
 from batchvlm.output.folder import OutputFolder
 from batchvlm.records import Completion, Failure, Sample
@@ -48,6 +48,38 @@ def test_a_card_that_a_kill_left_undone_is_written_by_the_next_run(
     (out / "README.md").unlink()
     run(out, source, engine=FakeEngine())
     assert (out / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hf"])
+@pytest.mark.parametrize("name", ["", "answers", "_x/../answers"])
+def test_no_part_is_written_where_a_rerun_would_read_it_as_input(
+    tmp_path: Path, write_parquet: Writer, kind: str, name: str
+) -> None:
+    """The job would never resume: its input has changed, or a part lacks the columns."""
+    folder = write_parquet([picture()] * 5).parent
+    link = tmp_path.with_name(tmp_path.name + "-link")
+    link.symlink_to(folder)
+    with pytest.raises(ConfigError) as caught:
+        run(link / name, folder, f"data={kind}")
+    assert str(caught.value) == (
+        f"output.dir={link / name} is in data.path={folder}, all of whose data files are input; "
+        "name a folder elsewhere, or in _out there"
+    ).replace(", or in _out there" if kind == "hf" else "\0", "")
+    assert [path.name for path in folder.iterdir()] == ["in.parquet"]
+
+
+def test_an_output_beside_or_hidden_from_its_input(tmp_path: Path, write_parquet: Writer) -> None:
+    source = write_parquet([picture()] * 5)
+    for out, where in (
+        (tmp_path.parent / "elsewhere" / tmp_path.name, tmp_path),
+        (tmp_path / "_out", tmp_path),
+        (tmp_path.with_name(tmp_path.name + "-out"), tmp_path),
+        (tmp_path / "out", source),
+        (tmp_path / "out", tmp_path / "*.parquet"),
+    ):
+        for _ in range(2):
+            run(out, where)
+        assert len(rows_of(out)) == 5
 
 
 @pytest.mark.parametrize(
