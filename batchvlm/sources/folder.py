@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 
 import pyarrow as pa
@@ -14,8 +16,20 @@ from batchvlm.records import Failure, InputFile, Record, Shard
 from batchvlm.sources import Source
 from batchvlm.sources.files import image_root_of, is_text, walk
 from batchvlm.sources.metadata import find_metadata
+from batchvlm.words import counted, number_of
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+    *(".jpe", ".jfif", ".mpo", ".apng", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+"""Usual suffixes of the formats that preprocess decodes."""
+_UNREAD_SUFFIXES = (
+    *(".heic", ".heif", ".jxl", ".svg", ".ico", ".psd", ".tga", ".eps", ".jxr", ".exr", ".hdr"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf"),
+)
+"""Suffixes of pictures that it does not decode."""
 
 FOLDER_NAME = "."
 """Name of the input's only file, the folder; a record's `source_file` is the path of its image."""
@@ -36,11 +50,19 @@ def open_folder(cfg: DataConfig) -> Source:
         )
     if (described := find_metadata(cfg, root)) is not None:
         return described
-    images = sorted(_find_images(root))
+    unread: Counter[str] = Counter()
+    images = sorted(_find_images(root, unread))
     if not images:
         raise InputError(
             f"data.path: no image in {cfg.path} (looked for {' '.join(IMAGE_SUFFIXES)})",
             hint="check the folder; names that begin with '.' are left out",
+        )
+    if unread:
+        log.warning(
+            "data.path: %s of %s are no rows, since their formats are not decoded: %s",
+            number_of(unread.total(), "picture"),
+            cfg.path,
+            counted(unread),
         )
     return FolderSource(
         images,
@@ -127,12 +149,21 @@ class FolderSource:
             )
 
 
-def _find_images(root: str) -> Iterator[tuple[str, int]]:
-    """Yield (path relative to `root`, size in bytes) of each image."""
+def _find_images(root: str, unread: Counter[str]) -> Iterator[tuple[str, int]]:
+    """Yield (path relative to `root`, size in bytes) of each image.
+
+    Args:
+        unread: counts pictures that are not decoded, by suffix.
+    """
     for folder, subfolders, names in walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+            suffix = os.path.splitext(name.lower())[1]
+            if name.startswith("."):
+                continue
+            if suffix in _UNREAD_SUFFIXES:
+                unread[suffix] += 1
+            elif suffix in IMAGE_SUFFIXES:
                 path = os.path.join(folder, name)
                 try:
                     size_bytes = os.stat(path).st_size

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from batchvlm.errors import ErrorType, InputError
 from batchvlm.preprocess.images import load_image
@@ -37,6 +38,41 @@ def test_images_of_all_subfolders_in_the_order_of_their_names(tmp_path: Path) ->
     assert source.image_root == str(tmp_path)
     for record in records:
         assert (tmp_path / record.values["image"]["path"]).is_file()
+
+
+def test_every_format_that_is_decoded_counts_by_its_usual_names(tmp_path: Path) -> None:
+    image = Image.new("RGB", (4, 3))
+    names = {
+        "JPEG": ("jpg", "jpeg", "jpe", "jfif", "JPG"),
+        "MPO": ("mpo",),
+        "PNG": ("png", "apng"),
+        "JPEG2000": ("jp2", "j2k"),
+        "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    }
+    for kind, suffixes in names.items():
+        for suffix in suffixes:
+            image.save(tmp_path / f"{kind}.{suffix}", kind)
+    records = read_all(open_path("folder", tmp_path), ["image"])
+    assert len(records) == sum(map(len, names.values()))
+    limits = {"max_source_pixels": 99, "max_pixels": 99, "max_image_bytes": 9999}
+    for record in records:
+        (ref,) = image_refs(record.values["image"], "image")
+        assert load_image(ref, image_root=str(tmp_path), **limits).size == (4, 3)
+
+
+def test_pictures_in_formats_that_are_not_decoded_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "a.png", "a.txt", "b.json", ".x.heic", "c.HEIC", "d/e.heic", "f.svg", "heic")
+    assert len(read_all(open_path("folder", tmp_path), ["image"])) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"data.path: 3 pictures of {tmp_path} are no rows, since their formats are not decoded: "
+        "2 .heic, 1 .svg"
+    ]
+    caplog.clear()
+    touch(tmp_path / "g", "a.png", "a.txt")
+    open_path("folder", tmp_path / "g")
+    assert not caplog.records
 
 
 def test_only_the_columns_asked_for(tmp_path: Path) -> None:
