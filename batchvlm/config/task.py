@@ -88,7 +88,8 @@ class TaskOutputConfig:
     name other files, relative to it."""
     pydantic: str | None = None
     """`module:Class`: a Pydantic model, dataclass or typed dict (before Python 3.12, that of
-    `typing_extensions`). Its module is imported and runs as code."""
+    `typing_extensions`). Its module is imported and runs as code; answers are validated by the
+    class's JSON schema alone."""
     choice: list[Any] | None = None
     """List of possible answers."""
     regex: str | None = None
