@@ -109,7 +109,7 @@ def _lead_job(cfg: JobConfig, engine: Engine | None, followers: Followers | None
         _compute_shards(work)
         if work.peers is not None:
             num_mine = metrics.num_found + metrics.num_rows
-    else:
+    elif mine:
         complete_card(job.folder)
     return Summary(
         folder=job.folder,

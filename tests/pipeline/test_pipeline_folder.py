@@ -39,6 +39,15 @@ def test_a_card_is_there_from_the_first_row_on(tmp_path: Path, write_parquet: Wr
     assert "5 rows, one for every row" in (out / "README.md").read_text()
 
 
+def test_a_slice_without_shards_that_comes_first_is_silent(
+    tmp_path: Path, write_parquet: Writer, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, out = write_parquet([picture()] * 5), tmp_path / "out"
+    summary = run(out, source, "runtime.num_tasks=2", "runtime.task_id=1")
+    assert summary.num_found == 0
+    assert not caplog.records and not out.exists()
+
+
 def test_a_card_that_a_kill_left_undone_is_written_by_the_next_run(
     tmp_path: Path, write_parquet: Writer
 ) -> None:
