@@ -12,8 +12,8 @@ A_AGAIN: Any = "a, second turn"
 
 
 def test_rows_that_return_go_before_those_that_have_not_begun() -> None:
-    turns = Turns([A, None, B])
-    to_pool = turns.to_pool()
+    turns = Turns()
+    to_pool = turns.to_pool([A, None, B])
     assert next(to_pool) is A
     turns.leave_pool()
     turns.requeue(A_AGAIN)
@@ -22,7 +22,7 @@ def test_rows_that_return_go_before_those_that_have_not_begun() -> None:
 
 
 def test_the_workers_are_asked_while_they_hold_rows_and_waited_for_otherwise() -> None:
-    turns, idle = Turns([A]), []
+    turns, idle = Turns(), []
 
     def answer() -> None:
         idle.append(turns.is_idle)
@@ -33,7 +33,7 @@ def test_the_workers_are_asked_while_they_hold_rows_and_waited_for_otherwise() -
         idle.append(turns.is_idle)
 
     turns.on_idle = answer
-    to_pool = turns.to_pool()
+    to_pool = turns.to_pool([A])
     assert [next(to_pool), next(to_pool), next(to_pool)] == [A, None, None]
     assert not turns.is_idle and not turns.is_over
     turns.leave_pool()
@@ -46,14 +46,14 @@ def test_the_workers_are_asked_while_they_hold_rows_and_waited_for_otherwise() -
 
 
 def test_an_input_without_rows_is_over_at_once() -> None:
-    turns = Turns([])
+    turns = Turns()
     assert not turns.is_over
-    assert list(turns.to_pool()) == [] and turns.is_over
+    assert list(turns.to_pool([])) == [] and turns.is_over
 
 
 def test_whoever_leaves_waits_for_no_answer() -> None:
-    with Turns([A]) as turns:
-        to_pool = turns.to_pool()
+    with Turns() as turns:
+        to_pool = turns.to_pool([A])
         assert next(to_pool) is A
         turns.leave_pool()
     assert list(to_pool) == []

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from batchvlm.pipeline.pipeline import _Work
+from batchvlm.pipeline.work import Work
 from batchvlm.records import Shard
+from batchvlm.runtime.metrics import Metrics
 from batchvlm.runtime.walltime import Deadline
 
 PLAN = [
@@ -30,8 +31,11 @@ class FakePeers:
             yield place
 
 
-def work_of(peers: Any, deadline: Deadline, todo: list[Shard] = PLAN) -> _Work:
-    return _Work(mine=PLAN, todo=todo, peers=peers, deadline=deadline, followers=None)
+def work_of(peers: Any, deadline: Deadline, todo: list[Shard] = PLAN) -> Work:
+    job: Any = None
+    work = Work(job=job, mine=PLAN, todo=todo, metrics=Metrics(), engine=None, followers=None)
+    work.peers, work.deadline = peers, deadline
+    return work
 
 
 @pytest.fixture
