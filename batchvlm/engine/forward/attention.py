@@ -396,12 +396,6 @@ def row_masks(
     return mask_TT[None, None]
 
 
-def _is_plain(mask_function: Callable[..., Any]) -> bool:
-    if mask_function is causal_mask_function:
-        return True
-    return _code_of(mask_function) == _code_of(sliding_window_causal_mask_function(1))
-
-
 def _code_of(function: Any) -> list[CodeType]:
     """The code of a function made of others, as those of `masking_utils` are, and of these."""
     code = [function.__code__] if isinstance(function, FunctionType) else []
@@ -410,6 +404,14 @@ def _code_of(function: Any) -> list[CodeType]:
         for part in content if isinstance(content, tuple) else (content,):
             code += _code_of(part)
     return code
+
+
+_SLIDING_WINDOW = _code_of(sliding_window_causal_mask_function(1))
+
+
+def _is_plain(mask_function: Callable[..., Any]) -> bool:
+    """Whether a mask is causal and no more than a sliding window, of whatever length."""
+    return mask_function is causal_mask_function or _code_of(mask_function) == _SLIDING_WINDOW
 
 
 def _indexed(
