@@ -9,30 +9,24 @@ pieces (chunked prefill).
 from __future__ import annotations
 
 import logging
-import threading
-import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from batchvlm.config import EngineConfig
 from batchvlm.engine.faults import device_error, failure_of, free_memory
-from batchvlm.engine.forward.cache import RowCache
-from batchvlm.engine.forward.decoder import Decoder, Piece, Prompt
+from batchvlm.engine.forward.decoder import Decoder
 from batchvlm.engine.forward.streams import Streams
 from batchvlm.engine.slots.clock import Clock
 from batchvlm.engine.slots.memory import MemoryPlan
-from batchvlm.engine.slots.vision import Encoded, Entry, ImageFeatures, Unit, batches
+from batchvlm.engine.slots.pack_runner import PackRunner
+from batchvlm.engine.slots.vision import Encoded, ImageFeatures, Unit, batches
 from batchvlm.engine.slots.waiting import (
     PackOutcome,
     PrefilledRow,
     WaitingRow,
-    divide_prompt,
     find_prefixes,
     num_new_tokens_of,
 )
@@ -41,8 +35,6 @@ from batchvlm.records import EngineStats, Failure, Sample
 from batchvlm.words import described
 
 log = logging.getLogger(__name__)
-
-# Shape legend: as in attention.py; E prompts that end in a pack.
 
 _MIN_PIECE_TOKENS = 64
 """Pieces of this length are not halved when memory is short: they take next to none."""
@@ -76,16 +68,15 @@ class Prefill:
     ) -> None:
         self._clock = clock
         self._streams = streams
-        self._lock = threading.Lock()
         self._decoder = decoder
         self._plan = plan
         self._is_shared = cfg.share_images
         self._looks_ahead = looks_ahead
-        self._stats = stats
         self.images = ImageFeatures(
             model, stats, is_shared=cfg.share_images, around=decoder.encoding
         )
         """The image encoder, and its output for the images of waiting rows."""
+        self._runner = PackRunner(decoder, self.images, plan, stats)
         self._waiting: list[WaitingRow] = []
         """Sorted so that the next row is the last."""
         self._postponed: list[WaitingRow] = []
@@ -177,7 +168,7 @@ class Prefill:
         rows = self._waiting[::-1]
         for row in rows[:num_rows]:
             try:
-                self._prompt(row)
+                self._runner.prompt(row)
             except Exception:
                 break  # raised again, and handled, when the row's own pack is computed
         self._encode(rows, num_needed=num_rows)
@@ -250,7 +241,9 @@ class Prefill:
         with self._clock.measure("prefill_s"):
             # One by one: the first pack that needs a shared prefix computes it.
             outcomes: Iterable[list[PrefilledRow] | Failure] = map(self._try_compute, able)
-            if len(able) > 1 and self._try_compute_prefixes(list(chain.from_iterable(able))):
+            if len(able) > 1 and self._runner.try_compute_prefixes(
+                list(chain.from_iterable(able)), self._streams
+            ):
                 outcomes = list(self._streams.map(self._try_compute, able, again=_is_oom))
                 is_alone &= all(isinstance(outcome, Failure) for outcome in outcomes)
             for rows, outcome in zip(able, outcomes, strict=True):
@@ -259,7 +252,7 @@ class Prefill:
 
     def _try_compute(self, rows: Sequence[WaitingRow]) -> list[PrefilledRow] | Failure:
         try:
-            return self._compute(rows)
+            return self._runner.run(rows, self._streams)
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except Exception as error:
@@ -309,7 +302,7 @@ class Prefill:
             num_tokens //= 2
             self._plan.pieces.lower(num_tokens)
             try:
-                return self._compute([row])[0]
+                return self._runner.run([row], self._streams)[0]
             except torch.AcceleratorError:
                 raise
             except Exception as error:
@@ -320,106 +313,6 @@ class Prefill:
         # Smaller pieces do not help, so the limit on pieces was not the cause.
         self._plan.pieces.now = before
         return None
-
-    def _compute(self, rows: Sequence[WaitingRow]) -> list[PrefilledRow]:
-        """Prefill a pack in one forward, after its shared prefixes; a single row in pieces."""
-        start_s = time.perf_counter()
-        prompts = [self._prompt(row) for row in rows]
-        self._compute_prefixes(rows)
-        if len(rows) == 1 and self._decoder.is_causal(has_images=bool(rows[0].units)):
-            cache, logits_EV = self._compute_up_to(rows[0], len(prompts[0]))
-            caches = [[cache]]
-        else:
-            pieces = [self._piece(row, row.prefix.length if row.prefix else 0) for row in rows]
-            entries = [e for row in rows if not row.prefix for e in self.images.entries(row.units)]
-            logits_EV, own = self._forward(pieces, entries, ends=range(len(rows)))
-            caches = [
-                [row.prefix.cache, cache] if row.prefix and row.prefix.cache else [cache]
-                for row, cache in zip(rows, own, strict=True)
-            ]
-        return [
-            PrefilledRow(row.sample.without_images(), prompt, caches[i], logits_EV[i], start_s)
-            for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
-        ]
-
-    def _try_compute_prefixes(self, rows: Sequence[WaitingRow]) -> bool:
-        """Compute the shared prefixes of several packs before the packs; return whether all are."""
-        try:
-            for row in rows:
-                self._prompt(row)
-            self._compute_prefixes(rows)
-        except Exception as error:
-            # The failing row's own pack raises again and handles the error.
-            log.debug("shared prefixes were not computed in advance: %s", described(error))
-            return False
-        return True
-
-    def _compute_prefixes(self, rows: Sequence[WaitingRow]) -> None:
-        """Compute the shared prefixes that have no keys and values yet, each once."""
-        first = {id(r.prefix): r for r in reversed(rows) if r.prefix and r.prefix.cache is None}
-        groups: list[list[WaitingRow]] = []
-        num_tokens = 0
-        for row in first.values():
-            assert row.prefix is not None
-            if not groups or num_tokens + row.prefix.length > self._plan.pack_tokens:
-                groups.append([])
-                num_tokens = 0
-            num_tokens += row.prefix.length
-            groups[-1].append(row)
-        deque(self._streams.map(self._compute_prefix_group, groups), maxlen=0)
-
-    def _compute_prefix_group(self, rows: Sequence[WaitingRow]) -> None:
-        """Compute the prefixes of these rows in one forward; that of a single row in pieces."""
-        if len(rows) == 1 and (prefix := rows[0].prefix):
-            prefix.cache, _ = self._compute_up_to(rows[0], prefix.length)
-            return
-        pieces = [self._piece(row, 0, row.prefix.length) for row in rows if row.prefix]
-        entries = [e for row in rows for e in self.images.entries(row.units)]
-        _, caches = self._forward(pieces, entries, ends=())
-        for row, cache in zip(rows, caches, strict=True):
-            assert row.prefix is not None
-            row.prefix.cache = cache
-
-    def _compute_up_to(self, row: WaitingRow, stop: int) -> tuple[RowCache, Tensor]:
-        """Compute a row up to `stop`: keys and values, and logits [1, V] at the prompt's end."""
-        num_tokens = len(self._prompt(row))
-        past = row.prefix.cache if row.prefix else None
-        done = past.length if past else 0
-        entries = self.images.entries(row.units) if done == 0 else []
-        places = self._decoder.image_places(row.sample)
-        parts = divide_prompt(done, stop, self._plan.piece_tokens, places, entries)
-        for start, piece_stop, shown in parts:
-            piece = self._piece(row, start, piece_stop, past)
-            ends = (0,) if piece_stop == num_tokens else ()
-            logits_EV, (cache,) = self._forward([piece], shown, ends=ends)
-            past = past.joined(cache) if past else cache
-        assert past is not None
-        return past, logits_EV
-
-    def _forward(
-        self, pieces: Sequence[Piece], entries: Sequence[Entry], *, ends: Sequence[int]
-    ) -> tuple[Tensor, list[RowCache]]:
-        logits_EV, cache = self._decoder.prefill(pieces, self.images.joined(entries), ends=ends)
-        bounds = np.cumsum([0, *(piece.stop - piece.start for piece in pieces)]).tolist()
-        with self._lock:
-            self._stats.num_batches += 1
-            self._stats.prompt_cells += bounds[-1]
-            self._stats.prompt_tokens += bounds[-1]
-        return logits_EV, [cache.row(start, stop) for start, stop in pairwise(bounds)]
-
-    def _piece(
-        self, row: WaitingRow, start: int, stop: int | None = None, past: RowCache | None = None
-    ) -> Piece:
-        prompt = self._prompt(row)
-        if past is None and start and row.prefix:
-            past = row.prefix.cache
-        return Piece(prompt, start, len(prompt) if stop is None else stop, past)
-
-    def _prompt(self, row: WaitingRow) -> Prompt:
-        """The decoder's input for a row, built once."""
-        if row.prompt is None:
-            row.prompt = self._decoder.prompt(row.sample)
-        return row.prompt
 
     def _fail(self, row: WaitingRow, failure: Failure) -> tuple[Sample, Failure]:
         self._release(row)
