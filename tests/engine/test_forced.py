@@ -143,7 +143,7 @@ def slots_with(
     engine._prefill.add(samples)
     prefilled: list[Any] = []
     while engine._prefill.num_waiting:
-        prefilled += engine._prefill.next_pack(is_alone=True)
+        prefilled += engine._prefill.next_pack(engine._streams, is_alone=True)
     prefilled.sort(key=lambda row: row.sample.row_index)
     lengths = [len(row.prompt) for row in prefilled]
     cache = SlotCache(prefilled[0].pieces[0], num_slots=len(prefilled), length=max(lengths) + 8)

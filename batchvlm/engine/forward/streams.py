@@ -2,7 +2,8 @@
 
 In a single forward all threads synchronize after every operation, and only one is busy while Python
 launches the next one or while an operation is too small to be divided. Concurrent forwards do not
-wait for one another, and share the weights. OpenVINO calls them streams.
+wait for one another, and share the weights. OpenVINO calls them streams. Prompts and images are
+computed in several streams; decode steps in one beside them, or divided among all.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from itertools import pairwise
@@ -46,11 +47,22 @@ class Streams:
     Args:
         num: the number of streams.
         num_weights: the number of weights of the decoder.
+        share: the share of the process's threads that these streams have.
+        num_threads: how many that are; None: as many as the calling thread has.
     """
 
-    def __init__(self, num: int = 1, num_weights: int = 0) -> None:
+    def __init__(
+        self,
+        num: int = 1,
+        num_weights: int = 0,
+        *,
+        share: float = 1.0,
+        num_threads: int | None = None,
+    ) -> None:
         self.num = num
+        self.share = share
         self._num_weights = num_weights
+        self._num_threads = num_threads
 
     def map(
         self,
@@ -80,29 +92,41 @@ class Streams:
     def _map_at_once(
         self, function: Callable[[_Item], _Result], items: Sequence[_Item]
     ) -> list[_Result]:
-        threads: set[int] = set()
-
-        def call(item: _Item) -> _Result:
-            threads.add(threading.get_ident())
-            try:
-                return function(item)
-            finally:
-                threads.discard(threading.get_ident())
-
-        pool = _pool(self.num, torch.get_num_threads())
-        futures = [pool.submit(call, item) for item in items]
-        try:
-            # With a timeout: a signal delivered to another thread would not wake this one.
-            while wait(futures, timeout=_LOOK_UP_S).not_done:
-                pass
-        except BaseException:
-            # A signal was raised in this thread. The others must end too, or the process cannot.
-            for future in futures:
-                future.cancel()
-            for thread in tuple(threads):
-                _raise_in(thread)
-            raise
+        with _calls(self.num, self._num_threads or torch.get_num_threads()) as submit:
+            futures = [submit(function, item) for item in items]
         return [future.result() for future in futures]
+
+    @contextmanager
+    def beside(
+        self, function: Callable[[Streams], _Result]
+    ) -> Iterator[tuple[Streams, Future[_Result]]]:
+        """Call a function with all streams but one, while this thread works with that one.
+
+        At the end of the context the call has ended too; if an error leaves it, the call is
+        stopped.
+
+        Args:
+            function: called in another thread, with the streams left to it.
+
+        Yields:
+            This thread's stream, and the future of the call.
+        """
+        num_threads = torch.get_num_threads()
+        own_threads = max(1, num_threads // self.num)
+        own = Streams(share=1 / self.num)
+        others = Streams(
+            self.num - 1,
+            self._num_weights,
+            share=1 - own.share,
+            num_threads=max(1, num_threads - own_threads),
+        )
+        with _calls(self.num, num_threads) as submit:
+            future = submit(function, others)
+            torch.set_num_threads(own_threads)
+            try:
+                yield own, future
+            finally:
+                torch.set_num_threads(num_threads)
 
     def num_packs(self, pack_tokens: int) -> int:
         """The number of packs to compute between decode steps; 1 if a pack takes long enough."""
@@ -126,6 +150,41 @@ class Streams:
             ]
             for first, end in pairwise(bounds)
         ]
+
+
+@contextmanager
+def _calls(num: int, num_threads: int) -> Iterator[Callable[..., Future[Any]]]:
+    """Yield a function that submits calls to the streams' threads; wait for all at the end.
+
+    If an error leaves the context, the calls are stopped.
+    """
+    pool = _pool(num, num_threads)
+    futures: list[Future[Any]] = []
+    threads: set[int] = set()
+
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        threads.add(threading.get_ident())
+        try:
+            return function(*args)
+        finally:
+            threads.discard(threading.get_ident())
+
+    def submit(function: Callable[..., Any], *args: Any) -> Future[Any]:
+        futures.append(pool.submit(call, function, *args))
+        return futures[-1]
+
+    try:
+        yield submit
+        # With a timeout: a signal delivered to another thread would not wake this one.
+        while wait(futures, timeout=_LOOK_UP_S).not_done:
+            pass
+    except BaseException:
+        # Such as a signal's. The other threads must end too, or the process cannot.
+        for future in futures:
+            future.cancel()
+        for thread in tuple(threads):
+            _raise_in(thread)
+        raise
 
 
 class SharedContext:
@@ -204,9 +263,10 @@ def _pool(num: int, num_threads: int) -> ThreadPoolExecutor:
         torch.get_num_threads()
         torch.set_num_threads(max(1, num_threads // num))
 
+    own_threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(num, "batchvlm-stream", share_threads)
     barrier = threading.Barrier(num)
     list(pool.map(lambda _: barrier.wait(), range(num)))
     # New threads start with the number that any thread has set last, so set this one's back.
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(own_threads)
     return pool

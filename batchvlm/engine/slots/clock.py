@@ -31,12 +31,18 @@ class Clock:
         self._marks: deque[tuple[str, _Event, _Event]] = deque()
 
     @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Add the seconds of the work within to the stats' field `name`, unless it raises."""
+    def measure(self, name: str, *, share: float = 1.0) -> Iterator[None]:
+        """Add the seconds of the work within to the stats' field `name`, unless it raises.
+
+        Args:
+            name: the field.
+            share: the share of the CPU's threads that do the work. The seconds are multiplied by
+                it, so that those of concurrent work add up to no more than the wall time.
+        """
         if self._device.type != "cuda":
             start_s = time.perf_counter()
             yield
-            self._add(name, time.perf_counter() - start_s)
+            self._add(name, share * (time.perf_counter() - start_s))
             return
         start, end = self._mark(), None
         yield

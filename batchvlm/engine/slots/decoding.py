@@ -18,6 +18,7 @@ from batchvlm.engine.protocol import OnToken, Outcome
 from batchvlm.engine.sampling import NextTokens, RowSampler
 from batchvlm.engine.slots.clock import Clock
 from batchvlm.engine.slots.memory import MemoryPlan
+from batchvlm.engine.slots.overlap import AnswerLengths
 from batchvlm.engine.slots.pool import SlotPool
 from batchvlm.engine.slots.rows import Row, TokensInFlight
 from batchvlm.engine.slots.step_runner import StepRunner
@@ -42,7 +43,6 @@ class Decoding:
         pool: the slots.
         plan: limits on one step.
         constraints: the grammars that answers must follow.
-        streams: those in which parts of a step run concurrently.
         clock: measures the seconds of decode steps.
         stats: counts steps and tokens.
         eos_ids: token ids that end an answer.
@@ -56,7 +56,6 @@ class Decoding:
         pool: SlotPool,
         plan: MemoryPlan,
         constraints: Constraints | Unconstrained,
-        streams: Streams,
         clock: Clock,
         stats: EngineStats,
         *,
@@ -75,9 +74,10 @@ class Decoding:
             device=self._device,
             suppress_ids=tuple(suppress_ids),
         )
-        self._runner = StepRunner(decoder, streams, plan.max_slots)
+        self._runner = StepRunner(decoder, plan.max_slots)
         self.max_run = 0 if self._device.type == "cuda" else _MAX_RUN
         """Most forced tokens of one row in one step."""
+        self.lengths = AnswerLengths()
         self.rows: list[Row] = []
         """Rows in slots 0 to B - 1, in slot order."""
         self._in_flight: deque[TokensInFlight] = deque()
@@ -131,27 +131,33 @@ class Decoding:
             row.prefilled.forget()
         return logits_BV
 
-    def step(self) -> None:
-        """Compute one token for every slot in use."""
-        with self._clock.measure("decode_s"):
-            self._step_in_parts(0, len(self.rows))
+    def step(self, streams: Streams) -> None:
+        """Compute one token for every slot in use.
+
+        Args:
+            streams: compute parts of the step at once.
+        """
+        with self._clock.measure("decode_s", share=streams.share):
+            self._step_in_parts(0, len(self.rows), streams)
             self._compact()
 
-    def _step_in_parts(self, start: int, stop: int) -> None:
+    def _step_in_parts(self, start: int, stop: int, streams: Streams) -> None:
         while start < stop:
             # Read in each iteration: a part that fails lowers it.
             end = min(start + self._plan.max_step_rows, stop)
-            self._step_range(start, end)
+            self._step_range(start, end, streams)
             start = end
 
-    def _step_range(self, start: int, stop: int) -> None:
+    def _step_range(self, start: int, stop: int, streams: Streams) -> None:
         rows = self.rows[start:stop]
         assert self._pool.cache is not None
         if not self._in_flight:
             # The grammars know all tokens, so the next masks are filled while the model runs.
             self._constraints.start([row.matcher for row in rows])
         try:
-            logits_BV = self._runner.step(self._pool.cache, rows, start, num_used=len(self.rows))
+            logits_BV = self._runner.step(
+                self._pool.cache, rows, start, streams, num_used=len(self.rows)
+            )
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except Exception as error:
@@ -173,8 +179,8 @@ class Decoding:
         middle = (start + stop) // 2
         if failure.error_type is ErrorType.OOM:
             self._plan.lower_step(middle - start)
-        self._step_in_parts(start, middle)
-        self._step_in_parts(middle, stop)
+        self._step_in_parts(start, middle, streams)
+        self._step_in_parts(middle, stop, streams)
 
     def _choose(
         self,
@@ -259,6 +265,8 @@ class Decoding:
 
     def _end(self, row: Row, outcome: Completion | Failure) -> None:
         row.is_over = row.is_answered = True
+        if isinstance(outcome, Completion):
+            self.lengths.count(row.stop.num_tokens, row.max_new_tokens)
         self._on_end((row.sample, outcome))
 
     def _push(self, row: Row, token: int, logprob: float | None) -> bool:

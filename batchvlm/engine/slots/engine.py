@@ -22,18 +22,19 @@ from batchvlm.engine.choices import Choices
 from batchvlm.engine.faults import device_error
 from batchvlm.engine.forward.decoder import Decoder
 from batchvlm.engine.forward.fusing import align, is_half_on_gpu, seconds_to_fusing
-from batchvlm.engine.forward.streams import open_streams
+from batchvlm.engine.forward.streams import Streams, open_streams
 from batchvlm.engine.protocol import OnToken, Outcome
 from batchvlm.engine.slots.canary import Canary
 from batchvlm.engine.slots.clock import Clock
 from batchvlm.engine.slots.decoding import Decoding
 from batchvlm.engine.slots.feed import Feed
 from batchvlm.engine.slots.memory import MemoryPlan
+from batchvlm.engine.slots.overlap import num_packs_first
 from batchvlm.engine.slots.pool import SlotPool
 from batchvlm.engine.slots.prefill import Prefill
 from batchvlm.engine.slots.rows import Row
 from batchvlm.engine.slots.scoring import Scoring
-from batchvlm.engine.slots.waiting import PrefilledRow
+from batchvlm.engine.slots.waiting import PackOutcome, PrefilledRow
 from batchvlm.engine.stops import RowStop
 from batchvlm.errors import RowError
 from batchvlm.records import Completion, EngineStats, Failure, Sample
@@ -97,7 +98,6 @@ class SlotEngine:
             self._pool,
             self._plan,
             self._constraints,
-            self._streams,
             self._clock,
             self.stats,
             eos_ids=eos_ids,
@@ -128,7 +128,6 @@ class SlotEngine:
             self._cfg,
             self.stats,
             self._clock,
-            streams=self._streams,
             looks_ahead=self._lag > 0,
         )
         self._scoring: Scoring | None = None
@@ -173,7 +172,10 @@ class SlotEngine:
             if not self._lag:
                 self._decoding.read()  # the tokens forced after a first token join this step
             if self._decoding.rows:
-                self._decoding.step()
+                if self._is_time_to_overlap():
+                    self._decode_beside_prefill()
+                else:
+                    self._decoding.step(self._streams)
             self._decoding.read(num_left=self._lag if self._decoding.rows else 0)
             while self._ready:
                 yield self._ready.popleft()
@@ -203,16 +205,66 @@ class SlotEngine:
             num_held = len(self._decoding.rows) + len(self._parked)
             if num_held >= self._pool.num_slots(self._num_rows()) or not self._prefill.num_waiting:
                 return
-            pack = self._prefill.next_pack(is_alone=num_held == 0)
+            max_packs = self._num_packs_first()
+            if max_packs == 0:
+                return  # the rest is prefilled beside decode steps
+            pack = self._prefill.next_pack(
+                self._streams, is_alone=num_held == 0, max_packs=max_packs
+            )
             if not pack:
                 return  # the remaining rows wait for memory
-            rows = [prefilled for prefilled in pack if isinstance(prefilled, PrefilledRow)]
-            self._ready.extend(p for p in pack if not isinstance(p, PrefilledRow))
+            self._receive(pack)
             if self._scoring is not None:
-                self._scoring.score(rows)
                 return
-            for prefilled in rows:
-                self._park(prefilled)
+
+    def _receive(self, pack: Sequence[PackOutcome]) -> None:
+        """Let prefilled rows wait for a slot, or score them; report those that failed."""
+        rows = [prefilled for prefilled in pack if isinstance(prefilled, PrefilledRow)]
+        self._ready.extend(p for p in pack if not isinstance(p, PrefilledRow))
+        if self._scoring is not None:
+            self._scoring.score(rows)
+            return
+        for prefilled in rows:
+            self._park(prefilled)
+
+    def _num_packs_first(self) -> int | None:
+        """Packs to prefill before the rest is prefilled beside decode steps; None: no such plan."""
+        if self._streams.num == 1 or self._scoring is not None:
+            return None
+        self._feed.gather(wait=False)
+        if len(self._feed):
+            return None  # the slots are kept full
+        prompt_tokens, limits = self._prefill.ready_tokens
+        if not prompt_tokens:
+            return None
+        lengths = self._decoding.lengths
+        return num_packs_first(
+            prompt_tokens,
+            lengths.expected(limits),
+            lengths.left((*self._decoding.rows, *self._parked)),
+            pack_tokens=self._plan.pack_tokens,
+            num_streams=self._streams.num,
+        )
+
+    def _is_time_to_overlap(self) -> bool:
+        """Whether to prefill the next packs beside decode steps."""
+        has_room = 2 * len(self._parked) < self._plan.max_slots
+        return has_room and self._num_packs_first() == 0
+
+    def _decode_beside_prefill(self) -> None:
+        """Prefill a pack in each stream but one, and decode in that one until they are done."""
+
+        def prefill(streams: Streams) -> list[PackOutcome]:
+            return self._prefill.next_pack(streams, is_alone=False, max_packs=streams.num)
+
+        with self._streams.beside(prefill) as (stream, packs):
+            while True:
+                self._decoding.step(stream)
+                self._decoding.read()
+                self._admit()
+                if packs.done() or not self._decoding.rows:
+                    break
+        self._receive(packs.result())
 
     def _park(self, prefilled: PrefilledRow) -> None:
         """Let a prefilled row wait for a slot; it fails if its grammar cannot be made."""

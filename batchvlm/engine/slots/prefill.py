@@ -50,7 +50,6 @@ class Prefill:
         cfg: whether rows share images and prefixes.
         stats: counts what is computed.
         clock: measures the seconds of encoding and of prefill.
-        streams: how many packs, or batches of images, are computed at once.
         looks_ahead: whether to prepare the next pack while the device computes the last one.
     """
 
@@ -63,11 +62,11 @@ class Prefill:
         stats: EngineStats,
         clock: Clock,
         *,
-        streams: Streams,
         looks_ahead: bool = False,
     ) -> None:
         self._clock = clock
-        self._streams = streams
+        self._streams = Streams()
+        """Those of the latest `next_pack`."""
         self._decoder = decoder
         self._plan = plan
         self._is_shared = cfg.share_images
@@ -82,13 +81,26 @@ class Prefill:
         self._postponed: list[WaitingRow] = []
         """Rows for which memory was short while other rows held some."""
         self._failed: list[tuple[Sample, Failure]] = []
+        self._num_taken = 0
+        """Rows that `next_pack` is computing, perhaps in another thread."""
+        self._ready_tokens: tuple[int, int] | None = None
+        """Kept until other rows wait."""
         self._searched: set[bool] = set()
         """The kinds of waiting rows already searched for prefixes: True with images."""
 
     @property
     def num_waiting(self) -> int:
         """Number of rows that `next_pack` has not returned yet."""
-        return len(self._waiting) + len(self._postponed) + len(self._failed)
+        num_waiting = len(self._waiting) + len(self._postponed) + len(self._failed)
+        return num_waiting + self._num_taken
+
+    @property
+    def ready_tokens(self) -> tuple[int, int]:
+        """Of the rows that wait for nothing but their turn: prompt tokens, and answers' limits."""
+        if self._ready_tokens is None:
+            limits = (row.sample.generation.max_new_tokens for row in self._waiting)
+            self._ready_tokens = sum(row.num_new_tokens for row in self._waiting), sum(limits)
+        return self._ready_tokens
 
     def add(self, samples: Iterable[Sample]) -> None:
         """Sort a window of samples; they are prefilled after the rows that wait already."""
@@ -106,12 +118,17 @@ class Prefill:
             lengths[row.group] = max(row.lengths, lengths.get(row.group, (0, 0)))
         rows.sort(key=lambda r: (lengths[r.group], r.group, r.lengths, -r.sample.row_index))
         self._waiting = rows + self._waiting
+        self._ready_tokens = None
         self._searched.clear()
 
-    def next_pack(self, *, is_alone: bool) -> list[PackOutcome]:
+    def next_pack(
+        self, streams: Streams, *, is_alone: bool, max_packs: int | None = None
+    ) -> list[PackOutcome]:
         """Prefill the next rows: one pack, or several at once on a CPU.
 
         Args:
+            streams: compute packs, or batches of images, at once.
+            max_packs: the most packs; None: as many as take some seconds.
             is_alone: whether no other row holds memory, so that a row that does not fit now never
                 will.
 
@@ -125,14 +142,17 @@ class Prefill:
             if not is_alone:
                 return []
             self._waiting, self._postponed = self._postponed, []
+        self._streams = streams
         if self._is_shared:
             self._find_prefixes()
-        packs = self._take_packs()
+        packs = self._take_packs(max_packs)
         rows = list(chain.from_iterable(packs))
+        self._num_taken, self._ready_tokens = len(rows), None
         self._encode([*rows, *self._waiting[::-1]], num_needed=len(rows), is_alone=is_alone)
         prefilled = list(self._compute_packs(packs, is_alone=is_alone))
         if self._looks_ahead:
             self._prepare(len(rows))
+        self._num_taken = 0
         return prefilled
 
     def _find_prefixes(self) -> None:
@@ -143,12 +163,14 @@ class Prefill:
                 alike = [row for row in self._waiting if bool(row.units) is has_images]
                 find_prefixes(alike, self._decoder)
 
-    def _take_packs(self) -> list[list[WaitingRow]]:
-        """Take the next rows, in as many packs as are computed at once."""
+    def _take_packs(self, max_packs: int | None) -> list[list[WaitingRow]]:
+        """Take the next rows, in as many packs as are computed before others decode."""
         kinds = {bool(row.units) for row in self._waiting}
         # Whether a kind of prompt is causal is known once the first of the kind is computed.
         is_known = all(self._decoder.has_prefilled(has_images=kind) for kind in kinds)
         most = self._streams.num_packs(self._plan.pack_tokens) if is_known else 1
+        if max_packs is not None:
+            most = min(most, max_packs)
         packs: list[list[WaitingRow]] = []
         num_tokens = 0
         begun: set[int] = set()
@@ -190,7 +212,7 @@ class Prefill:
             units += more
             keys |= {unit.key for unit in more}
         parts = batches(units, self._plan.vision_cells)
-        with self._clock.measure("vision_s"):
+        with self._clock.measure("vision_s", share=self._streams.share):
             outcomes = self._streams.map(self._try_encode, parts, again=_is_oom)
             for batch, outcome in zip(parts, outcomes, strict=True):
                 self._keep_or_split(batch, outcome, is_alone=is_alone)
@@ -238,7 +260,7 @@ class Prefill:
                 else:
                     able[-1].append(row)
         able = [rows for rows in able if rows]
-        with self._clock.measure("prefill_s"):
+        with self._clock.measure("prefill_s", share=self._streams.share):
             # One by one: the first pack that needs a shared prefix computes it.
             outcomes: Iterable[list[PrefilledRow] | Failure] = map(self._try_compute, able)
             if len(able) > 1 and self._runner.try_compute_prefixes(

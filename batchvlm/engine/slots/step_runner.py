@@ -24,12 +24,11 @@ class StepRunner:
 
     Args:
         decoder: a model's decoder.
-        streams: run parts of a step at once.
         num_slots: N.
     """
 
-    def __init__(self, decoder: Decoder, streams: Streams, num_slots: int) -> None:
-        self._decoder, self._streams = decoder, streams
+    def __init__(self, decoder: Decoder, num_slots: int) -> None:
+        self._decoder = decoder
         self._newest = Newest(
             *(torch.zeros(num_slots, dtype=torch.long, device=decoder.device) for _ in range(3))
         )
@@ -58,13 +57,16 @@ class StepRunner:
         for values_N in (newest.ids_N, newest.positions_N, newest.deltas_N):
             values_N[target] = values_N[source]
 
-    def step(self, cache: SlotCache, rows: Sequence[Row], start: int, *, num_used: int) -> Tensor:
+    def step(
+        self, cache: SlotCache, rows: Sequence[Row], start: int, streams: Streams, *, num_used: int
+    ) -> Tensor:
         """Run one decode step: each slot's newest token, and the tokens forced after it.
 
         Args:
             cache: keys and values of N slots.
             rows: the rows in B neighbouring slots.
             start: the first of these slots.
+            streams: compute parts of the step at once.
             num_used: slots in use, including these.
 
         Returns:
@@ -76,9 +78,7 @@ class StepRunner:
             own_runs = _within(spans, runs)
             return self._decoder.step(cache, self._newest, spans, own_runs, num_used=num_used)
 
-        parts = list(
-            self._streams.map(compute, self._streams.parts(self._spans(cache, rows, start)))
-        )
+        parts = list(streams.map(compute, streams.parts(self._spans(cache, rows, start))))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _spans(self, cache: SlotCache, rows: Sequence[Row], start: int) -> list[Span]:

@@ -112,6 +112,66 @@ class TestMap:
             torch.set_num_threads(before)
 
 
+class TestBeside:
+    def test_a_call_has_all_streams_but_one_and_this_thread_has_the_other(self) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(9)
+        try:
+            with Streams(3).beside(_threads_of) as (own, call):
+                here = own.num, own.share, torch.get_num_threads()
+                there = call.result(timeout=60)
+            assert here == (1, pytest.approx(1 / 3), 3)
+            assert there == (2, pytest.approx(2 / 3), [3, 3, 3])
+            assert torch.get_num_threads() == 9
+        finally:
+            torch.set_num_threads(before)
+
+    def test_the_call_goes_on_beside_this_thread_and_is_waited_for(self) -> None:
+        is_met, is_over = threading.Barrier(2), threading.Event()
+
+        def meet(streams: Streams) -> None:
+            is_met.wait(timeout=60)
+            is_over.set()
+
+        with Streams(2).beside(meet):
+            is_met.wait(timeout=60)
+        assert is_over.is_set()
+
+    def test_an_error_of_the_call_is_its_result(self) -> None:
+        def fail(streams: Streams) -> None:
+            raise ValueError("no")
+
+        with Streams(2).beside(fail) as (_, call):
+            pass
+        with pytest.raises(ValueError, match="no"):
+            call.result()
+
+    def test_an_error_here_stops_the_call_and_those_it_waits_for(self) -> None:
+        everybody_is_here = threading.Barrier(3)
+        num_ended = threading.Semaphore(0)
+
+        def go_on(item: int) -> None:
+            try:
+                everybody_is_here.wait(timeout=60)
+                while True:
+                    threading.Event().wait(0.001)
+            finally:
+                num_ended.release()
+
+        before = torch.get_num_threads()
+        call = Streams(3).beside(lambda streams: list(streams.map(go_on, range(2))))
+        with pytest.raises(ValueError, match="no"), call:
+            everybody_is_here.wait(timeout=60)
+            raise ValueError("no")
+        assert all(num_ended.acquire(timeout=60) for _ in range(2))
+        assert torch.get_num_threads() == before
+
+
+def _threads_of(streams: Streams) -> tuple[int, float, list[int]]:
+    num_threads = list(streams.map(lambda _: torch.get_num_threads(), range(2)))
+    return streams.num, streams.share, [*num_threads, torch.get_num_threads()]
+
+
 class TestSharedContext:
     def test_the_first_enters_and_the_last_leaves(self) -> None:
         said: list[str] = []

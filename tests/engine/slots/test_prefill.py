@@ -108,7 +108,7 @@ def test_an_image_that_is_encoded_already_takes_no_room_in_a_batch() -> None:
     prefill: Any = object.__new__(Prefill)
     prefill.images = Encoder(known=["shared"])
     prefill._plan = SimpleNamespace(vision_cells=30, count_good_images=lambda: None)
-    prefill._clock = SimpleNamespace(measure=lambda name: nullcontext())
+    prefill._clock = SimpleNamespace(measure=lambda name, share: nullcontext())
     prefill._streams = Streams()
     pixels = {"pixel_values": np.zeros((1, 10))}
     sample: Any = None
@@ -149,7 +149,7 @@ def test_packs_are_filled_up_to_their_limit_and_a_longer_prompt_is_one_by_itself
     prefill._streams = SimpleNamespace(num_packs=lambda num_tokens: 2)
 
     def taken() -> list[list[int]]:
-        return [[row.sample.prompt_tokens for row in pack] for pack in prefill._take_packs()]
+        return [[row.sample.prompt_tokens for row in pack] for pack in prefill._take_packs(None)]
 
     assert [taken(), taken(), taken()] == [[[20, 30], [1]], [[60], [10, 10]], []]
 

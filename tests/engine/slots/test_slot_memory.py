@@ -103,6 +103,7 @@ class TestMemory:
         assert len(images) <= 5 * streams
         assert len(caches) <= 5 + sum(never_fits)
 
+    @pytest.mark.usefixtures("small_parts")
     def test_what_fits_only_by_itself_is_computed_by_itself(self, small: Loaded) -> None:
         def is_beside_others(*args: Any, **kwargs: Any) -> bool:
             return threading.current_thread() is not threading.main_thread()
