@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -56,11 +56,11 @@ class Canary:
         self._model, self._decoder, self._is_scoring = model, decoder, is_scoring
         self._is_checked = self._has_checked_images = not is_on
 
-    def check_window(self, window: Sequence[Sample], images: ImageFeatures) -> bool:
-        """Check rows of a window, unless rows of their kind were checked before.
+    def check_window(self, samples: Collection[Sample], images: ImageFeatures) -> bool:
+        """Check some of these rows, unless rows of their kind were checked before.
 
         Args:
-            window: the next rows.
+            samples: the next rows.
             images: encodes their images, and keeps the features for prefill.
 
         Returns:
@@ -70,13 +70,13 @@ class Canary:
             ModelError: the logits differ, or the model cannot run over slots.
             DeviceError: the accelerator is broken.
         """
-        has_images = any(sample.image_sizes for sample in window)
+        has_images = any(sample.image_sizes for sample in samples)
         if self._is_checked and (self._has_checked_images or not has_images):
             return False
         self._is_checked = True
         self._has_checked_images = has_images
         try:
-            check(self._model, self._decoder, window, images, is_scoring=self._is_scoring)
+            check(self._model, self._decoder, samples, images, is_scoring=self._is_scoring)
         except torch.AcceleratorError as error:
             raise device_error(error) from error
         except ModelError:
@@ -96,7 +96,7 @@ class Canary:
 def check(
     model: Any,
     decoder: Decoder,
-    samples: Sequence[Sample],
+    samples: Collection[Sample],
     images: ImageFeatures,
     *,
     is_scoring: bool = False,

@@ -158,10 +158,9 @@ class SlotEngine:
             feed.gather(wait=not self._is_busy())
             start_s = start_s or time.perf_counter()
             self._fuse_after(time.perf_counter() - start_s)
-            if not self._prefill.num_waiting and len(feed):
-                if self._canary.check_window(feed.gathered, self._prefill.images):
-                    feed.gather(wait=False)  # others have become ready meanwhile
-                self._prefill.add(feed.take_window())
+            if not self._prefill.num_waiting:
+                feed.open_window()
+                self._take_samples()
             if not self._is_busy() and feed.is_done and not len(feed):
                 break
             self._fill()
@@ -198,6 +197,15 @@ class SlotEngine:
             or (self._scoring and self._scoring.is_busy)
         )
 
+    def _take_samples(self) -> None:
+        """Let gathered samples wait for prefill, as many as the open window has room for."""
+        feed = self._feed
+        if not feed.can_take:
+            return
+        if self._canary.check_window(feed.gathered, self._prefill.images):
+            feed.gather(wait=False)  # others have become ready meanwhile
+        self._prefill.add(feed.take())
+
     def _fill(self) -> None:
         """Prefill packs and admit their rows until no slot is free or no prompt is left."""
         while True:
@@ -205,6 +213,8 @@ class SlotEngine:
             num_held = len(self._decoding.rows) + len(self._parked)
             if num_held >= self._pool.num_slots(self._num_rows()) or not self._prefill.num_waiting:
                 return
+            self._feed.gather(wait=False)
+            self._take_samples()
             max_packs = self._num_packs_first()
             if max_packs == 0:
                 return  # the rest is prefilled beside decode steps

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 from batchvlm.engine.slots.rows import Row
 
-_COST = 3.0
-"""What one token of an answer costs, in tokens of prompts with images: twice to three times as much
-for a small model. A larger value lets decoding begin earlier, with fewer rows."""
+_COST = 4.0
+"""What one token of an answer costs, in tokens of prompts with images: some two for a small model,
+and more where few rows are left. A larger value lets decoding begin earlier, with fewer rows."""
 
 
 class AnswerLengths:

@@ -103,8 +103,8 @@ class Prefill:
         return self._ready_tokens
 
     def add(self, samples: Iterable[Sample]) -> None:
-        """Sort a window of samples; they are prefilled after the rows that wait already."""
-        rows = []
+        """Let samples wait, in one order with the rows that wait already."""
+        rows: list[WaitingRow] = []
         for sample in samples:
             try:
                 rows.append(WaitingRow(sample, self.images.units(sample)))
@@ -112,12 +112,13 @@ class Prefill:
                 self._failed.append((sample, failure_of(error)))
         for row in rows:
             self.images.retain(row.units)
+        rows += self._waiting
         # Rows with the same images stay together, so that what they share is released early.
         lengths: dict[tuple[str, ...], tuple[int, int]] = {}
         for row in rows:
             lengths[row.group] = max(row.lengths, lengths.get(row.group, (0, 0)))
         rows.sort(key=lambda r: (lengths[r.group], r.group, r.lengths, -r.sample.row_index))
-        self._waiting = rows + self._waiting
+        self._waiting = rows
         self._ready_tokens = None
         self._searched.clear()
 

@@ -87,22 +87,38 @@ def find_prefixes(waiting: Sequence[WaitingRow], decoder: Decoder) -> None:
     """Set the `prefix` of waiting rows whose prompts begin alike.
 
     A prefix includes all images of its rows. Rows without images form one group: they may share a
-    system prompt or the start of a template.
+    system prompt or the start of a template. Rows that have come later join a prefix of the others.
     """
-    groups = defaultdict(list)
+    groups: dict[tuple[str, ...], list[WaitingRow]] = defaultdict(list)
     for row in waiting:
-        if row.prefix is None:
-            groups[row.group if row.units else ()].append(row)
+        groups[row.group if row.units else ()].append(row)
     for rows in groups.values():
-        places = decoder.image_places(rows[0].sample)
-        if len(rows) < 2 or places is None:
+        others = [row for row in rows if row.prefix is None]
+        for row in {id(row.prefix): row for row in rows if row.prefix}.values():
+            others = _join(others, row)
+        if len(others) < 2 or (places := decoder.image_places(others[0].sample)) is None:
             continue
-        length = common_length([row.sample.features["input_ids"][0] for row in rows])
+        length = common_length([row.sample.features["input_ids"][0] for row in others])
         last_place = places[-1] if len(places) else -1
         if length > last_place and length >= _MIN_SHARED_TOKENS:
-            prefix = Prefix(length, num_users=len(rows))
-            for row in rows:
+            prefix = Prefix(length, num_users=len(others))
+            for row in others:
                 row.prefix = prefix
+
+
+def _join(rows: Sequence[WaitingRow], user: WaitingRow) -> list[WaitingRow]:
+    """Let rows share the prefix of a row if their prompts begin with it; return the others."""
+    prefix = user.prefix
+    assert prefix is not None
+    others = []
+    for row in rows:
+        both = [r.sample.features["input_ids"][0] for r in (row, user)]
+        if common_length(both) >= prefix.length:
+            row.prefix = prefix
+            prefix.num_users += 1
+        else:
+            others.append(row)
+    return others
 
 
 def num_new_tokens_of(row: WaitingRow, begun: set[int]) -> int:

@@ -38,7 +38,14 @@ class Stream:
 
 
 def rows(feed: Feed) -> list[int]:
-    return [sample.row_index for sample in feed.take_window()]
+    """The rows of a new window."""
+    feed.open_window()
+    return more(feed)
+
+
+def more(feed: Feed) -> list[int]:
+    """The rows that join the window that is open."""
+    return [sample.row_index for sample in feed.take()]
 
 
 def test_it_never_waits_where_it_may_not() -> None:
@@ -114,3 +121,34 @@ def test_windows_are_bounded_and_in_order(
             if not window:
                 break
     assert taken == list(range(num_samples))
+
+
+def test_samples_join_a_window_until_it_is_full() -> None:
+    stream = Stream(9, num_ready=2)
+    feed = Feed(stream, BatchingConfig(sort_window=4))
+    feed.gather(wait=False)
+    assert rows(feed) == [0, 1]
+    assert not feed.can_take
+    stream.num_ready = 8
+    feed.gather(wait=False)
+    assert len(feed) == 4 and feed.can_take
+    assert more(feed) == [2, 3]
+    assert len(feed) == 2 and not feed.can_take
+    feed.gather(wait=False)
+    assert (more(feed), len(feed)) == ([], 4)
+    assert rows(feed) == [4, 5, 6, 7]
+
+
+def test_a_window_has_room_for_so_many_bytes() -> None:
+    one = make_sample(0, 4).size_bytes
+    stream = Stream(6, num_ready=1)
+    feed = Feed(stream, BatchingConfig(max_window_bytes=2 * one + 1))
+    feed.gather(wait=False)
+    assert rows(feed) == [0]
+    stream.num_ready = 6
+    feed.gather(wait=False)
+    assert len(feed) == 3
+    # As one is let in that begins below the limit.
+    assert (more(feed), len(feed)) == ([1, 2], 1)
+    feed.gather(wait=False)
+    assert len(feed) == 3

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchvlm.engine.forward.streams import Streams
+from batchvlm.engine.slots.engine import SlotEngine
+from batchvlm.engine.slots.pack_runner import PackRunner
 from batchvlm.engine.slots.prefill import Prefill
 from batchvlm.engine.slots.vision import Entry, Unit
 from batchvlm.engine.slots.waiting import (
@@ -22,6 +25,7 @@ from batchvlm.engine.slots.waiting import (
     divide_prompt,
     num_new_tokens_of,
 )
+from batchvlm.records import Sample
 
 from ...conftest import make_sample
 from ..families import needs_slots
@@ -152,6 +156,91 @@ def test_packs_are_filled_up_to_their_limit_and_a_longer_prompt_is_one_by_itself
         return [[row.sample.prompt_tokens for row in pack] for pack in prefill._take_packs(None)]
 
     assert [taken(), taken(), taken()] == [[[20, 30], [1]], [[60], [10, 10]], []]
+
+
+class InTwoParts:
+    """A stream of which the first rows are ready, and the others when they are let in."""
+
+    def __init__(self, first: Sequence[Sample], later: Sequence[Sample]) -> None:
+        self._left = [*first, *later]
+        self._num_later = len(later)
+        self.is_open = False
+
+    def is_ready(self) -> bool:
+        return self.is_open or len(self._left) > self._num_later
+
+    def __iter__(self) -> Iterator[Sample]:
+        while self._left:
+            yield self._left.pop(0)
+
+
+class TestRowsThatComeLater:
+    """They become ready while the first pack is computed, and join its window."""
+
+    LONG = "describe the image in one word and then explain it in detail: "
+
+    def packs(
+        self, engine: SlotEngine, first: Sequence[Sample], later: Sequence[Sample]
+    ) -> list[list[int]]:
+        """The rows of each pack."""
+        stream = InTwoParts(first, later)
+        packs: list[list[int]] = []
+        run_pack = PackRunner.run
+
+        def run_and_let_in(self: Any, rows: Any, streams: Any) -> Any:
+            packs.append([row.sample.row_index for row in rows])
+            stream.is_open = True
+            return run_pack(self, rows, streams)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PackRunner, "run", run_and_let_in)
+            outcomes = dict(engine.run(stream))
+        assert sorted(outcomes) == sorted(s.row_index for s in [*first, *later])
+        return packs
+
+    @pytest.mark.parametrize(
+        ("sort_window", "expected"),
+        [(512, [[0], [3], [2], [1]]), (3, [[0], [2], [1], [3]]), (2, [[0], [1], [3], [2]])],
+    )
+    def test_they_are_sorted_into_it_while_it_has_room(
+        self, small: Loaded, sort_window: int, expected: list[list[int]]
+    ) -> None:
+        rows = [
+            small.ask(i, ABOUT_NONE, max_new_tokens=limit) for i, limit in enumerate((2, 1, 4, 8))
+        ]
+        engine = small.slots(
+            sort_window=sort_window, max_prefill_tokens=1, share_images=False, cpu_streams=1, eos=[]
+        )
+        assert self.packs(engine, rows[:2], rows[2:]) == expected
+
+    def test_they_share_what_rows_before_them_have_computed(self, small: Loaded) -> None:
+        rows = [
+            small.ask(i, Question(text=self.LONG + end, sizes=ABOUT_ONE.sizes), max_new_tokens=1)
+            for i, end in enumerate("abcd")
+        ]
+        other = small.ask(4, Question(text="what is this?", sizes=ABOUT_ONE.sizes))
+        engine = small.slots(max_prefill_tokens=1, cpu_streams=1, eos=[])
+        run(engine, [small.ask(0, ABOUT_ONE, 1)])
+        before = engine.stats.prompt_tokens
+        packs = self.packs(engine, rows[:2], [*rows[2:], other])
+        assert len(packs) == 5
+        length = common_length([row.features["input_ids"][0] for row in rows])
+        total = sum(row.prompt_tokens for row in [*rows, other])
+        assert engine.stats.prompt_tokens - before == total - 3 * length
+
+    def test_the_first_with_images_are_checked(
+        self, small: Loaded, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        checked: list[bool] = []
+
+        def check(model: Any, decoder: Any, samples: Sequence[Sample], *_: Any, **__: Any) -> None:
+            checked.append(any(sample.image_sizes for sample in samples))
+
+        monkeypatch.setattr("batchvlm.engine.slots.canary.check", check)
+        first = [small.ask(i, ABOUT_NONE) for i in range(2)]
+        engine = small.slots(max_prefill_tokens=1, cpu_streams=1, canary=True, eos=[])
+        self.packs(engine, first, [small.ask(2, ABOUT_ONE)])
+        assert checked == [False, True]
 
 
 def shared_tokens(
