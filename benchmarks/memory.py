@@ -19,6 +19,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,11 +27,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 from results import environment, write_section
 
+from batchvlm.config import BatchingConfig
 from batchvlm.pipeline.pipeline import Summary, run_job
 from batchvlm.records import Completion, EngineStats, FinishReason, Sample
 from batchvlm.settings.compose import compose
 
 MIB = 1 << 20
+WINDOW = BatchingConfig().sort_window
 
 
 def resident_mib(pid: int) -> float:
@@ -70,7 +73,11 @@ class Reading:
 
 
 class FakeEngine:
-    """Answers every sample at once and takes a reading at every tenth of the job."""
+    """Answers every sample at once and takes a reading at every tenth of the job.
+
+    It gathers a window first, as an engine does. Meanwhile, and while the window's answers are
+    written, as many samples wait before it as may: the first reading already counts them.
+    """
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
@@ -79,20 +86,22 @@ class FakeEngine:
         self.stats = EngineStats()
 
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[int, Completion]]:
-        for sample in samples:
-            yield (
-                sample.row_index,
-                Completion(
-                    row_index=sample.row_index,
-                    token_ids=tuple(range(30)),
-                    text="A large red circle at the top left. " * 3,
-                    finish_reason=FinishReason.STOP,
-                    latency_s=0.0,
-                ),
-            )
-            self.done += 1
-            if self.done % (self.num_rows // 10) == 0:
-                self.note()
+        stream = iter(samples)
+        while window := list(islice(stream, WINDOW)):
+            for sample in window:
+                yield (
+                    sample.row_index,
+                    Completion(
+                        row_index=sample.row_index,
+                        token_ids=tuple(range(30)),
+                        text="A large red circle at the top left. " * 3,
+                        finish_reason=FinishReason.STOP,
+                        latency_s=0.0,
+                    ),
+                )
+                self.done += 1
+                if self.done % (self.num_rows // 10) == 0:
+                    self.note()
 
     def note(self) -> None:
         pid = os.getpid()
