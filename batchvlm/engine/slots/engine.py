@@ -239,11 +239,9 @@ class SlotEngine:
 
     def _num_packs_first(self) -> int | None:
         """Packs to prefill before the rest is prefilled beside decode steps; None: no such plan."""
-        if self._streams.num == 1 or self._scoring is not None:
+        # While more rows are ready, the slots are kept full.
+        if self._streams.num == 1 or self._scoring is not None or len(self._feed):
             return None
-        self._feed.gather(wait=False)
-        if len(self._feed):
-            return None  # the slots are kept full
         prompt_tokens, limits = self._prefill.ready_tokens
         if not prompt_tokens:
             return None
