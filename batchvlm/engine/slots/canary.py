@@ -56,7 +56,7 @@ class Canary:
         self._model, self._decoder, self._is_scoring = model, decoder, is_scoring
         self._is_checked = self._has_checked_images = not is_on
 
-    def check_window(self, samples: Collection[Sample], images: ImageFeatures) -> bool:
+    def check_new_kind(self, samples: Collection[Sample], images: ImageFeatures) -> bool:
         """Check some of these rows, unless rows of their kind were checked before.
 
         Args:

@@ -202,7 +202,7 @@ class SlotEngine:
         feed = self._feed
         if not feed.can_take:
             return
-        if self._canary.check_window(feed.gathered, self._prefill.images):
+        if self._canary.check_new_kind(feed.gathered, self._prefill.images):
             feed.gather(wait=False)  # others have become ready meanwhile
         self._prefill.add(feed.take())
 
