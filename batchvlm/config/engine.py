@@ -163,6 +163,7 @@ class BatchingConfig:
     max_batch_size: int = 64
     """engine=generate: maximum number of rows in a batch."""
     sort_window: int = 512
-    """Samples gathered and sorted by length before they go to the engine."""
+    """Samples sorted by length together. slots: a window begins with those that are ready, and
+    later ones join it until it has this many."""
     max_window_bytes: int = 1 << 30
     """A window also ends when its samples reach this many bytes."""
